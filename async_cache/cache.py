@@ -1,0 +1,293 @@
+"""`AsyncCache`: owns the tiers, the tasks and the sweepers of one process, and delegates the rest."""
+
+import asyncio
+import math
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Literal, Self
+
+from async_cache.config import CacheConfig
+from async_cache.errors import CacheClosedError, ConfigError
+from async_cache.l1.arena import Arena
+from async_cache.l1.eviction import LeastRecentlyUsed
+from async_cache.l1.store import L1Store
+from async_cache.l2.backend import Backend
+from async_cache.l2.guard import Breaker, Guard
+from async_cache.l2.registry import from_url
+from async_cache.layout import PAGE_BYTES, Prompt, check_index, check_ranks
+from async_cache.loads import Loader
+from async_cache.lookup import Asked, ask
+from async_cache.prefetch import Prefetch, PrefetchController
+from async_cache.reading import ReadLease
+from async_cache.removal import Hidden, Remover
+from async_cache.sweeper import Sweeper
+from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+from async_cache.writeback import Writeback
+from async_cache.writing import Writer
+
+_POPULATE_BYTES = 64 * 2**20  # of the arena in one step
+_MAX_REQUEST_ID = 256
+
+
+class AsyncCache:
+    """The embedded cache: NEW -> OPEN -> CLOSED, by `async with` or by `open` and `close`.
+
+    `backends` are ready-made ones, the fastest first, in place of those that `config.l2` names. All methods are to be
+    called from the loop that opened it.
+    """
+
+    def __init__(self, config: CacheConfig | None = None, backends: Iterable[Backend] | None = None):
+        self._config = config if config is not None else CacheConfig()
+        if not isinstance(self._config, CacheConfig):
+            raise TypeError(f"config must be a CacheConfig, not {type(config).__name__}")
+        made = [from_url(url) for url in self._config.l2] if backends is None else list(backends)
+        for backend in made:
+            if not isinstance(backend, Backend):
+                raise TypeError(f"a backend must be a Backend, not {type(backend).__name__}")
+        if len({backend.name for backend in made}) < len(made):
+            raise ConfigError("two backends have the same name")
+        if self._config.l1_bytes < PAGE_BYTES:
+            raise ConfigError(f"l1_bytes must be at least a page of {PAGE_BYTES}")
+        self._backends = made
+        self._core: _Core | None = None
+        self._used = False
+
+    # Life.
+
+    async def open(self) -> Self:
+        """Make the arena and open the backends. Raises what a backend raises that can not be opened."""
+        if self._used:
+            raise CacheClosedError("a cache is opened once")
+        self._used = True
+        arena = Arena(self._config.l1_bytes // PAGE_BYTES * PAGE_BYTES)
+        try:
+            for begin in range(0, arena.size_bytes, _POPULATE_BYTES):
+                await asyncio.to_thread(arena.populate, begin, min(begin + _POPULATE_BYTES, arena.size_bytes))
+            await self._open_backends()
+        except BaseException:
+            arena.close()
+            raise
+        self._core = _Core(self._config, arena, self._backends)
+        return self
+
+    async def _open_backends(self) -> None:
+        opened: list[Backend] = []
+        try:
+            for backend in self._backends:
+                opened.append(backend)
+                async with asyncio.timeout(self._config.load_timeout_seconds):
+                    await backend.open()
+        except BaseException:
+            await asyncio.gather(*(backend.close() for backend in opened), return_exceptions=True)
+            raise
+
+    async def close(self) -> None:
+        """End all requests, write back what is pending (for a bounded time), close the backends; idempotent.
+
+        Whoever waits for a future or a query gets CacheClosedError.
+        """
+        core, self._core = self._core, None
+        if core is not None:
+            await core.close()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def _open(self) -> "_Core":
+        if self._core is None:
+            raise CacheClosedError("the cache is closed" if self._used else "the cache is not open: use `async with`")
+        return self._core
+
+    # Prefetching.
+
+    def prefetch(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str | None = None,
+        skip_tokens: int = 0,
+        ranks: Sequence[int] | None = None,
+        deadline_seconds: float | None = None,
+    ) -> Prefetch:
+        """Look a prompt up and load what is cached of it; returns at once.
+
+        `skip_tokens`: what the engine holds itself; its whole chunks are neither looked up nor counted. `ranks`: those to
+        load here, all if None; the others are only checked for existence. `deadline_seconds` runs from this call.
+        Raises RequestConflictError if the id is in use for something else.
+        """
+        core = self._open
+        _check_prompt(prompt)
+        if request_id is not None:
+            _check_request_id(request_id)
+        if type(skip_tokens) is not int:
+            raise TypeError(f"skip_tokens must be an int, not {type(skip_tokens).__name__}")
+        if skip_tokens < 0:
+            raise ValueError(f"skip_tokens must not be negative, got {skip_tokens}")
+        if deadline_seconds is not None:
+            _check_seconds("deadline_seconds", deadline_seconds)
+        layout = prompt.layout
+        here = tuple(range(layout.world_size)) if ranks is None else check_ranks(ranks, layout.world_size)
+        start_chunk = min(skip_tokens // layout.chunk_tokens, len(prompt))
+        return core.controller.start(prompt, request_id, start_chunk, here, deadline_seconds)
+
+    async def lookup(self, prompt: Prompt) -> LookupHits:
+        """How much of a prompt is cached now: no lease, no load, no promise."""
+        core = self._open
+        _check_prompt(prompt)
+        return await core.controller.count(prompt)
+
+    async def query_lookup_hits(self, request_id: str) -> LookupHits:
+        """Await `lookup_done`; by any number of callers, any number of times. Raises UnknownRequestError."""
+        return await self._open.controller.query_lookup_hits(_check_request_id(request_id))
+
+    async def query_status(self, request_id: str) -> LoadResult:
+        """Await `load_done` and claim the result, which is handed out once. Raises UnknownRequestError."""
+        return await self._open.controller.query_status(_check_request_id(request_id))
+
+    async def renew(self, request_id: str) -> None:
+        """Let the request's time begin anew. Raises UnknownRequestError."""
+        self._open.controller.renew(_check_request_id(request_id))
+
+    async def end_request(self, request_id: str) -> None:
+        """Give back all that the request holds; cancels it if it runs. Unknown ids are fine."""
+        self._open.controller.end(_check_request_id(request_id))
+
+    # Reading and writing.
+
+    def read(self, request_id: str, *, rank: int = 0, reader: int = 0) -> ReadLease:
+        """Read what was loaded: `async with` the lease, or `await` it. It waits for the load and claims nothing.
+
+        Entering raises UnknownRequestError, ReadConflictError for a second time, ValueError for a rank or reader that
+        the request has not.
+        """
+        core = self._open
+        return ReadLease(core.controller, core.arena.view, _check_request_id(request_id), rank, reader)
+
+    def store(self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0) -> Writer:
+        """Write a rank's chunks from `start_chunk` on, those that L1 lacks: `async with` the writer, or `await` it."""
+        core = self._open
+        _check_prompt(prompt)
+        check_index("rank", rank, prompt.layout.world_size)
+        check_index("start_chunk", start_chunk, len(prompt) + 1)
+        return Writer(core.l1, core.writeback, core.open_writers, prompt, rank, start_chunk)
+
+    async def flush(self, deadline_seconds: float | None = None) -> FlushResult:
+        """Wait until what was committed is in L2. Counts what was written or dropped since the last flush."""
+        core = self._open
+        if deadline_seconds is not None:
+            _check_seconds("deadline_seconds", deadline_seconds)
+        return await core.writeback.flush(deadline_seconds)
+
+    # Removing.
+
+    async def delete(self, prompt: Prompt) -> Deleted:
+        """Remove every chunk of a prompt from both tiers. Raises BackendError where a backend could not."""
+        core = self._open
+        _check_prompt(prompt)
+        return await core.remover.delete(prompt)
+
+    async def clear(self, tier: Literal["l1", "all"] = "l1") -> Deleted:
+        """Empty L1 of what L2 has ("l1"), or both tiers ("all")."""
+        return await self._open.remover.clear(tier)
+
+    # Looking at it.
+
+    async def stats(self) -> CacheStats:
+        """A snapshot of what is held, and counters since it was opened."""
+        return self._open.stats()
+
+    @property
+    def memory(self) -> memoryview:
+        """The arena, fixed while the cache is open, to register with a GPU or NIC. Not to be written to elsewhere."""
+        return memoryview(self._open.arena.view)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if the records of the cache contradict each other."""
+        self._open.check_integrity()
+
+
+class _Core:
+    """The parts of an open cache, wired up."""
+
+    def __init__(self, config: CacheConfig, arena: Arena, backends: Sequence[Backend]):
+        self.config, self.arena = config, arena
+        self.guards = [
+            Guard(backend, Breaker(config.breaker_failures, config.breaker_reset_seconds)) for backend in backends
+        ]
+        self.l1 = L1Store(arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry))
+        self.writeback = Writeback(self.l1, self.guards, config)
+        self.loader = Loader(self.l1, self.guards, config)
+        hidden = Hidden()
+        self.sweeper = Sweeper()
+        self.controller = PrefetchController(self.l1, self.guards, self.loader, self.sweeper, hidden, config)
+        self.open_writers = self.sweeper.expiry(config.reservation_ttl_seconds, Writer.expire)
+        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, hidden, config)
+        self.sweeping = asyncio.create_task(self.sweeper.run())
+
+    async def close(self) -> None:
+        """In this order: no more requests, what is pending written, no more tasks, tiers closed."""
+        timeout = self.config.close_timeout_seconds
+        await self.controller.close()
+        for writer in list(self.open_writers):
+            writer.expire()
+        await self.writeback.flush(timeout)
+        await self.writeback.close()
+        self.sweeping.cancel()
+        await asyncio.wait((self.sweeping,))
+        await asyncio.gather(*(guard.close(timeout) for guard in self.guards))
+        await self.loader.close()
+        self.l1.close()
+        self.arena.close()
+
+    def stats(self) -> CacheStats:
+        l1, controller = self.l1, self.controller
+        return CacheStats(
+            requests=len(controller.requests),
+            leases=l1.leases,
+            leased_bytes=l1.leased_bytes,
+            reserved_bytes=l1.reserved_bytes,
+            quarantined_bytes=l1.quarantined_bytes,
+            l1_used_bytes=l1.used_bytes,
+            l1_capacity_bytes=self.arena.size_bytes,
+            l1_chunks=len(l1.index),
+            loads=self.loader.loads,
+            shared_loads=self.loader.shared_loads,
+            swept_results=controller.results.swept,
+            swept_leases=controller.leases.swept,
+            swept_reservations=self.open_writers.swept,
+            writebacks_pending=self.writeback.pending,
+            writebacks_dropped=self.writeback.dropped,
+            backends={guard.backend.name: guard.backend.usage() for guard in self.guards},
+        )
+
+    def check_integrity(self) -> None:
+        self.l1.check_integrity()
+        self.loader.check_integrity()
+        self.writeback.check_integrity()
+        self.controller.check_integrity()
+
+
+def _check_prompt(prompt: Prompt) -> None:
+    if not isinstance(prompt, Prompt):
+        raise TypeError(f"prompt must come from ModelLayout.prompt, not be a {type(prompt).__name__}")
+
+
+def _check_request_id(request_id: str) -> str:
+    if not isinstance(request_id, str):
+        raise TypeError(f"request_id must be a str, not {type(request_id).__name__}")
+    if not 0 < len(request_id) <= _MAX_REQUEST_ID:
+        raise ValueError(f"request_id must have 1 to {_MAX_REQUEST_ID} characters, not {len(request_id)}")
+    return request_id
+
+
+def _check_seconds(name: str, seconds: float) -> None:
+    if type(seconds) not in (int, float):
+        raise TypeError(f"{name} must be a number, not {type(seconds).__name__}")
+    if not (seconds >= 0 and math.isfinite(seconds)):
+        raise ValueError(f"{name} must be a finite number of seconds, not {seconds}")

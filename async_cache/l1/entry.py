@@ -1,0 +1,76 @@
+"""The records of L1: what is resident, and what is reserved.
+
+Both are msgspec structs outside the garbage collector: there may be millions, and a collection must not visit them.
+"""
+
+from enum import Enum
+
+from msgspec import Struct
+
+from async_cache.layout import PAGE_BYTES, ModelLayout
+
+_PAGE_BITS = 32
+
+
+class Entry(Struct, gc=False, eq=False):
+    """A chunk in L1: a block of memory for each rank that has one, and the objects that are published in them.
+
+    Evictable while it has neither leases (requests) nor holds (I/O). A detached entry can not be found any more, and
+    leaves memory with its last lease or hold.
+    """
+
+    chunk_hash: bytes
+    layout: ModelLayout
+    present: int = 0  # published objects, by bit
+    ranks: int = 0  # ranks with a block, by bit
+    pages: int = 0  # by rank, the first page of its block, in 32 bits each: one int whatever the world size
+    leases: int = 0
+    holds: int = 0
+    unwritten: int = 0  # backends that have not stored it yet
+    detached: bool = False
+    older: "Entry | None" = None  # for the eviction policy
+    newer: "Entry | None" = None
+
+    def offset(self, rank: int) -> int:
+        """Where the rank's block begins in the arena."""
+        return (self.pages >> rank * _PAGE_BITS & (1 << _PAGE_BITS) - 1) * PAGE_BYTES
+
+    def place(self, rank: int, offset: int) -> None:
+        """Give the rank a block, or another one than it had."""
+        self.pages += (offset - self.offset(rank)) // PAGE_BYTES << rank * _PAGE_BITS
+        self.ranks |= 1 << rank
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of each block."""
+        rooms = self.layout.room_bytes
+        return [(self.offset(rank), rooms[rank]) for rank in range(self.ranks.bit_length()) if self.ranks >> rank & 1]
+
+    @property
+    def room_bytes(self) -> int:
+        """Memory that it takes."""
+        rooms = self.layout.room_bytes
+        return rooms[0] if self.ranks == 1 else sum(size for _, size in self.blocks())
+
+
+class ReservationState(Enum):
+    """RESERVED -> DONE by commit or discard; RESERVED -> QUARANTINED -> DONE when I/O or a user does not let go."""
+
+    RESERVED = "reserved"
+    QUARANTINED = "quarantined"
+    DONE = "done"
+
+
+class Reservation(Struct, gc=False, eq=False):
+    """Private room for one rank of a chunk: a block of its own, or the unpublished part of an entry's block."""
+
+    chunk_hash: bytes
+    layout: ModelLayout
+    rank: int
+    offset: int
+    within: Entry | None = None
+    state: ReservationState = ReservationState.RESERVED
+
+    @property
+    def room_bytes(self) -> int:
+        """Memory that it takes beside what is resident."""
+        return 0 if self.within is not None else self.layout.room_bytes[self.rank]

@@ -1,0 +1,261 @@
+"""L1: the chunks in memory. It never awaits: each method is one atomic step of the event loop.
+
+Everything in the index is published. What is reserved is private to its reservation until `commit`, and the first
+commit of an object wins.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+
+from async_cache.l1.arena import Arena, Extents
+from async_cache.l1.entry import Entry, Reservation, ReservationState
+from async_cache.l1.eviction import EvictionPolicy
+from async_cache.layout import ModelLayout
+
+_MAX_VICTIMS = 10_000  # how many are considered for one block, where memory is fragmented
+
+
+class L1Store:
+    """The index of resident chunks and the room around them; totals change in the methods that change a record."""
+
+    def __init__(self, arena: Arena, policy: EvictionPolicy, on_evict_unwritten: Callable[[Entry], None]):
+        self.arena = arena
+        self.index: dict[bytes, Entry] = {}
+        self._policy = policy
+        self._on_evict_unwritten = on_evict_unwritten
+        self._extents = Extents(arena.size_bytes)
+        self._detached: set[Entry] = set()
+        self.closed = False
+        self.leases = 0
+        self.leased_bytes = 0
+        self.evictable_bytes = 0
+        self.reserved_bytes = 0
+        self.quarantined_bytes = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """All that is not free."""
+        return self.arena.size_bytes - self._extents.free_bytes
+
+    @property
+    def available_bytes(self) -> int:
+        """What is free or may be evicted."""
+        return self._extents.free_bytes + self.evictable_bytes
+
+    # Reading: lease -> release. I/O that reads an entry holds it.
+
+    def lease(self, entry: Entry) -> None:
+        """Keep an entry for a request, until `release`."""
+        if not entry.leases:
+            if not entry.detached:
+                self._policy.discard(entry)
+                if not entry.holds:
+                    self.evictable_bytes -= entry.room_bytes
+            self.leased_bytes += entry.room_bytes
+        entry.leases += 1
+        self.leases += 1
+
+    def release(self, entry: Entry) -> None:
+        """Give back one lease. The tail of a prefix is released before its head, so that it is evicted before it."""
+        entry.leases -= 1
+        self.leases -= 1
+        if not entry.leases:
+            self.leased_bytes -= entry.room_bytes
+            if not entry.detached:
+                self._policy.add(entry)
+                if not entry.holds:
+                    self.evictable_bytes += entry.room_bytes
+            elif not entry.holds:
+                self._free(entry)
+
+    def hold(self, entry: Entry) -> None:
+        """Keep an entry while I/O uses its memory. Its turn to be evicted does not change."""
+        if not entry.holds and not entry.leases and not entry.detached:
+            self.evictable_bytes -= entry.room_bytes
+        entry.holds += 1
+
+    def unhold(self, entry: Entry) -> None:
+        """Give back one hold."""
+        entry.holds -= 1
+        if not entry.holds and not entry.leases:
+            if entry.detached:
+                self._free(entry)
+            else:
+                self.evictable_bytes += entry.room_bytes
+
+    def touch(self, chunk_hashes: Iterable[bytes]) -> None:
+        """These were used just now, the last one most recently."""
+        for chunk_hash in chunk_hashes:
+            entry = self.index.get(chunk_hash)
+            if entry is not None and not entry.leases:
+                self._policy.discard(entry)
+                self._policy.add(entry)
+
+    # Writing: reserve -> commit | discard.
+
+    def reserve(self, layout: ModelLayout, blocks: Sequence[tuple[bytes, int]]) -> list[Reservation]:
+        """Room for each (chunk hash, rank), evicting what it takes; for the first so many, if not all find room."""
+        made: list[Reservation] = []
+        for size, run in groupby(blocks, key=lambda block: layout.room_bytes[block[1]]):
+            wanted = list(run)
+            offsets = self._allocate(size, len(wanted))
+            made += [
+                Reservation(chunk_hash, layout, rank, offset)
+                for (chunk_hash, rank), offset in zip(wanted, offsets, strict=False)
+            ]
+            self.reserved_bytes += size * len(offsets)
+            if len(offsets) < len(wanted):
+                break
+        return made
+
+    def reserve_within(self, entry: Entry, rank: int) -> Reservation:
+        """The unpublished part of an entry's block, which is held until the reservation is done."""
+        self.hold(entry)
+        return Reservation(entry.chunk_hash, entry.layout, rank, entry.offset(rank), within=entry)
+
+    def commit(self, reservation: Reservation, mask: int, after: bytes | None = None) -> Entry:
+        """Publish the objects in `mask`; the entry where they, or those of an earlier commit, can be found.
+
+        `after`: the chunk before it in its prefix, to be evicted after this one.
+        """
+        entry = reservation.within
+        if entry is not None:
+            entry.present |= mask
+            self.discard(reservation)
+            return entry
+        entry = self.index.get(reservation.chunk_hash)
+        if entry is None:
+            entry = Entry(reservation.chunk_hash, reservation.layout)
+            self.index[reservation.chunk_hash] = entry
+            self._policy.add(entry, self.index.get(after) if after is not None else None)
+        elif entry.ranks >> reservation.rank & 1:
+            if not mask & ~entry.present or entry.leases or entry.holds:
+                self.discard(reservation)
+                return entry
+            self._take_block(entry, reservation.rank)  # incomplete and unused: the new block replaces it
+        size = self._end(reservation)
+        entry.place(reservation.rank, reservation.offset)
+        entry.present |= mask
+        if entry.leases:
+            self.leased_bytes += size
+        elif not entry.holds:
+            self.evictable_bytes += size
+        return entry
+
+    def discard(self, reservation: Reservation) -> None:
+        """Give the room back unpublished, also from quarantine. Once is enough, twice does no harm."""
+        if reservation.state is ReservationState.DONE:
+            return
+        size = self._end(reservation)
+        if reservation.within is not None:
+            self.unhold(reservation.within)
+        else:
+            self._extents.free(reservation.offset, size)
+
+    def quarantine(self, reservation: Reservation) -> None:
+        """Somebody may still touch the room: set it aside until `discard`."""
+        if reservation.state is ReservationState.RESERVED:
+            reservation.state = ReservationState.QUARANTINED
+            self.reserved_bytes -= reservation.room_bytes
+            self.quarantined_bytes += reservation.room_bytes
+
+    def _end(self, reservation: Reservation) -> int:
+        size = reservation.room_bytes
+        if reservation.state is ReservationState.QUARANTINED:
+            self.quarantined_bytes -= size
+        else:
+            self.reserved_bytes -= size
+        reservation.state = ReservationState.DONE
+        return size
+
+    # Leaving.
+
+    def remove(self, entry: Entry) -> None:
+        """It can not be found from now on; its memory goes when the last lease and hold have gone."""
+        del self.index[entry.chunk_hash]
+        entry.detached = True
+        self._detached.add(entry)
+        if not entry.leases:
+            self._policy.discard(entry)
+            if not entry.holds:
+                self.evictable_bytes -= entry.room_bytes
+                self._free(entry)
+
+    def _free(self, entry: Entry) -> None:
+        self._detached.discard(entry)
+        for offset, size in entry.blocks():
+            self._extents.free(offset, size)
+
+    def _take_block(self, entry: Entry, rank: int) -> None:
+        size = entry.layout.room_bytes[rank]
+        self._extents.free(entry.offset(rank), size)
+        self.evictable_bytes -= size
+        entry.present &= ~entry.layout.rank_masks[rank]
+
+    def _allocate(self, size: int, count: int) -> list[int]:
+        offsets = self._extents.allocate(size, count)
+        while len(offsets) < count:
+            offset = self._evict_for(size)
+            if offset is None:
+                break
+            offsets.append(offset)
+            offsets += self._extents.allocate(size, count - len(offsets))
+        return offsets
+
+    def _evict_for(self, size: int) -> int | None:
+        """Evict until a block fits, and take it: exactly those chunks that lie where it will be. None: nothing is."""
+        if size > self.available_bytes:
+            return None
+        tried: list[Entry] = []
+        offset = None
+        for entry in self._policy.victims():
+            if entry.holds:
+                continue
+            tried.append(entry)
+            for begin, length in entry.blocks():
+                self._extents.free(begin, length)
+            if self._extents.fits(size):
+                offset = self._extents.allocate(size, 1)[0]
+                break
+            if len(tried) == _MAX_VICTIMS:
+                break
+        for entry in reversed(tried):
+            if offset is not None and any(b < offset + size and offset < b + n for b, n in entry.blocks()):
+                self._evicted(entry)
+            else:
+                for begin, length in entry.blocks():
+                    self._extents.take(begin, length)
+        return offset
+
+    def _evicted(self, entry: Entry) -> None:
+        del self.index[entry.chunk_hash]
+        entry.detached = True
+        self._policy.discard(entry)
+        self.evictable_bytes -= entry.room_bytes
+        if entry.unwritten:
+            self._on_evict_unwritten(entry)
+
+    def close(self) -> None:
+        """Let go of all entries. Those that somebody still reads keep their memory."""
+        self.closed = True
+        for entry in list(self.index.values()):  # the links between them would keep them alive
+            self.remove(entry)
+
+    def check_integrity(self) -> None:
+        """Every total agrees with the records, and no two blocks overlap."""
+        entries = [*self.index.values(), *self._detached]
+        evictable = list(self._policy.victims())
+        blocks = sorted(block for entry in entries for block in entry.blocks())
+        assert all(b + n <= blocks[i + 1][0] for i, (b, n) in enumerate(blocks[:-1]))
+        resident = sum(n for _, n in blocks)
+        assert resident + self.reserved_bytes + self.quarantined_bytes == self.used_bytes
+        assert self.leases == sum(e.leases for e in entries)
+        assert self.leased_bytes == sum(e.room_bytes for e in entries if e.leases)
+        assert self.evictable_bytes == sum(e.room_bytes for e in evictable if not e.holds)
+        assert {id(e) for e in evictable} == {id(e) for e in self.index.values() if not e.leases}
+        for entry in entries:
+            assert entry.leases >= 0 and entry.holds >= 0 and entry.unwritten >= 0
+            assert entry.present and entry.ranks
+            assert entry.detached == (self.index.get(entry.chunk_hash) is not entry)
+            assert not entry.detached or entry.leases or entry.holds
+        self._extents.check_integrity()

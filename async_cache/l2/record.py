@@ -1,0 +1,311 @@
+"""One object, one file: the format of a record, and the directory of them. All of it blocks: it is for threads.
+
+A record, version 1, little endian. The body comes first, where O_DIRECT finds it aligned, and the trailer can be
+written when the checksum is known:
+
+    0       n bytes   body
+    n       8         magic, "akvrec" and the version as uint16
+    n + 8   32        chunk hash
+    n + 40  4         rank, uint32
+    n + 44  4         group, uint32
+    n + 48  8         n, uint64
+    n + 56  8         XXH3-64 of the body, uint64
+
+It is named `<chunk hash in hex>.<rank>.<group>.kv`. A writer fills a `tmp.<random>` and renames it: an object appears
+whole or not at all, whoever else writes the same one.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from mmap import PAGESIZE, mmap
+from secrets import token_hex
+from struct import Struct
+from threading import Event
+
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+from async_cache.keys import ObjectKey
+from async_cache.l2.backend import LoadOutcome
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 256 * 1024  # hashed while it is still in the processor's cache
+TRAILER = Struct("<8s32sIIQQ")
+MAGIC = b"akvrec\x01\x00"
+SCAN_ENTRIES = 1000
+
+_NAME = re.compile(r"([0-9a-f]{64})\.(0|[1-9][0-9]{0,9})\.(0|[1-9][0-9]{0,9})\.kv")
+_TEMPORARY = "tmp."
+_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = _SAFE | os.O_RDONLY | os.O_NONBLOCK  # a pipe under an object's name must not block
+_CREATE = _SAFE | os.O_WRONLY | os.O_CREAT | os.O_EXCL
+_NO_FILE = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO}  # nothing, or a link, a directory ...
+
+Found = tuple[int, ObjectKey, int]  # modification time in ns, key, size of the body in bytes
+
+
+def file_name(key: ObjectKey) -> str:
+    chunk_hash, rank, group = key
+    return f"{chunk_hash.hex()}.{rank}.{group}.kv"
+
+
+def parse_name(name: str) -> ObjectKey | None:
+    """The key of a record's file; None for any other name."""
+    match = _NAME.fullmatch(name)
+    return match and ObjectKey(bytes.fromhex(match[1]), int(match[2]), int(match[3]))
+
+
+class RecordDirectory:
+    """The records of one directory, which is opened once: what becomes of its path later does not matter.
+
+    `stop` ends a call between two blocks; what it returns is then of no use. Raises OSError.
+    """
+
+    def __init__(self, path: str, *, fsync: bool, direct: bool):
+        self._fsync, self._direct = fsync, direct
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            os.close(self._fd)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    # Loads.
+
+    def load(self, keys: Sequence[ObjectKey], bodies: Sequence[memoryview], stop: Event) -> list[LoadOutcome | OSError]:
+        """Fill the bodies, one after the other; a fault is told in the place of the outcome."""
+        outcomes: list[LoadOutcome | OSError] = []
+        tail = self._tail()
+        for key, body in zip(keys, bodies, strict=True):
+            if stop.is_set():
+                break
+            try:
+                outcomes.append(self._load(key, body, tail, stop))
+            except OSError as error:
+                gone = error.errno in _NO_FILE
+                outcomes.append(LoadOutcome.GONE if gone else error.with_traceback(None))  # whose frames hold the body
+        return outcomes
+
+    def _load(self, key: ObjectKey, body: memoryview, tail: memoryview, stop: Event) -> LoadOutcome:
+        name = file_name(key)
+        fd = os.open(name, _READ, dir_fd=self._fd)
+        try:
+            if self._direct:
+                self._use_direct(fd, body)
+            if read_record(fd, key, body, tail, stop):
+                return LoadOutcome.LOADED
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), self._stat(name)):
+                    os.unlink(name, dir_fd=self._fd)  # and not what another writer has put there meanwhile
+            return LoadOutcome.CORRUPT
+        finally:
+            os.close(fd)
+
+    # Stores.
+
+    def store(self, keys: Sequence[ObjectKey], bodies: Sequence[memoryview], stop: Event) -> list[OSError | None]:
+        """Write the records that are not there yet: None, or why it failed. Fewer than the keys if it was stopped."""
+        errors: list[OSError | None] = []
+        for key, body in zip(keys, bodies, strict=True):
+            if stop.is_set():
+                break
+            try:
+                self._store(key, body, stop)
+                errors.append(None)
+            except OSError as error:
+                errors.append(error.with_traceback(None))
+        if self._fsync:
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                return [error] * len(errors)
+        return errors
+
+    def _store(self, key: ObjectKey, body: memoryview, stop: Event) -> None:
+        name = file_name(key)
+        if self.size(key) == len(body):
+            return
+        temporary = _TEMPORARY + token_hex(8)
+        fd = os.open(temporary, _CREATE, 0o600, dir_fd=self._fd)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # see _remove_leftover
+                if self._direct:
+                    self._use_direct(fd, body)
+                tail = self._tail()
+                write_record(fd, key, body, tail if self._direct else tail[: TRAILER.size], stop)
+                if self._fsync:
+                    os.fsync(fd)
+                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            finally:
+                os.close(fd)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=self._fd)
+            raise
+
+    # Names.
+
+    def size(self, key: ObjectKey) -> int | None:
+        """Bytes of an object's body, from the size of its file; None if there is none."""
+        try:
+            status = self._stat(file_name(key))
+        except FileNotFoundError:
+            return None
+        return _body_bytes(status)
+
+    def sizes(self, keys: Sequence[ObjectKey]) -> list[int | None]:
+        return [self.size(key) for key in keys]
+
+    def unlink(self, keys: Sequence[ObjectKey]) -> int:
+        """Remove what is there of the keys, and count it. A fault is raised after all were tried."""
+        removed, fault = 0, None
+        for key in keys:
+            try:
+                os.unlink(file_name(key), dir_fd=self._fd)
+                removed += 1
+            except OSError as error:
+                if error.errno not in _NO_FILE:
+                    fault = error
+        if fault is not None:
+            raise fault
+        return removed
+
+    def scan(self) -> Iterator[list[Found]]:
+        """All records in lists of about SCAN_ENTRIES, each with the newest first. Removes what dead writers left."""
+        with os.scandir(self._fd) as entries:
+            while batch := list(islice(entries, SCAN_ENTRIES)):
+                if found := sorted(filter(None, map(self._recover, batch)), reverse=True):
+                    yield found
+
+    def _recover(self, entry: "os.DirEntry[str]") -> Found | None:
+        key = parse_name(entry.name)
+        try:
+            if key is not None:
+                status = entry.stat(follow_symlinks=False)
+                size_bytes = _body_bytes(status)
+                return None if size_bytes is None else (status.st_mtime_ns, key, size_bytes)
+            if entry.name.startswith(_TEMPORARY) and entry.is_file(follow_symlinks=False):
+                self._remove_leftover(entry.name)
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                logger.warning("can not recover %s: %s", entry.name, error)
+        return None
+
+    def _remove_leftover(self, name: str) -> None:
+        """Remove a temporary file unless its writer lives: that one holds a lock, which the kernel ends with it.
+
+        Each file has its own lock: there is nothing to create, hold or clear away for a process. In the instant
+        between the writer's open and its lock it can be robbed of the file, and its store answers False.
+        """
+        fd = os.open(name, _READ, dir_fd=self._fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(name, dir_fd=self._fd)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(fd)
+
+    def _stat(self, name: str) -> os.stat_result:
+        return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+
+    # O_DIRECT.
+
+    def _tail(self) -> memoryview:
+        """Room for a trailer and at least one byte more, in which a file that is too long shows."""
+        return memoryview(mmap(-1, PAGESIZE) if self._direct else bytearray(TRAILER.size + 1))
+
+    def _use_direct(self, fd: int, body: memoryview) -> None:
+        if len(body) % PAGESIZE:
+            return
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            logger.warning("the file system has no O_DIRECT: going through the page cache")
+            self._direct = False
+
+
+def _body_bytes(status: os.stat_result) -> int | None:
+    """Bytes of the body in a file of this status; None if it can not be a record."""
+    whole = stat.S_ISREG(status.st_mode) and status.st_size >= TRAILER.size
+    return status.st_size - TRAILER.size if whole else None
+
+
+def read_record(fd: int, key: ObjectKey, body: memoryview, tail: memoryview, stop: Event) -> bool:
+    """Fill `body`; whether the file is the record of `key`, of this length, and intact.
+
+    `tail` is longer than a trailer, so that a file that is too long shows.
+    """
+    size = len(body)
+    if size <= BLOCK_BYTES:  # spares what the loop costs, which for 64 KiB is a tenth
+        if _transfer(os.preadv, fd, [body, tail], 0, size + TRAILER.size) != size + TRAILER.size:
+            return False
+        checksum = xxh3_64_intdigest(body)
+    else:
+        digest = xxh3_64()
+        for begin in range(0, size, BLOCK_BYTES):
+            if stop.is_set():
+                raise InterruptedError
+            block = body[begin : begin + BLOCK_BYTES]
+            last = begin + BLOCK_BYTES >= size
+            wanted = len(block) + last * TRAILER.size
+            if _transfer(os.preadv, fd, [block, tail] if last else [block], begin, wanted) != wanted:
+                return False
+            digest.update(block)
+        checksum = digest.intdigest()
+    return tail[: TRAILER.size] == TRAILER.pack(MAGIC, *key, size, checksum)
+
+
+def write_record(fd: int, key: ObjectKey, body: memoryview, tail: memoryview, stop: Event) -> None:
+    """Write `body` and its trailer into an empty file.
+
+    `tail` is room for the trailer. If it is longer, it is written whole, as O_DIRECT demands, and cut off again.
+    """
+    size = len(body)
+    digest = xxh3_64()
+    for begin in range(0, max(size, 1), BLOCK_BYTES):
+        if stop.is_set():
+            raise InterruptedError
+        block = body[begin : begin + BLOCK_BYTES]
+        digest.update(block)
+        parts = [block]
+        if begin + BLOCK_BYTES >= size:
+            TRAILER.pack_into(tail, 0, MAGIC, *key, size, digest.intdigest())
+            parts.append(tail)
+        wanted = sum(map(len, parts))
+        if _transfer(os.pwritev, fd, parts, begin, wanted) != wanted:
+            raise OSError(errno.EIO, "the file takes no more bytes")
+    if len(tail) > TRAILER.size:
+        os.ftruncate(fd, size + TRAILER.size)
+
+
+def _transfer(
+    call: Callable[[int, list[memoryview], int], int], fd: int, parts: list[memoryview], offset: int, wanted: int
+) -> int:
+    """Do a preadv or pwritev until `wanted` bytes are through, or no more come; the number of bytes."""
+    done = 0
+    while True:
+        try:
+            count = call(fd, parts, offset + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+                raise
+            fcntl.fcntl(fd, fcntl.F_SETFL, 0)  # memory or a rest that is not aligned: on through the page cache
+            continue
+        done += count
+        if done >= wanted or not count:
+            return done
+        while count >= len(parts[0]):
+            count -= len(parts.pop(0))
+        parts[0] = parts[0][count:]

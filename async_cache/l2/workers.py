@@ -1,0 +1,86 @@
+"""Threads for calls that block, such that a dead disk holds up neither a cancelled caller for ever nor the exit."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from functools import partial
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_Queue = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+
+
+class DaemonExecutor(Executor):
+    """A fixed number of daemon threads that serve one queue.
+
+    The executors of the standard library join their threads when the interpreter exits: a thread that waits for a
+    dead disk would keep the process for ever.
+    """
+
+    def __init__(self, threads: int, name: str):
+        self._queue: _Queue = SimpleQueue()
+        self._ends: list[Future[None]] = [Future() for _ in range(threads)]
+        self._stopped = False
+        for number, ended in enumerate(self._ends):
+            Thread(target=_work, args=(self._queue, ended), name=f"{name} {number}", daemon=True).start()
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        if self._stopped:
+            raise RuntimeError("the executor was shut down")
+        future: Future[R] = Future()
+        self._queue.put((future, partial(fn, *args, **kwargs)))
+        return future
+
+    def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:
+        """Let the threads end, after what is queued. It never waits: `ended` does."""
+        if not self._stopped:
+            self._stopped = True
+            for _ in self._ends:
+                self._queue.put(None)
+
+    async def ended(self, timeout_seconds: float) -> bool:
+        """Whether all threads have ended within this time."""
+        ends = [asyncio.wrap_future(end) for end in self._ends]
+        _, stuck = await asyncio.wait(ends, timeout=timeout_seconds)
+        return not stuck
+
+
+def _work(queue: _Queue, ended: Future[None]) -> None:
+    while (call := queue.get()) is not None:
+        _run(*call)
+        del call  # an idle thread must not hold on to buffers
+    ended.set_result(None)
+
+
+def _run(future: Future[Any], function: Callable[[], Any]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            result = function()
+        except BaseException as error:  # the root of a call: whoever waits for it gets it
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+
+async def settle(futures: Sequence[Future[Any]], stop: Event) -> None:
+    """Wait until no thread works on any of the futures; their results are then there to be asked for.
+
+    A cancel sets `stop`, which the functions look at between two steps, drops the calls that did not begin, and
+    waits for the others before it goes on, however often it is repeated: only then are their buffers free.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    pending = {asyncio.wrap_future(future) for future in futures}
+    while pending:
+        try:
+            _, pending = await asyncio.wait(pending)  # which, unlike gather, cancels nothing
+        except asyncio.CancelledError as error:
+            cancelled = error
+            stop.set()
+            for future in futures:
+                future.cancel()
+    if cancelled is not None:
+        raise cancelled

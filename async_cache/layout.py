@@ -1,0 +1,285 @@
+"""What fixes the bytes: a model's layout, and the prompts that are hashed under it.
+
+The objects of a chunk are numbered by bit, `rank * len(groups) + group`, so that what a chunk holds, lacks or needs is
+one int whatever the world size.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Any
+
+from async_cache import keys
+from async_cache.keys import Media, ObjectKey
+
+DTYPE_BYTES = {
+    "bool": 1, "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1, "int16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8, "float64": 8,
+}  # fmt: skip
+
+PAGE_BYTES = 4096
+HASH_AT_ONCE_TOKENS = 32_768  # a quarter of a millisecond; a longer prompt is hashed when it is first used
+MAX_OBJECTS_PER_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class ObjectGroup:
+    """The layers that share a shape: `shape` and `dtype` (a torch name) are those of one object.
+
+    `window_chunks`: None for full attention, w >= 1 if only the last w chunks of a prefix are needed.
+    `ranks`: those that hold this group, None for all.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    _: KW_ONLY
+    window_chunks: int | None = None
+    ranks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.shape)
+        if not shape or any(type(n) is not int or n < 1 for n in shape):
+            raise ValueError(f"shape must be positive integers, not {self.shape!r}")
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(sorted(DTYPE_BYTES))}")
+        _check_count("window_chunks", self.window_chunks, optional=True)
+        object.__setattr__(self, "shape", shape)
+        if self.ranks is not None:
+            object.__setattr__(self, "ranks", tuple(self.ranks))
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Bytes of one object."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """How a model's KV is cut into objects: every chunk of `chunk_tokens` has one per rank and group."""
+
+    model: str
+    groups: tuple[ObjectGroup, ...]
+    _: KW_ONLY
+    chunk_tokens: int = 256
+    world_size: int = 1
+    readers_per_rank: int = 1
+    revision: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "revision"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a str")
+        if not self.model:
+            raise ValueError("model must not be empty")
+        for name in ("chunk_tokens", "world_size", "readers_per_rank"):
+            _check_count(name, getattr(self, name))
+        groups = tuple(self.groups)
+        if not groups or not all(isinstance(g, ObjectGroup) for g in groups):
+            raise ValueError("groups must be one or more ObjectGroup")
+        if self.world_size * len(groups) > MAX_OBJECTS_PER_CHUNK:
+            raise ValueError(f"world_size * groups must be at most {MAX_OBJECTS_PER_CHUNK}")
+        for group in groups:
+            if group.ranks is not None:
+                check_ranks(group.ranks, self.world_size)
+        object.__setattr__(self, "groups", groups)
+
+    def prompt(self, tokens: Any, *, salt: str = "", adapter: str = "", media: Media = ()) -> "Prompt":
+        """The chunk hashes of `tokens` under this layout.
+
+        `tokens`: integers of any kind (see `keys.pack_tokens`). `salt` separates tenants, `adapter` names a LoRA,
+        `media` are (token offset, digest) of images and the like. A tail shorter than a chunk is not cached.
+        """
+        packed = keys.pack_tokens(tokens)
+        items = keys.check_media(media, len(packed) // 4)
+        return Prompt(self, self._root("tokens", salt, adapter), len(packed) // 4, salt, adapter, packed, items)
+
+    def prompt_from_hashes(
+        self, block_hashes: Sequence[bytes], block_tokens: int, *, salt: str = "", adapter: str = ""
+    ) -> "Prompt":
+        """A prompt known only by an engine's own chained block hashes, each for `block_tokens` tokens.
+
+        It never meets a prompt made from tokens, nor one of another block size.
+        """
+        _check_count("block_tokens", block_tokens)
+        if self.chunk_tokens % block_tokens:
+            raise ValueError(f"chunk_tokens {self.chunk_tokens} is not a multiple of block_tokens {block_tokens}")
+        blocks = keys.check_blocks(block_hashes)
+        root = self._root(f"blocks/{block_tokens}", salt, adapter)
+        hashes = keys.chain_blocks(root, blocks, self.chunk_tokens // block_tokens)
+        return Prompt(self, root, len(blocks) * block_tokens, salt, adapter, hashes=hashes)
+
+    def _root(self, domain: str, salt: str, adapter: str) -> bytes:
+        fields = [domain, self.model, self.revision, keys.check_label("adapter", adapter)]
+        fields += [keys.check_label("salt", salt), str(self.chunk_tokens), str(self.world_size)]
+        for group in self.groups:
+            fields += [group.dtype, ",".join(map(str, group.shape)), str(group.window_chunks or "")]
+            fields.append(",".join(map(str, sorted(self._ranks_of(group)))))
+        return keys.root(fields)
+
+    def _ranks_of(self, group: ObjectGroup) -> Sequence[int]:
+        return range(self.world_size) if group.ranks is None else group.ranks
+
+    # What the core asks of a layout. An object is a bit, see the module's docstring.
+
+    @cached_property
+    def full_mask(self) -> int:
+        """All the objects of a chunk."""
+        return sum(1 << self.bit(rank, g) for g, group in enumerate(self.groups) for rank in self._ranks_of(group))
+
+    @cached_property
+    def prefix_mask(self) -> int:
+        """The objects that every chunk of a prefix needs: those with full attention."""
+        return self.full_mask & ~sum(mask for _, mask in self.windows)
+
+    @cached_property
+    def windows(self) -> tuple[tuple[int, int], ...]:
+        """(window_chunks, mask) of the groups of which only the end of a prefix is needed."""
+        masks: dict[int, int] = {}
+        for g, group in enumerate(self.groups):
+            if group.window_chunks is not None:
+                mask = sum(1 << self.bit(rank, g) for rank in self._ranks_of(group))
+                masks[group.window_chunks] = masks.get(group.window_chunks, 0) | mask
+        return tuple(sorted(masks.items()))
+
+    @cached_property
+    def rank_masks(self) -> tuple[int, ...]:
+        """By rank, the objects that it holds."""
+        every = (1 << len(self.groups)) - 1
+        return tuple(self.full_mask & every << self.bit(rank, 0) for rank in range(self.world_size))
+
+    @cached_property
+    def spans(self) -> tuple[tuple[tuple[int, int] | None, ...], ...]:
+        """By rank and group, where the object lies in the rank's block: (begin, end) in bytes, None if not held."""
+        return tuple(self._spans(rank) for rank in range(self.world_size))
+
+    def _spans(self, rank: int) -> tuple[tuple[int, int] | None, ...]:
+        spans: list[tuple[int, int] | None] = []
+        begin = 0
+        for group in self.groups:
+            if rank in self._ranks_of(group):
+                spans.append((begin, begin + group.size_bytes))
+                begin += group.size_bytes
+            else:
+                spans.append(None)
+        return tuple(spans)
+
+    @cached_property
+    def block_bytes(self) -> tuple[int, ...]:
+        """By rank, the bytes of a chunk."""
+        return tuple(max((span[1] for span in spans if span), default=0) for spans in self.spans)
+
+    @cached_property
+    def room_bytes(self) -> tuple[int, ...]:
+        """By rank, the room that a chunk takes in L1: whole pages."""
+        return tuple(-(-size // PAGE_BYTES) * PAGE_BYTES for size in self.block_bytes)
+
+    def bit(self, rank: int, group: int) -> int:
+        """The number of an object within its chunk."""
+        return rank * len(self.groups) + group
+
+    def objects(self, mask: int) -> list[tuple[int, int]]:
+        """(rank, group) of each object in `mask`."""
+        known = self._objects.get(mask)
+        if known is None:
+            known = [divmod(bit, len(self.groups)) for bit in range(mask.bit_length()) if mask >> bit & 1]
+            if len(self._objects) < MAX_OBJECTS_PER_CHUNK:
+                self._objects[mask] = known
+        return known
+
+    @cached_property
+    def _objects(self) -> dict[int, list[tuple[int, int]]]:
+        return {}
+
+    def object_keys(self, chunk_hash: bytes, mask: int) -> list[ObjectKey]:
+        """The keys of the objects in `mask` of a chunk."""
+        return [ObjectKey(chunk_hash, rank, group) for rank, group in self.objects(mask)]
+
+    def mask_bytes(self, mask: int) -> int:
+        """Bytes of the objects in `mask`."""
+        return sum(self.groups[group].size_bytes for _, group in self.objects(mask))
+
+
+class Prompt:
+    """A layout, the chunk hashes of a prompt's tokens, and a salt: made once, used for every call.
+
+    `tokens` counts the prompt's tokens, the tail that is not cached included. `len(prompt)` counts its whole chunks.
+    """
+
+    __slots__ = ("_hashes", "_media", "_packed", "adapter", "layout", "root", "salt", "tokens")
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        root: bytes,
+        tokens: int,
+        salt: str,
+        adapter: str,
+        packed: bytes = b"",
+        media: Media = (),
+        hashes: list[bytes] | None = None,
+    ):
+        self.layout, self.root, self.tokens, self.salt, self.adapter = layout, root, tokens, salt, adapter
+        self._packed, self._media, self._hashes = packed, media, hashes
+        if tokens <= HASH_AT_ONCE_TOKENS:
+            self.hash()
+
+    @property
+    def hashed(self) -> bool:
+        """Whether `chunk_hashes` is known: if not, asking for it takes milliseconds."""
+        return self._hashes is not None
+
+    def hash(self) -> None:
+        """Compute the chunk hashes, once; may run in any thread."""
+        if self._hashes is None:
+            self._hashes = keys.chain_tokens(self.root, self._packed, self.layout.chunk_tokens, self._media)
+            self._packed = b""
+
+    @property
+    def chunk_hashes(self) -> list[bytes]:
+        """One 32-byte digest for each whole chunk."""
+        if self._hashes is None:
+            self.hash()
+            assert self._hashes is not None
+        return self._hashes
+
+    def __len__(self) -> int:
+        return self.tokens // self.layout.chunk_tokens
+
+    def same_as(self, other: "Prompt") -> bool:
+        """Whether both have the same chunks: the last digest says it all, or before it is known, the ids."""
+        if self is other:
+            return True
+        if self.root != other.root or self.tokens != other.tokens:
+            return False
+        return self.chunk_hashes[-1:] == other.chunk_hashes[-1:]
+
+    def __repr__(self) -> str:
+        return f"<Prompt of {self.tokens} tokens, {len(self)} chunks, model {self.layout.model!r}>"
+
+
+def check_ranks(ranks: Sequence[int], world_size: int) -> tuple[int, ...]:
+    """Distinct ranks within the world, ascending."""
+    checked = tuple(ranks)
+    for rank in checked:
+        check_index("rank", rank, world_size)
+    if not checked or len(set(checked)) != len(checked):
+        raise ValueError(f"ranks must be one or more distinct ranks, not {ranks!r}")
+    return tuple(sorted(checked))
+
+
+def check_index(name: str, value: int, bound: int) -> None:
+    """A rank or a reader."""
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if not 0 <= value < bound:
+        raise ValueError(f"{name} {value} is not in 0..{bound - 1}")
+
+
+def _check_count(name: str, value: int | None, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")

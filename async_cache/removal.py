@@ -1,0 +1,148 @@
+"""Delete and clear: gone from the moment of the call, whatever reads, loads or writes it."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+from async_cache.config import CacheConfig
+from async_cache.errors import BackendError
+from async_cache.keys import ObjectKey
+from async_cache.l1.store import L1Store
+from async_cache.l2.guard import Guard
+from async_cache.layout import Prompt
+from async_cache.loads import Loader
+from async_cache.values import Deleted
+from async_cache.writeback import Writeback
+
+_CHUNKS_AT_ONCE = 1000  # then the loop gets its turn
+
+
+class Hidden:
+    """Chunks that are being deleted: a backend may still hold them, but they must not be found there."""
+
+    def __init__(self) -> None:
+        self._hashes: Counter[bytes] = Counter()
+        self._all = 0
+
+    def hide(self, chunk_hashes: Iterable[bytes] | None) -> None:
+        """These, or all."""
+        if chunk_hashes is None:
+            self._all += 1
+        else:
+            self._hashes.update(chunk_hashes)
+
+    def show(self, chunk_hashes: Iterable[bytes] | None) -> None:
+        """These, or all, are gone from the backends."""
+        if chunk_hashes is None:
+            self._all -= 1
+        else:
+            self._hashes.subtract(chunk_hashes)
+            self._hashes = +self._hashes
+
+    def __contains__(self, chunk_hash: bytes) -> bool:
+        return self._all > 0 or chunk_hash in self._hashes
+
+
+class Remover:
+    """Takes chunks out of L1, out of what is on its way, and out of every backend."""
+
+    def __init__(
+        self,
+        l1: L1Store,
+        guards: Sequence[Guard],
+        loader: Loader,
+        writeback: Writeback,
+        hidden: Hidden,
+        config: CacheConfig,
+    ):
+        self._l1 = l1
+        self._guards = guards
+        self._loader = loader
+        self._writeback = writeback
+        self._hidden = hidden
+        self._config = config
+
+    async def delete(self, prompt: Prompt) -> Deleted:
+        """Remove every chunk of a prompt. Raises BackendError if a backend could not, after all others did."""
+        if not prompt.hashed:
+            await asyncio.to_thread(prompt.hash)
+        hashes = prompt.chunk_hashes
+        self._hidden.hide(hashes)
+        try:
+            resident, leased = self._remove_from_l1(hashes)
+            self._loader.forget(hashes)
+            keys = [key for h in hashes for key in prompt.layout.object_keys(h, prompt.layout.full_mask)]
+            found = await self._on_every_backend(lambda guard: self._delete_found(guard, keys))
+            return Deleted(len(resident | found), leased)
+        finally:
+            self._hidden.show(hashes)
+
+    async def clear(self, tier: str) -> Deleted:
+        """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1")."""
+        if tier not in ("l1", "all"):
+            raise ValueError(f'tier must be "l1" or "all", not {tier!r}')
+        if tier == "l1":
+            resident, leased = await self._clear_l1(keep_unwritten=True)
+            return Deleted(len(resident), leased)
+        self._hidden.hide(None)
+        try:
+            self._loader.forget_all()
+            resident, leased = await self._clear_l1(keep_unwritten=False)
+            found = await self._on_every_backend(self._delete_all)
+            return Deleted(len(resident | found), leased)
+        finally:
+            self._hidden.show(None)
+
+    def _remove_from_l1(self, chunk_hashes: Iterable[bytes]) -> tuple[set[bytes], int]:
+        resident, leased = set(), 0
+        for chunk_hash in chunk_hashes:
+            entry = self._l1.index.get(chunk_hash)
+            if entry is not None:
+                resident.add(chunk_hash)
+                leased += entry.leases > 0
+                self._writeback.forget(entry)
+                self._l1.remove(entry)
+        return resident, leased
+
+    async def _clear_l1(self, *, keep_unwritten: bool) -> tuple[set[bytes], int]:
+        hashes = [h for h, entry in self._l1.index.items() if not (keep_unwritten and entry.unwritten)]
+        resident: set[bytes] = set()
+        leased = 0
+        for begin in range(0, len(hashes), _CHUNKS_AT_ONCE):
+            some, some_leased = self._remove_from_l1(hashes[begin : begin + _CHUNKS_AT_ONCE])
+            resident |= some
+            leased += some_leased
+            await asyncio.sleep(0)
+        return resident, leased
+
+    async def _on_every_backend(self, remove: Callable[[Guard], Awaitable[set[bytes]]]) -> set[bytes]:
+        """The chunks that were found on any. Raises BackendError once all have ended, if one failed."""
+        outcomes = await asyncio.gather(*map(remove, self._guards), return_exceptions=True)
+        found: set[bytes] = set()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            found |= outcome
+        return found
+
+    async def _delete_found(self, guard: Guard, keys: Sequence[ObjectKey]) -> set[bytes]:
+        await self._writeback.landed(guard, {key.chunk_hash for key in keys})
+        found = await guard.lookup(keys, self._config.lookup_timeout_seconds)
+        if found is None:
+            raise BackendError(f"{guard.backend.name} can not be asked what to delete")
+        guard.unpin_found(keys, found)
+        there = [key for key, is_there in zip(keys, found, strict=True) if is_there]
+        if there:
+            await guard.delete(there, self._config.store_timeout_seconds)
+        return {key.chunk_hash for key in there}
+
+    async def _delete_all(self, guard: Guard) -> set[bytes]:
+        await self._writeback.landed(guard, None)
+        try:
+            async with asyncio.timeout(self._config.store_timeout_seconds):
+                keys = [key async for key, _ in guard.backend.keys()]
+        except (TimeoutError, OSError) as error:
+            raise BackendError(f"{guard.backend.name} can not be asked what to delete") from error
+        for begin in range(0, len(keys), _CHUNKS_AT_ONCE):
+            await guard.delete(keys[begin : begin + _CHUNKS_AT_ONCE], self._config.store_timeout_seconds)
+        return {key.chunk_hash for key in keys}

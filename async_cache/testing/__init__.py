@@ -1,0 +1,27 @@
+"""What tests of a cache, and of a backend, are made of.
+
+    backends     backends that wait at a gate, run at a set speed, fail the Nth call, or flip a bit
+    conformance  the suite that admits a backend: subclass `BackendSuite`
+    virtual      `run_virtual` runs a coroutine on a clock that jumps
+
+The backends are exported here. The other two need the extra `async_cache[testing]`, so they are imported from
+their own modules.
+"""
+
+from async_cache.testing.backends import (
+    BitFlipBackend,
+    FailingBackend,
+    GatedBackend,
+    ThrottledBackend,
+    Verb,
+    WrappedBackend,
+)
+
+__all__ = [
+    "BitFlipBackend",
+    "FailingBackend",
+    "GatedBackend",
+    "ThrottledBackend",
+    "Verb",
+    "WrappedBackend",
+]

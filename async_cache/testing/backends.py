@@ -1,0 +1,202 @@
+"""Backends that make another one wait, slow down, fail or rot, to see in a test what its caller does then.
+
+They wrap each other as well. What they do, they do before the inner call: cancelled there, a call has pinned
+nothing and touched no buffer. They use the loop's clock and no threads, so they run under virtual time.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from typing import Literal, get_args
+
+from async_cache.errors import BackendError
+from async_cache.keys import ObjectKey
+from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.memory import MemoryBackend
+from async_cache.values import BackendUsage
+
+Verb = Literal["lookup", "load", "store", "delete"]
+VERBS: tuple[Verb, ...] = get_args(Verb)
+
+Buffers = Sequence[memoryview]
+
+
+class WrappedBackend(Backend):
+    """Hands everything on to `inner`, under its name, and counts: `calls` begun and `keys_asked`, by verb."""
+
+    def __init__(self, inner: Backend):
+        self.inner = inner
+        self.name = inner.name
+        self.calls: Counter[str] = Counter()
+        self.keys_asked: Counter[str] = Counter()
+
+    async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers) -> None:
+        """What a subclass does before each inner call: wait, or raise. `calls` counts this one already."""
+
+    async def open(self) -> None:
+        await self.inner.open()
+
+    async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        await self._begin("lookup", keys)
+        return await self.inner.lookup(keys)
+
+    def unpin(self, keys: Sequence[ObjectKey]) -> None:
+        self.inner.unpin(keys)
+
+    async def load(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[LoadOutcome]:
+        await self._begin("load", keys, buffers)
+        return await self.inner.load(keys, buffers)
+
+    async def store(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[bool]:
+        await self._begin("store", keys, buffers)
+        return await self.inner.store(keys, buffers)
+
+    async def delete(self, keys: Sequence[ObjectKey]) -> int:
+        await self._begin("delete", keys)
+        return await self.inner.delete(keys)
+
+    def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
+        return self.inner.keys()
+
+    def usage(self) -> BackendUsage:
+        return self.inner.usage()
+
+    async def close(self) -> None:
+        await self.inner.close()
+
+    async def _begin(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers = ()) -> None:
+        self.calls[verb] += 1
+        self.keys_asked[verb] += len(keys)
+        await self.before(verb, keys, buffers)
+
+
+class GatedBackend(WrappedBackend):
+    """Calls of the held verbs wait at a gate until it is released.
+
+    With `stubborn`, a load or store that is cancelled at the gate ends only when the gate is released, and
+    raises CancelledError then: like a thread on a dead disk, it owns its buffers until it ends.
+    """
+
+    def __init__(self, inner: Backend, *verbs: Verb, stubborn: bool = False):
+        super().__init__(inner)
+        self._stubborn = stubborn
+        self._gates: dict[Verb, asyncio.Event] = {}
+        self._arrival = asyncio.Event()
+        if verbs:
+            self.hold(*verbs)
+
+    def hold(self, *verbs: Verb) -> None:
+        """Let calls of these verbs (of all, if none is named) wait from now on."""
+        for verb in _checked(verbs):
+            self._gates.setdefault(verb, asyncio.Event())
+
+    def release(self, *verbs: Verb) -> None:
+        """Let go of the calls that wait, and hold none from now on; of all verbs, if none is named."""
+        for verb in _checked(verbs):
+            gate = self._gates.pop(verb, None)
+            if gate is not None:
+                gate.set()
+
+    async def reached(self, verb: Verb, count: int = 1) -> None:
+        """Return once `count` calls of the verb have begun in total: each is at the gate, or was."""
+        while self.calls[verb] < count:
+            await self._arrival.wait()
+
+    async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers) -> None:
+        self._arrival.set()
+        self._arrival = asyncio.Event()
+        gate = self._gates.get(verb)
+        if gate is None:
+            return
+        if self._stubborn and verb in ("load", "store"):
+            await _wait_to_the_end(gate)
+        else:
+            await gate.wait()
+
+
+class ThrottledBackend(WrappedBackend):
+    """A backend at a distance: lookups, loads and stores take at least `latency_seconds`.
+
+    The bytes of loads and stores also pass through one pipe of `bytes_per_second` (None: unlimited), first
+    come, first served. Latencies overlap, the pipe is shared; a cancelled call leaves it to the next at once.
+    """
+
+    def __init__(self, inner: Backend, *, latency_seconds: float = 0.0, bytes_per_second: float | None = None):
+        super().__init__(inner)
+        self._latency_seconds = latency_seconds
+        self._bytes_per_second = bytes_per_second
+        self._pipe = asyncio.Lock()
+
+    async def open(self) -> None:
+        self._pipe = asyncio.Lock()  # a lock belongs to the loop that it was first waited for in
+        await super().open()
+
+    async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers) -> None:
+        if verb == "delete":
+            return
+        if buffers and self._bytes_per_second is not None:
+            async with self._pipe:
+                await asyncio.sleep(sum(map(len, buffers)) / self._bytes_per_second)
+        await asyncio.sleep(self._latency_seconds)
+
+
+class FailingBackend(WrappedBackend):
+    """Calls of one verb raise `error` (a BackendError if none is given): `times` of them, from the `nth` on.
+
+    `nth` counts from 1; `times` None is for ever.
+    """
+
+    def __init__(
+        self,
+        inner: Backend,
+        verb: Verb,
+        nth: int = 1,
+        *,
+        times: int | None = 1,
+        error: Exception | None = None,
+    ):
+        super().__init__(inner)
+        (self._verb,) = _checked((verb,))
+        self._first = nth
+        self._end = None if times is None else nth + times
+        self._error = error or BackendError("injected")
+
+    async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers) -> None:
+        call = self.calls[verb]
+        if verb == self._verb and call >= self._first and (self._end is None or call < self._end):
+            raise self._error
+
+
+class BitFlipBackend(WrappedBackend):
+    """Before the `nth` load call, counted from 1, one bit of each object that it asks for flips at rest."""
+
+    def __init__(self, inner: MemoryBackend, nth: int = 1, bit: int = 0):
+        super().__init__(inner)
+        self._memory = inner
+        self._nth = nth
+        self._bit = bit
+
+    async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers) -> None:
+        if verb == "load" and self.calls[verb] == self._nth:
+            for key in keys:
+                self._memory.damage(key, self._bit)
+
+
+def _checked(verbs: Sequence[Verb]) -> Sequence[Verb]:
+    """The verbs, all of them if none is named. Raises ValueError for an unknown one."""
+    for verb in verbs:
+        if verb not in VERBS:
+            raise ValueError(f"{verb!r} is not one of {', '.join(VERBS)}")
+    return verbs or VERBS
+
+
+async def _wait_to_the_end(gate: asyncio.Event) -> None:
+    """Wait for the gate whatever happens; a cancel is raised after it."""
+    cancelled: asyncio.CancelledError | None = None
+    while not gate.is_set():
+        try:
+            await gate.wait()
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

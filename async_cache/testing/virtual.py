@@ -1,0 +1,20 @@
+"""Virtual time: a test of an hour's worth of deadlines ends in milliseconds. Needs `async_cache[testing]`."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import async_solipsism
+
+T = TypeVar("T")
+
+
+def run_virtual(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end on a loop of its own, whose clock jumps to the next deadline; its result.
+
+    The clock starts at 0 and moves only when every task waits. Tasks that are left at the end are cancelled.
+    There are no threads and no real sockets here. Raises `async_solipsism.SleepForeverError` where all tasks
+    wait for what no timer will bring: a test that would hang fails at once.
+    """
+    with asyncio.Runner(loop_factory=async_solipsism.EventLoop) as runner:
+        return runner.run(main)

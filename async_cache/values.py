@@ -1,0 +1,92 @@
+"""The values that callers get back: counts, results, shortfalls, statistics."""
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+
+class Shortfall(StrEnum):
+    """Why fewer chunks are promised than exist, or fewer are readable than were promised."""
+
+    MEMORY = "memory"  # L1 could not make room
+    BACKEND_ERROR = "backend_error"  # a backend raised, stayed silent, or is cut off by its breaker
+    CORRUPT = "corrupt"  # the stored bytes failed verification
+    GONE = "gone"  # the object vanished between lookup and load, or was deleted
+    DEADLINE = "deadline"  # the request's deadline, or a load's timeout, passed
+    CANCELLED = "cancelled"  # the request was cancelled, ended or swept
+
+
+class LookupHits(Struct, frozen=True, kw_only=True):
+    """How much of a prompt can be served. Counts are whole chunks over all ranks and groups, from `start_chunk` on."""
+
+    request_id: str
+    start_chunk: int
+    chunks: int
+    tokens: int
+    l1_chunks: int
+    l2_chunks: int
+    found_chunks: int
+    shortfall: Shortfall | None = None
+    load_bytes: int = 0
+    expected_load_seconds: float | None = None
+
+
+class LoadResult(Struct, frozen=True, kw_only=True):
+    """How much of a prompt is in memory, leased to the request. `seconds` runs from `prefetch` to the end of the load."""
+
+    request_id: str
+    start_chunk: int
+    chunks: int
+    tokens: int
+    l1_chunks: int
+    l2_chunks: int
+    shortfall: Shortfall | None = None
+    seconds: float = 0.0
+
+
+class Deleted(Struct, frozen=True):
+    """What a delete or clear found, in chunks; the `leased` ones of them leave memory when they are released."""
+
+    chunks: int
+    leased: int
+
+
+class FlushResult(Struct, frozen=True):
+    """What became of the chunks that waited for write-back when the flush began."""
+
+    written: int
+    pending: int
+    dropped: int
+
+
+class BackendUsage(Struct, frozen=True):
+    """What a backend holds. `capacity_bytes` is None where it is unbounded."""
+
+    objects: int
+    used_bytes: int
+    capacity_bytes: int | None = None
+
+
+class CacheStats(Struct, frozen=True, kw_only=True):
+    """A snapshot. `requests`, `leases` (pairs of request and chunk) and the `*_bytes` are levels; the rest count since open.
+
+    `l1_used_bytes` is all of L1 that is not free: resident, reserved and quarantined. `loads` and `shared_loads` count
+    objects: read from L2, and not read again because the load was shared.
+    """
+
+    requests: int
+    leases: int
+    leased_bytes: int
+    reserved_bytes: int
+    quarantined_bytes: int
+    l1_used_bytes: int
+    l1_capacity_bytes: int
+    l1_chunks: int
+    loads: int
+    shared_loads: int
+    swept_results: int
+    swept_leases: int
+    swept_reservations: int
+    writebacks_pending: int
+    writebacks_dropped: int
+    backends: dict[str, BackendUsage]

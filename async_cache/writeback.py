@@ -1,0 +1,228 @@
+"""L1 -> L2: what was committed is stored in every backend, behind the requests.
+
+Each backend has a lane of its own, so that a dead one holds up nothing else. A lane takes what waits longest, leaves
+out what the backend has already, and tries again with back-off; what can not be stored, or is evicted first, is dropped
+and counted. Only writes in flight hold memory.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+
+from async_cache.config import CacheConfig
+from async_cache.errors import BackendError
+from async_cache.keys import ObjectKey
+from async_cache.l1.entry import Entry
+from async_cache.l1.store import L1Store
+from async_cache.l2.guard import BreakerState, CallTimeoutError, Guard
+from async_cache.values import FlushResult
+
+_BATCH_BYTES = 32 * 2**20
+_ATTEMPTS = 5
+_FIRST_BACKOFF_SECONDS = 0.1
+_LOADS_GO_FIRST_SECONDS = 1.0  # how long a write gives way to loads
+
+
+class Lane:
+    """The way to one backend. An entry is WAITING -> IN FLIGHT -> stored, or WAITING again, or dropped."""
+
+    def __init__(self, guard: Guard):
+        self.guard = guard
+        self.waiting: OrderedDict[Entry, int] = OrderedDict()  # -> attempts so far
+        self.in_flight: dict[Entry, int] = {}
+        self.held_bytes = 0
+        self.wake = asyncio.Event()
+        self.landed = asyncio.Event()  # set whenever a write has ended
+
+
+class Writeback:
+    """The lanes, and who waits for them to be empty."""
+
+    def __init__(self, l1: L1Store, guards: Sequence[Guard], config: CacheConfig):
+        self.dropped = 0
+        self.pending = 0  # chunks that some backend has not stored
+        self._l1 = l1
+        self._config = config
+        self._lanes = [Lane(guard) for guard in guards]
+        self._share_bytes = int(config.l1_bytes * config.writeback_share) // max(1, len(guards))
+        self._written = 0
+        self._reported = (0, 0)  # written and dropped, as of the last flush
+        self._settled = asyncio.Event()
+        self._tasks = [asyncio.create_task(self._run(lane)) for lane in self._lanes]
+
+    def enqueue(self, entry: Entry) -> None:
+        """Objects of this chunk were committed."""
+        for lane in self._lanes:
+            if entry not in lane.waiting:
+                lane.waiting[entry] = 0
+                self._began(entry)
+                lane.wake.set()
+
+    def evicted(self, entry: Entry) -> None:
+        """It left L1 unwritten."""
+        self.dropped += self.forget(entry)
+
+    def forget(self, entry: Entry) -> bool:
+        """It need not be written any more; whether it waited. A write in flight ends, see `landed`."""
+        waited = [lane for lane in self._lanes if lane.waiting.pop(entry, None) is not None]
+        for _ in waited:
+            self._ended(entry, stored=False)
+        return bool(waited)
+
+    async def landed(self, guard: Guard, chunk_hashes: Collection[bytes] | None) -> None:
+        """Until no write in flight to this backend is of one of these chunks, or of any."""
+        lane = next(lane for lane in self._lanes if lane.guard is guard)
+        while any(chunk_hashes is None or entry.chunk_hash in chunk_hashes for entry in lane.in_flight):
+            lane.landed.clear()
+            await lane.landed.wait()
+
+    async def flush(self, deadline_seconds: float | None) -> FlushResult:
+        """Wait until everything that waits now is stored or dropped, or the deadline has passed."""
+        waiting = {entry for lane in self._lanes for entry in (*lane.waiting, *lane.in_flight)}
+        try:
+            async with asyncio.timeout(deadline_seconds):
+                while waiting := {entry for entry in waiting if entry.unwritten}:
+                    self._settled.clear()
+                    await self._settled.wait()
+        except TimeoutError:
+            waiting = {entry for entry in waiting if entry.unwritten}
+        written, dropped = self._reported
+        self._reported = self._written, self.dropped
+        return FlushResult(self._written - written, len(waiting), self.dropped - dropped)
+
+    async def close(self) -> None:
+        """Stop writing. Calls that are out belong to the guards."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def check_integrity(self) -> None:
+        """An entry knows how many lanes it is in, and holds are those of writes in flight."""
+        places = [entry for lane in self._lanes for entry in (*lane.waiting, *lane.in_flight)]
+        assert all(entry.unwritten == places.count(entry) for entry in places[:256])
+        assert self.pending == len(set(places))
+        assert all(entry.holds for lane in self._lanes for entry in lane.in_flight)
+        assert not any(entry.detached for lane in self._lanes for entry in lane.waiting)
+
+    def _began(self, entry: Entry) -> None:
+        entry.unwritten += 1
+        self.pending += entry.unwritten == 1
+
+    def _ended(self, entry: Entry, *, stored: bool) -> None:
+        entry.unwritten -= 1
+        if not entry.unwritten:
+            self.pending -= 1
+            self._written += stored
+            self._settled.set()
+
+    async def _run(self, lane: Lane) -> None:
+        backoff = _FIRST_BACKOFF_SECONDS
+        while True:
+            while not lane.waiting:
+                lane.wake.clear()
+                await lane.wake.wait()
+            await lane.guard.wait_for_loads(_LOADS_GO_FIRST_SECONDS)
+            if lane.held_bytes >= self._share_bytes:
+                await self._wait_for_stuck(lane)
+            elif await self._write(lane, self._pick(lane)):
+                backoff = _FIRST_BACKOFF_SECONDS
+            else:
+                await self._pause(lane, backoff)
+                backoff *= 2
+
+    async def _pause(self, lane: Lane, backoff: float) -> None:
+        breaker = lane.guard.breaker
+        if breaker.state is BreakerState.OPEN:
+            backoff = max(backoff, breaker.retry_at - asyncio.get_running_loop().time())
+        await asyncio.sleep(min(backoff, self._config.breaker_reset_seconds))
+
+    async def _wait_for_stuck(self, lane: Lane) -> None:
+        """Calls that timed out hold all that writes may hold. If they never end, what waits is dropped."""
+        lane.landed.clear()
+        try:
+            async with asyncio.timeout(self._config.store_timeout_seconds):
+                await lane.landed.wait()
+        except TimeoutError:
+            for entry in list(lane.waiting):
+                del lane.waiting[entry]
+                self.dropped += 1
+                self._ended(entry, stored=False)
+
+    def _pick(self, lane: Lane) -> list[Entry]:
+        """What goes next: as much as one call should carry, and writes in flight may hold."""
+        batch: list[Entry] = []
+        limit = min(_BATCH_BYTES, self._share_bytes)
+        size = 0
+        for entry in lane.waiting:
+            if batch and size + entry.room_bytes > limit:
+                break
+            batch.append(entry)
+            size += entry.room_bytes
+        for entry in batch:
+            lane.in_flight[entry] = lane.waiting.pop(entry)
+            self._l1.hold(entry)
+        lane.held_bytes += size
+        return batch
+
+    async def _write(self, lane: Lane, batch: list[Entry]) -> bool:
+        """Store a batch; whether the backend did its part."""
+        size = sum(entry.room_bytes for entry in batch)
+        call: asyncio.Task[list[bool]] | None = None
+        stored: set[ObjectKey] = set()
+        answered = False
+        keys = {key: entry for entry in batch for key in entry.layout.object_keys(entry.chunk_hash, entry.present)}
+        try:
+            there = await lane.guard.lookup(list(keys), self._config.lookup_timeout_seconds)
+            if there is not None:
+                lane.guard.unpin_found(list(keys), there)
+                stored = {key for key, found in zip(keys, there, strict=True) if found}
+                missing = [key for key in keys if key not in stored]
+                if missing and lane.guard.allows():
+                    buffers = [self._buffer(keys[key], key) for key in missing]
+                    call = lane.guard.start(lane.guard.backend.store(missing, buffers))
+                    done = await lane.guard.finish(call, self._config.store_timeout_seconds, len(missing))
+                    stored.update(key for key, ok in zip(missing, done, strict=True) if ok)
+                answered = len(stored) == len(keys)
+        except CallTimeoutError:
+            pass  # the call still reads the memory, which stays held until it ends
+        except BackendError:
+            call = None
+        except asyncio.CancelledError:
+            if call is not None:
+                call.cancel()
+            raise
+        finally:
+            self._release(lane, batch, size, call)
+        unstored = {keys[key] for key in keys if key not in stored}
+        for entry in batch:
+            self._landed(lane, entry, entry not in unstored)
+        lane.landed.set()
+        return answered
+
+    def _landed(self, lane: Lane, entry: Entry, stored: bool) -> None:
+        attempts = lane.in_flight.pop(entry) + 1
+        if not stored and not entry.detached:  # a deleted one is owed nothing
+            if attempts < _ATTEMPTS and entry not in lane.waiting:
+                lane.waiting[entry] = attempts
+                return
+            self.dropped += attempts == _ATTEMPTS
+        self._ended(entry, stored=stored and not entry.detached)
+
+    def _release(self, lane: Lane, batch: list[Entry], size: int, call: "asyncio.Task[list[bool]] | None") -> None:
+        def release(_: object = None) -> None:
+            lane.held_bytes -= size
+            lane.landed.set()
+            for entry in reversed(batch):
+                self._l1.unhold(entry)
+
+        if call is None or call.done():
+            release()
+        else:
+            call.add_done_callback(release)
+
+    def _buffer(self, entry: Entry, key: ObjectKey) -> memoryview:
+        span = entry.layout.spans[key.rank][key.group]
+        assert span is not None
+        offset = entry.offset(key.rank)
+        return self._l1.arena.view[offset + span[0] : offset + span[1]].toreadonly()

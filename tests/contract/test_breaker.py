@@ -1,0 +1,144 @@
+"""One circuit breaker for each backend: open after three failures in a row, half open a little later, closed again."""
+
+import pytest
+
+from async_cache import Shortfall
+from async_cache.l2.memory import MemoryBackend
+from async_cache.testing.backends import GatedBackend
+
+from .support import (
+    Recorder,
+    Scripted,
+    advance,
+    assert_nothing_held,
+    count_hits,
+    fill,
+    make_prompt,
+    open_cache,
+    read_back,
+    seed,
+    settle,
+)
+
+PROMPT = make_prompt(3)
+
+
+async def broken(name="memory"):
+    backend = Scripted(MemoryBackend(name=name))
+    await seed(backend, PROMPT)
+    backend.lookup_error = OSError("broken")
+    return backend
+
+
+async def ask(cache):
+    prefetch = cache.prefetch(PROMPT)
+    hits = await prefetch.lookup_done
+    await cache.end_request(prefetch.request_id)
+    return hits
+
+
+async def test_after_three_failures_in_a_row_a_backend_is_left_alone():
+    backend = await broken()
+    async with open_cache(backend) as cache:
+        for _ in range(10):
+            hits = await ask(cache)
+            assert (hits.chunks, hits.shortfall) == (0, Shortfall.BACKEND_ERROR)
+        assert backend.calls["lookup"] == 3
+        await assert_nothing_held(cache, backend)
+
+
+async def test_a_success_between_failures_begins_the_count_anew():
+    backend = await broken()
+    async with open_cache(backend) as cache:
+        for _ in range(4):
+            backend.lookup_error = OSError("broken")
+            await ask(cache)
+            await ask(cache)
+            backend.lookup_error = None
+            assert (await ask(cache)).chunks == 3
+            await cache.clear(tier="l1")
+        assert backend.calls["lookup"] == 12
+
+
+async def test_a_few_seconds_later_it_is_tried_once_and_left_alone_again_if_it_fails():
+    backend = await broken()
+    async with open_cache(backend) as cache:
+        for _ in range(5):
+            await ask(cache)
+        for tries in (4, 5, 6):
+            await advance(60)
+            for _ in range(3):
+                assert (await ask(cache)).shortfall is Shortfall.BACKEND_ERROR
+            assert backend.calls["lookup"] == tries
+
+
+async def test_it_is_used_again_when_it_is_back():
+    backend = await broken()
+    async with open_cache(backend) as cache:
+        for _ in range(5):
+            await ask(cache)
+        backend.lookup_error = None
+        assert (await ask(cache)).chunks == 0
+        await advance(60)
+        assert await read_back(cache, PROMPT) == 3
+        await cache.clear(tier="l1")
+        assert await read_back(cache, PROMPT) == 3
+        backend.lookup_error = OSError("broken")
+        await cache.clear(tier="l1")
+        asked = backend.calls["lookup"]
+        for _ in range(5):
+            await ask(cache)
+        assert backend.calls["lookup"] == asked + 3
+
+
+async def test_only_one_call_tries_a_backend_that_was_left_alone():
+    backend = await broken()
+    gate = GatedBackend(backend)
+    async with open_cache(gate) as cache:
+        for _ in range(5):
+            await ask(cache)
+        assert gate.calls["lookup"] == 3
+        await advance(60)
+        backend.lookup_error = None
+        gate.hold("lookup")
+        first = cache.prefetch(PROMPT)
+        await gate.reached("lookup", 4)
+        hits = await cache.prefetch(PROMPT).lookup_done
+        assert (hits.chunks, hits.shortfall) == (0, Shortfall.BACKEND_ERROR)
+        assert gate.calls["lookup"] == 4
+        gate.release("lookup")
+        assert (await first.lookup_done).chunks == 3
+        assert (await first.load_done).chunks == 3
+
+
+async def test_a_breaker_cuts_off_its_own_backend_only():
+    backend, sound = await broken("broken"), Recorder(MemoryBackend(name="sound"))
+    await seed(sound, PROMPT)
+    async with open_cache(backend, sound) as cache:
+        for _ in range(6):
+            assert await read_back(cache, PROMPT) == 3
+            await cache.clear(tier="l1")
+        assert backend.calls["lookup"] == 3
+        assert sound.calls["lookup"] == 6
+        await assert_nothing_held(cache, backend, sound)
+
+
+async def test_l1_serves_while_the_breaker_is_open():
+    backend = await broken()
+    async with open_cache(backend) as cache:
+        for _ in range(5):
+            await ask(cache)
+        await fill(cache, make_prompt(2, 2))
+        assert await count_hits(cache, make_prompt(2, 2)) == 2
+        assert await read_back(cache, make_prompt(2, 2)) == 2
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+async def test_fewer_than_three_failures_cut_off_nothing(failures):
+    backend = await broken()
+    async with open_cache(backend) as cache:
+        for _ in range(failures):
+            await ask(cache)
+        backend.lookup_error = None
+        assert await read_back(cache, PROMPT) == 3
+        await settle()
