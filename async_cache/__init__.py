@@ -14,7 +14,8 @@ The modules, in the order the data flows; a module imports only what stands abov
 - `loads`: L2 -> L1
 - `writeback`: L1 -> L2
 - `removal`: delete and clear
-- `prefetch`: the whole way of a request
+- `request`, `plan`, `prefetch`: the record of a request, what it can be promised, the whole way
+- `counting`: how much is cached, for whoever only wants to know
 - `reading`, `writing`, `tensors`: leases, writers, and tensors over their memory
 - `cache`: `AsyncCache`, which owns all of it
 - `testing`: for the tests of those who use it
@@ -35,8 +36,8 @@ from async_cache.errors import (
 )
 from async_cache.keys import ObjectKey
 from async_cache.layout import ModelLayout, ObjectGroup, Prompt
-from async_cache.prefetch import Prefetch
 from async_cache.reading import ReadChunk, ReadLease
+from async_cache.request import Prefetch
 from async_cache.values import (
     BackendUsage,
     CacheStats,

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from async_cache.config import CacheConfig
+from async_cache.counting import count_hits
 from async_cache.errors import CacheClosedError, ConfigError
 from async_cache.l1.arena import Arena
 from async_cache.l1.eviction import LeastRecentlyUsed
@@ -16,10 +17,10 @@ from async_cache.l2.guard import Breaker, Guard
 from async_cache.l2.registry import from_url
 from async_cache.layout import PAGE_BYTES, Prompt, check_index, check_ranks
 from async_cache.loads import Loader
-from async_cache.lookup import Asked, ask
-from async_cache.prefetch import Prefetch, PrefetchController
+from async_cache.prefetch import PrefetchController
 from async_cache.reading import ReadLease
 from async_cache.removal import Hidden, Remover
+from async_cache.request import Prefetch
 from async_cache.sweeper import Sweeper
 from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
 from async_cache.writeback import Writeback
@@ -117,8 +118,9 @@ class AsyncCache:
     ) -> Prefetch:
         """Look a prompt up and load what is cached of it; returns at once.
 
-        `skip_tokens`: what the engine holds itself; its whole chunks are neither looked up nor counted. `ranks`: those to
-        load here, all if None; the others are only checked for existence. `deadline_seconds` runs from this call.
+        `skip_tokens`: what the engine holds itself; its whole chunks are neither looked up nor counted.
+        `ranks`: those to load here, all if None; the others are only checked for existence.
+        `deadline_seconds` runs from this call.
         Raises RequestConflictError if the id is in use for something else.
         """
         core = self._open
@@ -140,7 +142,7 @@ class AsyncCache:
         """How much of a prompt is cached now: no lease, no load, no promise."""
         core = self._open
         _check_prompt(prompt)
-        return await core.controller.count(prompt)
+        return await core.count_hits(prompt)
 
     async def query_lookup_hits(self, request_id: str) -> LookupHits:
         """Await `lookup_done`; by any number of callers, any number of times. Raises UnknownRequestError."""
@@ -223,7 +225,7 @@ class _Core:
         self.l1 = L1Store(arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry))
         self.writeback = Writeback(self.l1, self.guards, config)
         self.loader = Loader(self.l1, self.guards, config)
-        hidden = Hidden()
+        self.hidden = hidden = Hidden()
         self.sweeper = Sweeper()
         self.controller = PrefetchController(self.l1, self.guards, self.loader, self.sweeper, hidden, config)
         self.open_writers = self.sweeper.expiry(config.reservation_ttl_seconds, Writer.expire)
@@ -244,6 +246,10 @@ class _Core:
         await self.loader.close()
         self.l1.close()
         self.arena.close()
+
+    async def count_hits(self, prompt: Prompt) -> LookupHits:
+        timeout = self.config.lookup_timeout_seconds
+        return await count_hits(prompt, self.l1, self.guards, self.loader, self.hidden, timeout)
 
     def stats(self) -> CacheStats:
         l1, controller = self.l1, self.controller

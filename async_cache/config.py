@@ -5,7 +5,8 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from urllib.parse import quote
 
 import msgspec
 from msgspec import Struct, field
@@ -22,13 +23,14 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f"{text!r} is not a size: write a number and B, KiB, MiB, GiB, TiB, KB, MB, GB or TB")
-    return int(float(match[1]) * _UNITS[match[2].upper()]) if "." in match[1] else int(match[1]) * _UNITS[match[2].upper()]
+    unit = _UNITS[match[2].upper()]
+    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
 
 
 def default_l2() -> tuple[str, ...]:
     """A directory under the user's cache directory, bounded to 10 GiB."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return (f"fs://{base}/async_cache?capacity=10GiB",)
+    return (f"fs://{quote(base)}/async_cache?capacity=10GiB",)
 
 
 class CacheConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,7 +87,7 @@ class CacheConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
                 raise ConfigError(f"{name} must be at most 1, not {value!r}")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> "CacheConfig":
+    def load(cls, path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Self:
         """Settings from a TOML file, if given, overridden by `ASYNC_CACHE_<NAME>` in the environment.
 
         Sizes may be written as "10GiB". In the environment, the URLs of `l2` are separated by white space.

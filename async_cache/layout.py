@@ -148,6 +148,10 @@ class ModelLayout:
         every = (1 << len(self.groups)) - 1
         return tuple(self.full_mask & every << self.bit(rank, 0) for rank in range(self.world_size))
 
+    def mask_of_ranks(self, ranks: Sequence[int]) -> int:
+        """The objects that these ranks hold."""
+        return self.full_mask if len(ranks) == self.world_size else sum(self.rank_masks[rank] for rank in ranks)
+
     @cached_property
     def spans(self) -> tuple[tuple[tuple[int, int] | None, ...], ...]:
         """By rank and group, where the object lies in the rank's block: (begin, end) in bytes, None if not held."""
@@ -178,26 +182,37 @@ class ModelLayout:
         """The number of an object within its chunk."""
         return rank * len(self.groups) + group
 
-    def objects(self, mask: int) -> list[tuple[int, int]]:
+    def objects(self, mask: int) -> tuple[tuple[int, int], ...]:
         """(rank, group) of each object in `mask`."""
-        known = self._objects.get(mask)
-        if known is None:
-            known = [divmod(bit, len(self.groups)) for bit in range(mask.bit_length()) if mask >> bit & 1]
-            if len(self._objects) < MAX_OBJECTS_PER_CHUNK:
-                self._objects[mask] = known
-        return known
-
-    @cached_property
-    def _objects(self) -> dict[int, list[tuple[int, int]]]:
-        return {}
-
-    def object_keys(self, chunk_hash: bytes, mask: int) -> list[ObjectKey]:
-        """The keys of the objects in `mask` of a chunk."""
-        return [ObjectKey(chunk_hash, rank, group) for rank, group in self.objects(mask)]
+        known = self._by_mask.get(mask)
+        return (known if known is not None else self._about(mask))[0]
 
     def mask_bytes(self, mask: int) -> int:
         """Bytes of the objects in `mask`."""
-        return sum(self.groups[group].size_bytes for _, group in self.objects(mask))
+        known = self._by_mask.get(mask)
+        return (known if known is not None else self._about(mask))[1]
+
+    def ranks(self, mask: int) -> tuple[int, ...]:
+        """The ranks of the objects in `mask`, ascending."""
+        known = self._by_mask.get(mask)
+        return (known if known is not None else self._about(mask))[2]
+
+    def object_keys(self, chunk_hash: bytes, mask: int) -> list[ObjectKey]:
+        """The keys of the objects in `mask` of a chunk."""
+        new = tuple.__new__  # a third of the time that the named tuple's own constructor takes
+        return [new(ObjectKey, (chunk_hash, rank, group)) for rank, group in self.objects(mask)]
+
+    @cached_property
+    def _by_mask(self) -> dict[int, tuple[tuple[tuple[int, int], ...], int, tuple[int, ...]]]:
+        return {}
+
+    def _about(self, mask: int) -> tuple[tuple[tuple[int, int], ...], int, tuple[int, ...]]:
+        objects = tuple(divmod(bit, len(self.groups)) for bit in range(mask.bit_length()) if mask >> bit & 1)
+        size = sum(self.groups[group].size_bytes for _, group in objects)
+        about = objects, size, tuple(sorted({rank for rank, _ in objects}))
+        if len(self._by_mask) < MAX_OBJECTS_PER_CHUNK:
+            self._by_mask[mask] = about
+        return about
 
 
 class Prompt:

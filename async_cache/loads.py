@@ -1,14 +1,16 @@
 """L2 -> L1: each object is loaded once, however many requests want it.
 
-A `ChunkLoad` is all that is on its way for one chunk; the requests that want it hold shares of it. Its objects travel in
-batches, one backend each, admitted by the bytes in flight. A failed object tries the next holder before its chunk falls
-short. The room of an attempt is freed only when no call touches it any more.
+A `ChunkLoad` is all that is on its way for one chunk; the requests that want it hold shares of it. Its objects travel
+in batches, one backend each, admitted by the bytes in flight. A failed object tries the next holder before its chunk
+falls short. The room of a chunk is freed only when no call touches it any more.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
+
+from msgspec import Struct
 
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
@@ -18,75 +20,58 @@ from async_cache.l1.store import L1Store
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.guard import CallTimeoutError, Guard
 from async_cache.layout import ModelLayout
-from async_cache.lookup import Asked, Found, ask
+from async_cache.lookup import Asked, ask
 from async_cache.values import Shortfall
 
-_TOLD_AT_ONCE = 256  # shares of a prefix that many requests want; then the loop gets its turn
 _BATCH_BYTES = 32 * 2**20  # of one call to a backend: enough to keep its threads busy, little enough to have an end
+_TOLD_AT_ONCE = 256  # shares of a prefix that many requests want; then the loop gets its turn
 _REASONS = {LoadOutcome.GONE: Shortfall.GONE, LoadOutcome.CORRUPT: Shortfall.CORRUPT}
 
 
 class Share(Protocol):
     """Who wants a chunk."""
 
-    def load_settled(self, load: "ChunkLoad", number: int, entry: Entry | None) -> None:
+    def load_settled(self, number: int, entry: Entry | None, failure: Shortfall | None) -> None:
         """The load is over; `number` is the one it was joined with, `entry` what can be found of the chunk."""
 
 
-class Room:
-    """The memory of one attempt to load a chunk. ABANDONED rooms are freed when the last call that fills them ends."""
+class ChunkLoad(Struct, eq=False):
+    """WAITING while any object is, then SETTLED; DROPPED when the last share goes; STARTED AGAIN as another one.
 
-    __slots__ = ("abandoned", "calls", "reservations", "size_bytes")
+    It is in the loader's table while it is WAITING. Its room is `abandoned` when it is dropped, or a call that should
+    have ended may still write to it; it is then freed with the end of the last of its `calls`.
+    """
 
-    def __init__(self) -> None:
-        self.reservations: dict[int, Reservation] = {}  # by rank
-        self.size_bytes = 0
-        self.calls = 0
-        self.abandoned = False
-
-
-class ChunkLoad:
-    """WAITING while any object is -> SETTLED when all are loaded or failed -> or DROPPED when the last share goes."""
-
-    __slots__ = ("batches", "chunk_hash", "failure", "layout", "loaded", "room", "shares", "waiting", "wanted")
-
-    def __init__(self, chunk_hash: bytes, layout: ModelLayout):
-        self.chunk_hash = chunk_hash
-        self.layout = layout
-        self.wanted = self.waiting = self.loaded = 0  # objects, by bit
-        self.failure: Shortfall | None = None
-        self.shares: dict[Share, int] = {}
-        self.room = Room()
-        self.batches: list[Batch] = []
-
-
-class Item:
-    """One object on its way."""
-
-    __slots__ = ("bit", "buffer", "key", "load", "pinned", "room")
-
-    def __init__(self, load: ChunkLoad, bit: int, key: ObjectKey, buffer: memoryview):
-        self.load, self.bit, self.key, self.buffer = load, bit, key, buffer
-        self.room = load.room
-        self.pinned = True
-
-    @property
-    def live(self) -> bool:
-        """Whether anybody still wants it, in this room."""
-        return self.room is self.load.room and not self.room.abandoned
+    chunk_hash: bytes
+    layout: ModelLayout
+    wanted: int  # objects, by bit
+    waiting: int
+    reservations: list[Reservation]
+    shares: dict[Share, int]
+    room_bytes: int
+    loaded: int = 0
+    failure: Shortfall | None = None
+    batches: "tuple[Batch, ...]" = ()
+    calls: int = 0
+    abandoned: bool = False
 
 
 class Batch:
-    """The objects of one call to a backend: QUEUED -> RUNNING (has a call) -> ended."""
+    """The objects of one call to a backend, by chunk: QUEUED -> RUNNING (has a call) -> ended. `parts` are pinned."""
 
-    __slots__ = ("call", "guard", "items", "size_bytes", "tried")
+    __slots__ = ("call", "guard", "parts", "size_bytes", "tried")
 
     def __init__(self, guard: Guard, tried: frozenset[Guard]):
         self.guard = guard
         self.tried = tried | {guard}
-        self.items: list[Item] = []
+        self.parts: dict[ChunkLoad, int] = {}
         self.size_bytes = 0
         self.call: asyncio.Task[list[LoadOutcome]] | None = None
+
+    def unpin(self, loads: Iterable[ChunkLoad]) -> None:
+        """These are no longer asked for."""
+        parts = [(load, self.parts.pop(load, 0)) for load in loads]
+        self.guard.unpin([key for load, mask in parts for key in load.layout.object_keys(load.chunk_hash, mask)])
 
 
 class Loader:
@@ -96,74 +81,63 @@ class Loader:
         self.loads = 0
         self.shared_loads = 0
         self.room_bytes = 0
+        self.table: dict[bytes, ChunkLoad] = {}
         self._l1 = l1
         self._guards = guards
         self._config = config
-        self._table: dict[bytes, ChunkLoad] = {}
-        self._forming: dict[Guard, Batch] = {}
         self._queues: dict[Guard, deque[Batch]] = {guard: deque() for guard in guards}
         self._running_bytes = dict.fromkeys(guards, 0)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    # What a request does: find or add, join, submit; leave.
-
-    def find(self, chunk_hash: bytes) -> ChunkLoad | None:
-        """What is on its way for a chunk."""
-        return self._table.get(chunk_hash)
+    # What a request does: find in the table, or add; join; leave.
 
     def add(
         self,
-        chunk_hash: bytes,
+        share: Share,
         layout: ModelLayout,
-        reservations: Iterable[Reservation],
-        sources: Iterable[tuple[Guard, int]],
-    ) -> ChunkLoad:
-        """Load more objects of a chunk. Takes over the reservations, and the pins that the sources hold."""
-        load = self._table.get(chunk_hash)
-        if load is None:
-            load = self._table[chunk_hash] = ChunkLoad(chunk_hash, layout)
-        self._furnish(load, reservations)
-        for guard, mask in sources:
-            load.wanted |= mask
-            load.waiting |= mask
-            self._enqueue(load, guard, mask, frozenset())
-        return load
+        hashes: Sequence[bytes],
+        to_load: Mapping[int, int],
+        reservations: Mapping[int, list[Reservation]],
+        sources: Iterable[tuple[Guard, Mapping[int, int]]],
+    ) -> None:
+        """Load objects, by chunk number, from these sources. Takes over the reservations and the sources' pins."""
+        table = self.table
+        for number, mask in to_load.items():
+            chunk_hash, rooms = hashes[number], reservations.get(number, [])
+            size = sum([reservation.size_bytes for reservation in rooms])
+            load = table.get(chunk_hash)
+            if load is None:
+                table[chunk_hash] = ChunkLoad(chunk_hash, layout, mask, mask, rooms, {share: number}, size)
+            else:
+                load.wanted |= mask
+                load.waiting |= mask
+                load.reservations += rooms
+                load.room_bytes += size
+                load.shares[share] = number
+            self.room_bytes += size
+        for guard, masks in sources:
+            self._enqueue(guard, [(table[hashes[number]], mask) for number, mask in masks.items()], frozenset())
 
-    def join(self, load: ChunkLoad, share: Share, number: int) -> None:
-        """Take a share: `share` is told, with its number, when the load has settled."""
-        load.shares[share] = number
-
-    def submit(self) -> None:
-        """Start what was added, as far as the bytes in flight allow."""
-        for guard, batch in self._forming.items():
-            self._queues[guard].append(batch)
-            self._pump(guard)
-        self._forming.clear()
-
-    def leave(self, share: Share, loads: Iterable[ChunkLoad]) -> None:
+    def leave(self, share: Share, chunk_hashes: Iterable[bytes]) -> None:
         """Give shares back; what nobody wants any more is dropped."""
         dead = []
-        for load in loads:
-            load.shares.pop(share, None)
-            if not load.shares:
+        for chunk_hash in chunk_hashes:
+            load = self.table.get(chunk_hash)
+            if load is not None and load.shares.pop(share, None) is not None and not load.shares:
                 dead.append(load)
         self._drop(dead)
 
     def forget(self, chunk_hashes: Iterable[bytes]) -> None:
         """These were deleted: what is on its way falls short, and will not be published."""
-        dead = [load for load in map(self._table.get, chunk_hashes) if load is not None]
+        dead = [load for load in map(self.table.get, chunk_hashes) if load is not None]
         self._drop(dead)
         for load in dead:
             load.failure = Shortfall.GONE
             self._tell(load, None)
 
-    def forget_all(self) -> None:
-        """Everything was deleted."""
-        self.forget(list(self._table))
-
-    def expected_seconds(self, loads: Iterable[ChunkLoad]) -> float | None:
+    def expected_seconds(self, chunk_hashes: Iterable[bytes]) -> float | None:
         """How long these should take, with what is queued before them; None if a backend was not measured yet."""
-        guards = {batch.guard for load in loads for batch in load.batches}
+        guards = {batch.guard for h in chunk_hashes for batch in self.table[h].batches}
         expected = [guard.expected_load_seconds(0) for guard in guards]
         known = [seconds for seconds in expected if seconds is not None]
         return max(known, default=0.0) if len(known) == len(expected) else None
@@ -177,67 +151,31 @@ class Loader:
 
     def check_integrity(self) -> None:
         """What is on its way is wanted by somebody, has room, and is counted."""
-        for chunk_hash, load in self._table.items():
+        for chunk_hash, load in self.table.items():
             assert load.chunk_hash == chunk_hash and load.shares and load.waiting
             assert load.waiting & ~load.wanted == 0 and load.loaded & load.waiting == 0
-        assert self.room_bytes >= sum(load.room.size_bytes for load in self._table.values()) >= 0
+        assert self.room_bytes >= sum(load.room_bytes for load in self.table.values()) >= 0
         assert all(size >= 0 for size in self._running_bytes.values())
-        assert self._forming == {}
-
-    # Rooms.
-
-    def _furnish(self, load: ChunkLoad, reservations: Iterable[Reservation]) -> None:
-        for reservation in reservations:
-            load.room.reservations[reservation.rank] = reservation
-            load.room.size_bytes += reservation.room_bytes
-            self.room_bytes += reservation.room_bytes
-
-    def _abandon(self, room: Room) -> None:
-        room.abandoned = True
-        if not room.calls:
-            self._discard(room)
-
-    def _discard(self, room: Room) -> None:
-        self._uncount(room)
-        for reservation in room.reservations.values():
-            self._l1.discard(reservation)
-
-    def _quarantine(self, room: Room) -> None:
-        """A call that should have ended may still write here: it holds up nothing else."""
-        self._uncount(room)
-        for reservation in room.reservations.values():
-            self._l1.quarantine(reservation)
-        self._abandon(room)
-
-    def _uncount(self, room: Room) -> None:
-        self.room_bytes -= room.size_bytes
-        room.size_bytes = 0
-
-    def _call_ended(self, rooms: Iterable[Room]) -> None:
-        for room in rooms:
-            room.calls -= 1
-            if room.abandoned and not room.calls:
-                self._discard(room)
 
     # Batches.
 
-    def _enqueue(self, load: ChunkLoad, guard: Guard, mask: int, tried: frozenset[Guard]) -> None:
-        layout, view = load.layout, self._l1.arena.view
-        for rank, group in layout.objects(mask):
-            batch = self._forming.get(guard)
-            if batch is None or batch.size_bytes >= _BATCH_BYTES or batch.tried != tried | {guard}:
-                if batch is not None:
-                    self._queues[guard].append(batch)
-                batch = self._forming[guard] = Batch(guard, tried)
-            span = layout.spans[rank][group]
-            assert span is not None
-            offset = load.room.reservations[rank].offset
-            buffer = view[offset + span[0] : offset + span[1]]
-            batch.items.append(Item(load, 1 << layout.bit(rank, group), ObjectKey(load.chunk_hash, rank, group), buffer))
-            batch.size_bytes += len(buffer)
-            guard.load_queued(len(buffer))
-            if not load.batches or load.batches[-1] is not batch:
-                load.batches.append(batch)
+    def _enqueue(self, guard: Guard, parts: Iterable[tuple[ChunkLoad, int]], tried: frozenset[Guard]) -> None:
+        """Cut objects into batches, and start those that the bytes in flight allow."""
+        queue, batch = self._queues[guard], Batch(guard, tried)
+        for load, mask in parts:
+            if batch.size_bytes >= _BATCH_BYTES:
+                self._queue(queue, batch)
+                batch = Batch(guard, tried)
+            batch.parts[load] = mask
+            batch.size_bytes += load.layout.mask_bytes(mask)
+            load.batches += (batch,)
+        if batch.parts:
+            self._queue(queue, batch)
+        self._pump(guard)
+
+    def _queue(self, queue: deque[Batch], batch: Batch) -> None:
+        queue.append(batch)
+        batch.guard.load_queued(batch.size_bytes)
 
     def _pump(self, guard: Guard) -> None:
         queue = self._queues[guard]
@@ -249,126 +187,166 @@ class Loader:
             task.add_done_callback(self._tasks.discard)
 
     async def _run(self, batch: Batch) -> None:
-        guard = batch.guard
-        items = [item for item in batch.items if item.live]
-        rooms = {item.room for item in items}
-        outcomes: Sequence[LoadOutcome] = ()
+        guard, parts = batch.guard, dict(batch.parts)
+        keys, buffers = self._objects(parts)
+        outcomes: list[LoadOutcome] = []
         failure = Shortfall.BACKEND_ERROR
-        if items and guard.allows():
-            self.loads += len(items)
-            call = guard.backend.load([item.key for item in items], [item.buffer for item in items])
-            batch.call = guard.start(call)
-            for room in rooms:
-                room.calls += 1
+        if keys and guard.allows():
+            self.loads += len(keys)
+            batch.call = guard.start(guard.backend.load(keys, buffers))
+            for load in parts:
+                load.calls += 1
             try:
-                outcomes = await guard.finish(batch.call, self._config.load_timeout_seconds, len(items))
-                self._call_ended(rooms)
+                outcomes = await guard.finish(batch.call, self._config.load_timeout_seconds, len(keys))
+                self._call_ended(parts)
             except CallTimeoutError as error:
                 failure = Shortfall.DEADLINE
-                for room in rooms:
-                    self._quarantine(room)
-                error.call.add_done_callback(lambda _: self._call_ended(rooms))
+                self._quarantine(parts)
+                error.call.add_done_callback(lambda _: self._call_ended(parts))
             except BackendError:
-                self._call_ended(rooms)
+                self._call_ended(parts)
             except asyncio.CancelledError:
-                batch.call.add_done_callback(lambda _: self._call_ended(rooms))
+                batch.call.add_done_callback(lambda _: self._call_ended(parts))
                 raise
         guard.load_ended(batch.size_bytes, loaded=bool(outcomes))
         self._running_bytes[guard] -= batch.size_bytes
+        batch.unpin(list(batch.parts))
         self._pump(guard)
-        self._unpin(batch, items)
-        failed = await self._publish(items, outcomes, failure)
+        failed = await self._publish(parts, outcomes, failure)
         if failed:
             await self._try_next_holder(failed, batch.tried)
 
+    def _objects(self, parts: Mapping[ChunkLoad, int]) -> tuple[list[ObjectKey], list[memoryview]]:
+        """Their keys, and where they go."""
+        view = self._l1.arena.view
+        keys: list[ObjectKey] = []
+        buffers = []
+        for load, mask in parts.items():
+            layout = load.layout
+            offsets = {reservation.rank: reservation.offset for reservation in load.reservations}
+            keys += layout.object_keys(load.chunk_hash, mask)
+            for rank, group in layout.objects(mask):
+                begin, end = layout.spans[rank][group] or (0, 0)
+                buffers.append(view[offsets[rank] + begin : offsets[rank] + end])
+        return keys, buffers
+
     async def _publish(
-        self, items: Sequence[Item], outcomes: Sequence[LoadOutcome], failure: Shortfall
-    ) -> dict[ChunkLoad, tuple[Room, int]]:
-        """Settle the chunks that are complete; of the others, what failed and in which room."""
-        failed: dict[ChunkLoad, tuple[Room, int]] = {}
-        told = 0
-        for i, item in enumerate(items):
-            load, room = item.load, item.room
-            if self._table.get(load.chunk_hash) is not load or load.room is not room or (outcomes and room.abandoned):
-                continue  # dropped, or started again
-            outcome = outcomes[i] if outcomes else None
-            if outcome is LoadOutcome.LOADED:
-                load.loaded |= item.bit
-                load.waiting &= ~item.bit
-                if not load.waiting:
-                    told += len(load.shares)
-                    self._settle(load)
-            else:
-                load.failure = load.failure or (failure if outcome is None else _REASONS[outcome])
-                failed[load] = room, failed.get(load, (room, 0))[1] | item.bit
+        self, parts: Mapping[ChunkLoad, int], outcomes: Sequence[LoadOutcome], failure: Shortfall
+    ) -> dict[ChunkLoad, int]:
+        """Settle the chunks that are complete; of the others, the objects that failed."""
+        if outcomes.count(LoadOutcome.LOADED) < len(outcomes):
+            reasons = dict(self._failures(parts, outcomes))
+        else:
+            reasons = {} if outcomes else {load: (mask, failure) for load, mask in parts.items()}
+        failed, told = {}, 0
+        for load, mask in parts.items():
+            if self.table.get(load.chunk_hash) is not load or (outcomes and load.abandoned):
+                continue  # dropped, or to be started again
+            lost, reason = reasons.get(load, (0, None))
+            load.loaded |= mask & ~lost
+            load.waiting &= ~mask | lost
+            if lost:
+                load.failure = load.failure or reason
+                failed[load] = lost
+            elif not load.waiting:
+                told += len(load.shares)
+                self._settle(load)
             if told >= _TOLD_AT_ONCE:
                 told = 0
                 await asyncio.sleep(0)
         return failed
 
-    async def _try_next_holder(self, failed: dict[ChunkLoad, tuple[Room, int]], tried: frozenset[Guard]) -> None:
+    @staticmethod
+    def _failures(
+        parts: Mapping[ChunkLoad, int], outcomes: Sequence[LoadOutcome]
+    ) -> Iterator[tuple[ChunkLoad, tuple[int, Shortfall]]]:
+        """The chunks that lost objects: which, and why the first of them."""
+        answers = iter(outcomes)
+        for load, mask in parts.items():
+            lost = {
+                1 << load.layout.bit(*which): _REASONS[outcome]
+                for which, outcome in zip(load.layout.objects(mask), answers, strict=False)
+                if outcome is not LoadOutcome.LOADED
+            }
+            if lost:
+                yield load, (sum(lost), next(iter(lost.values())))
+
+    async def _try_next_holder(self, failed: Mapping[ChunkLoad, int], tried: frozenset[Guard]) -> None:
+        """Load what failed from elsewhere; where a call still owns the room, all of the chunk, elsewhere in memory."""
+        loads = list(failed)
+        to_load = {n: load.wanted if load.abandoned else failed[load] for n, load in enumerate(loads)}
         others = [guard for guard in self._guards if guard not in tried]
-        # Where the failed call still owns the room, all objects of the chunk start again, elsewhere in memory.
-        again = [(load, room, load.wanted if room.abandoned else mask) for load, (room, mask) in failed.items()]
-        missing = [(number, load.chunk_hash, mask) for number, (load, _, mask) in enumerate(again)]
-        asked = Asked(again[0][0].layout, missing)
-        found = await ask(others, asked, self._config.lookup_timeout_seconds) if others else Found(asked, (), failed=False)
+        asked = Asked(loads[0].layout, [(n, loads[n].chunk_hash, mask) for n, mask in to_load.items()])
+        found = await ask(others, asked, self._config.lookup_timeout_seconds)
+        held = found.masks()
         try:
-            for number, (load, room, mask) in enumerate(again):
-                if self._table.get(load.chunk_hash) is not load or load.room is not room:
+            for n, load in enumerate(loads):
+                if self.table.get(load.chunk_hash) is not load:
+                    del to_load[n]
                     continue
-                if mask & ~found.mask(number) == 0 and self._has_room(load):
-                    load.waiting |= mask
-                    for guard, part in found.take(number, mask):
-                        self._enqueue(load, guard, part, tried)
-                else:
-                    load.waiting &= ~mask
+                again = self._with_room(load) if to_load[n] & ~held.get(n, 0) == 0 else None
+                if again is None:
+                    load.waiting &= ~to_load.pop(n)
                     if not load.waiting:
                         self._settle(load)
+                else:
+                    loads[n] = again
+            for guard, masks in found.take(to_load):
+                self._enqueue(guard, [(loads[n], mask) for n, mask in masks.items()], tried)
         finally:
             found.close()
-        self.submit()
 
-    def _has_room(self, load: ChunkLoad) -> bool:
-        """The load's room, or a new one where a call still owns it."""
-        if not load.room.abandoned:
-            return True
-        ranks = list(load.room.reservations)
+    def _with_room(self, load: ChunkLoad) -> ChunkLoad | None:
+        """The load, or where a call owns its room, another one in its place; None if there is no room."""
+        if not load.abandoned:
+            return load
+        ranks = [reservation.rank for reservation in load.reservations]
         made = self._l1.reserve(load.layout, [(load.chunk_hash, rank) for rank in ranks])
         if len(made) < len(ranks):
             for reservation in made:
                 self._l1.discard(reservation)
-            return False
-        load.room, load.loaded = Room(), 0
-        self._furnish(load, made)
-        return True
+            return None
+        size = sum(reservation.size_bytes for reservation in made)
+        again = ChunkLoad(load.chunk_hash, load.layout, load.wanted, load.wanted, made, load.shares, size)
+        again.failure = load.failure
+        load.shares = {}
+        self.room_bytes += size
+        self.table[load.chunk_hash] = again
+        return again
+
+    # The end of a load, and of its room.
 
     def _settle(self, load: ChunkLoad) -> None:
         """Publish what was loaded, and tell those who wait."""
-        del self._table[load.chunk_hash]
-        self._uncount(load.room)
+        del self.table[load.chunk_hash]
         entry = None
-        for rank, reservation in load.room.reservations.items():
-            mask = load.loaded & load.layout.rank_masks[rank]
-            if mask and not load.room.abandoned:
-                entry = self._l1.commit(reservation, mask)
-            elif not load.room.abandoned:
-                self._l1.discard(reservation)
+        if not load.abandoned:
+            self._uncount(load)
+            for reservation in load.reservations:
+                mask = load.loaded & load.layout.rank_masks[reservation.rank]
+                if mask:
+                    entry = self._l1.commit(reservation, mask)
+                else:
+                    self._l1.discard(reservation)
         self._tell(load, entry or self._l1.index.get(load.chunk_hash))
 
-    def _tell(self, load: ChunkLoad, entry: Entry | None) -> None:
+    @staticmethod
+    def _tell(load: ChunkLoad, entry: Entry | None) -> None:
         shares, load.shares = load.shares, {}
         for share, number in shares.items():
-            share.load_settled(load, number, entry)
+            share.load_settled(number, entry, load.failure)
 
     def _drop(self, dead: Sequence[ChunkLoad]) -> None:
         """Nobody wants these: pins go at once, memory when no call touches it."""
+        by_batch: dict[Batch, list[ChunkLoad]] = {}
         for load in dead:
-            del self._table[load.chunk_hash]
-            self._abandon(load.room)
-        for batch in {batch for load in dead for batch in load.batches}:
-            self._unpin(batch, [item for item in batch.items if not item.live])
-            if any(item.live for item in batch.items):
+            del self.table[load.chunk_hash]
+            self._abandon(load)
+            for batch in load.batches:
+                by_batch.setdefault(batch, []).append(load)
+        for batch, loads in by_batch.items():
+            batch.unpin(loads)
+            if batch.parts:
                 continue
             if batch.call is not None:
                 batch.call.cancel()
@@ -376,9 +354,30 @@ class Loader:
                 self._queues[batch.guard].remove(batch)
                 batch.guard.load_ended(batch.size_bytes, loaded=False)
 
-    @staticmethod
-    def _unpin(batch: Batch, items: Iterable[Item]) -> None:
-        pinned = [item for item in items if item.pinned]
-        for item in pinned:
-            item.pinned = False
-        batch.guard.unpin([item.key for item in pinned])
+    def _abandon(self, load: ChunkLoad) -> None:
+        load.abandoned = True
+        if not load.calls:
+            self._discard(load)
+
+    def _quarantine(self, loads: Iterable[ChunkLoad]) -> None:
+        """A call that should have ended may still write there: it holds up nothing else."""
+        for load in loads:
+            self._uncount(load)
+            for reservation in load.reservations:
+                self._l1.quarantine(reservation)
+            load.abandoned = True
+
+    def _call_ended(self, loads: Iterable[ChunkLoad]) -> None:
+        for load in loads:
+            load.calls -= 1
+            if load.abandoned and not load.calls:
+                self._discard(load)
+
+    def _discard(self, load: ChunkLoad) -> None:
+        self._uncount(load)
+        for reservation in load.reservations:
+            self._l1.discard(reservation)
+
+    def _uncount(self, load: ChunkLoad) -> None:
+        self.room_bytes -= load.room_bytes
+        load.room_bytes = 0

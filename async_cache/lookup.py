@@ -1,7 +1,7 @@
 """Asks all backends side by side which objects they hold, and keeps the pins of what was found."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from async_cache.keys import ObjectKey
 from async_cache.l2.guard import Guard
@@ -13,23 +13,19 @@ class Asked:
 
     def __init__(self, layout: ModelLayout, missing: Sequence[tuple[int, bytes, int]]):
         self.layout = layout
-        self.chunks = [(number, chunk_hash, layout.objects(mask)) for number, chunk_hash, mask in missing]
-        self.keys = [
-            ObjectKey(chunk_hash, rank, group) for _, chunk_hash, objects in self.chunks for rank, group in objects
-        ]
+        self.missing = missing  # (number, chunk hash, objects)
+        self.keys = [key for _, chunk_hash, mask in missing for key in layout.object_keys(chunk_hash, mask)]
 
     def masks(self, found: Sequence[bool]) -> dict[int, int]:
         """By chunk number, the objects that were found."""
-        bit = self.layout.bit
+        if all(found):
+            return {number: mask for number, _, mask in self.missing}
+        bit, objects = self.layout.bit, self.layout.objects
         answers = iter(found)
-        masks = {}
-        for number, _, objects in self.chunks:
-            mask = 0
-            for rank, group in objects:
-                if next(answers):
-                    mask |= 1 << bit(rank, group)
-            masks[number] = mask
-        return masks
+        return {
+            number: sum(1 << bit(*which) for which, there in zip(objects(mask), answers, strict=False) if there)
+            for number, _, mask in self.missing
+        }
 
 
 class Found:
@@ -40,43 +36,52 @@ class Found:
         self._asked = asked
         self._holders = holders  # the fastest first
 
-    def mask(self, number: int) -> int:
-        """The objects of a chunk that some backend holds."""
-        mask = 0
+    def masks(self) -> dict[int, int]:
+        """By chunk number, the objects that some backend holds."""
+        if len(self._holders) == 1:
+            return self._holders[0][1]
+        merged: dict[int, int] = {}
         for _, masks in self._holders:
-            mask |= masks.get(number, 0)
-        return mask
+            for number, mask in masks.items():
+                merged[number] = merged.get(number, 0) | mask
+        return merged
 
-    def sources(self, number: int, wanted: int) -> list[tuple[Guard, int]]:
-        """Where to load objects of a chunk from, each from its fastest holder."""
+    def sources(self, wanted: Mapping[int, int]) -> list[tuple[Guard, dict[int, int]]]:
+        """Where to load objects from, each from its fastest holder."""
+        left = dict(wanted)
         sources = []
         for guard, masks in self._holders:
-            mask = masks.get(number, 0) & wanted
-            if mask:
-                wanted &= ~mask
-                sources.append((guard, mask))
+            part = {number: mask for number, lacks in left.items() if (mask := masks.get(number, 0) & lacks)}
+            for number, mask in part.items():
+                left[number] &= ~mask
+            sources.append((guard, part))
         return sources
 
-    def take(self, number: int, wanted: int) -> list[tuple[Guard, int]]:
+    def take(self, wanted: Mapping[int, int]) -> list[tuple[Guard, dict[int, int]]]:
         """The same, and the pins are the caller's from now on."""
-        sources = self.sources(number, wanted)
-        for guard, masks in self._holders:
-            for taker, mask in sources:
-                if taker is guard:
-                    masks[number] &= ~mask
+        sources = self.sources(wanted)
+        for (_, masks), (_, part) in zip(self._holders, sources, strict=True):
+            for number, mask in part.items():
+                masks[number] &= ~mask
         return sources
 
     def close(self) -> None:
         """Give back the pins that were not taken."""
         for guard, masks in self._holders:
-            keys = [
-                key
-                for number, chunk_hash, _ in self._asked.chunks
-                if masks.get(number)
-                for key in self._asked.layout.object_keys(chunk_hash, masks[number])
-            ]
-            masks.clear()
-            guard.unpin(keys)
+            if any(masks.values()):
+                keys = [
+                    key
+                    for number, chunk_hash, _ in self._asked.missing
+                    for key in self._asked.layout.object_keys(chunk_hash, masks[number])
+                ]
+                masks.clear()
+                guard.unpin(keys)
+
+
+def ask_nowait(guards: Sequence[Guard], asked: Asked) -> Found | None:
+    """The answer of a single backend that knows at once that it holds everything; None if asking takes time."""
+    found = guards[0].lookup_nowait(asked.keys) if len(guards) == 1 else None
+    return Found(asked, [(guards[0], asked.masks(found))], failed=False) if found is not None else None
 
 
 async def ask(guards: Sequence[Guard], asked: Asked, timeout_seconds: float) -> Found:
@@ -84,8 +89,10 @@ async def ask(guards: Sequence[Guard], asked: Asked, timeout_seconds: float) -> 
 
     A backend that fails or stays silent counts as one that holds nothing. Cancelled, it keeps no pin.
     """
-    order = _fastest_first(guards, sum(asked.layout.groups[key.group].size_bytes for key in asked.keys))
-    if len(order) == 1:
+    order = _fastest_first(guards, sum(asked.layout.mask_bytes(mask) for *_, mask in asked.missing))
+    if not order:
+        answers: list[list[bool] | None] = []
+    elif len(order) == 1:
         answers = [await order[0].lookup(asked.keys, timeout_seconds)]
     else:
         answers = await _ask_all(order, asked.keys, timeout_seconds)
@@ -93,7 +100,9 @@ async def ask(guards: Sequence[Guard], asked: Asked, timeout_seconds: float) -> 
     return Found(asked, holders, failed=None in answers)
 
 
-async def _ask_all(order: Sequence[Guard], keys: Sequence[ObjectKey], timeout_seconds: float) -> list[list[bool] | None]:
+async def _ask_all(
+    order: Sequence[Guard], keys: Sequence[ObjectKey], timeout_seconds: float
+) -> list[list[bool] | None]:
     """The answers of the first so many that suffice; those of the others are given back."""
     tasks = [asyncio.create_task(guard.lookup(keys, timeout_seconds)) for guard in order]
     used = 0

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Self
 
 from async_cache.l1.entry import Entry
 from async_cache.layout import ModelLayout
-from async_cache.prefetch import Prefetch, PrefetchController
+from async_cache.prefetch import PrefetchController
+from async_cache.request import Request
 from async_cache.values import LoadResult
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class ReadLease:
         self._controller = controller
         self._arena = arena
         self._request_id, self._rank, self._reader = request_id, rank, reader
-        self._request: Prefetch | None = None
+        self._request: Request | None = None
         self._chunks: tuple[ReadChunk, ...] = ()
         self._result: LoadResult | None = None
 
@@ -96,12 +97,11 @@ class ReadLease:
         if self._result is None:
             request = await self._controller.enter(self._request_id, self._rank, self._reader)
             self._request = request
-            self._result = await request._result.wait()
+            self._result = await request.result.wait()
+            layout, start = request.prompt.layout, request.start_chunk
             self._chunks = tuple(
-                ReadChunk(
-                    request._start_chunk + n, request._entries[n], self._rank, needed, request._prompt.layout, self._arena
-                )
-                for n, needed in enumerate(request._needed)
+                ReadChunk(start + n, request.entries[n], self._rank, needed, layout, self._arena)
+                for n, needed in enumerate(request.needed)
             )
         return self
 

@@ -86,7 +86,7 @@ class Remover:
             return Deleted(len(resident), leased)
         self._hidden.hide(None)
         try:
-            self._loader.forget_all()
+            self._loader.forget(list(self._loader.table))
             resident, leased = await self._clear_l1(keep_unwritten=False)
             found = await self._on_every_backend(self._delete_all)
             return Deleted(len(resident | found), leased)

@@ -32,7 +32,7 @@ class LookupHits(Struct, frozen=True, kw_only=True):
 
 
 class LoadResult(Struct, frozen=True, kw_only=True):
-    """How much of a prompt is in memory, leased to the request. `seconds` runs from `prefetch` to the end of the load."""
+    """How much of a prompt is in memory, leased to the request. `seconds`: from `prefetch` to the end of the load."""
 
     request_id: str
     start_chunk: int
@@ -52,7 +52,7 @@ class Deleted(Struct, frozen=True):
 
 
 class FlushResult(Struct, frozen=True):
-    """What became of the chunks that waited for write-back when the flush began."""
+    """Chunks that were written back or dropped since the last flush, and those that still wait."""
 
     written: int
     pending: int
@@ -68,10 +68,11 @@ class BackendUsage(Struct, frozen=True):
 
 
 class CacheStats(Struct, frozen=True, kw_only=True):
-    """A snapshot. `requests`, `leases` (pairs of request and chunk) and the `*_bytes` are levels; the rest count since open.
+    """A snapshot of levels, and counters since the cache was opened.
 
-    `l1_used_bytes` is all of L1 that is not free: resident, reserved and quarantined. `loads` and `shared_loads` count
-    objects: read from L2, and not read again because the load was shared.
+    `leases` counts pairs of request and chunk, `leased_bytes` memory once. `l1_used_bytes` is all of L1 that is not
+    free: resident, reserved and quarantined. `loads` counts objects read from L2, `shared_loads` those that a request
+    did not have to read because another one did. `writebacks_dropped` counts chunks that a backend did not get.
     """
 
     requests: int

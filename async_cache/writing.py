@@ -92,7 +92,13 @@ class Writer:
     """
 
     def __init__(
-        self, l1: L1Store, writeback: Writeback, open_writers: "Expiry[Writer]", prompt: Prompt, rank: int, start_chunk: int
+        self,
+        l1: L1Store,
+        writeback: Writeback,
+        open_writers: "Expiry[Writer]",
+        prompt: Prompt,
+        rank: int,
+        start_chunk: int,
     ):
         self.shortfall: Shortfall | None = None
         self._l1 = l1

@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, Prompt
 
@@ -40,6 +39,7 @@ DOCUMENT = topics["debugger"][:20_000]  # about pdb, from Python's standard libr
 QUESTION = "Explain in a few sentences what the Python debugger pdb is and what it can do."
 CHUNK_TOKENS = 256
 ANSWER_TOKENS = 48
+REPORT = "report.json"
 
 console = Console()
 
@@ -64,9 +64,7 @@ class Report(msgspec.Struct, kw_only=True):
 def kv_layout(config: PreTrainedConfig, dtype: torch.dtype) -> ModelLayout:
     """One object for each chunk: keys and values of all layers."""
     shape = (2, config.num_hidden_layers, config.num_key_value_heads, CHUNK_TOKENS, config.head_dim)
-    return ModelLayout(
-        MODEL, (ObjectGroup(shape, str(dtype).removeprefix("torch.")),), chunk_tokens=CHUNK_TOKENS
-    )
+    return ModelLayout(MODEL, (ObjectGroup(shape, str(dtype).removeprefix("torch.")),), chunk_tokens=CHUNK_TOKENS)
 
 
 def copy_chunk(kv: DynamicCache, index: int, chunk: torch.Tensor) -> None:
@@ -91,9 +89,8 @@ def rebuild(config: PreTrainedConfig, chunks: Sequence[torch.Tensor]) -> Dynamic
 
 
 def load_model() -> tuple[PreTrainedModel, AutoTokenizer]:
-    disable_progress_bar()  # transformers shows one for each of the parts
-    kinds = track((AutoModelForCausalLM, AutoTokenizer), "Load model and tokenizer", console=console)
-    model, tokenizer = (kind.from_pretrained(MODEL_DIR, gguf_file=MODEL) for kind in kinds)
+    kinds = track((AutoTokenizer, AutoModelForCausalLM), "Load", console=console)
+    tokenizer, model = (kind.from_pretrained(MODEL_DIR, gguf_file=MODEL) for kind in kinds)
     return model, tokenizer
 
 
@@ -131,10 +128,8 @@ def answer(model: PreTrainedModel, logits: torch.Tensor, kv: DynamicCache) -> li
 async def serve(directory: Path, model: PreTrainedModel, tokenizer: AutoTokenizer) -> Report:
     tokens = read_prompt(tokenizer)
     layout = kv_layout(model.config, model.dtype)
-    prompt = layout.prompt(
-        tokens[:-1]
-    )  # the last token is always computed: the answer begins with its logits
-    async with AsyncCache(CacheConfig(l2=[f"fs://{directory}"])) as cache:
+    prompt = layout.prompt(tokens[:-1])  # the last token is always computed: the answer begins with its logits
+    async with AsyncCache(CacheConfig(l2=[f"fs://{directory}/kv"])) as cache:
         began = time.perf_counter()
 
         prefetch = cache.prefetch(prompt)
@@ -170,7 +165,7 @@ async def serve(directory: Path, model: PreTrainedModel, tokenizer: AutoTokenize
 async def store(cache: AsyncCache, prompt: Prompt, kv: DynamicCache) -> None:
     """Give the cache the chunks that it lacks; it writes them to the directory while the model goes on."""
     async with cache.store(prompt) as writer:
-        for chunk in track(writer, "Store", console=console):
+        for chunk in track(writer, "Store", console=console, disable=not writer):
             await asyncio.to_thread(copy_chunk, kv, chunk.index, chunk.tensors()[0])
             chunk.commit()
 
@@ -179,13 +174,13 @@ async def store(cache: AsyncCache, prompt: Prompt, kv: DynamicCache) -> None:
 
 
 def run_process(title: str, directory: Path) -> Report:
-    """Answer in a fresh process, with the cache in `directory`."""
+    """Answer in a fresh process."""
     console.rule(title)
-    report = directory / "report"
-    command = [sys.executable, __file__, "--cache", str(directory / "cache"), "--report", str(report)]
-    if code := subprocess.run(command, check=False).returncode:
-        sys.exit(f"{title} failed with exit code {code}")
-    return msgspec.json.decode(report.read_bytes(), type=Report)
+    command = [sys.executable, __file__, "--once", str(directory)]
+    quiet = os.environ | {"TQDM_DISABLE": "1"}  # transformers has progress bars of its own
+    if code := subprocess.run(command, env=quiet, check=False).returncode:
+        sys.exit(f"{title}: exit code {code}")
+    return msgspec.json.decode((directory / REPORT).read_bytes(), type=Report)
 
 
 def forget_pages(directory: Path) -> None:
@@ -236,26 +231,23 @@ def demonstrate() -> None:
     check(cold, warm)
 
 
+def answer_once(directory: Path) -> None:
+    report = uvloop.run(serve(directory, *load_model()))
+    (directory / REPORT).write_bytes(msgspec.json.encode(report))
+    console.print(QUESTION, style="bold")
+    console.print(report.text, markup=False, highlight=False)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="A real model answers a long prompt twice, in two processes."
-    )
-    parser.add_argument(
-        "--cache", type=Path, help="answer once, in this process, with a cache in this directory"
-    )
-    parser.add_argument("--report", type=Path, help="... and write what was measured to this file")
+    parser = argparse.ArgumentParser(description="A real model answers a long prompt twice, in two processes.")
+    parser.add_argument("--once", type=Path, metavar="DIR", help="answer in this process, with the cache in DIR")
     options = parser.parse_args()
     if not (MODEL_DIR / MODEL).exists():
-        sys.exit(
-            f"There is no {MODEL} in {MODEL_DIR}: `make demo` downloads it once (93 MB), and runs this file."
-        )
-    if options.cache is None:
+        sys.exit(f"There is no {MODEL} in {MODEL_DIR}: `make demo` downloads it once (93 MB), and runs this file.")
+    if options.once is None:
         demonstrate()
     else:
-        report = uvloop.run(serve(options.cache, *load_model()))
-        console.print(f"[bold]{QUESTION}[/]\n{report.text}", highlight=False)
-        if options.report:
-            options.report.write_bytes(msgspec.json.encode(report))
+        answer_once(options.once.resolve())
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ class Extents:
         ranges = sorted(self._length_at.items())
         assert sum(length for _, length in ranges) == self.free_bytes
         assert all(b + length < ranges[i + 1][0] for i, (b, length) in enumerate(ranges[:-1]))
-        assert all(0 <= b and length > 0 and b + length <= self.size_bytes for b, length in ranges)
+        assert all(b >= 0 and length > 0 and b + length <= self.size_bytes for b, length in ranges)
         assert self._begin_of == {b + length: b for b, length in ranges}
         assert sorted((length, b) for length, begins in self._begins.items() for b in begins) == sorted(
             (length, b) for b, length in ranges

@@ -67,10 +67,6 @@ class Reservation(Struct, gc=False, eq=False):
     layout: ModelLayout
     rank: int
     offset: int
+    size_bytes: int  # of the room it takes beside what is resident
     within: Entry | None = None
     state: ReservationState = ReservationState.RESERVED
-
-    @property
-    def room_bytes(self) -> int:
-        """Memory that it takes beside what is resident."""
-        return 0 if self.within is not None else self.layout.room_bytes[self.rank]

@@ -17,7 +17,7 @@ class EvictionPolicy(Protocol):
         """The entry may not be evicted any more."""
 
     def victims(self) -> Iterator[Entry]:
-        """All entries that were added, in the order in which they should go. Nothing is added or discarded meanwhile."""
+        """All entries that were added, in the order in which they should go."""
 
 
 class LeastRecentlyUsed:

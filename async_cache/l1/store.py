@@ -44,16 +44,18 @@ class L1Store:
 
     # Reading: lease -> release. I/O that reads an entry holds it.
 
-    def lease(self, entry: Entry) -> None:
-        """Keep an entry for a request, until `release`."""
-        if not entry.leases:
-            if not entry.detached:
-                self._policy.discard(entry)
-                if not entry.holds:
-                    self.evictable_bytes -= entry.room_bytes
-            self.leased_bytes += entry.room_bytes
-        entry.leases += 1
-        self.leases += 1
+    def lease(self, entries: Iterable[Entry]) -> None:
+        """Keep entries for a request, each until its `release`."""
+        for entry in entries:
+            if not entry.leases:
+                room = entry.room_bytes
+                self.leased_bytes += room
+                if not entry.detached:
+                    self._policy.discard(entry)
+                    if not entry.holds:
+                        self.evictable_bytes -= room
+            entry.leases += 1
+            self.leases += 1
 
     def release(self, entry: Entry) -> None:
         """Give back one lease. The tail of a prefix is released before its head, so that it is evicted before it."""
@@ -100,7 +102,7 @@ class L1Store:
             wanted = list(run)
             offsets = self._allocate(size, len(wanted))
             made += [
-                Reservation(chunk_hash, layout, rank, offset)
+                Reservation(chunk_hash, layout, rank, offset, size)
                 for (chunk_hash, rank), offset in zip(wanted, offsets, strict=False)
             ]
             self.reserved_bytes += size * len(offsets)
@@ -111,7 +113,7 @@ class L1Store:
     def reserve_within(self, entry: Entry, rank: int) -> Reservation:
         """The unpublished part of an entry's block, which is held until the reservation is done."""
         self.hold(entry)
-        return Reservation(entry.chunk_hash, entry.layout, rank, entry.offset(rank), within=entry)
+        return Reservation(entry.chunk_hash, entry.layout, rank, entry.offset(rank), 0, entry)
 
     def commit(self, reservation: Reservation, mask: int, after: bytes | None = None) -> Entry:
         """Publish the objects in `mask`; the entry where they, or those of an earlier commit, can be found.
@@ -156,11 +158,11 @@ class L1Store:
         """Somebody may still touch the room: set it aside until `discard`."""
         if reservation.state is ReservationState.RESERVED:
             reservation.state = ReservationState.QUARANTINED
-            self.reserved_bytes -= reservation.room_bytes
-            self.quarantined_bytes += reservation.room_bytes
+            self.reserved_bytes -= reservation.size_bytes
+            self.quarantined_bytes += reservation.size_bytes
 
     def _end(self, reservation: Reservation) -> int:
-        size = reservation.room_bytes
+        size = reservation.size_bytes
         if reservation.state is ReservationState.QUARANTINED:
             self.quarantined_bytes -= size
         else:

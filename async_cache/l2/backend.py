@@ -39,9 +39,13 @@ class Backend(ABC):
         Pins count: an object found twice is unpinned twice. A call that raises, or is cancelled, has pinned nothing.
         """
 
+    def lookup_nowait(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
+        """The answer of `lookup`, with its pins, if it can be given without waiting; None, and no pin, if not."""
+        return None
+
     @abstractmethod
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
-        """Give back one pin of each key."""
+        """Give back one pin of each key. Objects that were removed meanwhile, or a closed backend, are no error."""
 
     @abstractmethod
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
@@ -59,7 +63,7 @@ class Backend(ABC):
 
     @abstractmethod
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
-        """Remove objects, pinned or not; the number that were there."""
+        """Remove objects, pinned or not; the number that were there. What is stored again later has pins of its own."""
 
     @abstractmethod
     def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
@@ -70,4 +74,4 @@ class Backend(ABC):
         """What it holds, as far as it knows."""
 
     async def close(self) -> None:  # noqa: B027
-        """Let go of threads and files; idempotent. Waits for calls that still touch buffers, but not for a dead disk."""
+        """Let go of threads and files; idempotent. Waits for calls that touch buffers, but not for a dead disk."""

@@ -28,7 +28,7 @@ from async_cache.values import BackendUsage
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 2.0
-SLICE = 1000  # what the loop does with many objects, it does for so many at a time: one or two milliseconds
+SLICE = 256  # what the loop does with many objects, it does for so many at a time: a millisecond
 
 _open_directory = wrap(RecordDirectory)
 _sizes = wrap(RecordDirectory.sizes)
@@ -69,14 +69,15 @@ class FileSystemBackend(Backend):
         self._index = Index()
         self._writing_bytes = 0
         self._unlinking: list[list[ObjectKey]] = []  # no longer in the index, perhaps still on the disk
-        self._watches: list[set[ObjectKey]] = []
+        self._watches: dict[int, set[ObjectKey]] = {}
         self._executors: tuple[DaemonExecutor, ...] = ()
 
     async def open(self) -> None:
         self._loads = DaemonExecutor(self._threads, f"{self.name} load")
         self._changes = DaemonExecutor(1, f"{self.name} change")
         self._searches = DaemonExecutor(1, f"{self.name} search")
-        executors = (self._loads, self._changes, self._searches)
+        self._scans = DaemonExecutor(1, f"{self.name} scan")
+        executors = (self._loads, self._changes, self._searches, self._scans)
         try:
             await makedirs(self.path, 0o700, exist_ok=True, executor=self._changes)
             self._directory = await _open_directory(
@@ -91,6 +92,13 @@ class FileSystemBackend(Backend):
             if not self._executors:
                 _shutdown(executors)
         self._recovery = asyncio.create_task(self._recover(), name=f"{self.name} recovery")
+
+    def lookup_nowait(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
+        present = self._index.pin_present(keys)
+        if all(present):
+            return present
+        self._index.unpin([key for key, found in zip(keys, present, strict=True) if found])
+        return None
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         present = self._index.pin_present(keys)
@@ -239,7 +247,7 @@ class FileSystemBackend(Backend):
 
     def _unlink(self, keys: list[ObjectKey]) -> "asyncio.Future[int]":
         """Remove the files of objects that were dropped from the index, after what was submitted before."""
-        for watch in self._watches:
+        for watch in self._watches.values():
             watch.update(keys)
         self._unlinking.append(keys)
         future = asyncio.wrap_future(self._changes.submit(self._directory.unlink, keys))
@@ -255,11 +263,11 @@ class FileSystemBackend(Backend):
     def _watch(self) -> Iterator[set[ObjectKey]]:
         """The objects removed while one waits for a thread: what it tells of them is out of date."""
         removed: set[ObjectKey] = set()
-        self._watches.append(removed)
+        self._watches[id(removed)] = removed
         try:
             yield removed
         finally:
-            self._watches.remove(removed)
+            del self._watches[id(removed)]
 
     async def _recover(self) -> None:
         """Index what is on the disk, the newest first, as older than all that was used since the start."""
@@ -268,11 +276,12 @@ class FileSystemBackend(Backend):
                 removed.update(*self._unlinking)
                 scan = self._directory.scan()
                 runs: list[list[Found]] = []
-                while run := await _next(scan, None, executor=self._searches):
+                while run := await _next(scan, None, executor=self._scans):
                     runs.append(run)
                 records = merge(*runs, reverse=True)
-                while batch := await _take(records, SLICE, executor=self._searches):
-                    for _, key, size_bytes in batch:
+                while batch := await _take(records, SLICE, executor=self._scans):
+                    for _, chunk_hash, rank, group, size_bytes in batch:
+                        key = ObjectKey(chunk_hash, rank, group)
                         if key not in removed:
                             self._index.put_oldest(key, size_bytes)
                     self._make_room(0)

@@ -92,7 +92,7 @@ class Guard:
         return call
 
     async def finish(self, call: "asyncio.Task[T]", timeout_seconds: float, answers: int | None = None) -> T:
-        """The result of a call, of so many answers. Raises BackendError for any failure, CallTimeoutError for silence."""
+        """The result of a call, of so many answers. Raises BackendError for a failure, CallTimeoutError for silence."""
         try:
             await asyncio.wait((call,), timeout=timeout_seconds)
         except asyncio.CancelledError:
@@ -119,6 +119,16 @@ class Guard:
     def allows(self) -> bool:
         """Whether the breaker lets a call through; if so, `finish` must follow."""
         return self.breaker.allow(self._loop.time())
+
+    def lookup_nowait(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
+        """The answer of `lookup` if the backend has it at hand; None if it must be asked."""
+        if self.breaker.state is not BreakerState.CLOSED:
+            return None
+        try:
+            return self.backend.lookup_nowait(keys)
+        except Exception:
+            log.exception("backend %s could not say at once what it holds", self.backend.name)
+            return None
 
     async def lookup(self, keys: Sequence[ObjectKey], timeout_seconds: float) -> list[bool] | None:
         """Which objects are there, and pinned; None if the backend failed, stayed silent, or is left alone."""

@@ -66,8 +66,11 @@ class MemoryBackend(Backend):
     async def open(self) -> None:
         self._turn = asyncio.Lock()  # a lock belongs to the loop that it was first waited for in
 
-    async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+    def lookup_nowait(self, keys: Sequence[ObjectKey]) -> list[bool]:
         return [self._pin(key) for key in keys]
+
+    async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        return self.lookup_nowait(keys)
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         for key in keys:

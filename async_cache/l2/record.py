@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 BLOCK_BYTES = 256 * 1024  # hashed while it is still in the processor's cache
 TRAILER = Struct("<8s32sIIQQ")
 MAGIC = b"akvrec\x01\x00"
-SCAN_ENTRIES = 1000
+SCAN_ENTRIES = 256  # in one step of the thread: two milliseconds for which the loop may have to wait
 
 _NAME = re.compile(r"([0-9a-f]{64})\.(0|[1-9][0-9]{0,9})\.(0|[1-9][0-9]{0,9})\.kv")
 _TEMPORARY = "tmp."
@@ -48,7 +48,8 @@ _READ = _SAFE | os.O_RDONLY | os.O_NONBLOCK  # a pipe under an object's name mus
 _CREATE = _SAFE | os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _NO_FILE = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO}  # nothing, or a link, a directory ...
 
-Found = tuple[int, ObjectKey, int]  # modification time in ns, key, size of the body in bytes
+Found = tuple[int, bytes, int, int, int]
+"""Modification time in ns, chunk hash, rank, group, bytes of the body: flat, and so of no interest to the collector."""
 
 
 def file_name(key: ObjectKey) -> str:
@@ -133,11 +134,9 @@ class RecordDirectory:
         name = file_name(key)
         if self.size(key) == len(body):
             return
-        temporary = _TEMPORARY + token_hex(8)
-        fd = os.open(temporary, _CREATE, 0o600, dir_fd=self._fd)
+        temporary, fd = self._create_temporary()
         try:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # see _remove_leftover
                 if self._direct:
                     self._use_direct(fd, body)
                 tail = self._tail()
@@ -151,6 +150,19 @@ class RecordDirectory:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=self._fd)
             raise
+
+    def _create_temporary(self) -> tuple[str, int]:
+        """A new file, locked as long as it is open: the kernel ends the lock with its process.
+
+        That tells the file of a dead writer from one in use, without anything to hold and clear away per process.
+        """
+        while True:
+            name = _TEMPORARY + token_hex(8)
+            fd = os.open(name, _CREATE, 0o600, dir_fd=self._fd)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                return name, fd
+            os.close(fd)  # a scan took it for a leftover, in the instant before it was locked
 
     # Names.
 
@@ -192,7 +204,7 @@ class RecordDirectory:
             if key is not None:
                 status = entry.stat(follow_symlinks=False)
                 size_bytes = _body_bytes(status)
-                return None if size_bytes is None else (status.st_mtime_ns, key, size_bytes)
+                return None if size_bytes is None else (status.st_mtime_ns, *key, size_bytes)
             if entry.name.startswith(_TEMPORARY) and entry.is_file(follow_symlinks=False):
                 self._remove_leftover(entry.name)
         except OSError as error:
@@ -201,11 +213,7 @@ class RecordDirectory:
         return None
 
     def _remove_leftover(self, name: str) -> None:
-        """Remove a temporary file unless its writer lives: that one holds a lock, which the kernel ends with it.
-
-        Each file has its own lock: there is nothing to create, hold or clear away for a process. In the instant
-        between the writer's open and its lock it can be robbed of the file, and its store answers False.
-        """
+        """Remove a temporary file unless its writer lives, see `_create_temporary`."""
         fd = os.open(name, _READ, dir_fd=self._fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

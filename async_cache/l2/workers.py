@@ -51,19 +51,18 @@ class DaemonExecutor(Executor):
 
 def _work(queue: _Queue, ended: Future[None]) -> None:
     while (call := queue.get()) is not None:
-        _run(*call)
-        del call  # an idle thread must not hold on to buffers
+        future, function = call
+        del call
+        if future.set_running_or_notify_cancel():
+            try:
+                result = function()
+            except BaseException as error:  # the root of a call: whoever waits for it gets it
+                del function
+                future.set_exception(error)
+            else:
+                del function  # and the buffers with it: from here on they are the caller's
+                future.set_result(result)
     ended.set_result(None)
-
-
-def _run(future: Future[Any], function: Callable[[], Any]) -> None:
-    if future.set_running_or_notify_cancel():
-        try:
-            result = function()
-        except BaseException as error:  # the root of a call: whoever waits for it gets it
-            future.set_exception(error)
-        else:
-            future.set_result(result)
 
 
 async def settle(futures: Sequence[Future[Any]], stop: Event) -> None:

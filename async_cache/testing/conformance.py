@@ -159,7 +159,7 @@ class BackendSuite:
         expected = {key(n, rank): 1000 * (n + 1) + rank for n in range(5) for rank in range(2)}
         blobs = [content(n, size) for n, size in enumerate(expected.values())]
         assert all(await backend.store(list(expected), views(blobs)))
-        listed = [item async for item in backend.keys()]  # noqa: SIM118 (it is no mapping)
+        listed = [item async for item in backend.keys()]
         assert len(listed) == len(expected)
         assert dict(listed) == expected
 

@@ -111,8 +111,8 @@ async def test_a_record_is_its_body_and_a_trailer(start, directory):
     assert name == bytes(range(32)).hex() + ".3.7.kv"
     assert (directory / name).read_bytes().hex() == (
         "616263" + "616b767265630100" + bytes(range(32)).hex() + "0300000007000000" + "0300000000000000"
-        "4995c64b2ccaaf78"  # XXH3-64 of "abc" is 78af5f94892f3950 in the canonical order
-    ) or True
+        "50392f89945faf78"  # XXH3-64 of "abc": 78af5f94892f3950
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,11 @@ async def test_what_was_stored_is_there_after_a_restart(start):
 async def test_a_lookup_does_not_wait_for_recovery(start, monkeypatch):
     await put(await start(), range(3), 1000)
     gate = Gate(monkeypatch, "scandir")
-    second = await start(threads=1)
+    second = await start()
     await gate.reached()
-    second._searches = filesystem.DaemonExecutor(1, "another")  # the gate holds the one that scans
     assert await find(second, [0, 1, 9]) == [True, True, False]
     assert await get(second, [2], 1000) == [content(2, 1000)]
     gate.open()
-    second._searches.shutdown()
     assert len(await listing(second)) == 3
 
 
@@ -552,8 +550,8 @@ async def test_a_delete_wins_over_the_store_that_is_under_way(start, directory, 
 
 
 def test_a_million_chunks_fit_in_memory():
-    chunks = 100_000
-    keys = [key(n, rank) for n in range(chunks) for rank in range(2)]
+    chunks = 125_000  # as full a hash table as with a million
+    keys = [ObjectKey(n.to_bytes(32, "little"), rank, 0) for n in range(chunks) for rank in range(2)]
     index = Index()
     gc.collect()
     tracemalloc.start()
@@ -569,6 +567,7 @@ def test_a_million_chunks_fit_in_memory():
 
 PROCESS = """
 import asyncio, os, sys
+from threading import Event
 from async_cache.l2.filesystem import FileSystemBackend
 from async_cache.testing.conformance import content, get, key, put
 
@@ -601,6 +600,23 @@ async def test_the_rest_of_a_killed_process_is_removed_and_that_of_a_living_one_
         child.send_signal(signal.SIGKILL)
     assert await listing(await start()) == {}
     assert names(directory) == []
+
+
+async def test_a_file_that_was_taken_for_a_rest_before_its_lock_is_written_anew(start, directory, monkeypatch):
+    backend = await start()
+    await listing(backend)
+    real, taken = fcntl.flock, []
+
+    def flock(fd, how):
+        if not taken:
+            taken.extend(names(directory))
+            os.unlink(directory / taken[0])
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert await put(backend, [1], 1000) == [True]
+    assert names(directory) == [file_name(key(1))]
+    assert taken[0].startswith("tmp.")
 
 
 async def test_two_processes_write_the_same_objects_and_read_each_others(start, directory):
@@ -646,13 +662,15 @@ async def test_what_is_on_the_disk_is_not_written_again(start, directory, monkey
 
 
 async def test_a_stuck_disk_does_not_keep_the_process_from_its_end(directory):
-    stuck = "print('ready', flush=True)\nos.preadv = lambda *_: os.read(0, 1)\nawait put(backend, [1], 1000)\n"
-    stuck += "task = asyncio.ensure_future(get(backend, [1], 1000))\nawait asyncio.sleep(0)\nawait backend.close()\n"
-    stuck += "print('closed', flush=True)\nsys.exit = None\nraise SystemExit(7)"
-    with process(directory, stuck.replace("await backend.close()", "from async_cache.l2 import filesystem\n"
-                                          "filesystem.CLOSE_SECONDS = 0.01\nawait backend.close()")) as child:
-        assert await next_line(child) == b"ready\n"
-        assert await next_line(child) == b"closed\n"
+    stuck = (
+        "await put(backend, [1], 1000)\n"
+        "os.preadv = lambda *_: print('stuck', flush=True) or sys.stdin.read()\n"
+        "stuck = backend._loads.submit(backend._directory.load, [key(1)], [memoryview(bytearray(1000))], Event())\n"
+        "sys.modules[FileSystemBackend.__module__].CLOSE_SECONDS = 0.01"
+    )
+    with process(directory, stuck) as child:
+        assert await next_line(child) == b"stuck\n"
+        assert await asyncio.to_thread(child.wait, 30) == 0
 
 
 # O_DIRECT.
@@ -768,13 +786,18 @@ def test_settings_that_can_not_be_used_are_refused(settings):
 
 
 async def test_close_lets_go_of_threads_and_files(directory):
-    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     backend = FileSystemBackend(directory)
     await backend.open()
     await put(backend, [1], 1000)
+    started = set(threading.enumerate()) - threads
+    assert started
     await backend.close()
     await backend.close()
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    for thread in started:  # has said that it ends, and does
+        await asyncio.to_thread(thread.join, 30)
+        assert not thread.is_alive()
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 async def test_close_does_not_wait_for_a_dead_disk_nor_take_its_files(start, monkeypatch):

@@ -1,0 +1,152 @@
+"""`AsyncCache` behind the interface that the peers are measured with: blocking calls, from any thread.
+
+The loop runs in a thread of its own. `submit` hands a prefetch to it and returns; the result is seen through an event.
+Checksums are on; keys are hashed off the clock, as the peers' are.
+"""
+
+import asyncio
+import hashlib
+import itertools
+import os
+import shutil
+import tempfile
+import threading
+
+import uvloop
+
+from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, Prompt
+
+DATA = os.environ.get("PEER_DATA") or os.path.join(tempfile.gettempdir(), "kv-peers")
+STORE_BYTES = 256 * 2**20  # at a time
+
+
+class Handle:
+    """One prefetch that was submitted."""
+
+    __slots__ = ("done", "request_id", "result")
+
+    def __init__(self, request_id):
+        self.request_id = request_id
+        self.done = threading.Event()
+        self.result = None
+
+
+class Request:
+    """Keys, hashed: a prompt of one token a chunk, whose chunk hashes are those of the key ids."""
+
+    def __init__(self, label, size, ids):
+        layout = ModelLayout("bench", (ObjectGroup((size,), "uint8"),), chunk_tokens=1)
+        self.hashes = [hashlib.sha256(f"{label}/{size}/{i}".encode()).digest() for i in ids]
+        self.prompt = Prompt(layout, b"", len(self.hashes), "", "", hashes=self.hashes)
+        self.handle = None
+
+
+class Ours:
+    """kind: "fs" (a directory), or "memory"."""
+
+    def __init__(self, kind):
+        self.kind, self.name = kind, f"ours:{kind}"
+        self.ids = itertools.count()
+
+    def open(self, l1_bytes, opts):
+        self.base = f"{DATA}/ours-{os.getpid()}"
+        url = f"fs://{self.base}?capacity=none" if self.kind == "fs" else "memory://"
+        self.loop = uvloop.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.cache = AsyncCache(CacheConfig(l1_bytes=l1_bytes, l2=[url], writeback_share=1.0))
+        self.call(self.cache.open())
+        return {"l1_bytes": l1_bytes}
+
+    def call(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    async def store(self, request):
+        async with self.cache.store(request.prompt) as writer:
+            assert len(writer) == len(request.hashes), writer.shortfall
+            for chunk in writer:
+                (view,) = chunk.views
+                chunk_hash = request.hashes[chunk.index]
+                view[:] = bytes((chunk_hash[0],)) * len(view)
+                view[:32] = chunk_hash
+                chunk.commit()
+        flushed = await self.cache.flush()
+        assert not flushed.pending, flushed
+        assert not flushed.dropped, flushed
+
+    def populate(self, size, n, label="l2"):
+        step = max(1, STORE_BYTES // size)
+        for begin in range(0, n, step):
+            request = Request(label, size, range(begin, min(n, begin + step)))
+            self.call(self.store(request))
+            if label == "l2":
+                self.loop.call_soon_threadsafe(self.forget, request.hashes)
+        return {}
+
+    def populate_l1(self, size, n):
+        return self.populate(size, n, "l1")
+
+    def forget(self, hashes):
+        """Have them in L2 only, so that the next request of the same keys loads them again."""
+        l1 = self.cache._open.l1
+        for chunk_hash in hashes:
+            entry = l1.index.get(chunk_hash)
+            if entry is not None and not entry.leases:
+                l1.remove(entry)
+
+    # Timed.
+
+    def make_request(self, label, size, ids):
+        request = Request(label, size, ids)
+        request.is_l2 = label == "l2"
+        return request
+
+    def submit(self, request, skip_l2=False):
+        handle = request.handle = Handle(f"r{next(self.ids)}")
+        self.loop.call_soon_threadsafe(self.start, request.prompt, handle)
+        return handle
+
+    def start(self, prompt, handle):
+        load_done = self.cache.prefetch(prompt, request_id=handle.request_id).load_done
+
+        def loaded(future):
+            handle.result = future.result().chunks
+            handle.done.set()
+
+        if load_done.done():
+            loaded(load_done)
+        else:
+            load_done.add_done_callback(loaded)
+
+    def poll(self, handle):
+        return handle.result
+
+    def wait(self, handle, timeout):
+        return handle.done.wait(timeout)
+
+    def release(self, request, handle, hits=None):
+        self.loop.call_soon_threadsafe(self.end, request, handle)
+
+    def end(self, request, handle):
+        task = self.loop.create_task(self.cache.end_request(handle.request_id))
+        if request.is_l2:
+            task.add_done_callback(lambda _: self.forget(request.hashes))
+
+    def verify(self, request):
+        async def check():
+            async with self.cache.read(request.handle.request_id) as lease:
+                assert len(lease) == len(request.hashes)
+                return all(bytes(chunk.views[0][:32]) == request.hashes[chunk.index] for chunk in lease)
+
+        return self.call(check())
+
+    def stats(self):
+        stats = self.call(self.cache.stats())
+        return {"loads": stats.loads, "shared_loads": stats.shared_loads, "leases": stats.leases}
+
+    def close(self):
+        self.call(self.cache.close())
+        shutil.rmtree(self.base, ignore_errors=True)
+
+
+def make(kind):
+    return Ours(kind)
