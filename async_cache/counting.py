@@ -35,7 +35,7 @@ async def count_hits(
         length = coverage.lengths(layout, here)[-1]
         needed = coverage.needed(layout, length)
         to_load = {n: lacks for n in range(length) if (lacks := needed[n] & ~resident[n])}
-        sources = [(guard, sum(map(layout.mask_bytes, part.values()))) for guard, part in found.sources(to_load)]
+        sources = [(guard, sum(layout.sizes[mask] for mask in part.values())) for guard, part in found.sources(to_load)]
     finally:
         found.close()
     expected = [guard.expected_load_seconds(size) for guard, size in sources if size]
@@ -49,6 +49,6 @@ async def count_hits(
         l2_chunks=len(to_load),
         found_chunks=length,
         shortfall=Shortfall.BACKEND_ERROR if length < len(hashes) and found.failed else None,
-        load_bytes=sum(map(layout.mask_bytes, to_load.values())),
+        load_bytes=sum(layout.sizes[mask] for mask in to_load.values()),
         expected_load_seconds=max(known, default=0.0) if len(known) == len(expected) else None,
     )

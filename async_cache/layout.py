@@ -5,13 +5,15 @@ one int whatever the world size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from async_cache import keys
 from async_cache.keys import Media, ObjectKey
+
+T = TypeVar("T")
 
 DTYPE_BYTES = {
     "bool": 1, "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
@@ -182,37 +184,41 @@ class ModelLayout:
         """The number of an object within its chunk."""
         return rank * len(self.groups) + group
 
-    def objects(self, mask: int) -> tuple[tuple[int, int], ...]:
-        """(rank, group) of each object in `mask`."""
-        known = self._by_mask.get(mask)
-        return (known if known is not None else self._about(mask))[0]
-
-    def mask_bytes(self, mask: int) -> int:
-        """Bytes of the objects in `mask`."""
-        known = self._by_mask.get(mask)
-        return (known if known is not None else self._about(mask))[1]
-
-    def ranks(self, mask: int) -> tuple[int, ...]:
-        """The ranks of the objects in `mask`, ascending."""
-        known = self._by_mask.get(mask)
-        return (known if known is not None else self._about(mask))[2]
-
-    def object_keys(self, chunk_hash: bytes, mask: int) -> list[ObjectKey]:
-        """The keys of the objects in `mask` of a chunk."""
-        new = tuple.__new__  # a third of the time that the named tuple's own constructor takes
-        return [new(ObjectKey, (chunk_hash, rank, group)) for rank, group in self.objects(mask)]
+    @cached_property
+    def objects(self) -> "_ByMask[tuple[tuple[int, int], ...]]":
+        """By mask, (rank, group) of each object in it."""
+        groups = len(self.groups)
+        return _ByMask(lambda mask: tuple(divmod(b, groups) for b in range(mask.bit_length()) if mask >> b & 1))
 
     @cached_property
-    def _by_mask(self) -> dict[int, tuple[tuple[tuple[int, int], ...], int, tuple[int, ...]]]:
-        return {}
+    def sizes(self) -> "_ByMask[int]":
+        """By mask, the bytes of the objects in it."""
+        return _ByMask(lambda mask: sum(self.groups[group].size_bytes for _, group in self.objects[mask]))
 
-    def _about(self, mask: int) -> tuple[tuple[tuple[int, int], ...], int, tuple[int, ...]]:
-        objects = tuple(divmod(bit, len(self.groups)) for bit in range(mask.bit_length()) if mask >> bit & 1)
-        size = sum(self.groups[group].size_bytes for _, group in objects)
-        about = objects, size, tuple(sorted({rank for rank, _ in objects}))
-        if len(self._by_mask) < MAX_OBJECTS_PER_CHUNK:
-            self._by_mask[mask] = about
-        return about
+    @cached_property
+    def ranks(self) -> "_ByMask[tuple[int, ...]]":
+        """By mask, the ranks of the objects in it, ascending."""
+        return _ByMask(lambda mask: tuple(sorted({rank for rank, _ in self.objects[mask]})))
+
+    def object_keys(self, chunks: Iterable[tuple[bytes, int]]) -> list[ObjectKey]:
+        """The keys of the objects of chunks, each given as (chunk hash, mask)."""
+        new, objects = tuple.__new__, self.objects  # a third of the time that the named tuple's constructor takes
+        return [
+            new(ObjectKey, (chunk_hash, rank, group)) for chunk_hash, mask in chunks for rank, group in objects[mask]
+        ]
+
+
+class _ByMask(dict[int, T]):
+    """What is known of a mask, computed once: there are few different ones, and they are asked for all the time."""
+
+    def __init__(self, compute: Callable[[int], T]):
+        self._compute = compute
+
+    def __missing__(self, mask: int) -> T:
+        value = self._compute(mask)
+        if len(self) < MAX_OBJECTS_PER_CHUNK:
+            self[mask] = value
+        return value
 
 
 class Prompt:

@@ -8,6 +8,7 @@ falls short. The room of a chunk is freed only when no call touches it any more.
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Protocol
 
 from msgspec import Struct
@@ -70,8 +71,8 @@ class Batch:
 
     def unpin(self, loads: Iterable[ChunkLoad]) -> None:
         """These are no longer asked for."""
-        parts = [(load, self.parts.pop(load, 0)) for load in loads]
-        self.guard.unpin([key for load, mask in parts for key in load.layout.object_keys(load.chunk_hash, mask)])
+        for layout, same in groupby(loads, key=lambda load: load.layout):
+            self.guard.unpin(layout.object_keys([(load.chunk_hash, self.parts.pop(load, 0)) for load in same]))
 
 
 class Loader:
@@ -137,7 +138,7 @@ class Loader:
 
     def expected_seconds(self, chunk_hashes: Iterable[bytes]) -> float | None:
         """How long these should take, with what is queued before them; None if a backend was not measured yet."""
-        guards = {batch.guard for h in chunk_hashes for batch in self.table[h].batches}
+        guards = {batch.guard for batch in {batch for h in chunk_hashes for batch in self.table[h].batches}}
         expected = [guard.expected_load_seconds(0) for guard in guards]
         known = [seconds for seconds in expected if seconds is not None]
         return max(known, default=0.0) if len(known) == len(expected) else None
@@ -167,7 +168,7 @@ class Loader:
                 self._queue(queue, batch)
                 batch = Batch(guard, tried)
             batch.parts[load] = mask
-            batch.size_bytes += load.layout.mask_bytes(mask)
+            batch.size_bytes += load.layout.sizes[mask]
             load.batches += (batch,)
         if batch.parts:
             self._queue(queue, batch)
@@ -224,9 +225,9 @@ class Loader:
         for load, mask in parts.items():
             layout = load.layout
             offsets = {reservation.rank: reservation.offset for reservation in load.reservations}
-            keys += layout.object_keys(load.chunk_hash, mask)
-            for rank, group in layout.objects(mask):
+            for rank, group in layout.objects[mask]:
                 begin, end = layout.spans[rank][group] or (0, 0)
+                keys.append(ObjectKey(load.chunk_hash, rank, group))
                 buffers.append(view[offsets[rank] + begin : offsets[rank] + end])
         return keys, buffers
 
@@ -265,7 +266,7 @@ class Loader:
         for load, mask in parts.items():
             lost = {
                 1 << load.layout.bit(*which): _REASONS[outcome]
-                for which, outcome in zip(load.layout.objects(mask), answers, strict=False)
+                for which, outcome in zip(load.layout.objects[mask], answers, strict=False)
                 if outcome is not LoadOutcome.LOADED
             }
             if lost:

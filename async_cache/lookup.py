@@ -14,7 +14,7 @@ class Asked:
     def __init__(self, layout: ModelLayout, missing: Sequence[tuple[int, bytes, int]]):
         self.layout = layout
         self.missing = missing  # (number, chunk hash, objects)
-        self.keys = [key for _, chunk_hash, mask in missing for key in layout.object_keys(chunk_hash, mask)]
+        self.keys = layout.object_keys([(chunk_hash, mask) for _, chunk_hash, mask in missing])
 
     def masks(self, found: Sequence[bool]) -> dict[int, int]:
         """By chunk number, the objects that were found."""
@@ -23,7 +23,7 @@ class Asked:
         bit, objects = self.layout.bit, self.layout.objects
         answers = iter(found)
         return {
-            number: sum(1 << bit(*which) for which, there in zip(objects(mask), answers, strict=False) if there)
+            number: sum(1 << bit(*which) for which, there in zip(objects[mask], answers, strict=False) if there)
             for number, _, mask in self.missing
         }
 
@@ -69,13 +69,9 @@ class Found:
         """Give back the pins that were not taken."""
         for guard, masks in self._holders:
             if any(masks.values()):
-                keys = [
-                    key
-                    for number, chunk_hash, _ in self._asked.missing
-                    for key in self._asked.layout.object_keys(chunk_hash, masks[number])
-                ]
+                left = [(chunk_hash, masks[number]) for number, chunk_hash, _ in self._asked.missing]
                 masks.clear()
-                guard.unpin(keys)
+                guard.unpin(self._asked.layout.object_keys(left))
 
 
 def ask_nowait(guards: Sequence[Guard], asked: Asked) -> Found | None:
@@ -89,7 +85,7 @@ async def ask(guards: Sequence[Guard], asked: Asked, timeout_seconds: float) -> 
 
     A backend that fails or stays silent counts as one that holds nothing. Cancelled, it keeps no pin.
     """
-    order = _fastest_first(guards, sum(asked.layout.mask_bytes(mask) for *_, mask in asked.missing))
+    order = _fastest_first(guards, sum(asked.layout.sizes[mask] for *_, mask in asked.missing))
     if not order:
         answers: list[list[bool] | None] = []
     elif len(order) == 1:

@@ -38,13 +38,11 @@ class Planner:
         layout, hashes = request.prompt.layout, request.hashes
         served = coverage.lengths(layout, self._exists(request, hashes, found))
         length = served[-1]
-        if not self._fits(request, hashes, length):
-            # The shorter the prefix, the fewer its blocks, and the more of the request's own leases may go.
-            lengths = range(1, len(served))
-            length = served[bisect_left(lengths, True, key=lambda i: not self._fits(request, hashes, served[i]))]
+        needed, to_load, blocks = self._lacks(request, hashes, length)
+        if not self._fits(request, needed, blocks):
+            length = self._largest_that_fits(request, hashes, served)
+            needed, to_load, blocks = self._lacks(request, hashes, length)
         while True:
-            needed = coverage.needed(layout, length)
-            to_load, blocks = self._lacks(request, hashes, needed)
             release_unneeded(self._l1, request, needed)
             made = self._l1.reserve(layout, [(hashes[number], rank) for number, rank in blocks])
             if len(made) == len(blocks):
@@ -52,15 +50,23 @@ class Planner:
             for reservation in made:  # memory is fragmented
                 self._l1.discard(reservation)
             length = coverage.largest(served, blocks[len(made)][0])
-        reservations: dict[int, list[Reservation]] = {}
+            needed, to_load, blocks = self._lacks(request, hashes, length)
+        reservations: dict[int, list[Reservation]] = {number: [] for number in to_load}
         for (number, _), reservation in zip(blocks, made, strict=True):
-            reservations.setdefault(number, []).append(reservation)
+            reservations[number].append(reservation)
+        if len(blocks) < sum(len(layout.ranks[mask]) for mask in to_load.values()):
+            self._reserve_within(request, to_load, reservations)
+        return Plan(length, served[-1], needed, to_load, reservations)
+
+    def _reserve_within(
+        self, request: Request, to_load: dict[int, int], reservations: dict[int, list[Reservation]]
+    ) -> None:
+        """Where a rank's block is in L1 already, what it lacks goes there."""
         for number, mask in to_load.items():
             entry = request.entries[number]
             if entry is not None:
-                within = [rank for rank in layout.ranks(mask) if entry.ranks >> rank & 1]
-                reservations.setdefault(number, []).extend(self._l1.reserve_within(entry, rank) for rank in within)
-        return Plan(length, served[-1], needed, to_load, reservations)
+                within = [rank for rank in request.prompt.layout.ranks[mask] if entry.ranks >> rank & 1]
+                reservations[number] += [self._l1.reserve_within(entry, rank) for rank in within]
 
     def _exists(self, request: Request, hashes: Sequence[bytes], found: Found | None) -> list[int]:
         """By chunk, the objects that are in L1, on their way there, or found in L2."""
@@ -73,10 +79,11 @@ class Planner:
         return exists
 
     def _lacks(
-        self, request: Request, hashes: Sequence[bytes], needed: Sequence[int]
-    ) -> tuple[dict[int, int], list[tuple[int, int]]]:
-        """The objects to load for a prefix, by chunk, and the (chunk, rank) that have no room yet."""
+        self, request: Request, hashes: Sequence[bytes], length: int
+    ) -> tuple[Sequence[int], dict[int, int], list[tuple[int, int]]]:
+        """What a prefix needs, by chunk; what of it is to be loaded; and the (chunk, rank) that have no room yet."""
         layout, local, loads = request.prompt.layout, request.local_mask, request.loads
+        needed = coverage.needed(layout, length)
         to_load: dict[int, int] = {}
         blocks = []
         for number, (mask, entry) in enumerate(zip(needed, request.entries, strict=False)):
@@ -91,25 +98,39 @@ class Planner:
                 roomy |= sum(1 << reservation.rank for reservation in load.reservations)
             if mask:
                 to_load[number] = mask
-                for rank in layout.ranks(mask):
+                for rank in layout.ranks[mask]:
                     if not roomy >> rank & 1:
                         blocks.append((number, rank))
-        return to_load, blocks
+        return needed, to_load, blocks
 
-    def _fits(self, request: Request, hashes: Sequence[bytes], length: int) -> bool:
-        """Whether L1 can make room for what a prefix lacks, also by what the request itself leases beyond it."""
+    def _fits(self, request: Request, needed: Sequence[int], blocks: Sequence[tuple[int, int]]) -> bool:
+        """Whether L1 can make room for blocks, also by what the request itself leases and does not need."""
+        if not blocks:
+            return True
         rooms = request.prompt.layout.room_bytes
-        needed = coverage.needed(request.prompt.layout, length)
-        _, blocks = self._lacks(request, hashes, needed)
         size = sum([rooms[rank] for _, rank in blocks])
-        if size <= self._l1.available_bytes or not size:
-            return size <= max(0, self._share_bytes - self._loader.room_bytes)
+        if size > self._share_bytes - self._loader.room_bytes:
+            return False
+        if size <= self._l1.available_bytes:
+            return True
         spare = sum(
             entry.room_bytes
             for number, entry in enumerate(request.entries)
-            if entry is not None and entry.leases == 1 and not entry.holds and not (number < length and needed[number])
+            if entry is not None
+            and entry.leases == 1
+            and not entry.holds
+            and not (number < len(needed) and needed[number])
         )
-        return size <= min(self._l1.available_bytes + spare, self._share_bytes - self._loader.room_bytes)
+        return size <= self._l1.available_bytes + spare
+
+    def _largest_that_fits(self, request: Request, hashes: Sequence[bytes], served: Sequence[int]) -> int:
+        """By bisection: the shorter a prefix, the fewer its blocks, and the more of the request's leases may go."""
+
+        def too_long(position: int) -> bool:
+            needed, _, blocks = self._lacks(request, hashes, served[position])
+            return not self._fits(request, needed, blocks)
+
+        return served[bisect_left(range(1, len(served)), True, key=too_long)]
 
 
 def release_unneeded(l1: L1Store, request: Request, needed: Sequence[int]) -> None:

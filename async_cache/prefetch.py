@@ -185,12 +185,12 @@ class PrefetchController:
 
     def _count_shared(self, request: Request, needed: Sequence[int], to_load: dict[int, int]) -> int:
         """Count what others load for this request; the bytes of that, and of what it loads itself."""
-        layout = request.prompt.layout
-        load_bytes = sum(map(layout.mask_bytes, to_load.values()))
+        sizes = request.prompt.layout.sizes
+        load_bytes = sum([sizes[mask] for mask in to_load.values()])
         for number in request.loads:
             mask = self._waits_for(request, number, needed[number]) & ~to_load.get(number, 0)
             self._loader.shared_loads += mask.bit_count()
-            load_bytes += layout.mask_bytes(mask)
+            load_bytes += sizes[mask]
         return load_bytes
 
     def _arrived(self, request: Request, number: int, entry: Entry | None, failure: Shortfall | None) -> None:

@@ -71,7 +71,7 @@ class Remover:
         try:
             resident, leased = self._remove_from_l1(hashes)
             self._loader.forget(hashes)
-            keys = [key for h in hashes for key in prompt.layout.object_keys(h, prompt.layout.full_mask)]
+            keys = prompt.layout.object_keys([(h, prompt.layout.full_mask) for h in hashes])
             found = await self._on_every_backend(lambda guard: self._delete_found(guard, keys))
             return Deleted(len(resident | found), leased)
         finally:

@@ -171,7 +171,7 @@ class Writeback:
         call: asyncio.Task[list[bool]] | None = None
         stored: set[ObjectKey] = set()
         answered = False
-        keys = {key: entry for entry in batch for key in entry.layout.object_keys(entry.chunk_hash, entry.present)}
+        keys = {key: entry for entry in batch for key in entry.layout.object_keys([(entry.chunk_hash, entry.present)])}
         try:
             there = await lane.guard.lookup(list(keys), self._config.lookup_timeout_seconds)
             if there is not None:

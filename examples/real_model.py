@@ -140,7 +140,7 @@ async def serve(directory: Path, model: PreTrainedModel, tokenizer: AutoTokenize
         async with cache.read(prefetch.request_id) as lease:
             loaded = time.perf_counter() - began
             console.print(f"{lease.result.tokens} tokens of KV are in memory: after {show(loaded)}")
-            kv = rebuild(model.config, [chunk.tensors()[0] for chunk in lease])
+            kv = await asyncio.to_thread(rebuild, model.config, [chunk.tensors()[0] for chunk in lease])
         rebuilt = time.perf_counter() - began
 
         logits = await asyncio.to_thread(prefill, model, tokens, kv)
@@ -214,8 +214,7 @@ def check(cold: Report, warm: Report) -> None:
     if warm.reused_tokens != (warm.prompt_tokens - 1) // CHUNK_TOKENS * CHUNK_TOKENS:
         sys.exit(f"FAILED: only {warm.reused_tokens} of {warm.prompt_tokens} tokens were reused")
     if warm.answer != cold.answer:
-        pairs = zip(cold.answer, warm.answer, strict=False)
-        same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(cold.answer), len(warm.answer)))
+        same = len(os.path.commonprefix([cold.answer, warm.answer]))
         sys.exit(f"FAILED: the answers differ after {same} tokens")
     ratio = cold.first_token_seconds / warm.first_token_seconds
     console.print(f"The same answer, token for token; its first token came {ratio:.0f} times sooner.")

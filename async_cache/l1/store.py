@@ -5,7 +5,6 @@ commit of an object wins.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
 
 from async_cache.l1.arena import Arena, Extents
 from async_cache.l1.entry import Entry, Reservation, ReservationState
@@ -98,16 +97,22 @@ class L1Store:
     def reserve(self, layout: ModelLayout, blocks: Sequence[tuple[bytes, int]]) -> list[Reservation]:
         """Room for each (chunk hash, rank), evicting what it takes; for the first so many, if not all find room."""
         made: list[Reservation] = []
-        for size, run in groupby(blocks, key=lambda block: layout.room_bytes[block[1]]):
-            wanted = list(run)
-            offsets = self._allocate(size, len(wanted))
+        begin = 0
+        rooms = layout.room_bytes
+        while begin < len(blocks):
+            end = begin
+            size = rooms[blocks[begin][1]]
+            while end < len(blocks) and rooms[blocks[end][1]] == size:
+                end += 1
+            offsets = self._allocate(size, end - begin)
             made += [
                 Reservation(chunk_hash, layout, rank, offset, size)
-                for (chunk_hash, rank), offset in zip(wanted, offsets, strict=False)
+                for (chunk_hash, rank), offset in zip(blocks[begin:end], offsets, strict=False)
             ]
             self.reserved_bytes += size * len(offsets)
-            if len(offsets) < len(wanted):
+            if len(offsets) < end - begin:
                 break
+            begin = end
         return made
 
     def reserve_within(self, entry: Entry, rank: int) -> Reservation:

@@ -1,8 +1,8 @@
 """Objects as files of a local directory, bounded by size, verified at every load.
 
-What blocks runs in three kinds of threads: loads, which never queue behind anything else; everything that changes
-names or writes, one call after the other in the order in which the loop decided it; and the search for names.
-The index is changed by the loop alone. `record` has the format.
+The loop decides, in an index that it alone changes; what blocks runs in threads: loads, which never queue behind
+anything else; changes of the directory, in the order in which they were decided; searches for names; and the scan of
+recovery. `record` has the format.
 """
 
 import asyncio
@@ -220,10 +220,9 @@ class FileSystemBackend(Backend):
                 self._directory.close()
 
     def check_integrity(self) -> None:
-        """Assert that the totals are those of the records, and within the capacity."""
+        """Assert that the totals are those of the records."""
         self._index.check_integrity()
         assert self._writing_bytes >= 0
-        assert self.capacity_bytes is None or self._index.used_bytes + self._writing_bytes <= self.capacity_bytes
 
     # Room, and what is removed for it.
 
@@ -249,8 +248,8 @@ class FileSystemBackend(Backend):
         """Remove the files of objects that were dropped from the index, after what was submitted before."""
         for watch in self._watches.values():
             watch.update(keys)
-        self._unlinking.append(keys)
         future = asyncio.wrap_future(self._changes.submit(self._directory.unlink, keys))
+        self._unlinking.append(keys)
         future.add_done_callback(self._unlinked)
         return future
 

@@ -48,6 +48,8 @@ _READ = _SAFE | os.O_RDONLY | os.O_NONBLOCK  # a pipe under an object's name mus
 _CREATE = _SAFE | os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _NO_FILE = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO}  # nothing, or a link, a directory ...
 
+Scratch = bytearray | mmap
+Buffer = memoryview | Scratch
 Found = tuple[int, bytes, int, int, int]
 """Modification time in ns, chunk hash, rank, group, bytes of the body: flat, and so of no interest to the collector."""
 
@@ -84,7 +86,7 @@ class RecordDirectory:
     def load(self, keys: Sequence[ObjectKey], bodies: Sequence[memoryview], stop: Event) -> list[LoadOutcome | OSError]:
         """Fill the bodies, one after the other; a fault is told in the place of the outcome."""
         outcomes: list[LoadOutcome | OSError] = []
-        tail = self._tail()
+        tail = self._tail(spare_bytes=1)
         for key, body in zip(keys, bodies, strict=True):
             if stop.is_set():
                 break
@@ -95,7 +97,7 @@ class RecordDirectory:
                 outcomes.append(LoadOutcome.GONE if gone else error.with_traceback(None))  # whose frames hold the body
         return outcomes
 
-    def _load(self, key: ObjectKey, body: memoryview, tail: memoryview, stop: Event) -> LoadOutcome:
+    def _load(self, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> LoadOutcome:
         name = file_name(key)
         fd = os.open(name, _READ, dir_fd=self._fd)
         try:
@@ -139,8 +141,7 @@ class RecordDirectory:
             try:
                 if self._direct:
                     self._use_direct(fd, body)
-                tail = self._tail()
-                write_record(fd, key, body, tail if self._direct else tail[: TRAILER.size], stop)
+                write_record(fd, key, body, self._tail(spare_bytes=0), stop)
                 if self._fsync:
                     os.fsync(fd)
                 os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
@@ -228,9 +229,9 @@ class RecordDirectory:
 
     # O_DIRECT.
 
-    def _tail(self) -> memoryview:
-        """Room for a trailer and at least one byte more, in which a file that is too long shows."""
-        return memoryview(mmap(-1, PAGESIZE) if self._direct else bytearray(TRAILER.size + 1))
+    def _tail(self, spare_bytes: int) -> Scratch:
+        """Room for a trailer: an aligned page, or no more than is asked for."""
+        return mmap(-1, PAGESIZE) if self._direct else bytearray(TRAILER.size + spare_bytes)
 
     def _use_direct(self, fd: int, body: memoryview) -> None:
         if len(body) % PAGESIZE:
@@ -250,7 +251,7 @@ def _body_bytes(status: os.stat_result) -> int | None:
     return status.st_size - TRAILER.size if whole else None
 
 
-def read_record(fd: int, key: ObjectKey, body: memoryview, tail: memoryview, stop: Event) -> bool:
+def read_record(fd: int, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> bool:
     """Fill `body`; whether the file is the record of `key`, of this length, and intact.
 
     `tail` is longer than a trailer, so that a file that is too long shows.
@@ -275,7 +276,7 @@ def read_record(fd: int, key: ObjectKey, body: memoryview, tail: memoryview, sto
     return tail[: TRAILER.size] == TRAILER.pack(MAGIC, *key, size, checksum)
 
 
-def write_record(fd: int, key: ObjectKey, body: memoryview, tail: memoryview, stop: Event) -> None:
+def write_record(fd: int, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> None:
     """Write `body` and its trailer into an empty file.
 
     `tail` is room for the trailer. If it is longer, it is written whole, as O_DIRECT demands, and cut off again.
@@ -287,7 +288,7 @@ def write_record(fd: int, key: ObjectKey, body: memoryview, tail: memoryview, st
             raise InterruptedError
         block = body[begin : begin + BLOCK_BYTES]
         digest.update(block)
-        parts = [block]
+        parts: list[Buffer] = [block]
         if begin + BLOCK_BYTES >= size:
             TRAILER.pack_into(tail, 0, MAGIC, *key, size, digest.intdigest())
             parts.append(tail)
@@ -299,7 +300,7 @@ def write_record(fd: int, key: ObjectKey, body: memoryview, tail: memoryview, st
 
 
 def _transfer(
-    call: Callable[[int, list[memoryview], int], int], fd: int, parts: list[memoryview], offset: int, wanted: int
+    call: Callable[[int, list[Buffer], int], int], fd: int, parts: list[Buffer], offset: int, wanted: int
 ) -> int:
     """Do a preadv or pwritev until `wanted` bytes are through, or no more come; the number of bytes."""
     done = 0
@@ -316,4 +317,4 @@ def _transfer(
             return done
         while count >= len(parts[0]):
             count -= len(parts.pop(0))
-        parts[0] = parts[0][count:]
+        parts[0] = memoryview(parts[0])[count:]
