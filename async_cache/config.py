@@ -20,7 +20,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 def parse_bytes(text: str) -> int:
     """`"10GiB"`, `"512 MB"` or `"4096"` as a number of bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f"{text!r} is not a size: write a number and B, KiB, MiB, GiB, TiB, KB, MB, GB or TB")
     unit = _UNITS[match[2].upper()]
@@ -29,7 +29,12 @@ def parse_bytes(text: str) -> int:
 
 def default_l2() -> tuple[str, ...]:
     """A directory under the user's cache directory, bounded to 10 GiB."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not base.startswith("/"):  # the XDG specification has relative paths ignored
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError as error:
+            raise ConfigError("there is no home directory to keep the cache in: set l2") from error
     return (f"fs://{quote(base)}/async_cache?capacity=10GiB",)
 
 
@@ -69,8 +74,8 @@ class CacheConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """How long it is left alone before one call tries it again."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.l2, (str, bytes)):
-            raise ConfigError("l2 must be a list of URLs, not one string")
+        if not isinstance(self.l2, (list, tuple)):
+            raise ConfigError(f"l2 must be a list of URLs, not one {type(self.l2).__name__}")
         msgspec.structs.force_setattr(self, "l2", tuple(self.l2))
         for name in self.__struct_fields__:
             value = getattr(self, name)

@@ -7,6 +7,7 @@ meaning and the shape of the bytes, so one digest identifies a chunk among all m
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
+from ctypes import string_at
 from struct import pack
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ MAX_SALT_BYTES = 128
 MAX_DIGEST_BYTES = 64
 
 Media = Sequence[tuple[int, bytes]]
+
+_TORCH_FORMATS = {
+    "torch.int8": "b", "torch.int16": "h", "torch.int32": "i", "torch.int64": "q",
+    "torch.uint8": "B", "torch.uint16": "H", "torch.uint32": "I", "torch.uint64": "Q",
+}  # fmt: skip
 
 
 class ObjectKey(NamedTuple):
@@ -42,15 +48,12 @@ def pack_tokens(tokens: Any) -> bytes:
     if isinstance(tokens, (str, bytes, bytearray)):
         raise TypeError("token ids must be integers; cast raw bytes with memoryview(...).cast('i')")
     if hasattr(tokens, "detach"):  # a torch tensor, recognised without importing torch
-        if tokens.dtype.is_floating_point or tokens.dtype.is_complex or str(tokens.dtype) == "torch.bool":
-            raise TypeError(f"token ids must be integers, not {tokens.dtype}")
-        tokens = tokens.detach().cpu()
-        tokens = tokens.numpy() if str(tokens.dtype) in ("torch.int32", "torch.int64") else tokens.tolist()
+        tokens = _view_tensor(tokens)
     try:
         packed = _pack_buffer(memoryview(tokens)) if not isinstance(tokens, (list, tuple)) else array("I", tokens)
     except OverflowError:
         raise ValueError(f"token ids must be between 0 and {MAX_TOKEN_ID}") from None
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: it can not be seen as a buffer, NumPy's dates for one
         if isinstance(tokens, Sequence) and not isinstance(tokens, (list, tuple, memoryview, array)):
             return pack_tokens(list(tokens))
         raise TypeError(f"token ids must be a flat sequence of integers: {error}") from None
@@ -62,35 +65,54 @@ def pack_tokens(tokens: Any) -> bytes:
     return data
 
 
+def _view_tensor(tensor: Any) -> memoryview:
+    """A copy of a torch tensor's integers, made without NumPy: torch may be installed without it."""
+    kind = _TORCH_FORMATS.get(str(tensor.dtype))
+    if kind is None:
+        raise TypeError(f"token ids must be integers, not {tensor.dtype}")
+    if tensor.dim() != 1:
+        raise TypeError(f"token ids must be a flat sequence of integers: it has {tensor.dim()} dimensions")
+    tensor = tensor.detach().cpu().contiguous()
+    return memoryview(string_at(tensor.data_ptr(), tensor.nbytes)).cast(kind)  # type: ignore[call-overload, no-any-return]
+
+
 def _pack_buffer(view: memoryview) -> "array[int]":
     if view.ndim != 1:
         raise TypeError(f"it has {view.ndim} dimensions")
-    kind = view.format.lstrip("@=" + ("<" if sys.byteorder == "little" else ">"))
-    if kind not in tuple("bBhHiIlLqQnN"):
+    order, kind = view.format[:-1], view.format[-1:]
+    if kind not in tuple("bBhHiIlLqQnN") or order not in ("", "@", "=", "<", ">", "!"):
         raise TypeError(f"its elements have the format {view.format!r}")
-    packed = array("I")
-    if view.itemsize == packed.itemsize:  # a negative int32 shows in the sign bit, checked by the caller
-        packed.frombytes(view.tobytes())
-        return packed
+    code = {1: "b", 2: "h", 4: "I", 8: "I"}[view.itemsize]  # of 8 bytes, two halves
+    words = array(code.upper() if kind.isupper() else code, view.tobytes())
+    swapped = order in (">", "!") if sys.byteorder == "little" else order == "<"
+    if swapped:
+        words.byteswap()
+    if view.itemsize == 4:  # a negative id shows in its sign bit, checked by the caller
+        return words
     if view.itemsize == 8:
-        words = array("I", view.tobytes())
-        low, high = (words[0::2], words[1::2]) if sys.byteorder == "little" else (words[1::2], words[0::2])
-        if high.tobytes().count(0) != len(view) * 4:
+        first, second = words[0::2], words[1::2]
+        low, high = (first, second) if (sys.byteorder == "little") != swapped else (second, first)
+        if high.tobytes().count(0) != 4 * len(high):
             raise OverflowError
         return low
-    return array("I", view.tolist())
+    return array("I", words)
+
+
+def check_text(name: str, value: str) -> bytes:
+    """Text that has a UTF-8 form, in that form."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, not {type(value).__name__}")
+    try:
+        return value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is not valid Unicode text") from None
 
 
 def check_label(name: str, value: str) -> str:
     """A salt or an adapter's name: text of at most 128 bytes without control characters."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, not {type(value).__name__}")
-    try:
-        encoded = value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} is not valid Unicode text") from None
-    if len(encoded) > MAX_SALT_BYTES:
-        raise ValueError(f"{name} is {len(encoded)} bytes long, at most {MAX_SALT_BYTES} are allowed")
+    size = len(check_text(name, value))
+    if size > MAX_SALT_BYTES:
+        raise ValueError(f"{name} is {size} bytes long, at most {MAX_SALT_BYTES} are allowed")
     if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in value):
         raise ValueError(f"{name} contains control characters")
     return value
@@ -98,20 +120,21 @@ def check_label(name: str, value: str) -> str:
 
 def check_media(media: Media, tokens: int) -> tuple[tuple[int, bytes], ...]:
     """Media items, in strictly ascending token offsets within the prompt."""
-    previous = -1
+    previous, checked = -1, []
     for item in media:
         try:
             offset, digest = item
         except (TypeError, ValueError):
             raise TypeError("media must be pairs of (token offset, digest)") from None
-        if not isinstance(offset, int) or not isinstance(digest, bytes):
+        if type(offset) is not int or not isinstance(digest, bytes):
             raise TypeError("media must be pairs of (int, bytes)")
         if not previous < offset < tokens:
             raise ValueError(f"media offset {offset} is not in ascending order within {tokens} tokens")
         if not 1 <= len(digest) <= MAX_DIGEST_BYTES:
             raise ValueError(f"a media digest must have 1 to {MAX_DIGEST_BYTES} bytes, not {len(digest)}")
+        checked.append((offset, digest))
         previous = offset
-    return tuple((offset, digest) for offset, digest in media)
+    return tuple(checked)
 
 
 def chain_tokens(start: bytes, packed: bytes, chunk_tokens: int, media: Media = ()) -> list[bytes]:

@@ -70,8 +70,7 @@ class ModelLayout:
 
     def __post_init__(self) -> None:
         for name in ("model", "revision"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} must be a str")
+            keys.check_text(name, getattr(self, name))
         if not self.model:
             raise ValueError("model must not be empty")
         for name in ("chunk_tokens", "world_size", "readers_per_rank"):
@@ -93,8 +92,10 @@ class ModelLayout:
         `media` are (token offset, digest) of images and the like. A tail shorter than a chunk is not cached.
         """
         packed = keys.pack_tokens(tokens)
-        items = keys.check_media(media, len(packed) // 4)
-        return Prompt(self, self._root("tokens", salt, adapter), len(packed) // 4, salt, adapter, packed, items)
+        count = len(packed) // 4
+        whole = count - count % self.chunk_tokens
+        items = tuple(item for item in keys.check_media(media, count) if item[0] < whole)
+        return Prompt(self, self._root("tokens", salt, adapter), count, salt, adapter, packed[: whole * 4], items)
 
     def prompt_from_hashes(
         self, block_hashes: Sequence[bytes], block_tokens: int, *, salt: str = "", adapter: str = ""
@@ -252,8 +253,9 @@ class Prompt:
 
     def hash(self) -> None:
         """Compute the chunk hashes, once; may run in any thread."""
+        packed = self._packed  # taken before the check: another thread may finish between the two
         if self._hashes is None:
-            self._hashes = keys.chain_tokens(self.root, self._packed, self.layout.chunk_tokens, self._media)
+            self._hashes = keys.chain_tokens(self.root, packed, self.layout.chunk_tokens, self._media)
             self._packed = b""
 
     @property
@@ -268,11 +270,14 @@ class Prompt:
         return self.tokens // self.layout.chunk_tokens
 
     def same_as(self, other: "Prompt") -> bool:
-        """Whether both have the same chunks: the last digest says it all, or before it is known, the ids."""
+        """Whether both have the same chunks: the last digest says it all, or before either is known, the ids."""
         if self is other:
             return True
         if self.root != other.root or self.tokens != other.tokens:
             return False
+        ids, other_ids = self._packed, other._packed  # before the check, as in `hash`
+        if self._hashes is None and other._hashes is None:
+            return ids == other_ids and self._media == other._media
         return self.chunk_hashes[-1:] == other.chunk_hashes[-1:]
 
     def __repr__(self) -> str:

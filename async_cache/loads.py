@@ -6,6 +6,7 @@ falls short. The room of a chunk is freed only when no call touches it any more.
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -24,7 +25,10 @@ from async_cache.layout import ModelLayout
 from async_cache.lookup import Asked, ask
 from async_cache.values import Shortfall
 
+log = logging.getLogger(__name__)
+
 _BATCH_BYTES = 32 * 2**20  # of one call to a backend: enough to keep its threads busy, little enough to have an end
+_BATCH_CHUNKS = 1024  # what the loop prepares in a millisecond or two
 _TOLD_AT_ONCE = 256  # shares of a prefix that many requests want; then the loop gets its turn
 _REASONS = {LoadOutcome.GONE: Shortfall.GONE, LoadOutcome.CORRUPT: Shortfall.CORRUPT}
 
@@ -164,7 +168,7 @@ class Loader:
         """Cut objects into batches, and start those that the bytes in flight allow."""
         queue, batch = self._queues[guard], Batch(guard, tried)
         for load, mask in parts:
-            if batch.size_bytes >= _BATCH_BYTES:
+            if batch.size_bytes >= _BATCH_BYTES or len(batch.parts) >= _BATCH_CHUNKS:
                 self._queue(queue, batch)
                 batch = Batch(guard, tried)
             batch.parts[load] = mask
@@ -188,7 +192,21 @@ class Loader:
             task.add_done_callback(self._tasks.discard)
 
     async def _run(self, batch: Batch) -> None:
-        guard, parts = batch.guard, dict(batch.parts)
+        parts = dict(batch.parts)
+        try:
+            failed = await self._transfer(batch, parts)
+            if failed:
+                await self._try_next_holder(failed, batch.tried)
+        except Exception:
+            log.exception("a batch of loads from %s failed", batch.guard.backend.name)
+            for load in parts:
+                if self.table.get(load.chunk_hash) is load:
+                    load.failure = load.failure or Shortfall.BACKEND_ERROR
+                    self._settle(load)
+
+    async def _transfer(self, batch: Batch, parts: Mapping[ChunkLoad, int]) -> dict[ChunkLoad, int]:
+        """One call to a backend; what failed of it."""
+        guard = batch.guard
         keys, buffers = self._objects(parts)
         outcomes: list[LoadOutcome] = []
         failure = Shortfall.BACKEND_ERROR
@@ -213,9 +231,7 @@ class Loader:
         self._running_bytes[guard] -= batch.size_bytes
         batch.unpin(list(batch.parts))
         self._pump(guard)
-        failed = await self._publish(parts, outcomes, failure)
-        if failed:
-            await self._try_next_holder(failed, batch.tried)
+        return await self._publish(parts, outcomes, failure)
 
     def _objects(self, parts: Mapping[ChunkLoad, int]) -> tuple[list[ObjectKey], list[memoryview]]:
         """Their keys, and where they go."""

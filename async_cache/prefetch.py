@@ -74,14 +74,13 @@ class PrefetchController:
             raise RequestConflictError(f"request {request_id!r} is in use{'' if same else ' for another prompt'}")
         request = Request(request_id, prompt, start_chunk, ranks, self._loop.time(), self._arrived, self.cancel)
         self.requests[request_id] = request
-        asked = None
-        if prompt.hashed and (asked := self._look_into_l1(request)) is None:
-            return request.prefetch
-        if deadline_seconds is not None:
+        asked = self._look_into_l1(request) if prompt.hashed else None
+        if asked is not None or not prompt.hashed:
+            request.task = self._loop.create_task(self._look_up(request, asked))
+            self._tasks.add(request.task)
+            request.task.add_done_callback(self._tasks.discard)
+        if deadline_seconds is not None and request.state in _PENDING:
             request.deadline = self._loop.call_later(deadline_seconds, self._deadline_passed, request)
-        request.task = self._loop.create_task(self._look_up(request, asked))
-        self._tasks.add(request.task)
-        request.task.add_done_callback(self._tasks.discard)
         return request.prefetch
 
     def _look_into_l1(self, request: Request) -> Asked | None:

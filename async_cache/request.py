@@ -27,9 +27,9 @@ class Request:
     """The record of a request. Chunks are numbered from `start_chunk` on."""
 
     __slots__ = (
-        "arrived", "began", "claimed", "deadline", "entries", "from_l2", "hits", "inside", "length", "loads", "local_mask",
-        "needed", "prefetch", "prompt", "ranks", "readers", "reasons", "request_id", "result", "start_chunk", "state",
-        "task",
+        "arrived", "began", "claimed", "deadline", "entries", "from_l2", "hits", "inside", "length", "loads",
+        "local_mask", "needed", "prefetch", "prompt", "ranks", "readers", "reasons", "request_id", "result",
+        "start_chunk", "state", "task",
     )  # fmt: skip
 
     def __init__(

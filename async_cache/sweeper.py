@@ -1,12 +1,15 @@
 """Reclaims what nobody comes back for: one loop for every TTL, which sleeps until the next deadline."""
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
+
+log = logging.getLogger(__name__)
 
 _SWEPT_AT_ONCE = 256  # then the loop gets its turn
 
@@ -80,7 +83,11 @@ class Sweeper:
         loop = asyncio.get_running_loop()
         while True:
             self._poked.clear()
-            deadline = self.sweep(loop.time())
+            try:
+                deadline = self.sweep(loop.time())
+            except Exception:  # what could not be reclaimed must not keep the rest from it
+                log.exception("sweeping failed")
+                deadline = loop.time()
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
                     await self._poked.wait()

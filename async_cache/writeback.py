@@ -6,6 +6,7 @@ and counted. Only writes in flight hold memory.
 """
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
@@ -14,8 +15,10 @@ from async_cache.errors import BackendError
 from async_cache.keys import ObjectKey
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
-from async_cache.l2.guard import BreakerState, CallTimeoutError, Guard
+from async_cache.l2.guard import BreakerState, Guard
 from async_cache.values import FlushResult
+
+log = logging.getLogger(__name__)
 
 _BATCH_BYTES = 32 * 2**20
 _ATTEMPTS = 5
@@ -125,7 +128,16 @@ class Writeback:
             await lane.guard.wait_for_loads(_LOADS_GO_FIRST_SECONDS)
             if lane.held_bytes >= self._share_bytes:
                 await self._wait_for_stuck(lane)
-            elif await self._write(lane, self._pick(lane)):
+                continue
+            batch = self._pick(lane)
+            if not batch:  # what waited was evicted
+                continue
+            try:
+                answered = await self._write(lane, batch)
+            except Exception:
+                log.exception("write-back to %s failed", lane.guard.backend.name)
+                answered = False
+            if answered:
                 backoff = _FIRST_BACKOFF_SECONDS
             else:
                 await self._pause(lane, backoff)
@@ -161,44 +173,47 @@ class Writeback:
             size += entry.room_bytes
         for entry in batch:
             lane.in_flight[entry] = lane.waiting.pop(entry)
-            self._l1.hold(entry)
-        lane.held_bytes += size
         return batch
 
     async def _write(self, lane: Lane, batch: list[Entry]) -> bool:
         """Store a batch; whether the backend did its part."""
-        size = sum(entry.room_bytes for entry in batch)
-        call: asyncio.Task[list[bool]] | None = None
-        stored: set[ObjectKey] = set()
-        answered = False
         keys = {key: entry for entry in batch for key in entry.layout.object_keys([(entry.chunk_hash, entry.present)])}
+        stored: set[ObjectKey] = set()
         try:
-            there = await lane.guard.lookup(list(keys), self._config.lookup_timeout_seconds)
-            if there is not None:
-                lane.guard.unpin_found(list(keys), there)
-                stored = {key for key, found in zip(keys, there, strict=True) if found}
-                missing = [key for key in keys if key not in stored]
-                if missing and lane.guard.allows():
-                    buffers = [self._buffer(keys[key], key) for key in missing]
-                    call = lane.guard.start(lane.guard.backend.store(missing, buffers))
-                    done = await lane.guard.finish(call, self._config.store_timeout_seconds, len(missing))
-                    stored.update(key for key, ok in zip(missing, done, strict=True) if ok)
-                answered = len(stored) == len(keys)
-        except CallTimeoutError:
-            pass  # the call still reads the memory, which stays held until it ends
-        except BackendError:
-            call = None
-        except asyncio.CancelledError:
-            if call is not None:
-                call.cancel()
-            raise
+            await self._store(lane, batch, keys, stored)
         finally:
-            self._release(lane, batch, size, call)
-        unstored = {keys[key] for key in keys if key not in stored}
+            unstored = {entry for key, entry in keys.items() if key not in stored}
+            for entry in batch:
+                self._landed(lane, entry, entry not in unstored)
+            lane.landed.set()
+        return not unstored
+
+    async def _store(
+        self, lane: Lane, batch: list[Entry], keys: dict[ObjectKey, Entry], stored: set[ObjectKey]
+    ) -> None:
+        """Store what the backend lacks, and note what it has then. The memory is held until the call has ended."""
+        guard, call = lane.guard, None
+        size = sum(entry.room_bytes for entry in batch)
+        lane.held_bytes += size
         for entry in batch:
-            self._landed(lane, entry, entry not in unstored)
-        lane.landed.set()
-        return answered
+            self._l1.hold(entry)
+        try:
+            there = await guard.lookup(list(keys), self._config.lookup_timeout_seconds)
+            if there is None:
+                return
+            guard.unpin_found(list(keys), there)
+            stored.update(key for key, found in zip(keys, there, strict=True) if found)
+            missing = [key for key in keys if key not in stored]
+            if missing and guard.allows():
+                call = guard.start(guard.backend.store(missing, [self._buffer(keys[key], key) for key in missing]))
+                done = await guard.finish(call, self._config.store_timeout_seconds, len(missing))
+                stored.update(key for key, ok in zip(missing, done, strict=True) if ok)
+        except BackendError:
+            return
+        finally:
+            if call is not None and not call.done():
+                call.cancel()
+            self._release(lane, batch, size, call)
 
     def _landed(self, lane: Lane, entry: Entry, stored: bool) -> None:
         attempts = lane.in_flight.pop(entry) + 1

@@ -214,8 +214,7 @@ def check(cold: Report, warm: Report) -> None:
     if warm.reused_tokens != (warm.prompt_tokens - 1) // CHUNK_TOKENS * CHUNK_TOKENS:
         sys.exit(f"FAILED: only {warm.reused_tokens} of {warm.prompt_tokens} tokens were reused")
     if warm.answer != cold.answer:
-        same = len(os.path.commonprefix([cold.answer, warm.answer]))
-        sys.exit(f"FAILED: the answers differ after {same} tokens")
+        sys.exit(f"FAILED: the answers differ:\n\n{cold.text}\n\n{warm.text}")
     ratio = cold.first_token_seconds / warm.first_token_seconds
     console.print(f"The same answer, token for token; its first token came {ratio:.0f} times sooner.")
 

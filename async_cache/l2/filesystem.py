@@ -156,9 +156,9 @@ class FileSystemBackend(Backend):
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         _check_lengths(keys, buffers)
-        self._index.pin(keys)  # a chunk that is being completed is not evicted
+        missing = [i for i, found in enumerate(self._index.pin_present(keys)) if not found]
+        self._index.pin([keys[i] for i in missing])  # a chunk that is being completed is not evicted
         try:
-            missing = [i for i, found in enumerate(self._index.present(keys)) if not found]
             room = self._reserve([len(buffers[i]) for i in missing])
             todo = [i for i, fits in zip(missing, room, strict=True) if fits]
             faults = await self._write([keys[i] for i in todo], [buffers[i] for i in todo]) if todo else []

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from async_cache.keys import ObjectKey
 
-SHARED_MAPPINGS = 4096
+SHARED_RECORDS = 4096
 
 _Held = dict[tuple[int, int], int]  # the size of each (rank, group) of a chunk; never changed, since it is shared
 _NOTHING: _Held = {}
@@ -70,7 +70,7 @@ class Index:
         self._set(key.chunk_hash, {which: size for which, size in held.items() if which != key[1:]})
 
     def evict(self, size_bytes: int) -> list[ObjectKey] | None:
-        """Drop the least recently used chunks without a pin that hold `size_bytes`; None, and none, if they hold less."""
+        """Drop the least recently used chunks without a pin, to free `size_bytes`; None, and none, if that is too much."""
         victims = []
         for chunk_hash, held in self._chunks.items():
             if size_bytes <= 0:
@@ -98,7 +98,7 @@ class Index:
         self.objects += len(held) - len(before)
         self.used_bytes += sum(held.values()) - sum(before.values())
         if held:
-            if len(self._shared) > SHARED_MAPPINGS:
+            if len(self._shared) > SHARED_RECORDS:
                 self._shared.clear()  # costs nothing but that equal ones exist twice
             self._chunks[chunk_hash] = self._shared.setdefault(frozenset(held.items()), held)
         else:

@@ -160,7 +160,12 @@ class RecordDirectory:
         while True:
             name = _TEMPORARY + token_hex(8)
             fd = os.open(name, _CREATE, 0o600, dir_fd=self._fd)
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            except OSError:
+                os.close(fd)
+                os.unlink(name, dir_fd=self._fd)
+                raise
             if os.fstat(fd).st_nlink:
                 return name, fd
             os.close(fd)  # a scan took it for a leftover, in the instant before it was locked
@@ -257,7 +262,7 @@ def read_record(fd: int, key: ObjectKey, body: memoryview, tail: Scratch, stop: 
     `tail` is longer than a trailer, so that a file that is too long shows.
     """
     size = len(body)
-    if size <= BLOCK_BYTES:  # spares what the loop costs, which for 64 KiB is a tenth
+    if size <= BLOCK_BYTES:  # spares a small object what the loop costs
         if _transfer(os.preadv, fd, [body, tail], 0, size + TRAILER.size) != size + TRAILER.size:
             return False
         checksum = xxh3_64_intdigest(body)

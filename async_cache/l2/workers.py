@@ -53,15 +53,17 @@ def _work(queue: _Queue, ended: Future[None]) -> None:
     while (call := queue.get()) is not None:
         future, function = call
         del call
-        if future.set_running_or_notify_cancel():
-            try:
-                result = function()
-            except BaseException as error:  # the root of a call: whoever waits for it gets it
-                del function
-                future.set_exception(error)
-            else:
-                del function  # and the buffers with it: from here on they are the caller's
-                future.set_result(result)
+        if not future.set_running_or_notify_cancel():
+            del function  # and the buffers with it, as below: from here on they are the caller's
+            continue
+        try:
+            result = function()
+        except BaseException as error:  # the root of a call: whoever waits for it gets it
+            del function
+            future.set_exception(error)
+        else:
+            del function
+            future.set_result(result)
     ended.set_result(None)
 
 
