@@ -1,6 +1,6 @@
 """A KV cache that answers twice: how much of a prompt is cached, then that the bytes are in memory.
 
-The modules, in the order the data flows; a module imports only what stands above it or in its own package:
+The modules, in the order the data flows; a module imports only what is listed before it or in its own package:
 
 - `errors`, `values`: what callers get
 - `config`: the settings
@@ -16,7 +16,7 @@ The modules, in the order the data flows; a module imports only what stands abov
 - `removal`: delete and clear
 - `request`, `plan`, `prefetch`: the record of a request, what it can be promised, the whole way
 - `counting`: how much is cached, for whoever only wants to know
-- `reading`, `writing`, `tensors`: leases, writers, and tensors over their memory
+- `tensors`, `reading`, `writing`: tensors over memory; leases and writers
 - `cache`: `AsyncCache`, which owns all of it
 - `testing`: for the tests of those who use it
 """

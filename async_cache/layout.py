@@ -6,7 +6,7 @@ one int whatever the world size.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -84,6 +84,9 @@ class ModelLayout:
             if group.ranks is not None:
                 check_ranks(group.ranks, self.world_size)
         object.__setattr__(self, "groups", groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # what was computed is not sent along
 
     def prompt(self, tokens: Any, *, salt: str = "", adapter: str = "", media: Media = ()) -> "Prompt":
         """The chunk hashes of `tokens` under this layout.

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 _BATCH_BYTES = 32 * 2**20  # of one call to a backend: enough to keep its threads busy, little enough to have an end
 _BATCH_CHUNKS = 1024  # what the loop prepares in a millisecond or two
 _TOLD_AT_ONCE = 256  # shares of a prefix that many requests want; then the loop gets its turn
+_Added = tuple[
+    "Share", ModelLayout, Sequence[bytes], Mapping[int, list[Reservation]], Sequence[tuple[Guard, Mapping[int, int]]]
+]
 _REASONS = {LoadOutcome.GONE: Shortfall.GONE, LoadOutcome.CORRUPT: Shortfall.CORRUPT}
 
 
@@ -85,8 +88,9 @@ class Loader:
     def __init__(self, l1: L1Store, guards: Sequence[Guard], config: CacheConfig):
         self.loads = 0
         self.shared_loads = 0
-        self.room_bytes = 0
-        self.table: dict[bytes, ChunkLoad] = {}
+        self._room_bytes = 0
+        self._table: dict[bytes, ChunkLoad] = {}
+        self._added: list[_Added] = []
         self._l1 = l1
         self._guards = guards
         self._config = config
@@ -96,32 +100,56 @@ class Loader:
 
     # What a request does: find in the table, or add; join; leave.
 
+    @property
+    def table(self) -> dict[bytes, ChunkLoad]:
+        """What is on its way, by chunk hash."""
+        if self._added:
+            self._enter_added()
+        return self._table
+
+    @property
+    def room_bytes(self) -> int:
+        """The part of L1 that is reserved for what is on its way."""
+        if self._added:
+            self._enter_added()
+        return self._room_bytes
+
     def add(
         self,
         share: Share,
         layout: ModelLayout,
         hashes: Sequence[bytes],
-        to_load: Mapping[int, int],
-        reservations: Mapping[int, list[Reservation]],
-        sources: Iterable[tuple[Guard, Mapping[int, int]]],
+        rooms: Mapping[int, list[Reservation]],
+        sources: Sequence[tuple[Guard, Mapping[int, int]]],
     ) -> None:
-        """Load objects, by chunk number, from these sources. Takes over the reservations and the sources' pins."""
-        table = self.table
-        for number, mask in to_load.items():
-            chunk_hash, rooms = hashes[number], reservations.get(number, [])
-            size = sum([reservation.size_bytes for reservation in rooms])
-            load = table.get(chunk_hash)
-            if load is None:
-                table[chunk_hash] = ChunkLoad(chunk_hash, layout, mask, mask, rooms, {share: number}, size)
-            else:
-                load.wanted |= mask
-                load.waiting |= mask
-                load.reservations += rooms
-                load.room_bytes += size
+        """Load objects, by chunk number, from these sources. Takes over their rooms, and the sources' pins.
+
+        The share has its answer, and is what the loop should turn to next: the work begins when somebody looks at
+        what is on its way, or with the loop's next turn.
+        """
+        if not self._added:
+            asyncio.get_running_loop().call_soon(self._enter_added)
+        self._added.append((share, layout, hashes, rooms, sources))
+
+    def _enter_added(self) -> None:
+        added, self._added = self._added, []
+        for share, layout, hashes, rooms, sources in added:
+            for number, reservations in rooms.items():
+                chunk_hash, size = hashes[number], sum([reservation.size_bytes for reservation in reservations])
+                load = self._table.get(chunk_hash)
+                if load is None:
+                    load = self._table[chunk_hash] = ChunkLoad(chunk_hash, layout, 0, 0, reservations, {}, size)
+                else:
+                    load.reservations += reservations
+                    load.room_bytes += size
                 load.shares[share] = number
-            self.room_bytes += size
-        for guard, masks in sources:
-            self._enqueue(guard, [(table[hashes[number]], mask) for number, mask in masks.items()], frozenset())
+                self._room_bytes += size
+            for guard, masks in sources:
+                parts = [(self._table[hashes[number]], mask) for number, mask in masks.items()]
+                for load, mask in parts:
+                    load.wanted |= mask
+                    load.waiting |= mask
+                self._enqueue(guard, parts, frozenset())
 
     def leave(self, share: Share, chunk_hashes: Iterable[bytes]) -> None:
         """Give shares back; what nobody wants any more is dropped."""
@@ -140,10 +168,16 @@ class Loader:
             load.failure = Shortfall.GONE
             self._tell(load, None)
 
-    def expected_seconds(self, chunk_hashes: Iterable[bytes]) -> float | None:
-        """How long these should take, with what is queued before them; None if a backend was not measured yet."""
-        guards = {batch.guard for batch in {batch for h in chunk_hashes for batch in self.table[h].batches}}
-        expected = [guard.expected_load_seconds(0) for guard in guards]
+    def expected_seconds(self, chunk_hashes: Iterable[bytes], sources: Iterable[tuple[Guard, int]]) -> float | None:
+        """How long what is on its way of these chunks, and so many bytes more, should take with what is queued before.
+
+        None if a backend was not measured yet.
+        """
+        more = dict(sources)
+        for load in map(self.table.__getitem__, chunk_hashes):
+            for batch in load.batches:
+                more.setdefault(batch.guard, 0)
+        expected = [guard.expected_load_seconds(size) for guard, size in more.items()]
         known = [seconds for seconds in expected if seconds is not None]
         return max(known, default=0.0) if len(known) == len(expected) else None
 
@@ -200,7 +234,7 @@ class Loader:
         except Exception:
             log.exception("a batch of loads from %s failed", batch.guard.backend.name)
             for load in parts:
-                if self.table.get(load.chunk_hash) is load:
+                if self._table.get(load.chunk_hash) is load:
                     load.failure = load.failure or Shortfall.BACKEND_ERROR
                     self._settle(load)
 
@@ -257,7 +291,7 @@ class Loader:
             reasons = {} if outcomes else {load: (mask, failure) for load, mask in parts.items()}
         failed, told = {}, 0
         for load, mask in parts.items():
-            if self.table.get(load.chunk_hash) is not load or (outcomes and load.abandoned):
+            if self._table.get(load.chunk_hash) is not load or (outcomes and load.abandoned):
                 continue  # dropped, or to be started again
             lost, reason = reasons.get(load, (0, None))
             load.loaded |= mask & ~lost
@@ -298,7 +332,7 @@ class Loader:
         held = found.masks()
         try:
             for n, load in enumerate(loads):
-                if self.table.get(load.chunk_hash) is not load:
+                if self._table.get(load.chunk_hash) is not load:
                     del to_load[n]
                     continue
                 again = self._with_room(load) if to_load[n] & ~held.get(n, 0) == 0 else None
@@ -327,15 +361,15 @@ class Loader:
         again = ChunkLoad(load.chunk_hash, load.layout, load.wanted, load.wanted, made, load.shares, size)
         again.failure = load.failure
         load.shares = {}
-        self.room_bytes += size
-        self.table[load.chunk_hash] = again
+        self._room_bytes += size
+        self._table[load.chunk_hash] = again
         return again
 
     # The end of a load, and of its room.
 
     def _settle(self, load: ChunkLoad) -> None:
         """Publish what was loaded, and tell those who wait."""
-        del self.table[load.chunk_hash]
+        del self._table[load.chunk_hash]
         entry = None
         if not load.abandoned:
             self._uncount(load)
@@ -357,7 +391,7 @@ class Loader:
         """Nobody wants these: pins go at once, memory when no call touches it."""
         by_batch: dict[Batch, list[ChunkLoad]] = {}
         for load in dead:
-            del self.table[load.chunk_hash]
+            del self._table[load.chunk_hash]
             self._abandon(load)
             for batch in load.batches:
                 by_batch.setdefault(batch, []).append(load)
@@ -396,5 +430,5 @@ class Loader:
             self._l1.discard(reservation)
 
     def _uncount(self, load: ChunkLoad) -> None:
-        self.room_bytes -= load.room_bytes
+        self._room_bytes -= load.room_bytes
         load.room_bytes = 0

@@ -21,7 +21,7 @@ class Plan(NamedTuple):
     found: int  # the longest that exists
     needed: Sequence[int]
     to_load: dict[int, int]
-    reservations: dict[int, list[Reservation]]
+    rooms: dict[int, list[Reservation]]
 
 
 class Planner:
@@ -51,22 +51,20 @@ class Planner:
                 self._l1.discard(reservation)
             length = coverage.largest(served, blocks[len(made)][0])
             needed, to_load, blocks = self._lacks(request, hashes, length)
-        reservations: dict[int, list[Reservation]] = {number: [] for number in to_load}
+        rooms: dict[int, list[Reservation]] = {number: [] for number in to_load}
         for (number, _), reservation in zip(blocks, made, strict=True):
-            reservations[number].append(reservation)
+            rooms[number].append(reservation)
         if len(blocks) < sum(len(layout.ranks[mask]) for mask in to_load.values()):
-            self._reserve_within(request, to_load, reservations)
-        return Plan(length, served[-1], needed, to_load, reservations)
+            self._reserve_within(request, to_load, rooms)
+        return Plan(length, served[-1], needed, to_load, rooms)
 
-    def _reserve_within(
-        self, request: Request, to_load: dict[int, int], reservations: dict[int, list[Reservation]]
-    ) -> None:
+    def _reserve_within(self, request: Request, to_load: dict[int, int], rooms: dict[int, list[Reservation]]) -> None:
         """Where a rank's block is in L1 already, what it lacks goes there."""
         for number, mask in to_load.items():
             entry = request.entries[number]
             if entry is not None:
                 within = [rank for rank in request.prompt.layout.ranks[mask] if entry.ranks >> rank & 1]
-                reservations[number] += [self._l1.reserve_within(entry, rank) for rank in within]
+                rooms[number] += [self._l1.reserve_within(entry, rank) for rank in within]
 
     def _exists(self, request: Request, hashes: Sequence[bytes], found: Found | None) -> list[int]:
         """By chunk, the objects that are in L1, on their way there, or found in L2."""

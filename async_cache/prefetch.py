@@ -153,15 +153,19 @@ class PrefetchController:
         """Promise a prefix, make sure of it, say so, and have the rest loaded: one step."""
         hashes = request.hashes
         plan = self._planner.plan(request, found)
-        shared = request.loads
-        spare = [n for n in shared if not (n < plan.length and self._waits_for(request, n, plan.needed[n]))]
-        shared.difference_update(spare)
-        self._loader.leave(request, [hashes[n] for n in spare])
-        load_bytes = self._count_shared(request, plan.needed, plan.to_load)
-        if plan.to_load:
-            sources = found.take(plan.to_load) if found is not None else ()
-            self._loader.add(request, request.prompt.layout, hashes, plan.to_load, plan.reservations, sources)
-            request.loads = shared.union(plan.to_load)
+        joined = sorted(n for n in request.loads if n < plan.length and self._waits_for(request, n, plan.needed[n]))
+        self._loader.leave(request, [hashes[n] for n in request.loads.difference(joined)])
+        sizes = request.prompt.layout.sizes
+        load_bytes = 0
+        for number in joined:
+            mask = self._waits_for(request, number, plan.needed[number]) & ~plan.to_load.get(number, 0)
+            self._loader.shared_loads += mask.bit_count()
+            load_bytes += sizes[mask]
+        sources = found.take(plan.to_load) if found is not None else []
+        source_bytes = [(guard, sum([sizes[mask] for mask in masks.values()])) for guard, masks in sources if masks]
+        load_bytes += sum(size for _, size in source_bytes)
+        expected = self._loader.expected_seconds([hashes[n] for n in joined], source_bytes)
+        request.loads = set(plan.to_load).union(joined)
         request.from_l2 = sorted(request.loads)
         request.needed = plan.needed
         shortfall = None
@@ -170,9 +174,11 @@ class PrefetchController:
         elif plan.found < len(hashes):
             failed = found is not None and found.failed
             shortfall = request.reasons.get(plan.found, Shortfall.BACKEND_ERROR if failed else None)
+        self._say_hits(request, plan.length, plan.found, shortfall, load_bytes, expected)
+        if plan.to_load:
+            self._loader.add(request, request.prompt.layout, hashes, plan.rooms, sources)
         if found is not None:
             found.close()
-        self._say_hits(request, plan.length, plan.found, shortfall, load_bytes)
         if not request.loads:
             self._finish(request)
 
@@ -181,16 +187,6 @@ class PrefetchController:
         """The objects of a chunk that are not in L1 yet."""
         entry = request.entries[number]
         return needed & request.local_mask & ~(entry.present if entry is not None else 0)
-
-    def _count_shared(self, request: Request, needed: Sequence[int], to_load: dict[int, int]) -> int:
-        """Count what others load for this request; the bytes of that, and of what it loads itself."""
-        sizes = request.prompt.layout.sizes
-        load_bytes = sum([sizes[mask] for mask in to_load.values()])
-        for number in request.loads:
-            mask = self._waits_for(request, number, needed[number]) & ~to_load.get(number, 0)
-            self._loader.shared_loads += mask.bit_count()
-            load_bytes += sizes[mask]
-        return load_bytes
 
     def _arrived(self, request: Request, number: int, entry: Entry | None, failure: Shortfall | None) -> None:
         """A chunk has arrived, or not; the last one ends the load."""
@@ -223,11 +219,16 @@ class PrefetchController:
     # Saying it.
 
     def _say_hits(
-        self, request: Request, length: int, found: int, shortfall: Shortfall | None = None, load_bytes: int = 0
+        self,
+        request: Request,
+        length: int,
+        found: int,
+        shortfall: Shortfall | None = None,
+        load_bytes: int = 0,
+        expected_load_seconds: float | None = 0.0,
     ) -> None:
         request.state = RequestState.LOADING
         request.length = length
-        hashes = request.hashes if request.loads else ()
         request.hits.resolve(
             LookupHits(
                 request_id=request.request_id,
@@ -239,7 +240,7 @@ class PrefetchController:
                 found_chunks=found,
                 shortfall=shortfall,
                 load_bytes=load_bytes,
-                expected_load_seconds=self._loader.expected_seconds(hashes[n] for n in request.loads),
+                expected_load_seconds=expected_load_seconds,
             )
         )
 

@@ -11,6 +11,7 @@ T = TypeVar("T", bound=Hashable)
 
 log = logging.getLogger(__name__)
 
+_EARLY_SECONDS = 0.001  # a timer may fire early: by half a millisecond on uvloop, by a rounding error elsewhere
 _SWEPT_AT_ONCE = 256  # then the loop gets its turn
 
 
@@ -84,7 +85,7 @@ class Sweeper:
         while True:
             self._poked.clear()
             try:
-                deadline = self.sweep(loop.time())
+                deadline = self.sweep(loop.time() + _EARLY_SECONDS)
             except Exception:  # what could not be reclaimed must not keep the rest from it
                 log.exception("sweeping failed")
                 deadline = loop.time()

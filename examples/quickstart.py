@@ -20,7 +20,7 @@ async def main() -> None:
         hits = await prefetch.lookup_done
         print(f"{hits.tokens} of {prompt.tokens} tokens are cached, {hits.load_bytes} bytes are to be loaded")
         result = await prefetch.load_done
-        print(f"{result.tokens} tokens are in memory, after {result.seconds * 1000:.2f} ms")
+        print(f"{result.tokens} tokens are in memory")
         async with cache.read(prefetch.request_id) as lease:
             for chunk in lease:
                 print(f"chunk {chunk.index} begins with {bytes(chunk.views[0][:4])}")

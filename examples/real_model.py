@@ -89,7 +89,7 @@ def rebuild(config: PreTrainedConfig, chunks: Sequence[torch.Tensor]) -> Dynamic
 
 
 def load_model() -> tuple[PreTrainedModel, AutoTokenizer]:
-    kinds = track((AutoTokenizer, AutoModelForCausalLM), "Load", console=console)
+    kinds = track((AutoTokenizer, AutoModelForCausalLM), "Load tokenizer, model", console=console)
     tokenizer, model = (kind.from_pretrained(MODEL_DIR, gguf_file=MODEL) for kind in kinds)
     return model, tokenizer
 

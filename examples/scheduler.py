@@ -10,8 +10,9 @@ prefetched when it arrives; the schedulers differ in whom they give the worker t
     at lookup_done   the same, but it knows from `lookup_done` what is cached and when that should be loaded. Where the
                      worker would idle, and could compute a hit in half of that time, it cancels the load and computes
 
-Half, because the worker is wanted by others, too. The gain over "loaded first" is what the pipe can not carry: it grows
-with the queue there, and is nothing on storage without one.
+Half, because the worker is wanted by others, too: to compute whatever is merely quicker can queue longer than "loaded
+first" where misses keep the worker busy. The gain over "loaded first" is what the pipe can not carry: it grows with
+the queue there. It is nothing where loads do not queue, and next to nothing where the worker is the bottleneck.
 
 The clock is virtual, so the figures are the same on every machine: they compare the schedulers, and say nothing of
 the cache's own speed. The sizes are those of an 8B model with 128 KiB of KV per token, computed at 20,000 tokens a

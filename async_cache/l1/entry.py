@@ -10,6 +10,7 @@ from msgspec import Struct
 from async_cache.layout import PAGE_BYTES, ModelLayout
 
 _PAGE_BITS = 32
+_PAGE_MASK = (1 << _PAGE_BITS) - 1
 
 
 class Entry(Struct, gc=False, eq=False):
@@ -33,11 +34,12 @@ class Entry(Struct, gc=False, eq=False):
 
     def offset(self, rank: int) -> int:
         """Where the rank's block begins in the arena."""
-        return (self.pages >> rank * _PAGE_BITS & (1 << _PAGE_BITS) - 1) * PAGE_BYTES
+        return (self.pages >> rank * _PAGE_BITS & _PAGE_MASK) * PAGE_BYTES
 
     def place(self, rank: int, offset: int) -> None:
         """Give the rank a block, or another one than it had."""
-        self.pages += (offset - self.offset(rank)) // PAGE_BYTES << rank * _PAGE_BITS
+        shift = rank * _PAGE_BITS
+        self.pages = self.pages & ~(_PAGE_MASK << shift) | offset // PAGE_BYTES << shift
         self.ranks |= 1 << rank
 
     def blocks(self) -> list[tuple[int, int]]:

@@ -125,24 +125,23 @@ class L1Store:
 
         `after`: the chunk before it in its prefix, to be evicted after this one.
         """
-        entry = reservation.within
-        if entry is not None:
-            entry.present |= mask
+        if reservation.within is not None:
+            reservation.within.present |= mask
             self.discard(reservation)
-            return entry
+            return reservation.within
         entry = self.index.get(reservation.chunk_hash)
-        if entry is None:
-            entry = Entry(reservation.chunk_hash, reservation.layout)
-            self.index[reservation.chunk_hash] = entry
-            self._policy.add(entry, self.index.get(after) if after is not None else None)
-        elif entry.ranks >> reservation.rank & 1:
+        if entry is not None and entry.ranks >> reservation.rank & 1:
             if not mask & ~entry.present or entry.leases or entry.holds:
                 self.discard(reservation)
                 return entry
             self._take_block(entry, reservation.rank)  # incomplete and unused: the new block replaces it
         size = self._end(reservation)
-        entry.place(reservation.rank, reservation.offset)
+        if entry is None:
+            entry = Entry(reservation.chunk_hash, reservation.layout, mask)
+            self.index[reservation.chunk_hash] = entry
+            self._policy.add(entry, self.index.get(after) if after is not None else None)
         entry.present |= mask
+        entry.place(reservation.rank, reservation.offset)
         if entry.leases:
             self.leased_bytes += size
         elif not entry.holds:

@@ -147,9 +147,8 @@ class FileSystemBackend(Backend):
         return outcomes
 
     def _note_losses(self, keys: Sequence[ObjectKey], outcomes: list[LoadOutcome | OSError]) -> None:
-        for key, outcome in zip(keys, outcomes, strict=True):
-            if outcome is LoadOutcome.GONE or outcome is LoadOutcome.CORRUPT:
-                self._index.drop(key)
+        lost = (LoadOutcome.GONE, LoadOutcome.CORRUPT)
+        self._forget([key for key, outcome in zip(keys, outcomes, strict=True) if outcome in lost])
         for fault in outcomes:
             if isinstance(fault, OSError):
                 raise BackendError(f"{self.name}: {fault}") from fault
@@ -182,11 +181,11 @@ class FileSystemBackend(Backend):
                 for key, buffer, error in zip(keys, buffers, errors, strict=False):
                     if error is None and key not in removed:
                         self._index.put(key, len(buffer))
+        if doubtful := [key for key in keys if key in removed]:
+            await self._look_on_disk(doubtful)  # deleted after it was stored, or missed by a load before
         return [error for error in errors if error is not None]
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
-        for key in keys:
-            self._index.drop(key)
         try:
             return await asyncio.shield(self._unlink(list(keys)))
         except OSError as error:
@@ -245,13 +244,18 @@ class FileSystemBackend(Backend):
         return evicted is not None
 
     def _unlink(self, keys: list[ObjectKey]) -> "asyncio.Future[int]":
-        """Remove the files of objects that were dropped from the index, after what was submitted before."""
-        for watch in self._watches.values():
-            watch.update(keys)
+        """Forget objects and remove their files, after the changes that were submitted before."""
+        self._forget(keys)
         future = asyncio.wrap_future(self._changes.submit(self._directory.unlink, keys))
         self._unlinking.append(keys)
         future.add_done_callback(self._unlinked)
         return future
+
+    def _forget(self, keys: Sequence[ObjectKey]) -> None:
+        for key in keys:
+            self._index.drop(key)
+        for watch in self._watches.values():
+            watch.update(keys)
 
     def _unlinked(self, future: "asyncio.Future[int]") -> None:
         self._unlinking.pop(0)  # one thread does them, in order
@@ -260,7 +264,7 @@ class FileSystemBackend(Backend):
 
     @contextmanager
     def _watch(self) -> Iterator[set[ObjectKey]]:
-        """The objects removed while one waits for a thread: what it tells of them is out of date."""
+        """The objects forgotten while one waits for a thread: what it tells of them is out of date."""
         removed: set[ObjectKey] = set()
         self._watches[id(removed)] = removed
         try:

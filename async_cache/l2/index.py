@@ -70,7 +70,7 @@ class Index:
         self._set(key.chunk_hash, {which: size for which, size in held.items() if which != key[1:]})
 
     def evict(self, size_bytes: int) -> list[ObjectKey] | None:
-        """Drop the least recently used chunks without a pin, to free `size_bytes`; None, and none, if that is too much."""
+        """Drop the least recently used chunks without a pin to free so much; None, and none, if that is too much."""
         victims = []
         for chunk_hash, held in self._chunks.items():
             if size_bytes <= 0:

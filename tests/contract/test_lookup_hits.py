@@ -245,6 +245,8 @@ async def test_l2_is_asked_only_for_what_l1_lacks_at_the_head():
     await seed(recorder, prompt)
     async with open_cache(recorder) as cache:
         await fill(cache, prompt, chunks=[1, 3, 4])
+        await cache.flush()
+        recorder.looked_up.clear()
         hits = await cache.prefetch(prompt, request_id="a").lookup_done
         assert (hits.chunks, hits.l1_chunks, hits.l2_chunks) == (5, 3, 2)
         async with cache.read("a") as lease:

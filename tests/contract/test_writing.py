@@ -337,5 +337,5 @@ async def test_what_is_committed_is_what_l2_gets_under_its_identity():
     async with open_cache(backend) as cache:
         await fill(cache, prompt)
         await cache.flush()
-        stored = {key: size async for key, size in backend.keys()}  # noqa: SIM118
+        stored = {key: size async for key, size in backend.keys()}
         assert stored == dict.fromkeys(object_keys(prompt), OBJECT_BYTES)

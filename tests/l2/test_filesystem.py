@@ -170,6 +170,37 @@ async def test_what_is_deleted_while_recovery_runs_is_not_resurrected(start, mon
     assert second.usage().objects == 2
 
 
+async def test_what_a_load_misses_while_recovery_runs_is_not_resurrected(start, directory, monkeypatch):
+    await put(await start(), range(3), 1000)
+    scanned, merge = asyncio.Event(), asyncio.Event()
+    real = filesystem._take
+
+    async def take(*args, **kwargs):
+        scanned.set()
+        await merge.wait()
+        return await real(*args, **kwargs)
+
+    monkeypatch.setattr(filesystem, "_take", take)
+    second = await start()
+    await scanned.wait()
+    damage(directory, key(0), flipped(5))
+    os.unlink(directory / file_name(key(1)))
+    assert await get(second, range(3), 1000) == [CORRUPT, GONE, content(2, 1000)]
+    merge.set()
+    assert set(await listing(second)) == {key(2)}
+
+
+async def test_a_load_that_came_too_early_does_not_belie_the_store(start, monkeypatch):
+    backend = await start()
+    gate = Gate(monkeypatch, "pwritev")
+    storing = asyncio.create_task(put(backend, [1], 1000))
+    await gate.reached()
+    assert await get(backend, [1], 1000) == [GONE]
+    gate.open()
+    assert await storing == [True]
+    assert backend.usage().objects == 1
+
+
 async def test_recovery_evicts_the_oldest_above_the_capacity(start, directory):
     first = await start()
     await put(first, range(10), 1000)
