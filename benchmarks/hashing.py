@@ -1,4 +1,4 @@
-"""How fast prompts are hashed: `python benchmarks/hashing.py`. Prints medians in millions of tokens a second as JSON."""
+"""How fast prompts are hashed: `python benchmarks/hashing.py`. Prints millions of tokens a second as JSON, medians."""
 
 import json
 import random

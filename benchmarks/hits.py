@@ -58,7 +58,7 @@ async def main(size):
                     warm.append(await prefetch(cache, prompt))
                 known, loaded = (statistics.median(column) for column in zip(*cold, strict=True))
                 resident = statistics.median(loaded for _, loaded in warm)
-                rows.append(dict(objects=count, size=size, known_us=known, loaded_us=loaded, resident_us=resident))
+                rows.append({"objects": count, "known_us": known, "loaded_us": loaded, "resident_us": resident})
     print(json.dumps(rows))
 
 

@@ -1,8 +1,8 @@
 """Runs the benchmarks and prints tables in Markdown: `make bench`.
 
-Alone, it measures this project. With PEERS set to a directory that holds the peers' driver (`drive.py`, `c_lookup.py`) and
-PEER_PYTHON to the Python of their environment, every system is measured in the same run, taking turns, and the ratios
-are printed beside the figures. This machine may be shared: compare what stands in one table, and nothing else.
+Alone, it measures this project. With PEERS set to a directory that holds the peers' driver (`drive.py`, `c_lookup.py`)
+and PEER_PYTHON to the Python of their environment, every system is measured in the same run, taking turns, and the
+ratios are printed beside the figures. Compare what stands in one table, and nothing else: machines are noisy.
 """
 
 import json

@@ -115,3 +115,8 @@ def report(real_model, *, reused_tokens: int, answer: list[int]):
         answer=answer,
         text="",
     )
+
+
+def test_the_readme_shows_the_quickstart():
+    code = (EXAMPLES / "quickstart.py").read_text().split('"""\n', 1)[1].strip()
+    assert code in (EXAMPLES.parent / "README.md").read_text()

@@ -191,7 +191,7 @@ def test_it_works_under_virtual_time_and_takes_none() -> None:
         await backend.open()
         assert await put(backend, range(3), size_bytes) == [True] * 3
         assert await get(backend, range(3), size_bytes) == [content(n, size_bytes) for n in range(3)]
-        assert {item async for item in backend.keys()} == {(key(n), size_bytes) for n in range(3)}  # noqa: SIM118
+        assert {item async for item in backend.keys()} == {(key(n), size_bytes) for n in range(3)}
         assert await backend.delete([key(0)]) == 1
         await backend.close()
         return asyncio.get_running_loop().time()
