@@ -226,7 +226,8 @@ class Loader:
             task.add_done_callback(self._tasks.discard)
 
     async def _run(self, batch: Batch) -> None:
-        parts = dict(batch.parts)
+        # What became abandoned in the queue starts again elsewhere: its room here may be freed at any time.
+        parts = {load: mask for load, mask in batch.parts.items() if not load.abandoned}
         try:
             failed = await self._transfer(batch, parts)
             if failed:
@@ -335,13 +336,15 @@ class Loader:
                 if self._table.get(load.chunk_hash) is not load:
                     del to_load[n]
                     continue
-                again = self._with_room(load) if to_load[n] & ~held.get(n, 0) == 0 else None
-                if again is None:
-                    load.waiting &= ~to_load.pop(n)
-                    if not load.waiting:
-                        self._settle(load)
-                else:
+                complete = to_load[n] == load.wanted or not load.abandoned  # nobody asked for more meanwhile
+                again = self._with_room(load) if complete and to_load[n] & ~held.get(n, 0) == 0 else None
+                if again is not None:
                     loads[n] = again
+                    continue
+                load.waiting &= 0 if load.abandoned else ~to_load[n]
+                del to_load[n]
+                if not load.waiting:
+                    self._settle(load)
             for guard, masks in found.take(to_load):
                 self._enqueue(guard, [(loads[n], mask) for n, mask in masks.items()], tried)
         finally:
