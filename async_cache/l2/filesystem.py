@@ -78,6 +78,7 @@ class FileSystemBackend(Backend):
         self._searches = DaemonExecutor(1, f"{self.name} search")
         self._scans = DaemonExecutor(1, f"{self.name} scan")
         executors = (self._loads, self._changes, self._searches, self._scans)
+        self._given_up = asyncio.get_running_loop().create_future()
         try:
             await makedirs(self.path, 0o700, exist_ok=True, executor=self._changes)
             self._directory = await _open_directory(
@@ -138,7 +139,7 @@ class FileSystemBackend(Backend):
             self._loads.submit(self._directory.load, keys[share::shares], buffers[share::shares], stop)
             for share in range(shares)
         ]
-        await settle(futures, stop)
+        await settle(futures, stop, self._given_up)
         outcomes: list[Any] = [None] * len(keys)
         for share, future in enumerate(futures):
             outcomes[share::shares] = future.result()
@@ -174,10 +175,10 @@ class FileSystemBackend(Backend):
         future = self._changes.submit(self._directory.store, keys, buffers, stop)
         with self._watch() as removed:
             try:
-                await settle([future], stop)
+                await settle([future], stop, self._given_up)
             finally:  # a cancelled call may have written some of them
                 self._writing_bytes -= sum(map(len, buffers))
-                errors = [] if future.cancelled() else future.result()
+                errors = future.result() if future.done() and not future.cancelled() else []
                 for key, buffer, error in zip(keys, buffers, errors, strict=False):
                     if error is None and key not in removed:
                         self._index.put(key, len(buffer))
@@ -215,6 +216,7 @@ class FileSystemBackend(Backend):
             await asyncio.wait([self._recovery])
             _shutdown(executors)
             ended = await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))
+            self._given_up.set_result(None)
             if all(ended):  # a thread that is stuck could otherwise meet a number that means another file by then
                 self._directory.close()
 

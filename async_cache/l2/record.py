@@ -36,7 +36,7 @@ from async_cache.l2.backend import LoadOutcome
 
 logger = logging.getLogger(__name__)
 
-BLOCK_BYTES = 256 * 1024  # hashed while it is still in the processor's cache
+BLOCK_BYTES = 512 * 1024  # hashed while it is still in the processor's cache
 TRAILER = Struct("<8s32sIIQQ")
 MAGIC = b"akvrec\x01\x00"
 SCAN_ENTRIES = 256  # in one step of the thread: two milliseconds for which the loop may have to wait

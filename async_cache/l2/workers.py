@@ -8,6 +8,8 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, ParamSpec, TypeVar
 
+from async_cache.errors import BackendError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -67,17 +69,22 @@ def _work(queue: _Queue, ended: Future[None]) -> None:
     ended.set_result(None)
 
 
-async def settle(futures: Sequence[Future[Any]], stop: Event) -> None:
+async def settle(futures: Sequence[Future[Any]], stop: Event, given_up: "asyncio.Future[None]") -> None:
     """Wait until no thread works on any of the futures; their results are then there to be asked for.
 
     A cancel sets `stop`, which the functions look at between two steps, drops the calls that did not begin, and
-    waits for the others before it goes on, however often it is repeated: only then are their buffers free.
+    waits for the others before it goes on, however often it is repeated: only then are their buffers free. Only when
+    the threads are `given_up`, at the close, does it leave them alone; a call that never ends would keep the loop.
+    Raises BackendError then.
     """
     cancelled: asyncio.CancelledError | None = None
-    pending = {asyncio.wrap_future(future) for future in futures}
+    pending: set[asyncio.Future[Any]] = {asyncio.wrap_future(future) for future in futures}
     while pending:
         try:
-            _, pending = await asyncio.wait(pending)  # which, unlike gather, cancels nothing
+            await asyncio.wait({*pending, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            pending = {future for future in pending if not future.done()}
+            if pending and given_up.done():
+                raise BackendError("closed while a thread was stuck")
         except asyncio.CancelledError as error:
             cancelled = error
             stop.set()
