@@ -91,6 +91,7 @@ class Loader:
         self._room_bytes = 0
         self._table: dict[bytes, ChunkLoad] = {}
         self._added: list[_Added] = []
+        self._loop = asyncio.get_running_loop()
         self._l1 = l1
         self._guards = guards
         self._config = config
@@ -128,7 +129,7 @@ class Loader:
         what is on its way, or with the loop's next turn.
         """
         if not self._added:
-            asyncio.get_running_loop().call_soon(self._enter_added)
+            self._loop.call_soon(self._enter_added)
         self._added.append((share, layout, hashes, rooms, sources))
 
     def _enter_added(self) -> None:
@@ -221,7 +222,7 @@ class Loader:
         while queue and self._running_bytes[guard] < self._config.load_inflight_bytes:
             batch = queue.popleft()
             self._running_bytes[guard] += batch.size_bytes
-            task = asyncio.get_running_loop().create_task(self._run(batch))
+            task = self._loop.create_task(self._run(batch))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 

@@ -23,12 +23,13 @@ class Expiry(Generic[T]):
         self._ttl_seconds = ttl_seconds
         self._expire = expire
         self._poke = poke
+        self._clock = asyncio.get_running_loop().time
         self._deadlines: OrderedDict[T, float] = OrderedDict()
 
     def add(self, item: T) -> None:
         """It expires a TTL from now, whenever it was to expire before."""
         first = not self._deadlines
-        self._deadlines[item] = asyncio.get_running_loop().time() + self._ttl_seconds
+        self._deadlines[item] = self._clock() + self._ttl_seconds
         self._deadlines.move_to_end(item)
         if first:
             self._poke()

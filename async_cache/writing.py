@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 
 class WriteChunk:
-    """One chunk to fill: `index` in the prompt, `offset` in the arena. Private until `commit`."""
+    """One chunk to fill: `index` in the prompt, `offset` in the arena. Private until it is `committed`."""
 
-    __slots__ = ("_committed", "_export", "_reservation", "_views", "_writer", "index", "offset")
+    __slots__ = ("_export", "_reservation", "_views", "_writer", "committed", "index", "offset")
 
     def __init__(self, writer: "Writer", index: int, reservation: Reservation):
         self.index = index
         self.offset = reservation.offset
         self._writer = writer
         self._reservation = reservation
-        self._committed = False
+        self.committed = False
         self._export: weakref.ref[ctypes.Array[ctypes.c_ubyte]] | None = None
         self._views: tuple[memoryview | None, ...] = ()
 
@@ -51,9 +51,9 @@ class WriteChunk:
 
     def commit(self) -> None:
         """Publish the chunk as it is now; it must not be written to any more. Raises WriterClosedError."""
-        if not self._committed:
+        if not self.committed:
             self._writer._commit(self)
-            self._committed = True
+            self.committed = True
 
     def _export_views(self) -> tuple[memoryview | None, ...]:
         spans = self._reservation.layout.spans[self._reservation.rank]
@@ -127,7 +127,7 @@ class Writer:
             chunk._take_back()
 
     def _uncommitted(self) -> Iterator[WriteChunk]:
-        return (chunk for chunk in self._chunks if not chunk._committed)
+        return (chunk for chunk in self._chunks if not chunk.committed)
 
     def _check_open(self) -> None:
         if self not in self._open_writers:

@@ -88,30 +88,13 @@ class Extents:
             begin, _ = begins.popitem()  # the last, without a walk over what was removed before it
             begins[begin] = None
             blocks = min(count - len(offsets), self._lengths[i] // size_bytes)
-            self.take(begin, blocks * size_bytes)
+            self._take(begin, blocks * size_bytes)
             offsets.extend(range(begin, begin + blocks * size_bytes, size_bytes))
         return offsets
 
-    def fits(self, size_bytes: int) -> bool:
-        """Whether one block could be allocated."""
-        return bool(self._lengths) and self._lengths[-1] >= size_bytes
-
-    def take(self, begin: int, size_bytes: int) -> bool:
-        """Allocate this very range; False if it is not all free."""
-        at = begin if begin in self._length_at else self._enclosing(begin)
-        if at is None or self._length_at[at] < begin - at + size_bytes:
-            return False
-        end = at + self._length_at[at]
-        self._remove(at)
-        if at < begin:
-            self._add(at, begin - at)
-        if begin + size_bytes < end:
-            self._add(begin + size_bytes, end - begin - size_bytes)
-        return True
-
-    def _enclosing(self, offset: int) -> int | None:
-        # Rare: only an eviction that is taken back asks for the middle of an extent.
-        return next((b for b, length in self._length_at.items() if b <= offset < b + length), None)
+    def around(self, begin: int, end: int) -> tuple[int, int]:
+        """A range that is not free, grown by the free ranges that touch it."""
+        return self._begin_of.get(begin, begin), end + self._length_at.get(end, 0)
 
     def free(self, begin: int, size_bytes: int) -> None:
         """Give a range back."""
@@ -125,6 +108,12 @@ class Extents:
             self._remove(end)
             end += after
         self._add(begin, end - begin)
+
+    def _take(self, begin: int, size_bytes: int) -> None:
+        length = self._length_at[begin]
+        self._remove(begin)
+        if size_bytes < length:
+            self._add(begin + size_bytes, length - size_bytes)
 
     def _add(self, begin: int, length: int) -> None:
         self.free_bytes += length
@@ -157,3 +146,19 @@ class Extents:
             (length, b) for b, length in ranges
         )
         assert self._lengths == sorted(self._begins)
+
+
+class Gaps:
+    """What would be free if more ranges were: nothing is freed."""
+
+    def __init__(self, extents: Extents):
+        self._extents = extents
+        self._end_of: dict[int, int] = {}
+        self._begin_of: dict[int, int] = {}
+
+    def add(self, begin: int, end: int) -> tuple[int, int]:
+        """The gap that this range would leave, with all that touches it."""
+        first, last = self._extents.around(begin, end)
+        first, last = self._begin_of.pop(begin, first), self._end_of.pop(end, last)
+        self._end_of[first], self._begin_of[last] = last, first
+        return first, last

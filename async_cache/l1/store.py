@@ -4,14 +4,15 @@ Everything in the index is published. What is reserved is private to its reserva
 commit of an object wins.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
-from async_cache.l1.arena import Arena, Extents
+from async_cache.l1.arena import Arena, Extents, Gaps
 from async_cache.l1.entry import Entry, Reservation, ReservationState
 from async_cache.l1.eviction import EvictionPolicy
 from async_cache.layout import ModelLayout
 
-_MAX_VICTIMS = 10_000  # how many are considered for one block, where memory is fragmented
+_CONSIDERED = 4  # times the room that is needed: so much of what is oldest may turn out to lie side by side
+_MAX_STEPS = 4096  # through memory for one block, where it is fragmented
 
 
 class L1Store:
@@ -23,6 +24,7 @@ class L1Store:
         self._policy = policy
         self._on_evict_unwritten = on_evict_unwritten
         self._extents = Extents(arena.size_bytes)
+        self._entry_at: dict[int, Entry] = {}  # by the offset of each block, of what is in the index
         self._detached: set[Entry] = set()
         self.closed = False
         self.leases = 0
@@ -142,6 +144,7 @@ class L1Store:
             self._policy.add(entry, self.index.get(after) if after is not None else None)
         entry.present |= mask
         entry.place(reservation.rank, reservation.offset)
+        self._entry_at[reservation.offset] = entry
         if entry.leases:
             self.leased_bytes += size
         elif not entry.holds:
@@ -180,12 +183,15 @@ class L1Store:
         """It can not be found from now on; its memory goes when the last lease and hold have gone."""
         del self.index[entry.chunk_hash]
         entry.detached = True
-        self._detached.add(entry)
+        for offset, _ in entry.blocks():
+            del self._entry_at[offset]
         if not entry.leases:
             self._policy.discard(entry)
             if not entry.holds:
                 self.evictable_bytes -= entry.room_bytes
                 self._free(entry)
+                return
+        self._detached.add(entry)
 
     def _free(self, entry: Entry) -> None:
         self._detached.discard(entry)
@@ -193,8 +199,9 @@ class L1Store:
             self._extents.free(offset, size)
 
     def _take_block(self, entry: Entry, rank: int) -> None:
-        size = entry.layout.room_bytes[rank]
-        self._extents.free(entry.offset(rank), size)
+        offset, size = entry.offset(rank), entry.layout.room_bytes[rank]
+        del self._entry_at[offset]
+        self._extents.free(offset, size)
         self.evictable_bytes -= size
         entry.present &= ~entry.layout.rank_masks[rank]
 
@@ -209,35 +216,60 @@ class L1Store:
         return offsets
 
     def _evict_for(self, size: int) -> int | None:
-        """Evict until a block fits, and take it: exactly those chunks that lie where it will be. None: nothing is."""
+        """Evict until a block fits, and take it. None if that can not be: then nothing is evicted."""
         if size > self.available_bytes:
             return None
+        victims = self._oldest_together(size) or self._oldest_and_behind(size)
+        for entry in victims:
+            self._evict(entry)
+        return self._extents.allocate(size, 1)[0] if victims else None
+
+    def _oldest_together(self, size: int) -> Collection[Entry]:
+        """Those of the oldest that lie side by side and leave room for a block; nobody if they are too scattered."""
+        gaps = Gaps(self._extents)
         tried: list[Entry] = []
-        offset = None
+        considered = 0
         for entry in self._policy.victims():
             if entry.holds:
                 continue
             tried.append(entry)
-            for begin, length in entry.blocks():
-                self._extents.free(begin, length)
-            if self._extents.fits(size):
-                offset = self._extents.allocate(size, 1)[0]
+            blocks = entry.blocks()
+            for begin, length in blocks:
+                first, last = gaps.add(begin, begin + length)
+                if last - first >= size:
+                    if len(tried) == 1:
+                        return tried
+                    return [e for e in tried if any(b < first + size and first < b + n for b, n in e.blocks())]
+            considered += blocks[0][1]
+            if considered >= _CONSIDERED * size:
                 break
-            if len(tried) == _MAX_VICTIMS:
-                break
-        for entry in reversed(tried):
-            if offset is not None and any(b < offset + size and offset < b + n for b, n in entry.blocks()):
-                self._evicted(entry)
-            else:
-                for begin, length in entry.blocks():
-                    self._extents.take(begin, length)
-        return offset
+        return ()
 
-    def _evicted(self, entry: Entry) -> None:
-        del self.index[entry.chunk_hash]
-        entry.detached = True
-        self._policy.discard(entry)
-        self.evictable_bytes -= entry.room_bytes
+    def _oldest_and_behind(self, size: int) -> Collection[Entry]:
+        """The oldest that leaves room for a block together with what lies behind it; nobody if none was found."""
+        steps = 0
+        for entry in self._policy.victims():
+            if entry.holds:
+                continue
+            for begin, length in entry.blocks():
+                row = {entry: None}
+                first, last = self._extents.around(begin, begin + length)
+                while last - first < size:
+                    after = self._entry_at.get(last)
+                    if after is None or after.leases or after.holds:
+                        break
+                    row[after] = None
+                    length = next(n for b, n in after.blocks() if b == last)
+                    last = self._extents.around(last, last + length)[1]
+                else:
+                    return row
+                steps += len(row)
+            if steps >= _MAX_STEPS:
+                break
+        return ()
+
+    def _evict(self, entry: Entry) -> None:
+        self.remove(entry)
         if entry.unwritten:
             self._on_evict_unwritten(entry)
 
@@ -264,4 +296,5 @@ class L1Store:
             assert entry.present and entry.ranks
             assert entry.detached == (self.index.get(entry.chunk_hash) is not entry)
             assert not entry.detached or entry.leases or entry.holds
+        assert self._entry_at == {b: e for e in self.index.values() for b, _ in e.blocks()}
         self._extents.check_integrity()
