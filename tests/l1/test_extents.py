@@ -1,5 +1,6 @@
 """What is free of the arena: no overlap, no leak, neighbours merged, against a naive model."""
 
+import itertools
 import random
 
 from async_cache.l1.arena import Extents
@@ -41,7 +42,7 @@ def test_churn_of_mixed_sizes_loses_nothing_and_merges_all_in_the_end():
             size = dice.choice((1, 2, 3, 7, 64))
             used |= dict.fromkeys(extents.allocate(size, dice.randint(1, 9)), size)
         blocks = sorted(used.items())
-        assert all(begin + size <= after for (begin, size), (after, _) in zip(blocks, blocks[1:], strict=False))
+        assert all(begin + size <= after for (begin, size), (after, _) in itertools.pairwise(blocks))
         assert extents.free_bytes == 4096 - sum(used.values())
     extents.check_integrity()
     for begin, size in used.items():
