@@ -24,7 +24,7 @@ class L1Store:
         self._policy = policy
         self._on_evict_unwritten = on_evict_unwritten
         self._extents = Extents(arena.size_bytes)
-        self._entry_at: dict[int, Entry] = {}  # by the offset of each block, of what is in the index
+        self._entry_at: dict[int, Entry] | None = None  # by the offset of each block, once sizes turn out to be mixed
         self._detached: set[Entry] = set()
         self.closed = False
         self.leases = 0
@@ -144,7 +144,8 @@ class L1Store:
             self._policy.add(entry, self.index.get(after) if after is not None else None)
         entry.present |= mask
         entry.place(reservation.rank, reservation.offset)
-        self._entry_at[reservation.offset] = entry
+        if self._entry_at is not None:
+            self._entry_at[reservation.offset] = entry
         if entry.leases:
             self.leased_bytes += size
         elif not entry.holds:
@@ -183,8 +184,9 @@ class L1Store:
         """It can not be found from now on; its memory goes when the last lease and hold have gone."""
         del self.index[entry.chunk_hash]
         entry.detached = True
-        for offset, _ in entry.blocks():
-            del self._entry_at[offset]
+        if self._entry_at is not None:
+            for offset, _ in entry.blocks():
+                del self._entry_at[offset]
         if not entry.leases:
             self._policy.discard(entry)
             if not entry.holds:
@@ -200,7 +202,8 @@ class L1Store:
 
     def _take_block(self, entry: Entry, rank: int) -> None:
         offset, size = entry.offset(rank), entry.layout.room_bytes[rank]
-        del self._entry_at[offset]
+        if self._entry_at is not None:
+            del self._entry_at[offset]
         self._extents.free(offset, size)
         self.evictable_bytes -= size
         entry.present &= ~entry.layout.rank_masks[rank]
@@ -247,7 +250,9 @@ class L1Store:
 
     def _oldest_and_behind(self, size: int) -> Collection[Entry]:
         """The oldest that leaves room for a block together with what lies behind it; nobody if none was found."""
-        steps = 0
+        if self._entry_at is None:
+            self._entry_at = self._blocks_in_index()
+        entry_at, steps = self._entry_at, 0
         for entry in self._policy.victims():
             if entry.holds:
                 continue
@@ -255,7 +260,7 @@ class L1Store:
                 row = {entry: None}
                 first, last = self._extents.around(begin, begin + length)
                 while last - first < size:
-                    after = self._entry_at.get(last)
+                    after = entry_at.get(last)
                     if after is None or after.leases or after.holds:
                         break
                     row[after] = None
@@ -267,6 +272,9 @@ class L1Store:
             if steps >= _MAX_STEPS:
                 break
         return ()
+
+    def _blocks_in_index(self) -> dict[int, Entry]:
+        return {offset: entry for entry in self.index.values() for offset, _ in entry.blocks()}
 
     def _evict(self, entry: Entry) -> None:
         self.remove(entry)
@@ -296,5 +304,5 @@ class L1Store:
             assert entry.present and entry.ranks
             assert entry.detached == (self.index.get(entry.chunk_hash) is not entry)
             assert not entry.detached or entry.leases or entry.holds
-        assert self._entry_at == {b: e for e in self.index.values() for b, _ in e.blocks()}
+        assert self._entry_at is None or self._entry_at == self._blocks_in_index()
         self._extents.check_integrity()
