@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
@@ -169,3 +170,4 @@ class ExtentsMachine(RuleBasedStateMachine):
 
 
 TestExtents = ExtentsMachine.TestCase
+TestExtents.settings = settings(max_examples=50, deadline=None, derandomize=True)

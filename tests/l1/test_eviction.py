@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -211,12 +212,13 @@ class L1Machine(RuleBasedStateMachine):
         rank %= layout.world_size
         room = layout.room_bytes[rank]
         before, free = dict(self.l1.index), self.l1.available_bytes
+        in_use = [entry for entry in (*self.leased, *self.held) if not entry.detached]
         wanted = [(f"{self.LAYOUTS.index(layout)}/{n}".encode(), rank) for n in range(first, first + chunks)]
         made = self.l1.reserve(layout, wanted)
         assert [(r.chunk_hash, r.rank) for r in made] == wanted[: len(made)]
         assert len(made) == len(wanted) or free < len(wanted) * room or room > PAGE_BYTES  # pages never are fragmented
-        if not made:
-            assert self.l1.index == before
+        assert not any(entry.detached for entry in in_use)
+        assert made or self.l1.index == before
         self.reserved += made
 
     @rule(data=st.data(), end=st.sampled_from(["commit", "discard", "quarantine"]))
@@ -274,3 +276,4 @@ class L1Machine(RuleBasedStateMachine):
 
 
 TestL1 = L1Machine.TestCase
+TestL1.settings = settings(max_examples=100, deadline=None, derandomize=True)
