@@ -52,6 +52,7 @@ class AsyncCache:
         self._backends = made
         self._core: _Core | None = None
         self._used = False
+        self._closing: asyncio.Task[None] | None = None
 
     # Life.
 
@@ -89,7 +90,9 @@ class AsyncCache:
         """
         core, self._core = self._core, None
         if core is not None:
-            await core.close()
+            self._closing = asyncio.create_task(core.close())
+        if self._closing is not None:
+            await asyncio.shield(self._closing)  # to the end, also where the caller is cancelled
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -235,6 +238,7 @@ class _Core:
     async def close(self) -> None:
         """In this order: no more requests, what is pending written, no more tasks, tiers closed."""
         timeout = self.config.close_timeout_seconds
+        self.l1.closed = True  # no writer opens any more
         await self.controller.close()
         for writer in list(self.open_writers):
             writer.expire()

@@ -248,7 +248,7 @@ class Loader:
         failure = Shortfall.BACKEND_ERROR
         if keys and guard.allows():
             self.loads += len(keys)
-            batch.call = guard.start(guard.backend.load(keys, buffers))
+            batch.call = guard.start(guard.backend.load, keys, buffers)
             for load in parts:
                 load.calls += 1
             try:
@@ -337,8 +337,7 @@ class Loader:
                 if self._table.get(load.chunk_hash) is not load:
                     del to_load[n]
                     continue
-                complete = to_load[n] == load.wanted or not load.abandoned  # nobody asked for more meanwhile
-                again = self._with_room(load) if complete and to_load[n] & ~held.get(n, 0) == 0 else None
+                again = self._with_room(load) if to_load[n] & ~held.get(n, 0) == 0 else None
                 if again is not None:
                     loads[n] = again
                     continue
@@ -416,6 +415,8 @@ class Loader:
 
     def _quarantine(self, loads: Iterable[ChunkLoad]) -> None:
         """A call that should have ended may still write there: it holds up nothing else."""
+        if self._added:  # what was promised to come with these loads must be known first
+            self._enter_added()
         for load in loads:
             self._uncount(load)
             for reservation in load.reservations:

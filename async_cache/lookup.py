@@ -112,7 +112,7 @@ async def _ask_all(
             if not missing:
                 break
         return [task.result() for task in tasks[:used]]
-    except asyncio.CancelledError:
+    except BaseException:
         used = 0
         raise
     finally:

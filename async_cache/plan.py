@@ -43,7 +43,7 @@ class Planner:
             length = self._largest_that_fits(request, hashes, served)
             needed, to_load, blocks = self._lacks(request, hashes, length)
         while True:
-            release_unneeded(self._l1, request, needed)
+            release_unneeded(self._l1, request, [1] * length)  # not yet what only a shorter prefix needs
             made = self._l1.reserve(layout, [(hashes[number], rank) for number, rank in blocks])
             if len(made) == len(blocks):
                 break
@@ -51,6 +51,7 @@ class Planner:
                 self._l1.discard(reservation)
             length = coverage.largest(served, blocks[len(made)][0])
             needed, to_load, blocks = self._lacks(request, hashes, length)
+        release_unneeded(self._l1, request, needed)
         rooms: dict[int, list[Reservation]] = {number: [] for number in to_load}
         for (number, _), reservation in zip(blocks, made, strict=True):
             rooms[number].append(reservation)
@@ -92,7 +93,7 @@ class Planner:
                 roomy = entry.ranks
             if mask and number in loads:
                 load = self._loader.table[hashes[number]]
-                mask &= ~load.wanted
+                mask &= 0 if load.abandoned else ~load.wanted  # what starts again can not take more with it
                 roomy |= sum(1 << reservation.rank for reservation in load.reservations)
             if mask:
                 to_load[number] = mask
@@ -113,11 +114,8 @@ class Planner:
             return True
         spare = sum(
             entry.room_bytes
-            for number, entry in enumerate(request.entries)
-            if entry is not None
-            and entry.leases == 1
-            and not entry.holds
-            and not (number < len(needed) and needed[number])
+            for entry in request.entries[len(needed) :]
+            if entry is not None and entry.leases == 1 and not entry.holds
         )
         return size <= self._l1.available_bytes + spare
 

@@ -197,9 +197,13 @@ class PrefetchController:
             request.entries[number] = entry
             if held is not None:
                 self._l1.release(held)
-        if failure is not None:
-            request.reasons[number] = failure
-        if not request.loads and request.state is RequestState.LOADING:
+        if request.state is RequestState.LOOKING_UP:
+            if failure is not None:
+                request.reasons[number] = failure
+            return
+        if self._waits_for(request, number, request.needed[number]):
+            request.reasons[number] = failure or Shortfall.GONE
+        if not request.loads:
             self._finish(request)
 
     def _finish(self, request: Request) -> None:
@@ -396,7 +400,9 @@ class PrefetchController:
     def _release_if_left(self, request: Request) -> None:
         if not request.inside:
             release_unneeded(self._l1, request, ())
-            if request.start_chunk:  # what the engine held comes before what it asked for, and is to stay longer
+            if (
+                request.start_chunk and request.prompt.hashed
+            ):  # what the engine held comes before what it asked for, and is to stay longer
                 self._l1.touch(reversed(request.prompt.chunk_hashes[: request.start_chunk]))
 
     def _leave_loads(self, request: Request) -> None:

@@ -76,6 +76,7 @@ class Remover:
             return Deleted(len(resident | found), leased)
         finally:
             self._hidden.show(hashes)
+            self._write_again(hashes)
 
     async def clear(self, tier: str) -> Deleted:
         """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1")."""
@@ -92,12 +93,18 @@ class Remover:
             return Deleted(len(resident | found), leased)
         finally:
             self._hidden.show(None)
+            self._write_again(list(self._l1.index))
 
-    def _remove_from_l1(self, chunk_hashes: Iterable[bytes]) -> tuple[set[bytes], int]:
+    def _write_again(self, chunk_hashes: Iterable[bytes]) -> None:
+        """What was stored while its old copy was being removed may have been removed with it."""
+        for entry in filter(None, map(self._l1.index.get, chunk_hashes)):
+            self._writeback.enqueue(entry)
+
+    def _remove_from_l1(self, chunk_hashes: Iterable[bytes], *, keep_unwritten: bool = False) -> tuple[set[bytes], int]:
         resident, leased = set(), 0
         for chunk_hash in chunk_hashes:
             entry = self._l1.index.get(chunk_hash)
-            if entry is not None:
+            if entry is not None and not (keep_unwritten and entry.unwritten):
                 resident.add(chunk_hash)
                 leased += entry.leases > 0
                 self._writeback.forget(entry)
@@ -105,11 +112,12 @@ class Remover:
         return resident, leased
 
     async def _clear_l1(self, *, keep_unwritten: bool) -> tuple[set[bytes], int]:
-        hashes = [h for h, entry in self._l1.index.items() if not (keep_unwritten and entry.unwritten)]
+        hashes = list(self._l1.index)
         resident: set[bytes] = set()
         leased = 0
         for begin in range(0, len(hashes), _CHUNKS_AT_ONCE):
-            some, some_leased = self._remove_from_l1(hashes[begin : begin + _CHUNKS_AT_ONCE])
+            slice_ = hashes[begin : begin + _CHUNKS_AT_ONCE]
+            some, some_leased = self._remove_from_l1(slice_, keep_unwritten=keep_unwritten)
             resident |= some
             leased += some_leased
             await asyncio.sleep(0)
@@ -141,7 +149,7 @@ class Remover:
         try:
             async with asyncio.timeout(self._config.store_timeout_seconds):
                 keys = [key async for key, _ in guard.backend.keys()]
-        except (TimeoutError, OSError) as error:
+        except Exception as error:  # whatever a backend raises
             raise BackendError(f"{guard.backend.name} can not be asked what to delete") from error
         for begin in range(0, len(keys), _CHUNKS_AT_ONCE):
             await guard.delete(keys[begin : begin + _CHUNKS_AT_ONCE], self._config.store_timeout_seconds)

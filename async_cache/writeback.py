@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from enum import Enum
 
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
@@ -24,6 +25,14 @@ _BATCH_BYTES = 32 * 2**20
 _ATTEMPTS = 5
 _FIRST_BACKOFF_SECONDS = 0.1
 _LOADS_GO_FIRST_SECONDS = 1.0  # how long a write gives way to loads
+
+
+class Fate(Enum):
+    """What became of an entry in a lane."""
+
+    STORED = "stored"
+    DROPPED = "dropped"
+    FORGOTTEN = "forgotten"
 
 
 class Lane:
@@ -49,6 +58,8 @@ class Writeback:
         self._lanes = [Lane(guard) for guard in guards]
         self._share_bytes = int(config.l1_bytes * config.writeback_share) // max(1, len(guards))
         self._written = 0
+        self._stored: set[Entry] = set()  # of those that are pending, what some backend has stored
+        self._closed = False
         self._reported = (0, 0)  # written and dropped, as of the last flush
         self._settled = asyncio.Event()
         self._tasks = [asyncio.create_task(self._run(lane)) for lane in self._lanes]
@@ -63,14 +74,16 @@ class Writeback:
 
     def evicted(self, entry: Entry) -> None:
         """It left L1 unwritten."""
-        self.dropped += self.forget(entry)
+        self._leave_lanes(entry, Fate.DROPPED)
 
-    def forget(self, entry: Entry) -> bool:
-        """It need not be written any more; whether it waited. A write in flight ends, see `landed`."""
-        waited = [lane for lane in self._lanes if lane.waiting.pop(entry, None) is not None]
-        for _ in waited:
-            self._ended(entry, stored=False)
-        return bool(waited)
+    def forget(self, entry: Entry) -> None:
+        """It was deleted, and need not be written any more. A write in flight ends, see `landed`."""
+        self._leave_lanes(entry, Fate.FORGOTTEN)
+
+    def _leave_lanes(self, entry: Entry, fate: "Fate") -> None:
+        for lane in self._lanes:
+            if lane.waiting.pop(entry, None) is not None:
+                self._ended(entry, fate)
 
     async def landed(self, guard: Guard, chunk_hashes: Collection[bytes] | None) -> None:
         """Until no write in flight to this backend is of one of these chunks, or of any."""
@@ -84,7 +97,7 @@ class Writeback:
         waiting = {entry for lane in self._lanes for entry in (*lane.waiting, *lane.in_flight)}
         try:
             async with asyncio.timeout(deadline_seconds):
-                while waiting := {entry for entry in waiting if entry.unwritten}:
+                while (waiting := {entry for entry in waiting if entry.unwritten}) and not self._closed:
                     self._settled.clear()
                     await self._settled.wait()
         except TimeoutError:
@@ -95,6 +108,8 @@ class Writeback:
 
     async def close(self) -> None:
         """Stop writing. Calls that are out belong to the guards."""
+        self._closed = True
+        self._settled.set()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -112,11 +127,17 @@ class Writeback:
         entry.unwritten += 1
         self.pending += entry.unwritten == 1
 
-    def _ended(self, entry: Entry, *, stored: bool) -> None:
+    def _ended(self, entry: Entry, fate: "Fate") -> None:
+        """One lane has done with it. It counts as dropped only if no backend has stored it."""
         entry.unwritten -= 1
+        if fate is Fate.STORED:
+            self._stored.add(entry)
         if not entry.unwritten:
+            stored = entry in self._stored
+            self._stored.discard(entry)
             self.pending -= 1
             self._written += stored
+            self.dropped += fate is Fate.DROPPED and not stored
             self._settled.set()
 
     async def _run(self, lane: Lane) -> None:
@@ -158,8 +179,7 @@ class Writeback:
         except TimeoutError:
             for entry in list(lane.waiting):
                 del lane.waiting[entry]
-                self.dropped += 1
-                self._ended(entry, stored=False)
+                self._ended(entry, Fate.DROPPED)
 
     def _pick(self, lane: Lane) -> list[Entry]:
         """What goes next: as much as one call should carry, and writes in flight may hold."""
@@ -205,7 +225,7 @@ class Writeback:
             stored.update(key for key, found in zip(keys, there, strict=True) if found)
             missing = [key for key in keys if key not in stored]
             if missing and guard.allows():
-                call = guard.start(guard.backend.store(missing, [self._buffer(keys[key], key) for key in missing]))
+                call = guard.start(guard.backend.store, missing, [self._buffer(keys[key], key) for key in missing])
                 done = await guard.finish(call, self._config.store_timeout_seconds, len(missing))
                 stored.update(key for key, ok in zip(missing, done, strict=True) if ok)
         except BackendError:
@@ -217,12 +237,14 @@ class Writeback:
 
     def _landed(self, lane: Lane, entry: Entry, stored: bool) -> None:
         attempts = lane.in_flight.pop(entry) + 1
-        if not stored and not entry.detached:  # a deleted one is owed nothing
-            if attempts < _ATTEMPTS and entry not in lane.waiting:
-                lane.waiting[entry] = attempts
-                return
-            self.dropped += attempts == _ATTEMPTS
-        self._ended(entry, stored=stored and not entry.detached)
+        if entry.detached:
+            self._ended(entry, Fate.FORGOTTEN)
+        elif stored:
+            self._ended(entry, Fate.STORED)
+        elif attempts < _ATTEMPTS and entry not in lane.waiting:
+            lane.waiting[entry] = attempts
+        else:
+            self._ended(entry, Fate.DROPPED)
 
     def _release(self, lane: Lane, batch: list[Entry], size: int, call: "asyncio.Task[list[bool]] | None") -> None:
         def release(_: object = None) -> None:

@@ -145,11 +145,11 @@ class Writer:
     async def _open(self) -> Self:
         if self._opened:
             return self
-        self._opened = True
         if not self._prompt.hashed:
             await asyncio.to_thread(self._prompt.hash)
         if self._l1.closed:
             raise CacheClosedError("the cache was closed")
+        self._opened = True
         layout, hashes = self._prompt.layout, self._prompt.chunk_hashes
         mask = layout.rank_masks[self._rank]
         missing = [

@@ -133,7 +133,10 @@ class L1Store:
             return reservation.within
         entry = self.index.get(reservation.chunk_hash)
         if entry is not None and entry.ranks >> reservation.rank & 1:
-            if not mask & ~entry.present or entry.leases or entry.holds:
+            missing = mask & ~entry.present
+            if not missing or entry.holds or entry.leases:
+                if missing and not entry.holds:
+                    self._copy(reservation, entry, missing)
                 self.discard(reservation)
                 return entry
             self._take_block(entry, reservation.rank)  # incomplete and unused: the new block replaces it
@@ -151,6 +154,15 @@ class L1Store:
         elif not entry.holds:
             self.evictable_bytes += size
         return entry
+
+    def _copy(self, reservation: Reservation, entry: Entry, mask: int) -> None:
+        """Complete an incomplete block that somebody reads: what it lacks, nobody has seen."""
+        view = self.arena.view
+        for rank, group in entry.layout.objects[mask]:
+            begin, end = entry.layout.spans[rank][group] or (0, 0)
+            to, source = entry.offset(rank), reservation.offset
+            view[to + begin : to + end] = view[source + begin : source + end]
+        entry.present |= mask
 
     def discard(self, reservation: Reservation) -> None:
         """Give the room back unpublished, also from quarantine. Once is enough, twice does no harm."""

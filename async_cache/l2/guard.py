@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence, Sized
+from collections.abc import Awaitable, Callable, Sequence, Sized
 from enum import Enum
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from async_cache.errors import BackendError
 from async_cache.keys import ObjectKey
@@ -84,9 +84,9 @@ class Guard:
 
     # Calls.
 
-    def start(self, coroutine: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+    def start(self, verb: Callable[..., Awaitable[T]], *arguments: Any) -> "asyncio.Task[T]":
         """A call in a task of its own, owned here until it ends. It must be waited for with `finish`."""
-        call = self._loop.create_task(coroutine)
+        call = self._loop.create_task(_call(verb, arguments))
         self._calls.add(call)
         call.add_done_callback(self._ended)
         return call
@@ -106,8 +106,10 @@ class Guard:
             self.breaker.abandoned()
             raise BackendError(f"the call to {self.backend.name} was cancelled")
         error = call.exception()
-        if error is None and answers is not None and len(cast(Sized, call.result())) != answers:
-            error = BackendError(f"it did not answer {answers} questions with as many answers")
+        if error is None and answers is not None:
+            result = call.result()
+            if not isinstance(result, Sized) or len(result) != answers:
+                error = BackendError(f"it did not answer {answers} questions with as many answers")
         if error is not None:
             self._failed(repr(error))
             raise BackendError(f"{self.backend.name} failed: {error}") from error
@@ -134,7 +136,7 @@ class Guard:
         """Which objects are there, and pinned; None if the backend failed, stayed silent, or is left alone."""
         if not self.allows():
             return None
-        call = self.start(self.backend.lookup(keys))
+        call = self.start(self.backend.lookup, keys)
         try:
             return await self.finish(call, timeout_seconds, len(keys))
         except BackendError:
@@ -149,7 +151,7 @@ class Guard:
         """Remove objects. Raises BackendError."""
         if not self.allows():
             raise BackendError(f"{self.backend.name} is left alone after failures")
-        return await self.finish(self.start(self.backend.delete(keys)), timeout_seconds)
+        return await self.finish(self.start(self.backend.delete, keys), timeout_seconds)
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Give back a pin of each key."""
@@ -166,7 +168,7 @@ class Guard:
 
     def _unpin_late(self, call: "asyncio.Task[list[bool]]", keys: Sequence[ObjectKey]) -> None:
         def answered(call: "asyncio.Task[list[bool]]") -> None:
-            if not call.cancelled() and call.exception() is None:
+            if not call.cancelled() and call.exception() is None and isinstance(call.result(), Sequence):
                 self.unpin_found(keys, call.result())
 
         call.add_done_callback(answered)
@@ -187,7 +189,7 @@ class Guard:
         calls = set(self._calls)
         for call in calls:
             call.cancel()
-        calls.add(self._loop.create_task(self.backend.close()))
+        calls.add(self.start(self.backend.close))
         _, stuck = await asyncio.wait(calls, timeout=timeout_seconds)
         for call in stuck:
             call.cancel()
@@ -228,3 +230,8 @@ class Guard:
                 await asyncio.wait((waiter,), timeout=timeout_seconds)
             finally:
                 waiter.cancel()
+
+
+async def _call(verb: Callable[..., Awaitable[T]], arguments: tuple[Any, ...]) -> T:
+    """So that whatever a backend raises, and when, is raised in the call's own task."""
+    return await verb(*arguments)
