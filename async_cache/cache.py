@@ -80,7 +80,10 @@ class AsyncCache:
                 async with asyncio.timeout(self._config.load_timeout_seconds):
                     await backend.open()
         except BaseException:
-            await asyncio.gather(*(backend.close() for backend in opened), return_exceptions=True)
+            closing = [asyncio.ensure_future(backend.close()) for backend in opened]
+            _, stuck = await asyncio.wait(closing, timeout=self._config.close_timeout_seconds)
+            for task in stuck:
+                task.cancel()
             raise
 
     async def close(self) -> None:
@@ -240,6 +243,7 @@ class _Core:
         timeout = self.config.close_timeout_seconds
         self.l1.closed = True  # no writer opens any more
         await self.controller.close()
+        await self.remover.close()
         for writer in list(self.open_writers):
             writer.expire()
         await self.writeback.flush(timeout)

@@ -99,6 +99,7 @@ class ReadLease:
             self._request = request
             self._result = await request.result.wait()
             layout, start = request.prompt.layout, request.start_chunk
+            self._arena = memoryview(self._arena)  # of its own, which lives as long as the lease
             self._chunks = tuple(
                 ReadChunk(start + n, request.entries[n], self._rank, needed, layout, self._arena)
                 for n, needed in enumerate(request.needed)

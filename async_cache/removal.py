@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any
 
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
@@ -61,9 +62,40 @@ class Remover:
         self._writeback = writeback
         self._hidden = hidden
         self._config = config
+        self._tasks: set[asyncio.Task[Deleted]] = set()
 
     async def delete(self, prompt: Prompt) -> Deleted:
-        """Remove every chunk of a prompt. Raises BackendError if a backend could not, after all others did."""
+        """Remove every chunk of a prompt. Raises BackendError if a backend could not, after all others did.
+
+        It is carried to its end also where the caller is cancelled: half a removal would be neither here nor there.
+        """
+        return await asyncio.shield(self._own(self._delete(prompt)))
+
+    async def clear(self, tier: str) -> Deleted:
+        """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1"). Carried to its end likewise."""
+        if tier not in ("l1", "all"):
+            raise ValueError(f'tier must be "l1" or "all", not {tier!r}')
+        return await asyncio.shield(self._own(self._clear(tier)))
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _own(self, removal: Coroutine[Any, Any, Deleted]) -> "asyncio.Task[Deleted]":
+        task = asyncio.create_task(removal)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: "asyncio.Task[Deleted]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # looked at, also where its caller is gone
+
+    async def _delete(self, prompt: Prompt) -> Deleted:
         if not prompt.hashed:
             await asyncio.to_thread(prompt.hash)
         hashes = prompt.chunk_hashes
@@ -78,10 +110,7 @@ class Remover:
             self._hidden.show(hashes)
             self._write_again(hashes)
 
-    async def clear(self, tier: str) -> Deleted:
-        """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1")."""
-        if tier not in ("l1", "all"):
-            raise ValueError(f'tier must be "l1" or "all", not {tier!r}')
+    async def _clear(self, tier: str) -> Deleted:
         if tier == "l1":
             resident, leased = await self._clear_l1(keep_unwritten=True)
             return Deleted(len(resident), leased)

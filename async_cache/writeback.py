@@ -86,9 +86,10 @@ class Writeback:
                 self._ended(entry, fate)
 
     async def landed(self, guard: Guard, chunk_hashes: Collection[bytes] | None) -> None:
-        """Until no write in flight to this backend is of one of these chunks, or of any."""
+        """Until the writes to this backend that are in flight now, of these chunks or of any, have ended."""
         lane = next(lane for lane in self._lanes if lane.guard is guard)
-        while any(chunk_hashes is None or entry.chunk_hash in chunk_hashes for entry in lane.in_flight):
+        writes = {entry for entry in lane.in_flight if chunk_hashes is None or entry.chunk_hash in chunk_hashes}
+        while writes := writes & lane.in_flight.keys():
             lane.landed.clear()
             await lane.landed.wait()
 

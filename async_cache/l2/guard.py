@@ -151,7 +151,11 @@ class Guard:
         """Remove objects. Raises BackendError."""
         if not self.allows():
             raise BackendError(f"{self.backend.name} is left alone after failures")
-        return await self.finish(self.start(self.backend.delete, keys), timeout_seconds)
+        call = self.start(self.backend.delete, keys)
+        try:
+            return await self.finish(call, timeout_seconds)
+        finally:
+            call.cancel()
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Give back a pin of each key."""

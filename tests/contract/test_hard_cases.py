@@ -1,0 +1,219 @@
+"""What a review found broken once: each stays mended."""
+
+import asyncio
+
+import pytest
+
+from async_cache import AsyncCache, CacheClosedError, CacheConfig, ObjectGroup, Shortfall
+from async_cache.l2.memory import MemoryBackend
+from async_cache.testing import FailingBackend, GatedBackend
+from async_cache.testing.backends import WrappedBackend
+
+from .support import PAGE, TWO_RANKS, assert_nothing_held, fill, fill_l2, make_layout, make_prompt, read_back, seed
+
+
+def make_cache(*backends, pages=64, **settings):
+    return AsyncCache(CacheConfig(l1_bytes=pages * PAGE, l2=[], **settings), backends=backends)
+
+
+class Odd(WrappedBackend):
+    """Answers one verb with nothing, or raises before it returns an awaitable."""
+
+    verb = ""
+    raising = False
+
+    def lookup(self, keys):
+        return self._odd() if self.verb == "lookup" else super().lookup(keys)
+
+    def load(self, keys, buffers):
+        return self._odd() if self.verb == "load" else super().load(keys, buffers)
+
+    def _odd(self):
+        if self.raising:
+            raise ValueError("odd")
+        return asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("raising", [False, True])
+@pytest.mark.parametrize("verb", ["lookup", "load"])
+async def test_an_answer_that_makes_no_sense_is_a_failure_and_the_next_holder_is_tried(verb, raising):
+    first, second = MemoryBackend("first"), MemoryBackend("second")
+    odd = Odd(first)
+    prompt = make_prompt(3)
+    async with make_cache(odd, second, load_inflight_bytes=1) as cache:
+        await fill_l2(cache, prompt)
+        odd.verb, odd.raising = verb, raising
+        assert await read_back(cache, prompt) == 3
+        odd.verb = ""
+        await cache.clear(tier="l1")
+        assert await read_back(cache, prompt) == 3
+        await assert_nothing_held(cache)
+    assert (first.pins, second.pins) == (0, 0)
+
+
+async def test_a_backend_that_answered_is_unpinned_when_another_one_breaks():
+    first, odd = MemoryBackend("first"), Odd(MemoryBackend("odd"))
+    async with make_cache(first, odd) as cache:
+        await fill_l2(cache, make_prompt(1))
+        odd.verb = "lookup"
+        hits = await cache.prefetch(make_prompt(2), request_id="a").lookup_done
+        assert (hits.chunks, hits.shortfall) == (1, Shortfall.BACKEND_ERROR)
+        await cache.end_request("a")
+        await asyncio.sleep(10)
+    assert first.pins == 0
+
+
+async def test_who_joins_a_load_that_has_timed_out_leaves_no_room_behind():
+    first, second = GatedBackend(MemoryBackend("first")), GatedBackend(MemoryBackend("second"))
+    prompt = make_prompt(1, layout=TWO_RANKS)
+    async with make_cache(first, second, load_timeout_seconds=1, lookup_timeout_seconds=1) as cache:
+        await fill_l2(cache, prompt)
+        first.hold("load")
+        cache.prefetch(prompt, request_id="a", ranks=[0])
+        await first.reached("load", 1)
+        second.hold("lookup")
+        await asyncio.sleep(1.05)  # it timed out, and asks the second
+        cache.prefetch(prompt, request_id="b", ranks=[1])
+        for request_id in "ab":
+            await cache.query_lookup_hits(request_id)
+            await cache.query_status(request_id)
+            await cache.end_request(request_id)
+        first.release()
+        second.release()
+        await asyncio.sleep(10)
+        await assert_nothing_held(cache)
+
+
+async def test_a_shorter_prefix_of_a_window_still_has_what_only_it_needs():
+    window = make_layout(ObjectGroup((2 * PAGE,), "uint8", window_chunks=2))
+    long, short = make_prompt(4, layout=window), make_prompt(2, layout=window)
+    backend = MemoryBackend()
+    await seed(backend, long)
+    async with make_cache(backend, pages=12) as cache:
+        await fill(cache, short)
+        writers = [await cache.store(make_prompt(1, number)) for number in range(10, 18)]
+        for writer in writers:
+            if writer[0].offset // PAGE in (5, 7, 9, 10):  # room for one block of two pages, and two of one
+                writer.close()
+        await cache.prefetch(short, request_id="other").load_done
+        prefetch = cache.prefetch(long)
+        async with asyncio.timeout(100):
+            hits, result = await prefetch.lookup_done, await prefetch.load_done
+        assert (hits.chunks, hits.shortfall) == (3, Shortfall.MEMORY)
+        assert result.chunks == 3
+
+
+async def test_what_is_stored_while_its_old_copy_is_deleted_is_written_again():
+    memory = MemoryBackend()
+    backend = GatedBackend(memory, "delete")
+    prompt = make_prompt(1)
+    async with make_cache(backend) as cache:
+        await fill(cache, prompt)
+        await cache.flush()
+        deleting = asyncio.create_task(cache.delete(prompt))
+        await backend.reached("delete")
+        await fill(cache, prompt)
+        await cache.flush()
+        deleting.cancel()  # which does not stop it half way
+        await asyncio.sleep(1)
+        backend.release()
+        await asyncio.sleep(10)
+        await cache.flush()
+        assert memory.usage().objects == 1
+        assert await read_back(cache, prompt) == 1
+
+
+async def test_a_commit_completes_a_chunk_that_somebody_reads():
+    layout = make_layout(ObjectGroup((8,), "uint8"), ObjectGroup((8,), "uint8", window_chunks=1))
+    long, short = make_prompt(3, layout=layout), make_prompt(2, layout=layout)
+    memory = MemoryBackend()
+    async with make_cache(memory) as cache:
+        await fill_l2(cache, long)
+        await cache.prefetch(long, request_id="a").load_done
+        await memory.delete([key async for key, _ in memory.keys() if key.group == 1])
+        assert (await cache.lookup(short)).chunks == 0
+        await fill(cache, short)
+        assert await read_back(cache, short) == 2
+        await cache.flush()
+        assert sum([key.group == 1 async for key, _ in memory.keys()]) == 2
+
+
+async def test_what_is_committed_while_l1_is_cleared_is_not_lost():
+    memory = MemoryBackend()
+    prompt = make_prompt(1500, layout=TWO_RANKS)
+    async with make_cache(memory, pages=4096) as cache:
+        await fill(cache, prompt, ranks=[0])
+        await cache.flush()
+        async with cache.store(prompt, rank=1, start_chunk=1499) as writer:
+            clearing = asyncio.create_task(cache.clear(tier="l1"))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            writer[0].commit()
+        await clearing
+        await cache.flush()
+        assert [key.rank async for key, _ in memory.keys()].count(1) == 1
+
+
+@pytest.mark.parametrize(("failing", "counts"), [(1, (1, 0)), (2, (0, 1))])
+async def test_a_chunk_is_dropped_when_no_backend_has_it_and_counted_once(failing, counts):
+    backends = [MemoryBackend("a"), MemoryBackend("b")]
+    backends[:failing] = [FailingBackend(backend, "store", times=None) for backend in backends[:failing]]
+    async with make_cache(*backends) as cache:
+        await fill(cache, make_prompt(1))
+        flushed = await cache.flush()
+        assert (flushed.written, flushed.dropped) == counts
+        assert (await cache.stats()).writebacks_dropped == counts[1]
+
+
+async def test_clear_ends_while_an_engine_goes_on_writing():
+    class Slow(WrappedBackend):
+        async def before(self, verb, keys, buffers):
+            await asyncio.sleep(0.05 if verb == "store" else 0)
+
+    async with make_cache(Slow(MemoryBackend())) as cache:
+
+        async def write():
+            for number in range(2000):
+                await fill(cache, make_prompt(1, number))
+                await asyncio.sleep(0.01)
+
+        writing = asyncio.create_task(write())
+        await asyncio.sleep(1)
+        async with asyncio.timeout(5):
+            await cache.clear(tier="all")
+        writing.cancel()
+
+
+async def test_a_close_that_is_cancelled_goes_on_and_a_second_one_waits_for_it():
+    backend = GatedBackend(MemoryBackend(), "store")
+    cache = await make_cache(backend).open()
+    await fill(cache, make_prompt(1))
+    flushing = asyncio.create_task(cache.flush())
+    await asyncio.sleep(0)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await cache.close()
+    await cache.close()
+    assert (await flushing).pending == 1
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_no_writer_opens_while_the_cache_closes():
+    cache = await make_cache(GatedBackend(MemoryBackend(), "store")).open()
+    await fill(cache, make_prompt(1))
+    writer = cache.store(make_prompt(1, 2))
+    closing = asyncio.create_task(cache.close())
+    await asyncio.sleep(0.1)
+    with pytest.raises(CacheClosedError):
+        await writer
+    await closing
+
+
+async def test_an_entered_read_outlives_the_cache():
+    cache = await make_cache().open()
+    prompt = make_prompt(1)
+    await fill(cache, prompt)
+    lease = await cache.read(cache.prefetch(prompt).request_id)
+    await cache.close()
+    assert len(lease[0].views[0]) == 16
+    lease.release()
