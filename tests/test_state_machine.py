@@ -182,6 +182,22 @@ class CacheMachine(RuleBasedStateMachine):
 
         self.wait_for(enter())
 
+    @rule(prompt=prompts, skip=st.sampled_from([0, 0, 2]))
+    def use(self, prompt: Prompt, skip: int) -> None:
+        """The whole way of a request, as an engine goes it."""
+
+        async def use() -> None:
+            begun = self.cache.prefetch(prompt, skip_tokens=skip)
+            request = Request(begun, prompt, skip // prompt.layout.chunk_tokens)
+            self.check_hits(request, hits := await begun.lookup_done)
+            self.check_result(hits, await begun.load_done)
+            for rank in range(prompt.layout.world_size):
+                for reader in range(prompt.layout.readers_per_rank):
+                    async with self.cache.read(begun.request_id, rank=rank, reader=reader) as lease:
+                        self.check_bytes(lease, prompt, rank)
+
+        self.do(use())
+
     def wait_for(self, work: Coroutine[Any, Any, None]) -> None:
         async def begin() -> None:
             self.waiting.append(asyncio.create_task(work))
@@ -334,15 +350,18 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def bytes_are_right(self) -> None:
-        for lease, prompt, rank in self.leases:
-            begin, end = lease.result.start_chunk, lease.result.start_chunk + lease.result.chunks
-            assert [chunk.index for chunk in lease] == list(range(begin, end))
-            for chunk in lease:
-                for group, view in enumerate(chunk.views):
-                    window = prompt.layout.groups[group].window_chunks
-                    assert (view is None) == (window is not None and chunk.index < end - window)
-                    assert view is None or bytes(view) == content(prompt, chunk.index, rank, group)
-                    self.reached["objects read"] += view is not None
+        for lease in self.leases:
+            self.check_bytes(*lease)
+
+    def check_bytes(self, lease: ReadLease, prompt: Prompt, rank: int) -> None:
+        begin, end = lease.result.start_chunk, lease.result.start_chunk + lease.result.chunks
+        assert [chunk.index for chunk in lease] == list(range(begin, end))
+        for chunk in lease:
+            for group, view in enumerate(chunk.views):
+                window = prompt.layout.groups[group].window_chunks
+                assert (view is None) == (window is not None and chunk.index < end - window)
+                assert view is None or bytes(view) == content(prompt, chunk.index, rank, group)
+                self.reached["objects read"] += view is not None
 
     @invariant()
     def promises_are_kept(self) -> None:
