@@ -236,7 +236,7 @@ class Loader:
         except Exception:
             log.exception("a batch of loads from %s failed", batch.guard.backend.name)
             for load in parts:
-                if self._table.get(load.chunk_hash) is load:
+                if self.table.get(load.chunk_hash) is load:
                     load.failure = load.failure or Shortfall.BACKEND_ERROR
                     self._settle(load)
 
@@ -293,7 +293,7 @@ class Loader:
             reasons = {} if outcomes else {load: (mask, failure) for load, mask in parts.items()}
         failed, told = {}, 0
         for load, mask in parts.items():
-            if self._table.get(load.chunk_hash) is not load or (outcomes and load.abandoned):
+            if self.table.get(load.chunk_hash) is not load or (outcomes and load.abandoned):
                 continue  # dropped, or to be started again
             lost, reason = reasons.get(load, (0, None))
             load.loaded |= mask & ~lost
@@ -334,7 +334,7 @@ class Loader:
         held = found.masks()
         try:
             for n, load in enumerate(loads):
-                if self._table.get(load.chunk_hash) is not load:
+                if self.table.get(load.chunk_hash) is not load:
                     del to_load[n]
                     continue
                 again = self._with_room(load) if to_load[n] & ~held.get(n, 0) == 0 else None

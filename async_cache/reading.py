@@ -22,7 +22,7 @@ class ReadChunk:
 
     def __init__(self, index: int, entry: Entry | None, rank: int, needed: int, layout: ModelLayout, arena: memoryview):
         self.index = index
-        self.offset = entry.offset(rank) if entry is not None else None
+        self.offset = entry.offset(rank) if entry is not None and entry.ranks >> rank & 1 else None
         self._arena, self._layout, self._rank, self._needed = arena, layout, rank, needed
         self._views: tuple[memoryview | None, ...] | None = None
 

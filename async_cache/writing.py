@@ -157,7 +157,11 @@ class Writer:
             for index in range(self._start_chunk, len(hashes) if mask else 0)
             if (entry := self._l1.index.get(hashes[index])) is None or mask & ~entry.present
         ]
+        resident = [entry for entry in map(self._l1.index.get, hashes) if entry is not None]
+        self._l1.lease(resident)  # the room for a tail must not be taken from its own head
         made = self._l1.reserve(layout, [(hashes[index], self._rank) for index in missing])
+        for entry in reversed(resident):
+            self._l1.release(entry)
         if len(made) < len(missing):
             self.shortfall = Shortfall.MEMORY
         self._chunks = tuple(WriteChunk(self, i, reservation) for i, reservation in zip(missing, made, strict=False))

@@ -217,3 +217,41 @@ async def test_an_entered_read_outlives_the_cache():
     await cache.close()
     assert len(lease[0].views[0]) == 16
     lease.release()
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_what_joins_a_load_at_the_moment_it_settles_is_loaded_and_leaks_nothing(turns):
+    layout = make_layout(ObjectGroup((16,), "uint8"), ObjectGroup((8,), "uint8", window_chunks=1))
+    memory = MemoryBackend()
+    gate = GatedBackend(memory)
+    long, short = make_prompt(3, layout=layout), make_prompt(2, layout=layout)
+    async with make_cache(gate) as cache:
+        await fill_l2(cache, long)
+        gate.hold("load")
+        await cache.prefetch(long, request_id="a").lookup_done
+        await gate.reached("load", 1)
+        gate.hold("lookup")
+        prefetch = cache.prefetch(short, request_id="b")
+        await gate.reached("lookup", 3)
+        gate.release("load")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        gate.release("lookup")
+        hits, result = await prefetch.lookup_done, await prefetch.load_done
+        assert hits.chunks == result.chunks == 2
+        for request_id in "ab":
+            await cache.end_request(request_id)
+        await asyncio.sleep(10)
+        await assert_nothing_held(cache)
+        await cache.clear(tier="all")
+        assert (memory.pins, (await cache.stats()).l1_used_bytes) == (0, 0)
+
+
+async def test_room_for_a_tail_is_not_taken_from_its_own_head():
+    async with make_cache(pages=32) as cache:
+        await fill(cache, make_prompt(10))
+        async with cache.store(make_prompt(40)) as writer:
+            assert (len(writer), writer.shortfall) == (22, Shortfall.MEMORY)
+            for chunk in writer:
+                chunk.commit()
+        assert (await cache.lookup(make_prompt(40))).chunks == 32
