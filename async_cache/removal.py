@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from async_cache.config import CacheConfig
-from async_cache.errors import BackendError
+from async_cache.errors import BackendError, CacheClosedError
 from async_cache.keys import ObjectKey
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
@@ -69,40 +69,51 @@ class Remover:
 
         It is carried to its end also where the caller is cancelled: half a removal would be neither here nor there.
         """
-        return await asyncio.shield(self._own(self._delete(prompt)))
+        if not prompt.hashed:
+            await asyncio.to_thread(prompt.hash)
+        hashes = prompt.chunk_hashes
+        self._hidden.hide(hashes)
+        resident, leased = self._remove_from_l1(hashes)
+        self._loader.forget(hashes)
+        return await self._carry(self._delete_from_l2(prompt, resident, leased))
 
     async def clear(self, tier: str) -> Deleted:
         """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1"). Carried to its end likewise."""
         if tier not in ("l1", "all"):
             raise ValueError(f'tier must be "l1" or "all", not {tier!r}')
-        return await asyncio.shield(self._own(self._clear(tier)))
+        if tier == "l1":
+            resident, leased = await self._clear_l1(keep_unwritten=True)
+            return Deleted(len(resident), leased)
+        self._hidden.hide(None)
+        self._loader.forget(list(self._loader.table))
+        return await self._carry(self._clear_all())
 
     async def close(self) -> None:
-        """Give up what is under way."""
+        """Give up what is under way: whoever waits for it gets CacheClosedError."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _own(self, removal: Coroutine[Any, Any, Deleted]) -> "asyncio.Task[Deleted]":
+    async def _carry(self, removal: Coroutine[Any, Any, Deleted]) -> Deleted:
         task = asyncio.create_task(removal)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
-        return task
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():  # by `close`, and not the caller
+                raise CacheClosedError("the cache was closed") from None
+            raise
 
     def _ended(self, task: "asyncio.Task[Deleted]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # looked at, also where its caller is gone
 
-    async def _delete(self, prompt: Prompt) -> Deleted:
-        if not prompt.hashed:
-            await asyncio.to_thread(prompt.hash)
+    async def _delete_from_l2(self, prompt: Prompt, resident: set[bytes], leased: int) -> Deleted:
         hashes = prompt.chunk_hashes
-        self._hidden.hide(hashes)
         try:
-            resident, leased = self._remove_from_l1(hashes)
-            self._loader.forget(hashes)
             keys = prompt.layout.object_keys([(h, prompt.layout.full_mask) for h in hashes])
             found = await self._on_every_backend(lambda guard: self._delete_found(guard, keys))
             return Deleted(len(resident | found), leased)
@@ -110,13 +121,8 @@ class Remover:
             self._hidden.show(hashes)
             self._write_again(hashes)
 
-    async def _clear(self, tier: str) -> Deleted:
-        if tier == "l1":
-            resident, leased = await self._clear_l1(keep_unwritten=True)
-            return Deleted(len(resident), leased)
-        self._hidden.hide(None)
+    async def _clear_all(self) -> Deleted:
         try:
-            self._loader.forget(list(self._loader.table))
             resident, leased = await self._clear_l1(keep_unwritten=False)
             found = await self._on_every_backend(self._delete_all)
             return Deleted(len(resident | found), leased)

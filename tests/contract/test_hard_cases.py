@@ -255,3 +255,26 @@ async def test_room_for_a_tail_is_not_taken_from_its_own_head():
             for chunk in writer:
                 chunk.commit()
         assert (await cache.lookup(make_prompt(40))).chunks == 32
+
+
+async def test_a_removal_that_close_gives_up_says_that_the_cache_was_closed():
+    backend = GatedBackend(MemoryBackend(), "delete")
+    cache = await make_cache(backend).open()
+    await fill(cache, make_prompt(1))
+    await cache.flush()
+    deleting = asyncio.create_task(cache.delete(make_prompt(1)))
+    await backend.reached("delete")
+    await cache.close()
+    with pytest.raises(CacheClosedError):
+        await deleting
+
+
+async def test_a_deleted_chunk_is_gone_from_memory_in_the_very_step_of_the_call():
+    async with make_cache(GatedBackend(MemoryBackend(), "delete")) as cache:
+        await fill_l2(cache, make_prompt(1))
+        assert await read_back(cache, make_prompt(1)) == 1
+        removal = cache.delete(make_prompt(1))
+        removal.send(None)  # the first step, and no turn of the loop
+        assert (await cache.stats()).l1_chunks == 0
+        assert (await cache.lookup(make_prompt(1))).chunks == 0
+        removal.close()
