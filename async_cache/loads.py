@@ -235,6 +235,7 @@ class Loader:
                 await self._try_next_holder(failed, batch.tried)
         except Exception:
             log.exception("a batch of loads from %s failed", batch.guard.backend.name)
+            self._end(batch, loaded=False)
             for load in parts:
                 if self.table.get(load.chunk_hash) is load:
                     load.failure = load.failure or Shortfall.BACKEND_ERROR
@@ -263,11 +264,16 @@ class Loader:
             except asyncio.CancelledError:
                 batch.call.add_done_callback(lambda _: self._call_ended(parts))
                 raise
-        guard.load_ended(batch.size_bytes, loaded=bool(outcomes))
-        self._running_bytes[guard] -= batch.size_bytes
-        batch.unpin(list(batch.parts))
-        self._pump(guard)
+        self._end(batch, loaded=bool(outcomes))
         return await self._publish(parts, outcomes, failure)
+
+    def _end(self, batch: Batch, *, loaded: bool) -> None:
+        """Its bytes are in flight no more, and its pins go; once is enough."""
+        size, batch.size_bytes = batch.size_bytes, 0
+        batch.guard.load_ended(size, loaded=loaded)
+        self._running_bytes[batch.guard] -= size
+        batch.unpin(list(batch.parts))
+        self._pump(batch.guard)
 
     def _objects(self, parts: Mapping[ChunkLoad, int]) -> tuple[list[ObjectKey], list[memoryview]]:
         """Their keys, and where they go."""
