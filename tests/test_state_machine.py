@@ -5,7 +5,6 @@ others are tried for so many seconds.
 
 import asyncio
 import hashlib
-import os
 import random
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from soak import SOAK_SECONDS
 
 from async_cache import (
     AsyncCache,
@@ -39,7 +39,6 @@ from async_cache import (
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing import GatedBackend, ThrottledBackend, Verb
 
-SOAK_SECONDS = float(os.environ.get("SOAK", 0))
 PAGE = 4096
 PLAIN = ModelLayout("plain", (ObjectGroup((PAGE + 5,), "uint8"),), chunk_tokens=2, readers_per_rank=2)
 SPLIT = ModelLayout(
