@@ -8,7 +8,7 @@ from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
 from async_cache.layout import Prompt
 from async_cache.loads import Loader
-from async_cache.lookup import Asked, Found, ask
+from async_cache.lookup import Asked, ask
 from async_cache.removal import Hidden
 from async_cache.values import LookupHits, Shortfall
 
@@ -25,9 +25,9 @@ async def count_hits(
         mask | (load.wanted if (load := loader.table.get(h)) is not None else 0)
         for h, mask in zip(hashes, resident, strict=True)
     ]
-    missing = [(n, hashes[n], lacks) for n, mask in enumerate(here) if (lacks := layout.full_mask & ~mask)]
-    asked = Asked(layout, missing if guards else ())
-    found = await ask(guards, asked, timeout_seconds) if asked.keys else Found(asked, (), failed=False)
+    missing = {n: lacks for n, mask in enumerate(here) if (lacks := layout.full_mask & ~mask)}
+    asked = Asked(layout, hashes, missing)
+    found = await ask(guards if missing else (), asked, timeout_seconds)
     try:
         for number, mask in found.masks().items():
             if hashes[number] not in hidden:

@@ -13,7 +13,9 @@ from async_cache.layout import ModelLayout
 def lengths(layout: ModelLayout, found: Sequence[int]) -> Sequence[int]:
     """All lengths that can be served, ascending, 0 included. `found`: the objects of each chunk, as masks."""
     need = layout.prefix_mask
-    limit = next((i for i, have in enumerate(found) if have & need != need), len(found))
+    limit = len(found)
+    if found.count(need) < limit:
+        limit = next((i for i, have in enumerate(found) if have & need != need), limit)
     if not layout.windows:
         return range(limit + 1)
     runs = [0] * len(layout.windows)  # how many chunks up to here have the window's objects without a gap

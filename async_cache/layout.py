@@ -195,6 +195,11 @@ class ModelLayout:
         return _ByMask(lambda mask: tuple(divmod(b, groups) for b in range(mask.bit_length()) if mask >> b & 1))
 
     @cached_property
+    def places(self) -> "_ByMask[tuple[tuple[int, int, int, int], ...]]":
+        """By mask, (rank, group, begin, end) of each object in it: which it is, and where in its rank's block."""
+        return _ByMask(lambda mask: tuple((r, g, *(self.spans[r][g] or (0, 0))) for r, g in self.objects[mask]))
+
+    @cached_property
     def sizes(self) -> "_ByMask[int]":
         """By mask, the bytes of the objects in it."""
         return _ByMask(lambda mask: sum(self.groups[group].size_bytes for _, group in self.objects[mask]))

@@ -27,41 +27,47 @@ from async_cache.values import Shortfall
 
 log = logging.getLogger(__name__)
 
-_BATCH_BYTES = 32 * 2**20  # of one call to a backend: enough to keep its threads busy, little enough to have an end
+_BATCH_BYTES = 64 * 2**20  # of one call to a backend: enough to keep its threads busy, little enough to have an end
 _BATCH_CHUNKS = 1024  # what the loop prepares in a millisecond or two
 _TOLD_AT_ONCE = 256  # shares of a prefix that many requests want; then the loop gets its turn
-_Added = tuple[
-    "Share", ModelLayout, Sequence[bytes], Mapping[int, list[Reservation]], Sequence[tuple[Guard, Mapping[int, int]]]
-]
+Arrival = tuple[int, Entry | None, Shortfall | None]
+"""The number of a chunk, what can be found of it, and why that may be less than was wanted."""
+_Rooms = Sequence[tuple[int, Reservation]]
+_Sources = Sequence[tuple[Guard, Mapping[int, int]]]
+_NOTHING_LOST: tuple[int, Shortfall | None] = (0, None)
 _REASONS = {LoadOutcome.GONE: Shortfall.GONE, LoadOutcome.CORRUPT: Shortfall.CORRUPT}
 
 
 class Share(Protocol):
-    """Who wants a chunk."""
+    """Who wants chunks."""
 
-    def load_settled(self, number: int, entry: Entry | None, failure: Shortfall | None) -> None:
-        """The load is over; `number` is the one it was joined with, `entry` what can be found of the chunk."""
+    def loads_settled(self, arrivals: Sequence[Arrival]) -> None:
+        """These loads are over; the numbers are those that the share joined them with."""
 
 
 class ChunkLoad(Struct, eq=False):
     """WAITING while any object is, then SETTLED; DROPPED when the last share goes; STARTED AGAIN as another one.
 
     It is in the loader's table while it is WAITING. Its room is `abandoned` when it is dropped, or a call that should
-    have ended may still write to it; it is then freed with the end of the last of its `calls`.
+    have ended may still write to it; it is then freed with the end of the last call of its batches.
     """
 
     chunk_hash: bytes
     layout: ModelLayout
-    wanted: int  # objects, by bit
-    waiting: int
     reservations: list[Reservation]
     shares: dict[Share, int]
     room_bytes: int
+    wanted: int = 0  # objects, by bit
+    waiting: int = 0
     loaded: int = 0
     failure: Shortfall | None = None
     batches: "tuple[Batch, ...]" = ()
-    calls: int = 0
     abandoned: bool = False
+
+    @property
+    def touched(self) -> bool:
+        """Whether a call may write to its room."""
+        return any(batch.call is not None and not batch.call.done() for batch in self.batches)
 
 
 class Batch:
@@ -90,7 +96,7 @@ class Loader:
         self.shared_loads = 0
         self._room_bytes = 0
         self._table: dict[bytes, ChunkLoad] = {}
-        self._added: list[_Added] = []
+        self._added: list[tuple[Share, ModelLayout, Sequence[bytes], _Rooms, _Sources]] = []
         self._loop = asyncio.get_running_loop()
         self._l1 = l1
         self._guards = guards
@@ -115,14 +121,7 @@ class Loader:
             self._enter_added()
         return self._room_bytes
 
-    def add(
-        self,
-        share: Share,
-        layout: ModelLayout,
-        hashes: Sequence[bytes],
-        rooms: Mapping[int, list[Reservation]],
-        sources: Sequence[tuple[Guard, Mapping[int, int]]],
-    ) -> None:
+    def add(self, share: Share, layout: ModelLayout, hashes: Sequence[bytes], rooms: _Rooms, sources: _Sources) -> None:
         """Load objects, by chunk number, from these sources. Takes over their rooms, and the sources' pins.
 
         The share has its answer, and is what the loop should turn to next: the work begins when somebody looks at
@@ -134,23 +133,20 @@ class Loader:
 
     def _enter_added(self) -> None:
         added, self._added = self._added, []
+        table = self._table
         for share, layout, hashes, rooms, sources in added:
-            for number, reservations in rooms.items():
-                chunk_hash, size = hashes[number], sum([reservation.size_bytes for reservation in reservations])
-                load = self._table.get(chunk_hash)
+            for number, reservation in rooms:
+                chunk_hash, size = hashes[number], reservation.size_bytes
+                load = table.get(chunk_hash)
                 if load is None:
-                    load = self._table[chunk_hash] = ChunkLoad(chunk_hash, layout, 0, 0, reservations, {}, size)
+                    table[chunk_hash] = ChunkLoad(chunk_hash, layout, [reservation], {share: number}, size)
                 else:
-                    load.reservations += reservations
+                    load.reservations.append(reservation)
                     load.room_bytes += size
-                load.shares[share] = number
+                    load.shares[share] = number
                 self._room_bytes += size
             for guard, masks in sources:
-                parts = [(self._table[hashes[number]], mask) for number, mask in masks.items()]
-                for load, mask in parts:
-                    load.wanted |= mask
-                    load.waiting |= mask
-                self._enqueue(guard, parts, frozenset())
+                self._enqueue(guard, [(table[hashes[number]], mask) for number, mask in masks.items()], frozenset())
 
     def leave(self, share: Share, chunk_hashes: Iterable[bytes]) -> None:
         """Give shares back; what nobody wants any more is dropped."""
@@ -167,7 +163,7 @@ class Loader:
         self._drop(dead)
         for load in dead:
             load.failure = Shortfall.GONE
-            self._tell(load, None)
+        self._tell([(load, None) for load in dead])
 
     def expected_seconds(self, chunk_hashes: Iterable[bytes], sources: Iterable[tuple[Guard, int]]) -> float | None:
         """How long what is on its way of these chunks, and so many bytes more, should take with what is queued before.
@@ -206,9 +202,11 @@ class Loader:
             if batch.size_bytes >= _BATCH_BYTES or len(batch.parts) >= _BATCH_CHUNKS:
                 self._queue(queue, batch)
                 batch = Batch(guard, tried)
+            load.wanted |= mask
+            load.waiting |= mask
+            load.batches += (batch,)
             batch.parts[load] = mask
             batch.size_bytes += load.layout.sizes[mask]
-            load.batches += (batch,)
         if batch.parts:
             self._queue(queue, batch)
         self._pump(guard)
@@ -236,10 +234,10 @@ class Loader:
         except Exception:
             log.exception("a batch of loads from %s failed", batch.guard.backend.name)
             self._end(batch, loaded=False)
-            for load in parts:
-                if self.table.get(load.chunk_hash) is load:
-                    load.failure = load.failure or Shortfall.BACKEND_ERROR
-                    self._settle(load)
+            left = [load for load in parts if self.table.get(load.chunk_hash) is load]
+            for load in left:
+                load.failure = load.failure or Shortfall.BACKEND_ERROR
+            self._settle(left)
 
     async def _transfer(self, batch: Batch, parts: Mapping[ChunkLoad, int]) -> dict[ChunkLoad, int]:
         """One call to a backend; what failed of it."""
@@ -250,43 +248,41 @@ class Loader:
         if keys and guard.allows():
             self.loads += len(keys)
             batch.call = guard.start(guard.backend.load, keys, buffers)
-            for load in parts:
-                load.calls += 1
+            batch.call.add_done_callback(lambda _: self._call_ended(parts))
             try:
                 outcomes = await guard.finish(batch.call, self._config.load_timeout_seconds, len(keys))
-                self._call_ended(parts)
-            except CallTimeoutError as error:
+            except CallTimeoutError:
                 failure = Shortfall.DEADLINE
                 self._quarantine(parts)
-                error.call.add_done_callback(lambda _: self._call_ended(parts))
             except BackendError:
-                self._call_ended(parts)
-            except asyncio.CancelledError:
-                batch.call.add_done_callback(lambda _: self._call_ended(parts))
-                raise
-        self._end(batch, loaded=bool(outcomes))
+                outcomes = []
+        self._end(batch, loaded=bool(outcomes), keys=keys if parts.keys() == batch.parts.keys() else None)
         return await self._publish(parts, outcomes, failure)
 
-    def _end(self, batch: Batch, *, loaded: bool) -> None:
-        """Its bytes are in flight no more, and its pins go; once is enough."""
+    def _end(self, batch: Batch, *, loaded: bool, keys: Sequence[ObjectKey] | None = None) -> None:
+        """Its bytes are in flight no more, and its pins go; once is enough. `keys`: of its parts, if they are known."""
         size, batch.size_bytes = batch.size_bytes, 0
         batch.guard.load_ended(size, loaded=loaded)
         self._running_bytes[batch.guard] -= size
-        batch.unpin(list(batch.parts))
+        if keys is None:
+            batch.unpin(list(batch.parts))
+        else:
+            batch.parts.clear()
+            batch.guard.unpin(keys)
         self._pump(batch.guard)
 
     def _objects(self, parts: Mapping[ChunkLoad, int]) -> tuple[list[ObjectKey], list[memoryview]]:
         """Their keys, and where they go."""
-        view = self._l1.arena.view
+        view, new = self._l1.arena.view, tuple.__new__
         keys: list[ObjectKey] = []
         buffers = []
         for load, mask in parts.items():
-            layout = load.layout
+            chunk_hash = load.chunk_hash
             offsets = {reservation.rank: reservation.offset for reservation in load.reservations}
-            for rank, group in layout.objects[mask]:
-                begin, end = layout.spans[rank][group] or (0, 0)
-                keys.append(ObjectKey(load.chunk_hash, rank, group))
-                buffers.append(view[offsets[rank] + begin : offsets[rank] + end])
+            for rank, group, begin, end in load.layout.places[mask]:
+                offset = offsets[rank]
+                keys.append(new(ObjectKey, (chunk_hash, rank, group)))
+                buffers.append(view[offset + begin : offset + end])
         return keys, buffers
 
     async def _publish(
@@ -297,22 +293,27 @@ class Loader:
             reasons = dict(self._failures(parts, outcomes))
         else:
             reasons = {} if outcomes else {load: (mask, failure) for load, mask in parts.items()}
-        failed, told = {}, 0
+        failed: dict[ChunkLoad, int] = {}
+        complete: list[ChunkLoad] = []
+        told, table = 0, self.table
         for load, mask in parts.items():
-            if self.table.get(load.chunk_hash) is not load or (outcomes and load.abandoned):
+            if table.get(load.chunk_hash) is not load or (outcomes and load.abandoned):
                 continue  # dropped, or to be started again
-            lost, reason = reasons.get(load, (0, None))
+            lost, reason = reasons.get(load, _NOTHING_LOST)
             load.loaded |= mask & ~lost
             load.waiting &= ~mask | lost
             if lost:
                 load.failure = load.failure or reason
                 failed[load] = lost
             elif not load.waiting:
+                complete.append(load)
                 told += len(load.shares)
-                self._settle(load)
-            if told >= _TOLD_AT_ONCE:
-                told = 0
-                await asyncio.sleep(0)
+                if told >= _TOLD_AT_ONCE:
+                    self._settle(complete)
+                    complete, told = [], 0
+                    await asyncio.sleep(0)
+                    table = self.table
+        self._settle(complete)
         return failed
 
     @staticmethod
@@ -335,7 +336,7 @@ class Loader:
         loads = list(failed)
         to_load = {n: load.wanted if load.abandoned else failed[load] for n, load in enumerate(loads)}
         others = [guard for guard in self._guards if guard not in tried]
-        asked = Asked(loads[0].layout, [(n, loads[n].chunk_hash, mask) for n, mask in to_load.items()])
+        asked = Asked(loads[0].layout, [load.chunk_hash for load in loads], dict(to_load))
         found = await ask(others, asked, self._config.lookup_timeout_seconds)
         held = found.masks()
         try:
@@ -350,7 +351,7 @@ class Loader:
                 load.waiting &= 0 if load.abandoned else ~to_load[n]
                 del to_load[n]
                 if not load.waiting:
-                    self._settle(load)
+                    self._settle((load,))
             for guard, masks in found.take(to_load):
                 self._enqueue(guard, [(loads[n], mask) for n, mask in masks.items()], tried)
         finally:
@@ -367,7 +368,7 @@ class Loader:
                 self._l1.discard(reservation)
             return None
         size = sum(reservation.size_bytes for reservation in made)
-        again = ChunkLoad(load.chunk_hash, load.layout, load.wanted, load.wanted, made, load.shares, size)
+        again = ChunkLoad(load.chunk_hash, load.layout, made, load.shares, size, load.wanted, load.wanted)
         again.failure = load.failure
         load.shares = {}
         self._room_bytes += size
@@ -376,25 +377,36 @@ class Loader:
 
     # The end of a load, and of its room.
 
-    def _settle(self, load: ChunkLoad) -> None:
+    def _settle(self, loads: Iterable[ChunkLoad]) -> None:
         """Publish what was loaded, and tell those who wait."""
-        del self._table[load.chunk_hash]
-        entry = None
-        if not load.abandoned:
-            self._uncount(load)
-            for reservation in load.reservations:
-                mask = load.loaded & load.layout.rank_masks[reservation.rank]
-                if mask:
-                    entry = self._l1.commit(reservation, mask)
-                else:
-                    self._l1.discard(reservation)
-        self._tell(load, entry or self._l1.index.get(load.chunk_hash))
+        l1, settled = self._l1, []
+        for load in loads:
+            del self._table[load.chunk_hash]
+            entry = None
+            if not load.abandoned:
+                self._room_bytes -= load.room_bytes
+                load.room_bytes = 0
+                for reservation in load.reservations:
+                    mask = load.loaded & load.layout.rank_masks[reservation.rank]
+                    if mask:
+                        entry = l1.commit(reservation, mask)
+                    else:
+                        l1.discard(reservation)
+            settled.append((load, entry or l1.index.get(load.chunk_hash)))
+        self._tell(settled)
 
     @staticmethod
-    def _tell(load: ChunkLoad, entry: Entry | None) -> None:
-        shares, load.shares = load.shares, {}
-        for share, number in shares.items():
-            share.load_settled(number, entry, load.failure)
+    def _tell(settled: Iterable[tuple[ChunkLoad, Entry | None]]) -> None:
+        arrivals: dict[Share, list[Arrival]] = {}
+        for load, entry in settled:
+            for share, number in load.shares.items():
+                if share in arrivals:
+                    arrivals[share].append((number, entry, load.failure))
+                else:
+                    arrivals[share] = [(number, entry, load.failure)]
+            load.shares = {}
+        for share, arrived in arrivals.items():
+            share.loads_settled(arrived)
 
     def _drop(self, dead: Sequence[ChunkLoad]) -> None:
         """Nobody wants these: pins go at once, memory when no call touches it."""
@@ -416,7 +428,7 @@ class Loader:
 
     def _abandon(self, load: ChunkLoad) -> None:
         load.abandoned = True
-        if not load.calls:
+        if not load.touched:
             self._discard(load)
 
     def _quarantine(self, loads: Iterable[ChunkLoad]) -> None:
@@ -431,8 +443,7 @@ class Loader:
 
     def _call_ended(self, loads: Iterable[ChunkLoad]) -> None:
         for load in loads:
-            load.calls -= 1
-            if load.abandoned and not load.calls:
+            if load.abandoned and not load.touched:
                 self._discard(load)
 
     def _discard(self, load: ChunkLoad) -> None:

@@ -1,7 +1,9 @@
 """Asks all backends side by side which objects they hold, and keeps the pins of what was found."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import compress
 
 from async_cache.keys import ObjectKey
 from async_cache.l2.guard import Guard
@@ -9,23 +11,37 @@ from async_cache.layout import ModelLayout
 
 
 class Asked:
-    """What a lookup asks for: objects of chunks, by the chunk's number within the request."""
+    """What a lookup asks for: objects of chunks, as masks by the chunk's number among `hashes`."""
 
-    def __init__(self, layout: ModelLayout, missing: Sequence[tuple[int, bytes, int]]):
+    def __init__(self, layout: ModelLayout, hashes: Sequence[bytes], masks: Mapping[int, int]):
         self.layout = layout
-        self.missing = missing  # (number, chunk hash, objects)
-        self.keys = layout.object_keys([(chunk_hash, mask) for _, chunk_hash, mask in missing])
+        self.hashes = hashes
+        self.masks = masks
 
-    def masks(self, found: Sequence[bool]) -> dict[int, int]:
-        """By chunk number, the objects that were found."""
-        if all(found):
-            return {number: mask for number, _, mask in self.missing}
-        bit, objects = self.layout.bit, self.layout.objects
-        answers = iter(found)
+    @cached_property
+    def keys(self) -> list[ObjectKey]:
+        """Of each object."""
+        return self.keys_of(self.masks)
+
+    def keys_of(self, masks: Mapping[int, int]) -> list[ObjectKey]:
+        """Of objects of the same chunks."""
+        return self.layout.object_keys([(self.hashes[number], mask) for number, mask in masks.items()])
+
+    def found(self, answers: Sequence[bool]) -> dict[int, int]:
+        """By chunk number, the objects that were found. An answer for each of the keys."""
+        if all(answers):
+            return dict(self.masks)
+        bit, objects, answer = self.layout.bit, self.layout.objects, iter(answers)
         return {
-            number: sum(1 << bit(*which) for which, there in zip(objects[mask], answers, strict=False) if there)
-            for number, _, mask in self.missing
+            number: sum(1 << bit(*which) for which, there in zip(objects[mask], answer, strict=False) if there)
+            for number, mask in self.masks.items()
         }
+
+    def alike(self) -> Iterator[tuple[int, Sequence[int]]]:
+        """Each mask, with the chunks of which it is asked."""
+        different = set(self.masks.values())
+        for mask in different:
+            yield mask, [n for n, m in self.masks.items() if m == mask] if len(different) > 1 else list(self.masks)
 
 
 class Found:
@@ -51,9 +67,12 @@ class Found:
         left = dict(wanted)
         sources = []
         for guard, masks in self._holders:
-            part = {number: mask for number, lacks in left.items() if (mask := masks.get(number, 0) & lacks)}
-            for number, mask in part.items():
-                left[number] &= ~mask
+            if left == masks:
+                part, left = left, {}
+            else:
+                part = {number: mask for number, lacks in left.items() if (mask := masks.get(number, 0) & lacks)}
+                for number, mask in part.items():
+                    left[number] &= ~mask
             sources.append((guard, part))
         return sources
 
@@ -61,23 +80,33 @@ class Found:
         """The same, and the pins are the caller's from now on."""
         sources = self.sources(wanted)
         for (_, masks), (_, part) in zip(self._holders, sources, strict=True):
-            for number, mask in part.items():
-                masks[number] &= ~mask
+            if part == masks:
+                masks.clear()
+            else:
+                for number, mask in part.items():
+                    masks[number] &= ~mask
         return sources
 
     def close(self) -> None:
         """Give back the pins that were not taken."""
         for guard, masks in self._holders:
             if any(masks.values()):
-                left = [(chunk_hash, masks[number]) for number, chunk_hash, _ in self._asked.missing]
-                masks.clear()
-                guard.unpin(self._asked.layout.object_keys(left))
+                guard.unpin(self._asked.keys_of(masks))
+            masks.clear()
 
 
 def ask_nowait(guards: Sequence[Guard], asked: Asked) -> Found | None:
-    """The answer of a single backend that knows at once that it holds everything; None if asking takes time."""
-    found = guards[0].lookup_nowait(asked.keys) if len(guards) == 1 else None
-    return Found(asked, [(guards[0], asked.masks(found))], failed=False) if found is not None else None
+    """The answer of a single backend that has it at hand; None if asking takes time."""
+    if len(guards) != 1:
+        return None
+    found: dict[int, int] = {}
+    for mask, numbers in asked.alike():
+        present = guards[0].lookup_nowait(asked.layout, [asked.hashes[n] for n in numbers], mask)
+        if present is None:
+            guards[0].unpin(asked.keys_of(found))
+            return None
+        found |= dict.fromkeys(numbers if all(present) else compress(numbers, present), mask)
+    return Found(asked, [(guards[0], found)], failed=False)
 
 
 async def ask(guards: Sequence[Guard], asked: Asked, timeout_seconds: float) -> Found:
@@ -85,14 +114,14 @@ async def ask(guards: Sequence[Guard], asked: Asked, timeout_seconds: float) -> 
 
     A backend that fails or stays silent counts as one that holds nothing. Cancelled, it keeps no pin.
     """
-    order = _fastest_first(guards, sum(asked.layout.sizes[mask] for *_, mask in asked.missing))
+    order = _fastest_first(guards, sum(asked.layout.sizes[mask] for mask in asked.masks.values()))
     if not order:
         answers: list[list[bool] | None] = []
     elif len(order) == 1:
         answers = [await order[0].lookup(asked.keys, timeout_seconds)]
     else:
         answers = await _ask_all(order, asked.keys, timeout_seconds)
-    holders = [(g, asked.masks(found)) for g, found in zip(order, answers, strict=False) if found is not None]
+    holders = [(g, asked.found(found)) for g, found in zip(order, answers, strict=False) if found is not None]
     return Found(asked, holders, failed=None in answers)
 
 

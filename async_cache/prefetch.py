@@ -6,7 +6,7 @@ in L1, or pinned in L2 with room reserved for it, before anybody else gets a tur
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 
 from async_cache import coverage
@@ -16,7 +16,7 @@ from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
 from async_cache.layout import Prompt, check_index
-from async_cache.loads import Loader
+from async_cache.loads import Arrival, ChunkLoad, Loader
 from async_cache.lookup import Asked, Found, ask, ask_nowait
 from async_cache.plan import Planner, release_unneeded
 from async_cache.removal import Hidden
@@ -85,19 +85,20 @@ class PrefetchController:
 
     def _look_into_l1(self, request: Request) -> Asked | None:
         """Lease what L1 has. None if that, and what needs no waiting in L2, decides the request; else what to ask."""
-        full, hashes = request.prompt.layout.full_mask, request.hashes
+        layout, hashes = request.prompt.layout, request.hashes
+        full = layout.full_mask
         request.entries = entries = list(map(self._l1.index.get, hashes))
-        self._l1.lease(entry for entry in entries if entry is not None)
+        self._l1.lease(filter(None, entries))
         incomplete = [n for n, entry in enumerate(entries) if entry is None or entry.present != full]
         if not incomplete:
-            request.needed = coverage.needed(request.prompt.layout, len(entries))
+            request.needed = coverage.needed(layout, len(entries))
             self._say_hits(request, len(entries), len(entries))
             self._finish(request)
             return None
         missing = self._missing(request, hashes, incomplete)
         found = None
         if missing and self._guards:
-            asked = Asked(request.prompt.layout, missing)
+            asked = Asked(layout, hashes, missing)
             found = ask_nowait(self._guards, asked)
             if found is None:
                 return asked
@@ -112,42 +113,42 @@ class PrefetchController:
                 if asked is None:
                     return
             found = await ask(self._guards, asked, self._lookup_timeout_seconds)
-            self._catch_up(request, [number for number, _, _ in asked.missing])
+            self._catch_up(request, asked.masks)
             self._decide(request, found)
         except Exception:
             log.exception("request %r failed", request.request_id)
             self._give_up(request, Shortfall.BACKEND_ERROR)
 
-    def _missing(
-        self, request: Request, hashes: Sequence[bytes], incomplete: Sequence[int]
-    ) -> list[tuple[int, bytes, int]]:
-        """(number, chunk hash, objects) of what is neither in L1 nor on its way there; takes shares of what is."""
+    def _missing(self, request: Request, hashes: Sequence[bytes], incomplete: Sequence[int]) -> dict[int, int]:
+        """The objects that are neither in L1 nor on their way there, by chunk; takes shares of what is on its way."""
         full, entries, table = request.prompt.layout.full_mask, request.entries, self._loader.table
-        missing = []
-        for number in incomplete:
-            chunk_hash, entry = hashes[number], entries[number]
-            lacks = full if entry is None else full & ~entry.present
-            if chunk_hash in table:
-                self._join(request, number, chunk_hash)
-                lacks &= ~table[chunk_hash].wanted
-            if lacks:
-                missing.append((number, chunk_hash, lacks))
+        missing = dict.fromkeys(incomplete, full)
+        for number in incomplete if any(entries) or table else ():
+            entry, load = entries[number], table.get(hashes[number])
+            if entry is not None:
+                missing[number] &= ~entry.present
+            if load is not None:
+                self._join(request, number, load)
+                missing[number] &= ~load.wanted
+            if not missing[number]:
+                del missing[number]
         return missing
 
-    def _catch_up(self, request: Request, numbers: Sequence[int]) -> None:
+    def _catch_up(self, request: Request, numbers: Iterable[int]) -> None:
         """Lease and join what has come while L2 was asked."""
-        hashes = request.hashes
+        hashes, index, table = request.hashes, self._l1.index, self._loader.table
         for number in numbers:
-            entry = self._l1.index.get(hashes[number])
+            entry, load = index.get(hashes[number]), table.get(hashes[number])
             if entry is not None and request.entries[number] is None:
                 self._l1.lease((entry,))
                 request.entries[number] = entry
-            if hashes[number] in self._loader.table:
-                self._join(request, number, hashes[number])
+            if load is not None:
+                self._join(request, number, load)
 
-    def _join(self, request: Request, number: int, chunk_hash: bytes) -> None:
+    @staticmethod
+    def _join(request: Request, number: int, load: ChunkLoad) -> None:
         request.loads.add(number)
-        self._loader.table[chunk_hash].shares[request] = number
+        load.shares[request] = number
 
     def _decide(self, request: Request, found: Found | None) -> None:
         """Promise a prefix, make sure of it, say so, and have the rest loaded: one step."""
@@ -188,22 +189,30 @@ class PrefetchController:
         entry = request.entries[number]
         return needed & request.local_mask & ~(entry.present if entry is not None else 0)
 
-    def _arrived(self, request: Request, number: int, entry: Entry | None, failure: Shortfall | None) -> None:
-        """A chunk has arrived, or not; the last one ends the load."""
-        request.loads.discard(number)
-        held = request.entries[number]
-        if entry is not None and entry is not held:
-            self._l1.lease((entry,))
-            request.entries[number] = entry
-            if held is not None:
-                self._l1.release(held)
-        if request.state is RequestState.LOOKING_UP:
-            if failure is not None:
-                request.reasons[number] = failure
-            return
-        if self._waits_for(request, number, request.needed[number]):
-            request.reasons[number] = failure or Shortfall.GONE
-        if not request.loads:
+    def _arrived(self, request: Request, arrivals: Sequence[Arrival]) -> None:
+        """Chunks have arrived, or not; the last one ends the load."""
+        entries, needed, local = request.entries, request.needed, request.local_mask
+        looking_up = request.state is RequestState.LOOKING_UP
+        new: list[Entry] = []
+        old: list[Entry] = []
+        for number, entry, failure in arrivals:
+            request.loads.discard(number)
+            held = entries[number]
+            if entry is None:
+                entry = held
+            elif entry is not held:
+                new.append(entry)
+                entries[number] = entry
+                if held is not None:
+                    old.append(held)
+            if looking_up:
+                if failure is not None:
+                    request.reasons[number] = failure
+            elif needed[number] & local & ~(entry.present if entry is not None else 0):
+                request.reasons[number] = failure or Shortfall.GONE
+        self._l1.lease(new)
+        self._l1.release(old)
+        if not looking_up and not request.loads:
             self._finish(request)
 
     def _finish(self, request: Request) -> None:
@@ -217,7 +226,8 @@ class PrefetchController:
             if length < request.length:
                 shortfall = next((r for n, r in sorted(request.reasons.items()) if n >= length), Shortfall.GONE)
                 request.needed = coverage.needed(layout, length)
-        release_unneeded(self._l1, request, request.needed)
+        if request.reasons or not layout.prefix_mask:
+            release_unneeded(self._l1, request, request.needed)
         self._say_result(request, length, shortfall)
 
     # Saying it.

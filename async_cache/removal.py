@@ -40,6 +40,9 @@ class Hidden:
             self._hashes.subtract(chunk_hashes)
             self._hashes = +self._hashes
 
+    def __bool__(self) -> bool:
+        return self._all > 0 or bool(self._hashes)
+
     def __contains__(self, chunk_hash: bytes) -> bool:
         return self._all > 0 or chunk_hash in self._hashes
 

@@ -6,6 +6,7 @@ from enum import Enum
 
 from async_cache.l1.entry import Entry
 from async_cache.layout import Prompt
+from async_cache.loads import Arrival
 from async_cache.promise import Promise
 from async_cache.values import LoadResult, LookupHits, Shortfall
 
@@ -39,7 +40,7 @@ class Request:
         start_chunk: int,
         ranks: Sequence[int],
         began: float,
-        arrived: "Callable[[Request, int, Entry | None, Shortfall | None], None]",
+        arrived: "Callable[[Request, Sequence[Arrival]], None]",
         cancel: "Callable[[Request], None]",
     ):
         self.request_id = request_id
@@ -71,9 +72,9 @@ class Request:
         hashes = self.prompt.chunk_hashes
         return hashes[self.start_chunk :] if self.start_chunk else hashes
 
-    def load_settled(self, number: int, entry: Entry | None, failure: Shortfall | None) -> None:
-        """A chunk has arrived, or not."""
-        self.arrived(self, number, entry, failure)
+    def loads_settled(self, arrivals: Sequence[Arrival]) -> None:
+        """Chunks have arrived, or not."""
+        self.arrived(self, arrivals)
 
 
 class Prefetch:

@@ -160,8 +160,7 @@ class Writer:
         resident = [entry for entry in map(self._l1.index.get, hashes) if entry is not None]
         self._l1.lease(resident)  # the room for a tail must not be taken from its own head
         made = self._l1.reserve(layout, [(hashes[index], self._rank) for index in missing])
-        for entry in reversed(resident):
-            self._l1.release(entry)
+        self._l1.release(reversed(resident))
         if len(made) < len(missing):
             self.shortfall = Shortfall.MEMORY
         self._chunks = tuple(WriteChunk(self, i, reservation) for i, reservation in zip(missing, made, strict=False))

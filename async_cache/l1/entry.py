@@ -25,6 +25,7 @@ class Entry(Struct, gc=False, eq=False):
     present: int = 0  # published objects, by bit
     ranks: int = 0  # ranks with a block, by bit
     pages: int = 0  # by rank, the first page of its block, in 32 bits each: one int whatever the world size
+    room_bytes: int = 0  # memory that its blocks take
     leases: int = 0
     holds: int = 0
     unwritten: int = 0  # backends that have not stored it yet
@@ -38,20 +39,20 @@ class Entry(Struct, gc=False, eq=False):
 
     def place(self, rank: int, offset: int) -> None:
         """Give the rank a block, or another one than it had."""
-        shift = rank * _PAGE_BITS
-        self.pages = self.pages & ~(_PAGE_MASK << shift) | offset // PAGE_BYTES << shift
-        self.ranks |= 1 << rank
+        page, shift = offset // PAGE_BYTES, rank * _PAGE_BITS
+        if self.ranks >> rank & 1:
+            self.pages = self.pages & ~(_PAGE_MASK << shift) | page << shift
+        elif self.ranks:
+            self.pages |= page << shift
+            self.ranks |= 1 << rank
+            self.room_bytes += self.layout.room_bytes[rank]
+        else:  # the number of bytes is the layout's own, and not one for each entry
+            self.pages, self.ranks, self.room_bytes = page << shift, 1 << rank, self.layout.room_bytes[rank]
 
     def blocks(self) -> list[tuple[int, int]]:
         """(offset, bytes) of each block."""
         rooms = self.layout.room_bytes
         return [(self.offset(rank), rooms[rank]) for rank in range(self.ranks.bit_length()) if self.ranks >> rank & 1]
-
-    @property
-    def room_bytes(self) -> int:
-        """Memory that it takes."""
-        rooms = self.layout.room_bytes
-        return rooms[0] if self.ranks == 1 else sum(size for _, size in self.blocks())
 
 
 class ReservationState(Enum):

@@ -8,16 +8,16 @@ from async_cache.layout import ModelLayout, ObjectGroup
 
 
 class EvictionPolicy(Protocol):
-    """The order in which chunks that nobody leases are evicted."""
+    """The order in which chunks are evicted. What a request leases may be among them: it is passed over."""
 
-    def add(self, entry: Entry, before: Entry | None = None) -> None:
-        """The entry may be evicted from now on. It was used just now, unless it is to go right before another one."""
+    def use(self, entry: Entry, before: Entry | None = None) -> None:
+        """The entry was used just now, unless it is to go right before another one. It may be known or not."""
 
     def discard(self, entry: Entry) -> None:
-        """The entry may not be evicted any more."""
+        """The entry may not be evicted any more. It may be known or not."""
 
     def victims(self) -> Iterator[Entry]:
-        """All entries that were added, in the order in which they should go."""
+        """All entries that are known, in the order in which they should go. The last one may be discarded meanwhile."""
 
 
 class LeastRecentlyUsed:
@@ -27,22 +27,25 @@ class LeastRecentlyUsed:
         self._ring = Entry(b"", ModelLayout("ring", (ObjectGroup((1,), "uint8"),)))
         self._ring.older = self._ring.newer = self._ring  # newer: the least recently used; older: the most recently
 
-    def add(self, entry: Entry, before: Entry | None = None) -> None:
+    def use(self, entry: Entry, before: Entry | None = None) -> None:
+        if entry.newer is not None:
+            self.discard(entry)
         newer = before if before is not None and before.newer is not None else self._ring
         older = newer.older
-        assert older is not None and entry.newer is None
+        assert older is not None
         entry.older, entry.newer = older, newer
         older.newer = newer.older = entry
 
     def discard(self, entry: Entry) -> None:
         older, newer = entry.older, entry.newer
-        assert older is not None and newer is not None
-        older.newer, newer.older = newer, older
-        entry.older = entry.newer = None
+        if older is not None and newer is not None:
+            older.newer, newer.older = newer, older
+            entry.older = entry.newer = None
 
     def victims(self) -> Iterator[Entry]:
         entry = self._ring.newer
         while entry is not self._ring:
             assert entry is not None
+            newer = entry.newer
             yield entry
-            entry = entry.newer
+            entry = newer

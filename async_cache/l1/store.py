@@ -4,7 +4,7 @@ Everything in the index is published. What is reserved is private to its reserva
 commit of an object wins.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from async_cache.l1.arena import Arena, Extents, Gaps
 from async_cache.l1.entry import Entry, Reservation, ReservationState
@@ -46,30 +46,34 @@ class L1Store:
     # Reading: lease -> release. I/O that reads an entry holds it.
 
     def lease(self, entries: Iterable[Entry]) -> None:
-        """Keep entries for a request, each until its `release`."""
+        """Keep entries for a request, each until its `release`. They keep their turn to be evicted until then."""
+        count = leased = kept = 0
         for entry in entries:
-            if not entry.leases:
-                room = entry.room_bytes
-                self.leased_bytes += room
-                if not entry.detached:
-                    self._policy.discard(entry)
-                    if not entry.holds:
-                        self.evictable_bytes -= room
-            entry.leases += 1
-            self.leases += 1
+            count += 1
+            leases = entry.leases
+            entry.leases = leases + 1
+            if not leases:
+                leased += entry.room_bytes
+                if entry.holds or entry.detached:
+                    kept += entry.room_bytes
+        self.leases += count
+        self.leased_bytes += leased
+        self.evictable_bytes -= leased - kept
 
-    def release(self, entry: Entry) -> None:
-        """Give back one lease. The tail of a prefix is released before its head, so that it is evicted before it."""
-        entry.leases -= 1
-        self.leases -= 1
-        if not entry.leases:
-            self.leased_bytes -= entry.room_bytes
-            if not entry.detached:
-                self._policy.add(entry)
-                if not entry.holds:
-                    self.evictable_bytes += entry.room_bytes
-            elif not entry.holds:
-                self._free(entry)
+    def release(self, entries: Iterable[Entry]) -> None:
+        """Give back a lease of each. The tail of a prefix comes before its head, so that it is evicted before it."""
+        use = self._policy.use
+        for entry in entries:
+            entry.leases -= 1
+            self.leases -= 1
+            if not entry.leases:
+                self.leased_bytes -= entry.room_bytes
+                if not entry.detached:
+                    use(entry)
+                    if not entry.holds:
+                        self.evictable_bytes += entry.room_bytes
+                elif not entry.holds:
+                    self._free(entry)
 
     def hold(self, entry: Entry) -> None:
         """Keep an entry while I/O uses its memory. Its turn to be evicted does not change."""
@@ -91,8 +95,7 @@ class L1Store:
         for chunk_hash in chunk_hashes:
             entry = self.index.get(chunk_hash)
             if entry is not None and not entry.leases:
-                self._policy.discard(entry)
-                self._policy.add(entry)
+                self._policy.use(entry)
 
     # Writing: reserve -> commit | discard.
 
@@ -144,7 +147,7 @@ class L1Store:
         if entry is None:
             entry = Entry(reservation.chunk_hash, reservation.layout, mask)
             self.index[reservation.chunk_hash] = entry
-            self._policy.add(entry, self.index.get(after) if after is not None else None)
+            self._policy.use(entry, self.index.get(after) if after is not None else None)
         entry.present |= mask
         entry.place(reservation.rank, reservation.offset)
         if self._entry_at is not None:
@@ -158,8 +161,7 @@ class L1Store:
     def _copy(self, reservation: Reservation, entry: Entry, mask: int) -> None:
         """Complete an incomplete block that somebody reads: what it lacks, nobody has seen."""
         view = self.arena.view
-        for rank, group in entry.layout.objects[mask]:
-            begin, end = entry.layout.spans[rank][group] or (0, 0)
+        for rank, _, begin, end in entry.layout.places[mask]:
             to, source = entry.offset(rank), reservation.offset
             view[to + begin : to + end] = view[source + begin : source + end]
         entry.present |= mask
@@ -199,13 +201,12 @@ class L1Store:
         if self._entry_at is not None:
             for offset, _ in entry.blocks():
                 del self._entry_at[offset]
-        if not entry.leases:
-            self._policy.discard(entry)
-            if not entry.holds:
-                self.evictable_bytes -= entry.room_bytes
-                self._free(entry)
-                return
-        self._detached.add(entry)
+        self._policy.discard(entry)
+        if entry.leases or entry.holds:
+            self._detached.add(entry)
+        else:
+            self.evictable_bytes -= entry.room_bytes
+            self._free(entry)
 
     def _free(self, entry: Entry) -> None:
         self._detached.discard(entry)
@@ -239,14 +240,20 @@ class L1Store:
             self._evict(entry)
         return self._extents.allocate(size, 1)[0] if victims else None
 
+    def _victims(self) -> Iterator[Entry]:
+        """What may be evicted, in order. What is leased comes back to the policy with its release."""
+        for entry in self._policy.victims():
+            if entry.leases:
+                self._policy.discard(entry)
+            elif not entry.holds:
+                yield entry
+
     def _oldest_together(self, size: int) -> Collection[Entry]:
         """Those of the oldest that lie side by side and leave room for a block; nobody if they are too scattered."""
         gaps = Gaps(self._extents)
         tried: list[Entry] = []
         considered = 0
-        for entry in self._policy.victims():
-            if entry.holds:
-                continue
+        for entry in self._victims():
             tried.append(entry)
             blocks = entry.blocks()
             for begin, length in blocks:
@@ -265,9 +272,7 @@ class L1Store:
         if self._entry_at is None:
             self._entry_at = self._blocks_in_index()
         entry_at, steps = self._entry_at, 0
-        for entry in self._policy.victims():
-            if entry.holds:
-                continue
+        for entry in self._victims():
             for begin, length in entry.blocks():
                 row = {entry: None}
                 first, last = self._extents.around(begin, begin + length)
@@ -302,7 +307,7 @@ class L1Store:
     def check_integrity(self) -> None:
         """Every total agrees with the records, and no two blocks overlap."""
         entries = [*self.index.values(), *self._detached]
-        evictable = list(self._policy.victims())
+        evictable = [entry for entry in self._policy.victims() if not entry.leases]
         blocks = sorted(block for entry in entries for block in entry.blocks())
         assert all(b + n <= blocks[i + 1][0] for i, (b, n) in enumerate(blocks[:-1]))
         resident = sum(n for _, n in blocks)
@@ -313,7 +318,7 @@ class L1Store:
         assert {id(e) for e in evictable} == {id(e) for e in self.index.values() if not e.leases}
         for entry in entries:
             assert entry.leases >= 0 and entry.holds >= 0 and entry.unwritten >= 0
-            assert entry.present and entry.ranks
+            assert entry.present and entry.ranks and entry.room_bytes == sum(n for _, n in entry.blocks())
             assert entry.detached == (self.index.get(entry.chunk_hash) is not entry)
             assert not entry.detached or entry.leases or entry.holds
         assert self._entry_at is None or self._entry_at == self._blocks_in_index()

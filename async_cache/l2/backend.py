@@ -39,8 +39,11 @@ class Backend(ABC):
         Pins count: an object found twice is unpinned twice. A call that raises, or is cancelled, has pinned nothing.
         """
 
-    def lookup_nowait(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
-        """The answer of `lookup`, with its pins, if it can be given without waiting; None, and no pin, if not."""
+    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> Sequence[bool] | None:
+        """For each chunk, whether all these objects, given as (rank, group), are present; if so they are pinned.
+
+        None, and no pin, if that can not be said without waiting, or if a chunk has some of them only.
+        """
         return None
 
     @abstractmethod

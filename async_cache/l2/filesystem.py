@@ -94,12 +94,8 @@ class FileSystemBackend(Backend):
                 _shutdown(executors)
         self._recovery = asyncio.create_task(self._recover(), name=f"{self.name} recovery")
 
-    def lookup_nowait(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
-        present = self._index.pin_present(keys)
-        if all(present):
-            return present
-        self._index.unpin([key for key, found in zip(keys, present, strict=True) if found])
-        return None
+    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> Sequence[bool] | None:
+        return [True] * len(chunk_hashes) if self._index.pin_chunks(chunk_hashes, objects) else None
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         present = self._index.pin_present(keys)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from async_cache.errors import BackendError
 from async_cache.keys import ObjectKey
 from async_cache.l2.backend import Backend
+from async_cache.layout import ModelLayout
 
 T = TypeVar("T")
 
@@ -122,12 +123,12 @@ class Guard:
         """Whether the breaker lets a call through; if so, `finish` must follow."""
         return self.breaker.allow(self._loop.time())
 
-    def lookup_nowait(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
-        """The answer of `lookup` if the backend has it at hand; None if it must be asked."""
+    def lookup_nowait(self, layout: ModelLayout, chunk_hashes: Sequence[bytes], mask: int) -> Sequence[bool] | None:
+        """For each chunk, whether all objects of a mask are there, and pinned; None if the backend must be asked."""
         if self.breaker.state is not BreakerState.CLOSED:
             return None
         try:
-            return self.backend.lookup_nowait(keys)
+            return self.backend.lookup_nowait(chunk_hashes, layout.objects[mask])
         except Exception:
             log.exception("backend %s could not say at once what it holds", self.backend.name)
             return None

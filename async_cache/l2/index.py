@@ -1,6 +1,6 @@
 """What a backend knows to be stored: chunks in the order of their use, and pins. One step of the loop each."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 from async_cache.keys import ObjectKey
@@ -21,9 +21,22 @@ class Index:
     def __init__(self) -> None:
         self.objects = 0
         self.used_bytes = 0
-        self.pins: dict[bytes, int] = {}  # chunks without a pin are not in it
+        self.pins: Counter[bytes] = Counter()  # chunks without a pin are not in it
         self._chunks: OrderedDict[bytes, _Held] = OrderedDict()
         self._shared: dict[frozenset[tuple[tuple[int, int], int]], _Held] = {}
+
+    def pin_chunks(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> bool:
+        """Pin and touch these objects of every chunk, if all are there; if not, nothing."""
+        chunks = self._chunks
+        records = [chunks.get(chunk_hash, _NOTHING) for chunk_hash in chunk_hashes]
+        alike = records.count(records[0]) == len(records)
+        if not all(which in record for record in (records[:1] if alike else records) for which in objects):
+            return False
+        for chunk_hash in chunk_hashes:
+            chunks.move_to_end(chunk_hash)
+        for _ in objects:
+            self.pins.update(chunk_hashes)
+        return True
 
     def pin_present(self, keys: Sequence[ObjectKey]) -> list[bool]:
         """Pin and touch what is there."""
@@ -33,7 +46,7 @@ class Index:
             found = (rank, group) in chunks.get(chunk_hash, _NOTHING)
             if found:
                 chunks.move_to_end(chunk_hash)
-                pins[chunk_hash] = pins.get(chunk_hash, 0) + 1
+                pins[chunk_hash] += 1
             present.append(found)
         return present
 
@@ -43,13 +56,14 @@ class Index:
     def pin(self, keys: Sequence[ObjectKey]) -> None:
         """Pin the chunks of keys, there or not."""
         for key in keys:
-            self.pins[key.chunk_hash] = self.pins.get(key.chunk_hash, 0) + 1
+            self.pins[key.chunk_hash] += 1
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
-        for key in keys:
-            left = self.pins.pop(key.chunk_hash, 0) - 1
+        pins = self.pins
+        for chunk_hash, _, _ in keys:
+            left = pins.pop(chunk_hash, 0) - 1
             if left > 0:
-                self.pins[key.chunk_hash] = left
+                pins[chunk_hash] = left
 
     def put(self, key: ObjectKey, size_bytes: int) -> None:
         """Add an object; its chunk becomes the most recently used."""

@@ -66,11 +66,18 @@ class MemoryBackend(Backend):
     async def open(self) -> None:
         self._turn = asyncio.Lock()  # a lock belongs to the loop that it was first waited for in
 
-    def lookup_nowait(self, keys: Sequence[ObjectKey]) -> list[bool]:
-        return [self._pin(key) for key in keys]
+    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> Sequence[bool] | None:
+        keys = [[ObjectKey(chunk_hash, *which) for which in objects] for chunk_hash in chunk_hashes]
+        found = [sum(self._find(key) is not None for key in of_chunk) for of_chunk in keys]
+        if any(0 < count < len(objects) for count in found):
+            return None
+        for of_chunk, count in zip(keys, found, strict=True):
+            for key in of_chunk if count else ():
+                self._pin(key)
+        return [count > 0 for count in found]
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
-        return self.lookup_nowait(keys)
+        return [self._pin(key) for key in keys]
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         for key in keys:

@@ -63,7 +63,7 @@ def lease(l1: L1Store, prefix: str, numbers: Sequence[int]) -> list[Entry]:
 
 def release(l1: L1Store, entries: Sequence[Entry]) -> None:
     for entry in reversed(entries):
-        l1.release(entry)
+        l1.release((entry,))
     l1.check_integrity()
 
 
@@ -185,9 +185,9 @@ def test_what_can_not_be_evicted_for_it_is_found_out_at_once() -> None:
     l1 = make_store(4096)
     put(l1, ONE, "a", 4096)
     leased = lease(l1, "a", range(0, 4096, 2))
-    order = [*l1._policy.victims()]
+    order = [*l1._victims()]
     assert put(l1, TWO, "b", 1) == 0
-    assert [*l1._policy.victims()] == order and len(l1.index) == 4096
+    assert [*l1._victims()] == order and len(l1.index) == 4096
     release(l1, leased)
 
 
@@ -253,7 +253,7 @@ class L1Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def let_go(self, data: st.DataObject) -> None:
         if self.leased:
-            self.l1.release(self.leased.pop(data.draw(st.integers(0, len(self.leased) - 1))))
+            self.l1.release((self.leased.pop(data.draw(st.integers(0, len(self.leased) - 1))),))
         if self.held:
             self.l1.unhold(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
@@ -263,7 +263,7 @@ class L1Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for entry in self.leased:
-            self.l1.release(entry)
+            self.l1.release((entry,))
         for entry in self.held:
             self.l1.unhold(entry)
         for reservation in self.reserved:

@@ -82,7 +82,7 @@ def test_the_tail_goes_first_also_after_a_partial_read_and_with_a_shared_head(l1
         entries = [l1.index[name.encode()] for name in names]
         l1.lease(entries)
         for entry in reversed(entries):
-            l1.release(entry)
+            l1.release((entry,))
     put(l1, ONE, "12345")
     assert resident(l1) == "12345ABCDEFGHabc"
     put(l1, ONE, "678")
@@ -96,7 +96,7 @@ def test_what_is_leased_or_held_stays(l1):
     l1.hold(entries[1])
     assert put(l1, ONE, "0123456789ABCDEF") == 14
     assert resident(l1) == "0123456789ABCDop"
-    l1.release(entries[0])
+    l1.release((entries[0],))
     l1.unhold(entries[1])
 
 
@@ -108,7 +108,7 @@ def test_an_impossible_reservation_evicts_nothing(l1):
     assert put(l1, make_layout(17), "2") == 0
     assert resident(l1) == "abcdefghijklmnop"
     for entry in keep:
-        l1.release(entry)
+        l1.release((entry,))
 
 
 def test_where_sizes_are_mixed_only_what_lies_in_the_way_is_evicted(l1):
@@ -145,7 +145,7 @@ def test_an_incomplete_block_is_replaced_or_completed_if_somebody_reads_it(l1, l
     assert entry.offset(0) == (part if leased else whole).offset
     assert l1.used_bytes == PAGE_BYTES
     if leased:
-        l1.release(entry)
+        l1.release((entry,))
 
 
 def test_a_removed_chunk_keeps_its_memory_until_it_is_released(l1):
@@ -157,7 +157,7 @@ def test_a_removed_chunk_keeps_its_memory_until_it_is_released(l1):
     assert put(l1, ONE, "a") == 1
     l1.check_integrity()
     assert l1.used_bytes == 2 * PAGE_BYTES
-    l1.release(entry)
+    l1.release((entry,))
     assert l1.used_bytes == PAGE_BYTES
 
 
