@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import Protocol
 
 from msgspec import Struct
@@ -34,6 +35,7 @@ Arrival = tuple[int, Entry | None, Shortfall | None]
 """The number of a chunk, what can be found of it, and why that may be less than was wanted."""
 _Rooms = Sequence[tuple[int, Reservation]]
 _Sources = Sequence[tuple[Guard, Mapping[int, int]]]
+_PLACE = attrgetter("rank", "offset")
 _NOTHING_LOST: tuple[int, Shortfall | None] = (0, None)
 _REASONS = {LoadOutcome.GONE: Shortfall.GONE, LoadOutcome.CORRUPT: Shortfall.CORRUPT}
 
@@ -277,8 +279,7 @@ class Loader:
         keys: list[ObjectKey] = []
         buffers = []
         for load, mask in parts.items():
-            chunk_hash = load.chunk_hash
-            offsets = {reservation.rank: reservation.offset for reservation in load.reservations}
+            chunk_hash, offsets = load.chunk_hash, dict(map(_PLACE, load.reservations))
             for rank, group, begin, end in load.layout.places[mask]:
                 offset = offsets[rank]
                 keys.append(new(ObjectKey, (chunk_hash, rank, group)))

@@ -105,10 +105,11 @@ class Planner:
         """By chunk, the objects that are in L1, on their way there, or found in L2."""
         if found is None:
             return here
-        exists = list(here)
-        for number, mask in found.masks().items():
-            if not self._hidden or hashes[number] not in self._hidden:
-                exists[number] |= mask
+        exists, masks = list(here), found.masks()
+        if self._hidden:
+            masks = {number: mask for number, mask in masks.items() if hashes[number] not in self._hidden}
+        for number, mask in masks.items():
+            exists[number] |= mask
         return exists
 
     def _fits(self, request: Request, lacking: _Lacks) -> bool:

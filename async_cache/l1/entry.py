@@ -13,6 +13,11 @@ _PAGE_BITS = 32
 _PAGE_MASK = (1 << _PAGE_BITS) - 1
 
 
+def page_of(rank: int, offset: int) -> int:
+    """The `pages` of an entry that has a block there for this rank, and no other."""
+    return offset // PAGE_BYTES << rank * _PAGE_BITS
+
+
 class Entry(Struct, gc=False, eq=False):
     """A chunk in L1: a block of memory for each rank that has one, and the objects that are published in them.
 
@@ -39,18 +44,17 @@ class Entry(Struct, gc=False, eq=False):
 
     def place(self, rank: int, offset: int) -> None:
         """Give the rank a block, or another one than it had."""
-        page, shift = offset // PAGE_BYTES, rank * _PAGE_BITS
         if self.ranks >> rank & 1:
-            self.pages = self.pages & ~(_PAGE_MASK << shift) | page << shift
-        elif self.ranks:
-            self.pages |= page << shift
+            self.pages &= ~(_PAGE_MASK << rank * _PAGE_BITS)
+        else:
             self.ranks |= 1 << rank
             self.room_bytes += self.layout.room_bytes[rank]
-        else:  # the number of bytes is the layout's own, and not one for each entry
-            self.pages, self.ranks, self.room_bytes = page << shift, 1 << rank, self.layout.room_bytes[rank]
+        self.pages |= page_of(rank, offset)
 
     def blocks(self) -> list[tuple[int, int]]:
         """(offset, bytes) of each block."""
+        if self.ranks == 1:
+            return [(self.pages * PAGE_BYTES, self.room_bytes)]
         rooms = self.layout.room_bytes
         return [(self.offset(rank), rooms[rank]) for rank in range(self.ranks.bit_length()) if self.ranks >> rank & 1]
 

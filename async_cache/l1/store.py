@@ -7,10 +7,11 @@ commit of an object wins.
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from async_cache.l1.arena import Arena, Extents, Gaps
-from async_cache.l1.entry import Entry, Reservation, ReservationState
+from async_cache.l1.entry import Entry, Reservation, ReservationState, page_of
 from async_cache.l1.eviction import EvictionPolicy
 from async_cache.layout import ModelLayout
 
+_RESERVED, _QUARANTINED, _DONE = ReservationState  # by name each would cost a tenth of a microsecond
 _CONSIDERED = 4  # times the room that is needed: so much of what is oldest may turn out to lie side by side
 _MAX_STEPS = 4096  # through memory for one block, where it is fragmented
 
@@ -134,22 +135,25 @@ class L1Store:
             reservation.within.present |= mask
             self.discard(reservation)
             return reservation.within
-        entry = self.index.get(reservation.chunk_hash)
-        if entry is not None and entry.ranks >> reservation.rank & 1:
+        chunk_hash, rank = reservation.chunk_hash, reservation.rank
+        entry = self.index.get(chunk_hash)
+        if entry is not None and entry.ranks >> rank & 1:
             missing = mask & ~entry.present
             if not missing or entry.holds or entry.leases:
                 if missing and not entry.holds:
                     self._copy(reservation, entry, missing)
                 self.discard(reservation)
                 return entry
-            self._take_block(entry, reservation.rank)  # incomplete and unused: the new block replaces it
+            self._take_block(entry, rank)  # incomplete and unused: the new block replaces it
         size = self._end(reservation)
         if entry is None:
-            entry = Entry(reservation.chunk_hash, reservation.layout, mask)
-            self.index[reservation.chunk_hash] = entry
-            self._policy.use(entry, self.index.get(after) if after is not None else None)
-        entry.present |= mask
-        entry.place(reservation.rank, reservation.offset)
+            before = self.index.get(after) if after is not None else None
+            entry = Entry(chunk_hash, reservation.layout, mask, 1 << rank, page_of(rank, reservation.offset), size)
+            self.index[chunk_hash] = entry
+            self._policy.use(entry, before if before is not None and not before.leases else None)
+        else:
+            entry.present |= mask
+            entry.place(rank, reservation.offset)
         if self._entry_at is not None:
             self._entry_at[reservation.offset] = entry
         if entry.leases:
@@ -168,7 +172,7 @@ class L1Store:
 
     def discard(self, reservation: Reservation) -> None:
         """Give the room back unpublished, also from quarantine. Once is enough, twice does no harm."""
-        if reservation.state is ReservationState.DONE:
+        if reservation.state is _DONE:
             return
         size = self._end(reservation)
         if reservation.within is not None:
@@ -178,18 +182,18 @@ class L1Store:
 
     def quarantine(self, reservation: Reservation) -> None:
         """Somebody may still touch the room: set it aside until `discard`."""
-        if reservation.state is ReservationState.RESERVED:
-            reservation.state = ReservationState.QUARANTINED
+        if reservation.state is _RESERVED:
+            reservation.state = _QUARANTINED
             self.reserved_bytes -= reservation.size_bytes
             self.quarantined_bytes += reservation.size_bytes
 
     def _end(self, reservation: Reservation) -> int:
         size = reservation.size_bytes
-        if reservation.state is ReservationState.QUARANTINED:
+        if reservation.state is _QUARANTINED:
             self.quarantined_bytes -= size
         else:
             self.reserved_bytes -= size
-        reservation.state = ReservationState.DONE
+        reservation.state = _DONE
         return size
 
     # Leaving.
