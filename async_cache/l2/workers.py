@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from functools import partial
+from itertools import count
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, ParamSpec, TypeVar
@@ -77,13 +79,22 @@ async def settle(futures: Sequence[Future[Any]], stop: Event, given_up: "asyncio
     the threads are `given_up`, at the close, does it leave them alone; a call that never ends would keep the loop.
     Raises BackendError then.
     """
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    numbers = count(1)
+
+    def settled(_: object) -> None:
+        if next(numbers) == len(futures):  # one wakeup for all
+            with suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(ended.set_result, None)
+
+    for future in futures:
+        future.add_done_callback(settled)
     cancelled: asyncio.CancelledError | None = None
-    pending: set[asyncio.Future[Any]] = {asyncio.wrap_future(future) for future in futures}
-    while pending:
+    while futures and not ended.done():
         try:
-            await asyncio.wait({*pending, given_up}, return_when=asyncio.FIRST_COMPLETED)
-            pending = {future for future in pending if not future.done()}
-            if pending and given_up.done():
+            await asyncio.wait((ended, given_up), return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
                 raise BackendError("closed while a thread was stuck")
         except asyncio.CancelledError as error:
             cancelled = error
