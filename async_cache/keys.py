@@ -50,19 +50,26 @@ def pack_tokens(tokens: Any) -> bytes:
     if hasattr(tokens, "detach"):  # a torch tensor, recognised without importing torch
         tokens = _view_tensor(tokens)
     try:
-        packed = _pack_buffer(memoryview(tokens)) if not isinstance(tokens, (list, tuple)) else array("I", tokens)
+        data = _pack_list(tokens) if isinstance(tokens, (list, tuple)) else _pack_buffer(memoryview(tokens))
     except OverflowError:
         raise ValueError(f"token ids must be between 0 and {MAX_TOKEN_ID}") from None
     except (TypeError, ValueError) as error:  # ValueError: it can not be seen as a buffer, NumPy's dates for one
         if isinstance(tokens, Sequence) and not isinstance(tokens, (list, tuple, memoryview, array)):
             return pack_tokens(list(tokens))
         raise TypeError(f"token ids must be a flat sequence of integers: {error}") from None
-    if sys.byteorder == "big":
-        packed.byteswap()
-    data = packed.tobytes()
     if not data[3::4].isascii():  # the top byte of each id: its sign bit must be clear
         raise ValueError(f"token ids must be between 0 and {MAX_TOKEN_ID}")
     return data
+
+
+def _pack_list(tokens: list[int] | tuple[int, ...]) -> bytes:
+    return _little_endian(array("I", tokens), sys.byteorder)
+
+
+def _little_endian(words: "array[int]", order: str) -> bytes:
+    if order == "big":
+        words.byteswap()
+    return words.tobytes()
 
 
 def _view_tensor(tensor: Any) -> memoryview:
@@ -76,26 +83,27 @@ def _view_tensor(tensor: Any) -> memoryview:
     return memoryview(string_at(tensor.data_ptr(), tensor.nbytes)).cast(kind)  # type: ignore[call-overload, no-any-return]
 
 
-def _pack_buffer(view: memoryview) -> "array[int]":
+def _pack_buffer(view: memoryview) -> bytes:
     if view.ndim != 1:
         raise TypeError(f"it has {view.ndim} dimensions")
     order, kind = view.format[:-1], view.format[-1:]
     if kind not in tuple("bBhHiIlLqQnN") or order not in ("", "@", "=", "<", ">", "!"):
         raise TypeError(f"its elements have the format {view.format!r}")
-    code = {1: "b", 2: "h", 4: "I", 8: "I"}[view.itemsize]  # of 8 bytes, two halves
-    words = array(code.upper() if kind.isupper() else code, view.tobytes())
-    swapped = order in (">", "!") if sys.byteorder == "little" else order == "<"
-    if swapped:
-        words.byteswap()
+    byteorder = {"<": "little", ">": "big", "!": "big"}.get(order, sys.byteorder)
+    data = view.tobytes()
     if view.itemsize == 4:  # a negative id shows in its sign bit, checked by the caller
-        return words
+        return data if byteorder == "little" else _little_endian(array("I", data), byteorder)
     if view.itemsize == 8:
-        first, second = words[0::2], words[1::2]
-        low, high = (first, second) if (sys.byteorder == "little") != swapped else (second, first)
+        first, second = (array("I", data)[begin::2] for begin in (0, 1))
+        low, high = (first, second) if byteorder == "little" else (second, first)
         if high.tobytes().count(0) != 4 * len(high):
             raise OverflowError
-        return low
-    return array("I", words)
+        return _little_endian(low, byteorder)
+    code = {1: "b", 2: "h"}[view.itemsize]
+    words = array(code.upper() if kind.isupper() else code, data)
+    if byteorder != sys.byteorder:
+        words.byteswap()
+    return _little_endian(array("I", words), sys.byteorder)
 
 
 def check_text(name: str, value: str) -> bytes:
@@ -142,10 +150,10 @@ def chain_tokens(start: bytes, packed: bytes, chunk_tokens: int, media: Media = 
     size = chunk_tokens * 4
     previous, hashes = start, []
     extra = _media_by_chunk(media, chunk_tokens)
-    for index, begin in enumerate(range(0, len(packed) - size + 1, size)):
+    for begin in range(0, len(packed) - size + 1, size):
         data = previous + packed[begin : begin + size]
-        if index in extra:
-            data += extra[index]
+        if extra:
+            data += extra.get(begin // size, b"")
         previous = blake3(data).digest()
         hashes.append(previous)
     return hashes

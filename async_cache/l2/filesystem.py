@@ -279,7 +279,8 @@ class FileSystemBackend(Backend):
                 runs: list[list[Found]] = []
                 while run := await _next(scan, None, executor=self._scans):
                     runs.append(run)
-                records = merge(*runs, reverse=True)
+                records = merge(*map(_drain, runs), reverse=True)
+                del runs
                 while batch := await _take(records, SLICE, executor=self._scans):
                     for _, chunk_hash, rank, group, size_bytes in batch:
                         key = ObjectKey(chunk_hash, rank, group)
@@ -288,6 +289,12 @@ class FileSystemBackend(Backend):
                     self._make_room(0)
         except Exception:  # the root of a task; what is not indexed is found by lookups
             logger.exception("%s: recovery failed", self.name)
+
+
+def _drain(run: list[Found]) -> Iterator[Found]:
+    """From the end, such that what was taken is free at once, and not all together with the run."""
+    while run:
+        yield run.pop()
 
 
 def _shutdown(executors: Sequence[DaemonExecutor]) -> None:

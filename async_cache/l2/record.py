@@ -216,10 +216,10 @@ class RecordDirectory:
         return removed
 
     def scan(self) -> Iterator[list[Found]]:
-        """All records in lists of about SCAN_ENTRIES, each with the newest first. Removes what dead writers left."""
+        """All records in lists of about SCAN_ENTRIES, each with the newest last. Removes what dead writers left."""
         with os.scandir(self._fd) as entries:
             while batch := list(islice(entries, SCAN_ENTRIES)):
-                if found := sorted(filter(None, map(self._recover, batch)), reverse=True):
+                if found := sorted(filter(None, map(self._recover, batch))):
                     yield found
 
     def _recover(self, entry: "os.DirEntry[str]") -> Found | None:
