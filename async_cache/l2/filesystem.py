@@ -128,17 +128,14 @@ class FileSystemBackend(Backend):
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
         _check_lengths(keys, buffers)
-        shares = min(self._threads, len(keys))
+        todo = zip(range(len(keys)), keys, buffers, strict=True)
+        outcomes: list[Any] = [None] * len(keys)
         stop = Event()
         # Submitted without aiofiles: `settle` must know of each call whether it has begun.
         futures = [
-            self._loads.submit(self._directory.load, keys[share::shares], buffers[share::shares], stop)
-            for share in range(shares)
+            self._loads.submit(self._directory.load, todo, outcomes, stop) for _ in range(min(self._threads, len(keys)))
         ]
         await settle(futures, stop, self._given_up)
-        outcomes: list[Any] = [None] * len(keys)
-        for share, future in enumerate(futures):
-            outcomes[share::shares] = future.result()
         if outcomes.count(LoadOutcome.LOADED) < len(outcomes):
             self._note_losses(keys, outcomes)
         return outcomes

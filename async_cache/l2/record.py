@@ -85,20 +85,26 @@ class RecordDirectory:
 
     # Loads.
 
-    def load(self, keys: Sequence[ObjectKey], bodies: Sequence[memoryview], stop: Event) -> list[LoadOutcome | OSError]:
-        """Fill the bodies, one after the other; a fault is told in the place of the outcome."""
-        outcomes: list[LoadOutcome | OSError] = []
+    def load(
+        self,
+        todo: Iterator[tuple[int, ObjectKey, memoryview]],
+        outcomes: list[LoadOutcome | OSError | None],
+        stop: Event,
+    ) -> None:
+        """Fill bodies, and say in their places among the outcomes how it went, until nothing is left to do.
+
+        Several threads may share an iterator: whoever is fast, or was woken first, does more of it.
+        """
         tail = self._tail(spare_bytes=1)
-        for key, body in zip(keys, bodies, strict=True):
+        for place, key, body in todo:
             if stop.is_set():
                 break
             try:
                 at_once = len(body) <= BLOCK_BYTES and not self._direct and self._load_at_once(key, body, tail)
-                outcomes.append(_LOADED if at_once else self._load(key, body, tail, stop))
+                outcomes[place] = _LOADED if at_once else self._load(key, body, tail, stop)
             except OSError as error:
                 gone = error.errno in _NO_FILE
-                outcomes.append(LoadOutcome.GONE if gone else error.with_traceback(None))  # whose frames hold the body
-        return outcomes
+                outcomes[place] = LoadOutcome.GONE if gone else error.with_traceback(None)  # whose frames hold the body
 
     def _load_at_once(self, key: ObjectKey, body: memoryview, tail: Scratch) -> bool:
         """Whether a small object was loaded by three system calls and nothing between them; if not, `_load` says why.

@@ -72,7 +72,8 @@ def _work(queue: _Queue, ended: Future[None]) -> None:
 
 
 async def settle(futures: Sequence[Future[Any]], stop: Event, given_up: "asyncio.Future[None]") -> None:
-    """Wait until no thread works on any of the futures; their results are then there to be asked for.
+    """Wait until no thread works on any of the futures, which share their work: once one has ended, those that did not
+    begin are not needed. Raises what one of them raised.
 
     A cancel sets `stop`, which the functions look at between two steps, drops the calls that did not begin, and
     waits for the others before it goes on, however often it is repeated: only then are their buffers free. Only when
@@ -84,6 +85,8 @@ async def settle(futures: Sequence[Future[Any]], stop: Event, given_up: "asyncio
     numbers = count(1)
 
     def settled(_: object) -> None:
+        for future in futures:
+            future.cancel()
         if next(numbers) == len(futures):  # one wakeup for all
             with suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(ended.set_result, None)
@@ -103,3 +106,6 @@ async def settle(futures: Sequence[Future[Any]], stop: Event, given_up: "asyncio
                 future.cancel()
     if cancelled is not None:
         raise cancelled
+    for future in futures:
+        if not future.cancelled():
+            future.result()

@@ -712,7 +712,8 @@ async def test_a_stuck_disk_does_not_keep_the_process_from_its_end(directory):
     stuck = (
         "await put(backend, [1], 1000)\n"
         "os.preadv = lambda *_: print('stuck', flush=True) or sys.stdin.read()\n"
-        "stuck = backend._loads.submit(backend._directory.load, [key(1)], [memoryview(bytearray(1000))], Event())\n"
+        "todo = iter([(0, key(1), memoryview(bytearray(1000)))])\n"
+        "stuck = backend._loads.submit(backend._directory.load, todo, [None], Event())\n"
         "sys.modules[FileSystemBackend.__module__].CLOSE_SECONDS = 0.01"
     )
     with process(directory, stuck) as child:
