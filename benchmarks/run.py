@@ -5,17 +5,20 @@ and PEER_PYTHON to the Python of their environment, every system is measured in 
 ratios are printed beside the figures. Compare what stands in one table, and nothing else: machines are noisy.
 """
 
+import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
 TURNS = 3
 OURS, PEER, FLOOR = "ours:fs", "lmcache:fs_native", "ref:2"
-SIZES = {65536: "64 KiB", 262144: "256 KiB", 2**20: "1 MiB", 4 * 2**20: "4 MiB"}
+COUNTS = (16, 64, 256)
 
 
 def run(*command, **environment):
@@ -55,43 +58,143 @@ def hits(peers, peer_python):
         if peers:
             rows = run(peer_python, peers / "c_lookup.py", C_ROUNDS="4")["rows"]
             theirs.append([row for row in rows if row["adapter"] == "fs_native" and row["keys"] == "l2"])
-    mine = medians(ours, "objects", ("known_us", "loaded_us", "resident_us"))
+    mine = medians(ours, "objects", ("known_us", "between_us", "loaded_us"))
     peer = medians(theirs, "K", ("lookup_phase_in_controller_us", "full_prefetch_us"))
-    head = ["objects of 1 MiB in L2", "hits known", "bytes in memory", "all in L1"]
+    head = ["objects of 1 MiB in L2", "hits known", "between loads", "bytes in memory"]
     rows = [[count, *map(microseconds, row.values())] for count, row in mine.items()]
     if peer:
         head += ["LMCache's lookup ends", "LMCache's caller hears of it", "known earlier than by its caller"]
         for row in rows:
             lookup, caller = peer[row[0]].values()
-            row += [microseconds(lookup), microseconds(caller), f"{caller / mine[row[0]]['known_us']:.0f} x"]
+            row += [microseconds(lookup), microseconds(caller), f"{caller / mine[row[0]]['between_us']:.0f} x"]
     table(head, rows)
 
 
-def latency(peers, peer_python, rounds):
-    """Submit -> result, seen by a caller in another thread."""
-    systems = f"{PEER},{FLOOR},{OURS}"
-    drive = (peer_python, peers / "drive.py", "latency", "--systems", systems, "--rounds", str(rounds))
-    found = run(*drive, PY_OURS=sys.executable, PYTHONPATH=str(HERE))
-    cells = {(r["scenario"], r["size"], r["K"], r["mode"], r["system"]): r["total_us"] for r in found["rows"]}
+class Systems:
+    """A process for each system, which take turns."""
+
+    def __init__(self, peers, peer_python, l1_bytes):
+        self.workers = {spec: drive(peers).Worker(spec, peer_python) for spec in (PEER, FLOOR)}
+        self.workers[OURS] = drive(peers).Worker(OURS, sys.executable)
+        self.clean = drive(peers).clean
+        for worker in self.workers.values():
+            worker.call("open", l1_bytes=l1_bytes)
+
+    def each(self, cmd, **arguments):
+        return {spec: worker.call(cmd, **arguments) for spec, worker in self.workers.items()}
+
+    def close(self):
+        for worker in self.workers.values():
+            worker.close()
+
+    def latency(self, scenario, size, count, reps, total, offset, chill):
+        """Seconds to the result: ours inside the loop, the others as their interface has it."""
+        seconds = {}
+        for spec in (PEER, FLOOR, OURS) if offset // reps % 2 else (OURS, FLOOR, PEER):
+            chill()
+            if spec == OURS:
+                what = {"label": scenario.removesuffix("_skip"), "count": count, "total": total}
+                answer = self.clean(
+                    self.workers[spec], "extra", name="inside", size=size, reps=reps, offset=offset, **what
+                )
+                seconds[spec] = answer["loaded"]
+            else:
+                what = {"scenario": scenario, "K": count, "n": total, "mode": "wait", "verify": offset == 0}
+                answer = self.clean(self.workers[spec], "latency", size=size, reps=reps, offset=offset, **what)
+                assert answer["verified"], spec
+                seconds[spec] = answer["total"]
+        return seconds
+
+
+def drive(peers):
+    """The peers' driver, as a module."""
+    if str(peers) not in sys.path:
+        sys.path.insert(0, str(peers))
+    return importlib.import_module("drive")
+
+
+def chill(directory, size):
+    """Drop the objects of about this size from the page cache."""
+    for path in directory.rglob("*"):
+        if path.is_file() and size <= path.stat().st_size < 2 * size:
+            fd = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def latency(peers, peer_python, rounds, *, cold):
+    """Submit -> result. The first round warms up, and verifies the contents."""
+    systems = Systems(peers, peer_python, 2 * 2**30)
+    sizes = {64 * 2**10: 2048, 256 * 2**10: 2048, 2**20: 512, 4 * 2**20: 256}  # and how many there are
+    for size, total in sizes.items():
+        systems.each("populate", size=size, n=total)
+    systems.each("populate_l1", size=min(sizes), n=256)
+    os.sync()
+    cells = [("l2", size, count) for size in sizes for count in COUNTS]
+    if not cold:
+        cells += [(scenario, min(sizes), count) for scenario in ("l1_skip", "miss") for count in COUNTS]
+    seconds = {}
+    for turn in range(rounds + 1):
+        for cell in cells:
+            scenario, size, count = cell
+            reps = 1 if cold or not turn else 20 if scenario != "l2" else max(1, min(10, 2**26 // (size * count)))
+            dropped = partial(chill, Path(os.environ["PEER_DATA"]), size) if cold else lambda: None
+            for spec, times in systems.latency(scenario, size, count, reps, sizes[size], turn * reps, dropped).items():
+                seconds.setdefault((cell, spec), []).extend(times if turn else ())
+    systems.close()
+    us = {key: statistics.median(times) * 1e6 for key, times in seconds.items()}
+    names = {"l2": "{} from L2", "l1_skip": "in L1", "miss": "not cached"}
     rows = []
-    for scenario, size, count, mode, system in sorted(cells):
-        if system == OURS and mode == "wait" and scenario in ("l2", "l1_skip", "miss"):
-            us = {s: cells[scenario, size, count, mode, s] for s in (OURS, PEER, FLOOR)}
-            what = {"l2": f"{SIZES[size]} from L2", "l1_skip": "in L1", "miss": "not cached"}[scenario]
-            rows.append([what, count, *map(microseconds, us.values()), f"{us[PEER] / us[OURS]:.2f}"])
-    table(("objects", "number", "ours", "LMCache fs_native", "bare reads, 2 threads", "LMCache / ours"), rows)
+    for cell in cells:
+        ours, peer, floor = (us[cell, spec] for spec in (OURS, PEER, FLOOR))
+        what = names[cell[0]].format(f"{cell[1] // 1024} KiB")
+        ratios = (f"{peer / ours:.2f}", f"{floor / ours:.2f}")
+        rows.append([what, cell[2], *map(microseconds, (ours, peer, floor)), *ratios])
+    head = ("objects" + ", cold page cache" * cold, "number", "ours", "LMCache fs_native", "bare reads, 2 threads")
+    table((*head, "LMCache / ours", "bare / ours"), rows)
 
 
 def burst(peers, peer_python, rounds):
-    """Many prefetches at once."""
-    drive = (peer_python, peers / "drive.py", "burst", "--systems", f"{PEER},{FLOOR},{OURS}", "--rounds", str(rounds))
-    options = ("--modes", "poll", "--conc", "1,64,1000", "--l1", str(4 * 2**30))
-    found = run(*drive, *options, PY_OURS=sys.executable, PYTHONPATH=str(HERE))
-    rows = [
-        [r["conc"], r["system"], round(r["req_per_s"]), r["p50_ms"], r["p99_ms"], r["short"]]
-        for r in sorted(found["rows"], key=lambda r: (r["conc"], r["system"]))
-    ]
-    table(("at once, 16 x 256 KiB each", "system", "requests/s", "p50 ms", "p99 ms", "fell short"), rows)
+    """Many prefetches at once, of prompts of their own and of one prompt: 16 objects of 256 KiB each."""
+    systems = Systems(peers, peer_python, 4 * 2**30)
+    systems.each("populate", size=2**18, n=512 * 16)
+    os.sync()
+    cases = [("1", 1, 512), ("64", 64, 512), ("1000", 1000, 512), ("1000, of one prompt", 1000, 1)]
+    rows, loads = {}, 0
+    for turn in range(rounds + 1):
+        for name, at_once, prompts in cases:
+            for spec, worker in systems.workers.items():
+                before = worker.call("stats")
+                what = {"c": at_once, "nsets": prompts, "offset": turn * at_once}
+                answer = systems.clean(worker, "burst", size=2**18, K=16, mode="poll", **what)
+                if turn:
+                    rows.setdefault((name, spec), []).append(answer)
+                if spec == OURS and prompts == 1:
+                    loads = worker.call("stats")["loads"] - before["loads"]
+    systems.close()
+    head = (
+        "at once",
+        "system",
+        "requests/s",
+        "p50 ms",
+        "p99 ms",
+        "fell short",
+        "requests/s, LMCache = 1",
+        "p99, LMCache = 1",
+    )
+    lines = []
+    for (name, spec), answers in rows.items():
+        rate, p50, p99 = (
+            statistics.median(figures)
+            for figures in zip(*((a["n"] / a["wall"], a["p50"], a["p99"]) for a in answers), strict=True)
+        )
+        if spec == PEER:
+            peer_rate, peer_p99 = rate, p99
+        short = sum(answer["short"] for answer in answers)
+        ratios = (f"{rate / peer_rate:.2f}", f"{p99 / peer_p99:.2f}")
+        lines.append([name, spec, round(rate), f"{p50 * 1e3:.1f}", f"{p99 * 1e3:.1f}", short, *ratios])
+    table(head, lines)
+    print(f"\nOf one prompt, ours loaded {loads} objects for 1000 requests of 16.", flush=True)
 
 
 def main():
@@ -100,8 +203,12 @@ def main():
     hashing()
     hits(Path(peers) if peers else None, peer_python)
     if peers:
-        latency(Path(peers), peer_python, rounds)
-        burst(Path(peers), peer_python, rounds)
+        os.environ["PYTHONPATH"] = str(HERE)
+        with tempfile.TemporaryDirectory() as directory:
+            os.environ["PEER_DATA"] = os.environ["PEER_RESULTS"] = directory
+            latency(Path(peers), peer_python, rounds, cold=False)
+            latency(Path(peers), peer_python, rounds, cold=True)
+            burst(Path(peers), peer_python, rounds)
 
 
 if __name__ == "__main__":

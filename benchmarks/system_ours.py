@@ -1,7 +1,8 @@
 """`AsyncCache` behind the interface that the peers are measured with: blocking calls, from any thread.
 
 The loop runs in a thread of its own. `submit` hands a prefetch to it and returns; the result is seen through an event.
-Checksums are on; keys are hashed off the clock, as the peers' are.
+`inside` times prefetches in the loop itself, as an asynchronous scheduler sees them. Checksums are on; keys are hashed
+off the clock, as the peers' are.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 
 import uvloop
 
@@ -132,12 +134,50 @@ class Ours:
             task.add_done_callback(lambda _: self.forget(request.hashes))
 
     def verify(self, request):
-        async def check():
-            async with self.cache.read(request.handle.request_id) as lease:
-                assert len(lease) == len(request.hashes)
-                return all(bytes(chunk.views[0][:32]) == request.hashes[chunk.index] for chunk in lease)
+        return self.call(self.check(request, request.handle.request_id))
 
-        return self.call(check())
+    async def check(self, request, request_id):
+        async with self.cache.read(request_id) as lease:
+            assert len(lease) == len(request.hashes)
+            return all(bytes(chunk.views[0][:32]) == request.hashes[chunk.index] for chunk in lease)
+
+    def inside(self, label, size, count, reps, total, offset=0):
+        """Seconds from `prefetch` to both answers, for each repetition, of `count` objects of a stored `total`."""
+        return self.call(self.repeat(label, size, count, range(offset, offset + reps), max(1, total - count + 1)))
+
+    def look_up(self, size, count, reps):
+        """Seconds from `prefetch` to the hits, of stored objects that are then not loaded."""
+        return self.call(self.repeat_lookups(Request("l2", size, range(count)), reps))
+
+    async def repeat_lookups(self, request, reps):
+        known = []
+        for _ in range(reps):
+            began = time.perf_counter()
+            prefetch = self.cache.prefetch(request.prompt)
+            hits = await prefetch.lookup_done
+            known.append(time.perf_counter() - began)
+            assert hits.chunks == hits.l2_chunks == len(request.hashes), hits
+            await self.cache.end_request(prefetch.request_id)
+        return known
+
+    async def repeat(self, label, size, count, turns, begins):
+        known, loaded = [], []
+        for turn in turns:
+            begin = turn * count % begins
+            request = Request(label, size, range(begin, begin + count))
+            began = time.perf_counter()
+            prefetch = self.cache.prefetch(request.prompt)
+            hits = await prefetch.lookup_done
+            known.append(time.perf_counter() - began)
+            result = await prefetch.load_done
+            loaded.append(time.perf_counter() - began)
+            found = 0 if label == "miss" else len(request.hashes)
+            assert hits.chunks == result.chunks == found, (hits, result)
+            assert not found or await self.check(request, prefetch.request_id)
+            await self.cache.end_request(prefetch.request_id)
+            if label == "l2":
+                self.forget(request.hashes)
+        return {"known": known, "loaded": loaded}
 
     def stats(self):
         stats = self.call(self.cache.stats())
