@@ -252,8 +252,9 @@ class _Core:
         await asyncio.wait((self.sweeping,))
         await asyncio.gather(*(guard.close(timeout) for guard in self.guards))
         await self.loader.close()
+        await self.remover.empty_l1()
         self.l1.close()
-        self.arena.close()
+        await asyncio.to_thread(self.arena.close)  # to unmap gigabytes takes its time
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
         timeout = self.config.lookup_timeout_seconds

@@ -114,6 +114,10 @@ class Remover:
         if not task.cancelled():
             task.exception()  # looked at, also where its caller is gone
 
+    async def empty_l1(self) -> None:
+        """Let go of what is resident, in slices; what somebody still reads keeps its memory."""
+        await self._clear_l1(keep_unwritten=False)
+
     async def _delete_from_l2(self, prompt: Prompt, resident: set[bytes], leased: int) -> Deleted:
         hashes = prompt.chunk_hashes
         try:
