@@ -22,6 +22,7 @@ from async_cache.values import FlushResult
 log = logging.getLogger(__name__)
 
 _BATCH_BYTES = 32 * 2**20
+_BATCH_OBJECTS = 256  # of a call: the loop handles so many in a millisecond or two, and a disk has time for their names
 _ATTEMPTS = 5
 _FIRST_BACKOFF_SECONDS = 0.1
 _LOADS_GO_FIRST_SECONDS = 1.0  # how long a write gives way to loads
@@ -186,12 +187,13 @@ class Writeback:
         """What goes next: as much as one call should carry, and writes in flight may hold."""
         batch: list[Entry] = []
         limit = min(_BATCH_BYTES, self._share_bytes)
-        size = 0
+        size = objects = 0
         for entry in lane.waiting:
-            if batch and size + entry.room_bytes > limit:
+            size += entry.room_bytes
+            objects += entry.present.bit_count()
+            if batch and (size > limit or objects > _BATCH_OBJECTS):
                 break
             batch.append(entry)
-            size += entry.room_bytes
         for entry in batch:
             lane.in_flight[entry] = lane.waiting.pop(entry)
         return batch
