@@ -48,22 +48,37 @@ class Lane:
         self.landed = asyncio.Event()  # set whenever a write has ended
 
 
+class Flush:
+    """Somebody waits for `left` chunks: those that began to wait before it did."""
+
+    def __init__(self, number: int, left: int):
+        self.number = number
+        self.left = left
+        self.done = asyncio.Event()
+
+
 class Writeback:
     """The lanes, and who waits for them to be empty."""
 
     def __init__(self, l1: L1Store, guards: Sequence[Guard], config: CacheConfig):
         self.dropped = 0
-        self.pending = 0  # chunks that some backend has not stored
         self._l1 = l1
         self._config = config
         self._lanes = [Lane(guard) for guard in guards]
         self._share_bytes = int(config.l1_bytes * config.writeback_share) // max(1, len(guards))
         self._written = 0
+        self._pending: dict[Entry, int] = {}  # what some backend has not stored -> how many flushes came before it
         self._stored: set[Entry] = set()  # of those that are pending, what some backend has stored
+        self._flushes: set[Flush] = set()
+        self._flushed = 0
         self._closed = False
         self._reported = (0, 0)  # written and dropped, as of the last flush
-        self._settled = asyncio.Event()
         self._tasks = [asyncio.create_task(self._run(lane)) for lane in self._lanes]
+
+    @property
+    def pending(self) -> int:
+        """Chunks that some backend has not stored."""
+        return len(self._pending)
 
     def enqueue(self, entry: Entry) -> None:
         """Objects of this chunk were committed."""
@@ -96,22 +111,27 @@ class Writeback:
 
     async def flush(self, deadline_seconds: float | None) -> FlushResult:
         """Wait until everything that waits now is stored or dropped, or the deadline has passed."""
-        waiting = {entry for lane in self._lanes for entry in (*lane.waiting, *lane.in_flight)}
+        flush = Flush(self._flushed, len(self._pending))
+        self._flushed += 1
+        self._flushes.add(flush)
+        if self._closed or not flush.left:
+            flush.done.set()
         try:
             async with asyncio.timeout(deadline_seconds):
-                while (waiting := {entry for entry in waiting if entry.unwritten}) and not self._closed:
-                    self._settled.clear()
-                    await self._settled.wait()
+                await flush.done.wait()
         except TimeoutError:
-            waiting = {entry for entry in waiting if entry.unwritten}
+            pass
+        finally:
+            self._flushes.discard(flush)
         written, dropped = self._reported
         self._reported = self._written, self.dropped
-        return FlushResult(self._written - written, len(waiting), self.dropped - dropped)
+        return FlushResult(self._written - written, flush.left, self.dropped - dropped)
 
     async def close(self) -> None:
         """Stop writing. Calls that are out belong to the guards."""
         self._closed = True
-        self._settled.set()
+        for flush in self._flushes:
+            flush.done.set()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -121,13 +141,13 @@ class Writeback:
         """An entry knows how many lanes it is in, and holds are those of writes in flight."""
         places = [entry for lane in self._lanes for entry in (*lane.waiting, *lane.in_flight)]
         assert all(entry.unwritten == places.count(entry) for entry in places[:256])
-        assert self.pending == len(set(places))
+        assert self._pending.keys() == set(places)
         assert all(entry.holds for lane in self._lanes for entry in lane.in_flight)
         assert not any(entry.detached for lane in self._lanes for entry in lane.waiting)
 
     def _began(self, entry: Entry) -> None:
         entry.unwritten += 1
-        self.pending += entry.unwritten == 1
+        self._pending.setdefault(entry, self._flushed)
 
     def _ended(self, entry: Entry, fate: "Fate") -> None:
         """One lane has done with it. It counts as dropped only if no backend has stored it."""
@@ -137,10 +157,14 @@ class Writeback:
         if not entry.unwritten:
             stored = entry in self._stored
             self._stored.discard(entry)
-            self.pending -= 1
+            began = self._pending.pop(entry)
             self._written += stored
             self.dropped += fate is Fate.DROPPED and not stored
-            self._settled.set()
+            for flush in self._flushes:
+                if began <= flush.number:
+                    flush.left -= 1
+                    if not flush.left:
+                        flush.done.set()
 
     async def _run(self, lane: Lane) -> None:
         backoff = _FIRST_BACKOFF_SECONDS
