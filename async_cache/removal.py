@@ -15,7 +15,7 @@ from async_cache.loads import Loader
 from async_cache.values import Deleted
 from async_cache.writeback import Writeback
 
-_CHUNKS_AT_ONCE = 1000  # then the loop gets its turn
+_CHUNKS_AT_ONCE = 256  # then the loop gets its turn
 
 
 class Hidden:

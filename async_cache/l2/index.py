@@ -100,7 +100,7 @@ class Index:
         return evicted
 
     def chunk_hashes(self) -> list[bytes]:
-        return list(self._chunks)
+        return list(dict.keys(self._chunks))  # in any order: in that of use, a million take half a second
 
     def objects_of(self, chunk_hash: bytes) -> list[tuple[ObjectKey, int]]:
         held = self._chunks.get(chunk_hash, _NOTHING)
