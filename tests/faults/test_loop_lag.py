@@ -1,0 +1,323 @@
+"""Nothing blocks in the event loop, and nothing holds it for long.
+
+`blockbuster` is around the busy life of a cache over files. In a process of its own, with 1,000,000 chunks in L1 and as
+many objects in the file backend's index (50,000 quick), a task measures how late the loop is, and a thread sees what
+holds it. The goal is that nothing holds it for more than 20 ms, in the CPU time of its thread on an idle machine. It is
+missed where 4,096 chunks are looked up in L2, or their room is made, in one step (LIMIT_MS); and in any phase, where a
+collection of Python's garbage comes, which walks the OrderedDict of the file backend's index (COLLECTION_MS).
+
+`python -m faults.test_loop_lag 1000000`, in `tests`, prints what the test looks at.
+"""
+
+import asyncio
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import uvloop
+from blockbuster import BlockBusterFunction, blockbuster_ctx
+from contract.support import (
+    OBJECT_BYTES,
+    PAGE,
+    TWO_RANKS,
+    count_hits,
+    fill_l2,
+    make_layout,
+    make_prompt,
+    make_tokens,
+    object_keys,
+    open_cache,
+    read_back,
+)
+from soak import rounds
+
+from async_cache import AsyncCache, CacheConfig, ObjectGroup, Shortfall
+from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.testing.backends import WrappedBackend
+
+GOAL_MS = 20
+LIMIT_MS = {
+    "count in L2": 60,
+    "prefetch from L2, cancelled": 250,
+    "store": 60,
+    "eviction": 60,
+    "store of 8 ranks": 80,
+    "store again": 60,
+}
+COLLECTION_MS = rounds(20, 400)
+REFERENCE_MS = 20  # what `reference_ms` takes on an idle machine
+
+TICK_SECONDS = 0.001
+CHUNKS_AT_ONCE = 4096
+LINKS = 50_000  # to one file; file systems have a limit
+WIDE = make_prompt(CHUNKS_AT_ONCE, 1, make_layout(world_size=8))
+REAL = make_prompt(512, 2)
+POPULAR = [make_prompt(8, number) for number in range(10, 60)]
+BLOCKING = ("os.open", "os.preadv", "os.pwritev", "os.fsync", "os.posix_fallocate", "fcntl.flock")  # it knows the rest
+
+
+@contextmanager
+def nothing_blocks():
+    """Every call that may block raises, if it is made in a thread with a running loop."""
+    with ExitStack() as stack:
+        stack.enter_context(blockbuster_ctx())
+        for name in BLOCKING:
+            stack.callback(BlockBusterFunction(None, name).activate().deactivate)
+        yield
+
+
+PAGES = make_layout(ObjectGroup((PAGE,), "uint8"), chunk_tokens=4096)
+LONG = PAGES.prompt(make_tokens(9 * 1024))  # 9 chunks, hashed in a thread
+RANKS = make_prompt(12, 2, TWO_RANKS)
+OTHERS = [make_prompt(20, number) for number in range(3, 6)]
+
+
+async def busy(backend):
+    """What a cache does on a good day; the directory is too small for all of it."""
+    async with open_cache(backend) as cache:
+        await fill_l2(cache, *OTHERS, LONG, RANKS)
+        assert await read_back(cache, LONG) == len(LONG)
+        assert await read_back(cache, OTHERS[0]) < len(OTHERS[0])
+        cache.prefetch(RANKS).cancel()
+        assert await read_back(cache, RANKS) == len(RANKS)
+        assert (await cache.delete(RANKS)).chunks == len(RANKS)
+        assert (await cache.clear(tier="all")).chunks
+        await fill_l2(cache, LONG, RANKS)
+
+
+async def bad_day(backend):
+    """After a restart: one prompt is damaged, the other one has lost its tail."""
+    async with open_cache(backend) as cache:
+        assert await count_hits(cache, RANKS) == len(RANKS) - 1
+        async for _ in backend.keys():  # recovery has ended
+            pass
+        damaged = cache.prefetch(LONG)
+        assert (await damaged.lookup_done).chunks == len(LONG)
+        assert (await damaged.load_done).shortfall is Shortfall.CORRUPT
+        assert await read_back(cache, RANKS) == len(RANKS) - 1
+        await fill_l2(cache, LONG)
+        assert await read_back(cache, LONG) == len(LONG)
+
+
+@pytest.mark.parametrize("options", [{}, {"durability": "fsync"}, {"direct": True}], ids=str)
+def test_nothing_blocks_in_the_loop(tmp_path, caplog, options):
+    def backend():
+        return FileSystemBackend(tmp_path, capacity_bytes=len(LONG) * PAGE + 60 * OBJECT_BYTES, **options)
+
+    def path(key):
+        return tmp_path / f"{key.chunk_hash.hex()}.{key.rank}.{key.group}.kv"
+
+    with nothing_blocks():
+        asyncio.run(busy(backend()))
+        path(object_keys(LONG)[4]).write_bytes(bytes(80))
+        path(object_keys(RANKS)[-1]).unlink()
+        asyncio.run(bad_day(backend()))
+    assert "Blocking call" not in caplog.text  # raised, and taken for a failure of the disk
+
+
+class Watch:
+    """The longest time for which the loop was held in each phase, and by what."""
+
+    def __init__(self):
+        self.phases = {}
+        self._begin("start")
+        self._ticked = time.perf_counter()
+        self._sampled = Counter()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, args=(threading.get_ident(),))
+        self._thread.start()
+        self._ticking = asyncio.create_task(self._tick())
+
+    def _begin(self, name):
+        self._phase = self.phases[name] = {"cpu_ms": 0.0, "wall_ms": 0.0, "by": ""}
+
+    async def phase(self, name):
+        """What comes now is of this phase."""
+        await asyncio.sleep(2 * TICK_SECONDS)
+        self._begin(name)
+
+    async def _tick(self):
+        while True:
+            self._ticked, cpu = time.perf_counter(), time.thread_time()
+            self._sampled.clear()
+            await asyncio.sleep(TICK_SECONDS)
+            cpu_ms = round((time.thread_time() - cpu) * 1e3, 1)
+            wall_ms = round((time.perf_counter() - self._ticked - TICK_SECONDS) * 1e3, 1)
+            if cpu_ms > self._phase["cpu_ms"]:
+                self._phase |= {"cpu_ms": cpu_ms, "by": dict(self._sampled.most_common(3))}
+            self._phase["wall_ms"] = max(wall_ms, self._phase["wall_ms"])
+
+    def _sample(self, loop_thread):
+        while not self._stop.wait(2 * TICK_SECONDS):
+            if time.perf_counter() - self._ticked > 3 * TICK_SECONDS:
+                self._sampled[" < ".join(islice(names(sys._current_frames()[loop_thread]), 3))] += 1
+
+    def close(self):
+        self._ticking.cancel()
+        self._stop.set()
+        self._thread.join()
+
+
+def names(frame):
+    """The functions of the cache that are running, the innermost first."""
+    while frame is not None:
+        if frame.f_globals["__name__"].startswith("async_cache."):
+            yield frame.f_code.co_qualname
+        frame = frame.f_back
+
+
+class Sink(WrappedBackend):
+    """Says that it has stored, and has not, unless `real`: a million files are not what is measured."""
+
+    real = False
+
+    def lookup_nowait(self, *asked):
+        return self.inner.lookup_nowait(*asked)
+
+    async def store(self, keys, buffers):
+        return await super().store(keys, buffers) if self.real else [True] * len(keys)
+
+
+def link(directory, keys):
+    """Names for a directory: they are found there, and can not be loaded."""
+    for number, key in enumerate(keys):
+        if number % LINKS == 0:
+            source = directory / f"source-{number}"
+            source.write_bytes(bytes(80))
+        os.link(source, directory / f"{key.chunk_hash.hex()}.{key.rank}.{key.group}.kv")
+
+
+async def store(cache, prompt, ranks=(0,)):
+    for rank in ranks:
+        async with cache.store(prompt, rank=rank) as writer:
+            for chunk in writer:
+                chunk.commit()
+                if chunk.index % 64 == 0:
+                    await asyncio.sleep(0)
+
+
+async def prefetch(cache, prompt):
+    begun = cache.prefetch(prompt)
+    hits = await begun.lookup_done
+    assert hits.chunks == len(prompt)
+    return begun
+
+
+def reference_ms():
+    """CPU time of a work that is always the same: on a busy machine, with its caches shared, it takes longer."""
+    table = {number.to_bytes(32, "little"): [number] for number in range(50_000)}
+    keys = random.Random(1).sample(list(table), len(table))
+    begin = time.thread_time()
+    for key in keys:
+        assert table[key]
+    return (time.thread_time() - begin) * 1e3
+
+
+async def probe(chunks, directory):
+    """Every phase of the life of a cache that is as large."""
+    bulk = [make_prompt(CHUNKS_AT_ONCE, 1000 + number) for number in range(chunks // CHUNKS_AT_ONCE)]
+    more = [make_prompt(CHUNKS_AT_ONCE, 2000 + number) for number in range(1 + len(bulk) // 8)]
+    known = [make_prompt(CHUNKS_AT_ONCE, 3000 + number) for number in range(len(bulk) - 8)]
+    link(directory, [key for prompt in (WIDE, *known) for key in object_keys(prompt)])
+    gc.collect()
+    gc.freeze()  # a collection visits what the cache makes, and not what Python has imported
+    sink = Sink(FileSystemBackend(directory))
+    config = CacheConfig(l1_bytes=chunks * PAGE, l2=[], result_ttl_seconds=1, close_timeout_seconds=1)
+    cache = AsyncCache(config, backends=[sink])
+    watch = Watch()
+
+    await watch.phase("open")
+    await cache.open()
+    await watch.phase("recovery")
+    async for _ in sink.keys():  # which waits for its end
+        pass
+    await watch.phase("store of real objects")
+    sink.real = True
+    await store(cache, REAL)
+    await cache.flush()
+    sink.real = False
+
+    await watch.phase("count in L2")
+    assert (await cache.lookup(WIDE)).chunks == len(WIDE)
+    await watch.phase("prefetch from L2, cancelled")
+    (await prefetch(cache, WIDE)).cancel()
+
+    await watch.phase("store")
+    for prompt in bulk:
+        await store(cache, prompt)
+    await watch.phase("flush")
+    await cache.flush()
+    await watch.phase("collection")
+    gc.collect()
+    await watch.phase("eviction")
+    for prompt in more:
+        await store(cache, prompt)
+    await watch.phase("load")
+    assert (await (await prefetch(cache, REAL)).load_done).l2_chunks == len(REAL)
+
+    await watch.phase("store of 8 ranks")
+    await store(cache, WIDE, range(8))
+    await watch.phase("prefetch in L1")
+    request_id = (await prefetch(cache, WIDE)).request_id
+    await watch.phase("read")
+    async with cache.read(request_id) as lease:
+        assert len(lease) == len(WIDE)
+    del lease  # which keeps the memory
+    await watch.phase("end of a request")
+    await cache.end_request(request_id)
+    await watch.phase("count in L1")
+    assert (await cache.lookup(WIDE)).chunks == len(WIDE)
+    await watch.phase("delete")
+    await cache.delete(more[-1])
+
+    await watch.phase("sweep")
+    for prompt in POPULAR:
+        await store(cache, prompt)
+    for _ in range(100):
+        for prompt in POPULAR:
+            cache.prefetch(prompt)
+        await asyncio.sleep(0)
+    await asyncio.sleep(1.5)
+    assert (await cache.stats()).swept_results > 5000
+    await watch.phase("clear")
+    await cache.clear(tier="l1")
+    await watch.phase("store again")
+    for prompt in bulk[::2]:
+        await store(cache, prompt)
+    await watch.phase("close")
+    await cache.close()
+    await watch.phase("end")
+    watch.close()
+    return watch.phases | {"reference_ms": reference_ms()}
+
+
+@pytest.mark.timeout(rounds(180, 1800))
+def test_nothing_holds_the_loop_for_long():
+    chunks, seconds = rounds(50_000, 1_000_000), rounds(50, 600)
+    command = (sys.executable, "-m", __name__, str(chunks))
+    too_long = None
+    for _ in range(3):  # another process may spoil a round
+        phases = json.loads(subprocess.check_output(command, cwd=Path(__file__).parents[1], timeout=seconds))
+        slower = max(1, phases.pop("reference_ms") / REFERENCE_MS)
+        limits = {name: (LIMIT_MS.get(name, GOAL_MS) + COLLECTION_MS) * slower for name in phases}
+        held = {name: phase for name, phase in phases.items() if phase["cpu_ms"] > limits[name]}
+        too_long = held if too_long is None else {name: held[name] for name in held.keys() & too_long}
+        if not too_long:
+            return
+    pytest.fail(f"the loop was held: {too_long}")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        sys.stdout.write(json.dumps(uvloop.run(probe(int(sys.argv[1]), Path(temporary)))))
