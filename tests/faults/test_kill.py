@@ -1,0 +1,80 @@
+"""A process that stores is killed at any moment: nothing torn is served afterwards, what was flushed is there and right,
+and the files that it was writing are removed."""
+
+import asyncio
+import random
+import shutil
+import sys
+import time
+
+import pytest
+
+from async_cache import ObjectGroup
+from async_cache.l2.filesystem import FileSystemBackend
+from contract.support import PAGE, fill, make_layout, make_prompt, open_cache, read_back
+from soak import rounds
+
+from .disk import process, rests
+
+LAYOUT = make_layout(ObjectGroup((1000,), "uint8"), ObjectGroup((2 * 2**20 + 1,), "uint8"))
+CHUNKS = 3
+PAGES = 8 * CHUNKS * LAYOUT.room_bytes[0] // PAGE
+
+
+def prompt_of(number):
+    return make_prompt(CHUNKS, number, LAYOUT)
+
+
+def cache_on(directory, durability):
+    return open_cache(FileSystemBackend(directory, durability=durability), pages=PAGES)
+
+
+async def store_for_ever(directory, durability):
+    """Store one prompt after the other; say its number when it is flushed."""
+    async with cache_on(directory, durability) as cache:
+        for number in range(10**6):
+            await fill(cache, prompt_of(number))
+            flushed = await cache.flush()
+            assert (flushed.written, flushed.pending, flushed.dropped) == (CHUNKS, 0, 0)
+            print(number, flush=True)
+
+
+def store_until_killed(rng, directory, durability, *, writing):
+    """The prompts that were flushed before the kill, which comes at a random moment, or as a file is being written."""
+    with process(__spec__.name, directory, durability) as child:
+        first = child.stdout.readline()
+        time.sleep(rng.uniform(0, 0.1))
+        while writing and not rests(directory):
+            assert child.poll() is None
+        child.kill()
+        return [int(line) for line in [first, *child.stdout] if line.endswith("\n")]
+
+
+@pytest.mark.parametrize("durability", ["none", "fsync"])
+async def test_a_kill_while_it_stores(tmp_path, durability, record_property):
+    rng = random.Random(durability)
+    cut_off = 0
+    for number in range(rounds(4, 50)):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        flushed = store_until_killed(rng, directory, durability, writing=number % 2)
+        cut_off += len(rests(directory))
+        async with cache_on(directory, durability) as cache:
+            for each in flushed:
+                assert await read_back(cache, prompt_of(each)) == CHUNKS
+            assert await read_back(cache, prompt_of(len(flushed))) <= CHUNKS
+            assert await read_back(cache, prompt_of(len(flushed) + 1)) == 0
+            await fill(cache, prompt_of(len(flushed)))
+            assert (await cache.flush()).dropped == 0
+        backend = FileSystemBackend(directory)
+        await backend.open()
+        assert len([key async for key in backend.keys()]) == 2 * CHUNKS * (len(flushed) + 1)
+        assert rests(directory) == []
+        await backend.close()
+        shutil.rmtree(directory)
+    assert cut_off
+    record_property("files that were cut off", cut_off)
+
+
+if __name__ == "__main__":
+    asyncio.run(store_for_ever(*sys.argv[1:]))
