@@ -8,8 +8,10 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
 
-from async_cache import ObjectGroup, ObjectKey
 from contract.support import SMALL, make_layout
+
+from async_cache import ObjectGroup, ObjectKey
+from async_cache.l2 import Backend
 
 TESTS = Path(__file__).parents[1]
 
@@ -23,9 +25,20 @@ def path_of(directory: Path, key: ObjectKey) -> Path:
     return directory / f"{key.chunk_hash.hex()}.{key.rank}.{key.group}.kv"
 
 
+async def listing(backend: Backend) -> dict[ObjectKey, int]:
+    """What a backend knows once it has looked through its directory."""
+    return {key: size async for key, size in backend.keys()}
+
+
 def rests(directory: Path) -> list[str]:
     """What is in the directory and no object."""
     return [name for name in os.listdir(directory) if not name.endswith(".kv")]
+
+
+def say(line: Any) -> None:
+    """To whoever started this program."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 @contextmanager

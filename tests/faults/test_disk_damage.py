@@ -1,4 +1,4 @@
-"""A file that is not what was stored is a miss, and the result says why; no byte of it is served; it can be stored anew.
+"""A file that is not what was stored is a miss, and the result says why; none of it is served; it can be stored anew.
 
 Each kind of damage strikes files of the directory: bits, lengths, contents of other files, other kinds of files.
 """
@@ -10,11 +10,6 @@ import socket
 from contextlib import AsyncExitStack
 
 import pytest
-
-from async_cache import Shortfall
-from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.filesystem import FileSystemBackend
-from async_cache.testing.conformance import content, find, get, key, put
 from contract.support import (
     CHUNK_TOKENS,
     assert_nothing_held,
@@ -28,6 +23,11 @@ from contract.support import (
     verify,
 )
 from soak import rounds
+
+from async_cache import Shortfall
+from async_cache.l2.backend import LoadOutcome
+from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.testing.conformance import content, find, get, key, put
 
 from .disk import CHUNK_PAGES, LAYOUT, path_of, rests
 

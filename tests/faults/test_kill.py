@@ -1,5 +1,7 @@
-"""A process that stores is killed at any moment: nothing torn is served afterwards, what was flushed is there and right,
-and the files that it was writing are removed."""
+"""A process that stores is killed at any moment: afterwards nothing torn is served, and what was flushed is there.
+
+The files that it was writing are removed.
+"""
 
 import asyncio
 import random
@@ -8,13 +10,13 @@ import sys
 import time
 
 import pytest
-
-from async_cache import ObjectGroup
-from async_cache.l2.filesystem import FileSystemBackend
 from contract.support import PAGE, fill, make_layout, make_prompt, open_cache, read_back
 from soak import rounds
 
-from .disk import process, rests
+from async_cache import ObjectGroup
+from async_cache.l2.filesystem import FileSystemBackend
+
+from .disk import listing, process, rests, say
 
 LAYOUT = make_layout(ObjectGroup((1000,), "uint8"), ObjectGroup((2 * 2**20 + 1,), "uint8"))
 CHUNKS = 3
@@ -36,7 +38,7 @@ async def store_for_ever(directory, durability):
             await fill(cache, prompt_of(number))
             flushed = await cache.flush()
             assert (flushed.written, flushed.pending, flushed.dropped) == (CHUNKS, 0, 0)
-            print(number, flush=True)
+            say(number)
 
 
 def store_until_killed(rng, directory, durability, *, writing):
@@ -68,11 +70,11 @@ async def test_a_kill_while_it_stores(tmp_path, durability, record_property):
             assert (await cache.flush()).dropped == 0
         backend = FileSystemBackend(directory)
         await backend.open()
-        assert len([key async for key in backend.keys()]) == 2 * CHUNKS * (len(flushed) + 1)
+        assert len(await listing(backend)) == 2 * CHUNKS * (len(flushed) + 1)
         assert rests(directory) == []
         await backend.close()
         shutil.rmtree(directory)
-    assert cut_off
+    assert cut_off >= number // 4
     record_property("files that were cut off", cut_off)
 
 
