@@ -208,8 +208,10 @@ class FileSystemBackend(Backend):
             self._recovery.cancel()
             await asyncio.wait([self._recovery])
             _shutdown(executors)
-            ended = await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))
-            self._given_up.set_result(None)
+            try:
+                ended = await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))
+            finally:  # also where the caller waits no longer: who waits for a thread that is stuck would do so for ever
+                self._given_up.set_result(None)
             if all(ended):  # a thread that is stuck could otherwise meet a number that means another file by then
                 self._directory.close()
 

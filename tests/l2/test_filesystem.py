@@ -921,3 +921,19 @@ def test_a_thread_that_is_stuck_for_ever_keeps_neither_close_nor_the_loop(direct
     asyncio.run(main())
     assert time.monotonic() - began < 10
     gate.open()
+
+
+async def test_a_close_that_is_cancelled_gives_a_stuck_thread_up_too(directory, monkeypatch):
+    gate = Gate(monkeypatch, "preadv")
+    backend = FileSystemBackend(directory)
+    await backend.open()
+    await put(backend, [1], 1000)
+    task = asyncio.create_task(backend.load([key(1)], [memoryview(bytearray(1000))]))
+    await gate.reached()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await backend.close()
+    task.cancel()
+    _, pending = await asyncio.wait([task], timeout=1)
+    gate.open()
+    assert not pending
