@@ -15,9 +15,9 @@ from async_cache.l2 import Backend
 
 TESTS = Path(__file__).parents[1]
 
-# A chunk is two objects, one smaller and one larger than a page, and takes three pages of L1.
+# A chunk is two objects, one smaller and one larger than a page.
 LAYOUT = make_layout(SMALL, ObjectGroup((5000,), "uint8"))
-CHUNK_PAGES = 3
+CHUNK_PAGES = 2
 
 
 def path_of(directory: Path, key: ObjectKey) -> Path:

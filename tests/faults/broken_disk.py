@@ -1,0 +1,205 @@
+"""A disk that breaks on demand: a directory that FUSE passes through, in a process of its own.
+
+Run as a program, it serves the directory. A line `read eio` on its standard input has all reads fail from then on;
+when the input ends, it unmounts and exits: so it outlives no test, however that one ends.
+"""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import mfusepy
+import pytest
+
+from .disk import process, say
+
+SLOW_SECONDS = 0.02
+STUCK_SECONDS = 15  # for ever, to those who wait; but a test that fails has an end
+SHORT_BYTES = 1500
+
+
+class BrokenDisk:
+    """The disk, as a test sees it: a `path` on it that is its own, and the `source` where that really is."""
+
+    def __init__(self, directory: Path):
+        self._source, self._mount = directory / "source", directory / "broken"
+        self._paths = 0
+
+    def start_anew(self) -> None:
+        """Another path for another test."""
+        self._paths += 1
+        self.source, self.path = self._source / str(self._paths), self._mount / str(self._paths)
+
+    @contextmanager
+    def mounted(self) -> Iterator["BrokenDisk"]:
+        self._source.mkdir()
+        self._mount.mkdir()
+        with process(__name__, self._source, self._mount) as self.child:
+            try:
+                if self.child.stdout.readline() != "mounted\n":
+                    pytest.skip("can not mount a FUSE file system")
+                yield self
+            finally:
+                self.child.stdin.close()
+                self.child.wait(10)
+                subprocess.run(["umount", "--lazy", self._mount], capture_output=True)  # where it died before
+
+    @contextmanager
+    def broken(self, verb: str, fault: str) -> Iterator[None]:
+        """For a while, calls of this verb of `Passthrough` raise "eio", or are "slow" or "stuck".
+
+        A read may also be "short", be told of an "early end", or get a wrong "bit".
+        """
+        self._say(verb, fault)
+        try:
+            yield
+        finally:
+            self._say("all", "well")
+
+    def _say(self, *words: str) -> None:
+        self.child.stdin.write(" ".join(words) + "\n")
+        assert self.child.stdout.readline() == "done\n"
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """For a while nothing is answered."""
+        self.child.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.child.send_signal(signal.SIGCONT)
+
+
+def breakable(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Fails, is slow or never returns, as long as that is asked of calls of this name."""
+
+    @wraps(method)
+    def call(self: "Passthrough", *arguments: Any) -> Any:
+        match self.faults.get(method.__name__):
+            case "eio":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            case "slow":
+                time.sleep(SLOW_SECONDS)
+            case "stuck":
+                self.healed.wait(STUCK_SECONDS)
+        return method(self, *arguments)
+
+    return call
+
+
+class Passthrough(mfusepy.Operations):
+    """Everything that the backend asks of a directory, passed on to another one."""
+
+    use_ns = True
+
+    def __init__(self, source: str):
+        self.source = source
+        self.faults: dict[str, str] = {}
+        self.healed = threading.Event()
+
+    def init(self, path: str) -> None:
+        say("mounted")
+
+    def obey(self, mountpoint: str) -> None:
+        """Do what the lines of standard input say, and end with them."""
+        for line in sys.stdin:
+            verb, fault = line.strip().split(" ", 1)
+            if fault == "well":
+                self.faults.clear()
+                self.healed.set()
+            else:
+                self.healed.clear()
+                self.faults[verb] = fault
+            say("done")
+        self.healed.set()
+        subprocess.run(["umount", "--lazy", mountpoint])
+        os._exit(0)
+
+    def _at(self, path: str) -> str:
+        return self.source + path
+
+    # Names.
+
+    @breakable
+    def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
+        status = os.lstat(self._at(path)) if fh is None else os.fstat(fh)
+        names = ("st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks")
+        times = {name: getattr(status, f"{name}_ns") for name in ("st_atime", "st_mtime", "st_ctime")}
+        return {name: getattr(status, name) for name in names} | times
+
+    @breakable
+    def readdir(self, path: str, fh: int) -> list[str]:
+        return [".", "..", *os.listdir(self._at(path))]
+
+    @breakable
+    def rename(self, old: str, new: str) -> None:
+        os.rename(self._at(old), self._at(new))
+
+    @breakable
+    def unlink(self, path: str) -> None:
+        os.unlink(self._at(path))
+
+    @breakable
+    def mkdir(self, path: str, mode: int) -> None:
+        os.mkdir(self._at(path), mode)
+
+    # Files.
+
+    @breakable
+    def create(self, path: str, mode: int, fi: Any = None) -> int:
+        return os.open(self._at(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+
+    @breakable
+    def open(self, path: str, flags: int) -> int:
+        return os.open(self._at(path), flags & os.O_ACCMODE)
+
+    @breakable
+    def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
+        data = os.pread(fh, size, offset)
+        match self.faults.get("read"):
+            case "short":
+                return data[:SHORT_BYTES]
+            case "early end":
+                return data[: max(0, SHORT_BYTES - offset)]
+            case "bit":
+                return bytes([data[0] ^ 1]) + data[1:]
+        return data
+
+    @breakable
+    def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
+        return os.pwrite(fh, data, offset)
+
+    @breakable
+    def truncate(self, path: str, length: int, fh: int | None = None) -> None:
+        os.truncate(self._at(path) if fh is None else fh, length)
+
+    @breakable
+    def fsync(self, path: str, datasync: int, fh: int) -> None:
+        os.fsync(fh)
+
+    @breakable
+    def fsyncdir(self, path: str, datasync: int, fh: int) -> None:
+        pass
+
+    def release(self, path: str, fh: int) -> None:
+        os.close(fh)
+
+
+def serve(source: str, mountpoint: str) -> None:
+    operations = Passthrough(source)
+    threading.Thread(target=operations.obey, args=(mountpoint,), daemon=True).start()
+    cached = dict.fromkeys(("attr_timeout", "entry_timeout"), 0)  # every call reaches us
+    mfusepy.FUSE(operations, mountpoint, foreground=True, direct_io=True, hard_remove=True, **cached)
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])
