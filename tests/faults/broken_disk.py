@@ -1,7 +1,7 @@
 """A disk that breaks on demand: a directory that FUSE passes through, in a process of its own.
 
 Run as a program, it serves the directory. A line `read eio` on its standard input has all reads fail from then on;
-when the input ends, it unmounts and exits: so it outlives no test, however that one ends.
+when the input ends, it unmounts and exits: so it outlives no test, even one that is killed.
 """
 
 import errno
@@ -43,15 +43,13 @@ class BrokenDisk:
     def mounted(self) -> Iterator["BrokenDisk"]:
         self._source.mkdir()
         self._mount.mkdir()
-        with process(__name__, self._source, self._mount) as self.child:
-            try:
+        try:
+            with process(__name__, self._source, self._mount) as self.child:
                 if self.child.stdout.readline() != "mounted\n":
                     pytest.skip("can not mount a FUSE file system")
                 yield self
-            finally:
-                self.child.stdin.close()
-                self.child.wait(10)
-                subprocess.run(["umount", "--lazy", self._mount], capture_output=True)  # where it died before
+        finally:
+            subprocess.run(["umount", "--lazy", self._mount], capture_output=True)
 
     @contextmanager
     def broken(self, verb: str, fault: str) -> Iterator[None]:

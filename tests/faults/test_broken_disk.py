@@ -116,7 +116,7 @@ async def test_any_call_may_fail_be_slow_or_stuck(disk, verb):
     """While the disk is broken and after: right bytes, typed results; in the end all is as if nothing had been."""
     rng = random.Random(verb)
     prompts = [PROMPT, OTHER, THIRD]
-    for number in range(rounds(2, 40)):
+    for number in range(rounds(2, 20)):
         backend = FileSystemBackend(disk.path, durability="fsync", direct=rng.random() < 0.5)
         async with open_cache(backend, **SHORT) as cache:
             await fill_l2(cache, PROMPT, OTHER)

@@ -41,8 +41,8 @@ every_limit = pytest.mark.parametrize("disk", LIMITS, indirect=True)
 
 @contextmanager
 def less_room(disk, rng):
-    """Somebody else's files take a part of the room for a while."""
-    ballast = [disk / f"ballast{number}" for number in range(rng.randrange(90))]
+    """Somebody else's files take a part of the room for a while: more than a prompt needs."""
+    ballast = [disk / f"ballast{number}" for number in range(rng.randrange(20, 90))]
     for path in ballast:
         path.write_bytes(bytes(rng.randint(1, 4096)))
     yield
