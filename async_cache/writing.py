@@ -119,6 +119,8 @@ class Writer:
             self._open_writers.discard(self)
             for chunk in self._uncommitted():
                 chunk._discard()
+            for chunk in self._chunks:  # a chunk and its writer know each other: its views would keep L1 mapped
+                chunk._views = ()
 
     def expire(self) -> None:
         """Close it from outside."""

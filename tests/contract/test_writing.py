@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 
 import pytest
 
@@ -339,3 +340,15 @@ async def test_what_is_committed_is_what_l2_gets_under_its_identity():
         await cache.flush()
         stored = {key: size async for key, size in backend.keys()}
         assert stored == dict.fromkeys(object_keys(prompt), OBJECT_BYTES)
+
+
+async def test_no_writer_keeps_l1_mapped_when_the_cache_has_closed():
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        async with open_cache() as cache:
+            await fill(cache, make_prompt(2))
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()
