@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import stat
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -76,12 +77,14 @@ class RecordDirectory:
     def __init__(self, path: str, *, fsync: bool, direct: bool):
         self._fsync, self._direct = fsync, direct
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._close = weakref.finalize(self, os.close, self._fd)  # at once where the one who opened it was cancelled
+        self._close.atexit = False
         if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-            os.close(self._fd)
+            self.close()
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._close()
 
     # Loads.
 

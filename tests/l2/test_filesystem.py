@@ -937,3 +937,18 @@ async def test_a_close_that_is_cancelled_gives_a_stuck_thread_up_too(directory, 
     _, pending = await asyncio.wait([task], timeout=1)
     gate.open()
     assert not pending
+
+
+async def test_an_open_that_is_cancelled_leaves_no_file_open(directory, monkeypatch):
+    gate = Gate(monkeypatch, "access")  # the directory is open by then
+    before = len(os.listdir("/proc/self/fd"))
+    opening = asyncio.create_task(FileSystemBackend(directory).open())
+    await gate.reached()
+    opening.cancel()
+    await asyncio.wait([opening])
+    gate.open()
+    for _ in range(1000):
+        if len(os.listdir("/proc/self/fd")) == before:
+            break
+        await asyncio.sleep(0.001)
+    assert len(os.listdir("/proc/self/fd")) == before
