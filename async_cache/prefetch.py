@@ -11,7 +11,13 @@ from itertools import count
 
 from async_cache import coverage
 from async_cache.config import CacheConfig
-from async_cache.errors import CacheClosedError, ReadConflictError, RequestConflictError, UnknownRequestError
+from async_cache.errors import (
+    AsyncCacheError,
+    CacheClosedError,
+    ReadConflictError,
+    RequestConflictError,
+    UnknownRequestError,
+)
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
@@ -287,7 +293,7 @@ class PrefetchController:
         request = self._unclaimed(request_id)
         hits = await request.hits.wait()
         if hits.shortfall is Shortfall.CANCELLED and request.state is RequestState.OVER:
-            raise UnknownRequestError(f"request {request_id!r} was ended")
+            raise self._ended(request)
         return hits
 
     async def query_status(self, request_id: str) -> LoadResult:
@@ -295,7 +301,7 @@ class PrefetchController:
         request = self._unclaimed(request_id)
         result = await request.result.wait()
         if request.claimed or request.state is RequestState.OVER:
-            raise UnknownRequestError(f"request {request_id!r} was claimed or ended")
+            raise self._ended(request)
         request.claimed = True
         if result.chunks:
             self._use(request)
@@ -313,7 +319,7 @@ class PrefetchController:
             raise ValueError(f"rank {rank} is not among the ranks {request.ranks} of request {request_id!r}")
         await request.result.wait()
         if request.state is RequestState.OVER:
-            raise UnknownRequestError(f"request {request_id!r} was ended")
+            raise self._ended(request)
         if (rank, reader) in request.readers:
             raise ReadConflictError(f"rank {rank}, reader {reader} has read request {request_id!r} already")
         request.readers.add((rank, reader))
@@ -369,6 +375,12 @@ class PrefetchController:
         if request.claimed:
             raise UnknownRequestError(f"request {request_id!r} was claimed")
         return request
+
+    def _ended(self, request: Request) -> AsyncCacheError:
+        """What is told to who has waited for it."""
+        if self._l1.closed:
+            return CacheClosedError("the cache was closed")
+        return UnknownRequestError(f"request {request.request_id!r} was claimed or ended")
 
     # How requests end.
 

@@ -162,3 +162,20 @@ async def test_a_prefetch_and_its_id_are_still_there_to_look_at():
     assert prefetch.request_id == "a"
     assert (await prefetch.load_done).chunks == 0
     prefetch.cancel()
+
+
+@pytest.mark.parametrize("turns", range(8))
+@pytest.mark.parametrize("name", ["query_status", "read"])
+async def test_who_was_about_to_get_a_result_is_told_that_the_cache_closed(name, turns):
+    gate = GatedBackend(MemoryBackend())
+    await seed(gate, PROMPT)
+    async with open_cache(gate) as cache:
+        gate.hold("load")
+        cache.prefetch(PROMPT, request_id="a")
+        wait = asyncio.ensure_future(attempt(lambda: CALLS[name](cache)))
+        await gate.reached("load")
+        gate.release("load")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+    (got,) = await outcomes(wait)
+    assert not isinstance(got, Exception) or isinstance(got, CacheClosedError)
