@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from async_cache import coverage
+from async_cache.errors import CacheClosedError
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
 from async_cache.layout import Prompt
@@ -19,6 +20,8 @@ async def count_hits(
     """What `prefetch` would find. Pins are given back before it returns."""
     if not prompt.hashed:
         await asyncio.to_thread(prompt.hash)
+        if l1.closed:
+            raise CacheClosedError("the cache was closed")
     layout, hashes = prompt.layout, prompt.chunk_hashes
     resident = [entry.present if (entry := l1.index.get(h)) is not None else 0 for h in hashes]
     here = [

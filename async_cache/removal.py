@@ -74,6 +74,8 @@ class Remover:
         """
         if not prompt.hashed:
             await asyncio.to_thread(prompt.hash)
+            if self._l1.closed:
+                raise CacheClosedError("the cache was closed")
         hashes = prompt.chunk_hashes
         self._hidden.hide(hashes)
         resident, leased = self._remove_from_l1(hashes)

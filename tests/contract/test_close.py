@@ -13,6 +13,7 @@ from .support import (
     Recorder,
     attempt,
     fill,
+    make_layout,
     make_prompt,
     open_cache,
     outcomes,
@@ -179,3 +180,16 @@ async def test_who_was_about_to_get_a_result_is_told_that_the_cache_closed(name,
             await asyncio.sleep(0)
     (got,) = await outcomes(wait)
     assert not isinstance(got, Exception) or isinstance(got, CacheClosedError)
+
+
+@pytest.mark.real_time
+@pytest.mark.parametrize("name", ["lookup", "delete"])
+async def test_a_call_whose_prompt_is_hashed_when_the_cache_closes_asks_no_backend(name):
+    prompt = make_layout(chunk_tokens=16).prompt(range(40_000))
+    recorder = Recorder(MemoryBackend())
+    async with open_cache(recorder) as cache:
+        wait = asyncio.ensure_future(getattr(cache, name)(prompt))
+        await asyncio.sleep(0)
+    with pytest.raises(CacheClosedError):
+        await wait
+    assert recorder.calls["lookup"] == 0
