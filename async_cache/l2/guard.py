@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence, Sized
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -109,8 +109,8 @@ class Guard:
         error = call.exception()
         if error is None and answers is not None:
             result = call.result()
-            if not isinstance(result, Sized) or len(result) != answers:
-                error = BackendError(f"it did not answer {answers} questions with as many answers")
+            if not isinstance(result, list) or len(result) != answers:
+                error = BackendError(f"it did not answer {answers} questions with a list of as many answers")
         if error is not None:
             self._failed(repr(error))
             raise BackendError(f"{self.backend.name} failed: {error}") from error
@@ -173,7 +173,7 @@ class Guard:
 
     def _unpin_late(self, call: "asyncio.Task[list[bool]]", keys: Sequence[ObjectKey]) -> None:
         def answered(call: "asyncio.Task[list[bool]]") -> None:
-            if not call.cancelled() and call.exception() is None and isinstance(call.result(), Sequence):
+            if not call.cancelled() and call.exception() is None and isinstance(call.result(), list):
                 self.unpin_found(keys, call.result())
 
         call.add_done_callback(answered)
