@@ -154,9 +154,12 @@ class Guard:
             raise BackendError(f"{self.backend.name} is left alone after failures")
         call = self.start(self.backend.delete, keys)
         try:
-            return await self.finish(call, timeout_seconds)
+            deleted = await self.finish(call, timeout_seconds)
         finally:
             call.cancel()
+        if not isinstance(deleted, int):
+            raise BackendError(f"{self.backend.name} did not say how much it deleted")
+        return deleted
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Give back a pin of each key."""
