@@ -39,7 +39,7 @@ class Backend(ABC):
         Pins count: an object found twice is unpinned twice. A call that raises, or is cancelled, has pinned nothing.
         """
 
-    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> Sequence[bool] | None:
+    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
         """For each chunk, whether all these objects, given as (rank, group), are present; if so they are pinned.
 
         None, and no pin, if that can not be said without waiting, or if a chunk has some of them only.

@@ -94,7 +94,7 @@ class FileSystemBackend(Backend):
                 _shutdown(executors)
         self._recovery = asyncio.create_task(self._recover(), name=f"{self.name} recovery")
 
-    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> Sequence[bool] | None:
+    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
         return [True] * len(chunk_hashes) if self._index.pin_chunks(chunk_hashes, objects) else None
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:

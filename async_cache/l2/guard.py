@@ -123,15 +123,22 @@ class Guard:
         """Whether the breaker lets a call through; if so, `finish` must follow."""
         return self.breaker.allow(self._loop.time())
 
-    def lookup_nowait(self, layout: ModelLayout, chunk_hashes: Sequence[bytes], mask: int) -> Sequence[bool] | None:
+    def lookup_nowait(self, layout: ModelLayout, chunk_hashes: Sequence[bytes], mask: int) -> list[bool] | None:
         """For each chunk, whether all objects of a mask are there, and pinned; None if the backend must be asked."""
         if self.breaker.state is not BreakerState.CLOSED:
             return None
         try:
-            return self.backend.lookup_nowait(chunk_hashes, layout.objects[mask])
-        except Exception:
+            found = self.backend.lookup_nowait(chunk_hashes, layout.objects[mask])
+        except (Exception, asyncio.CancelledError):
             log.exception("backend %s could not say at once what it holds", self.backend.name)
             return None
+        if found is None or (isinstance(found, list) and len(found) == len(chunk_hashes)):
+            return found
+        log.error("backend %s did not answer at once with a list of %d", self.backend.name, len(chunk_hashes))
+        if isinstance(found, list):
+            there = [(chunk_hash, mask) for chunk_hash, is_there in zip(chunk_hashes, found, strict=False) if is_there]
+            self.unpin(layout.object_keys(there))
+        return None
 
     async def lookup(self, keys: Sequence[ObjectKey], timeout_seconds: float) -> list[bool] | None:
         """Which objects are there, and pinned; None if the backend failed, stayed silent, or is left alone."""
@@ -167,7 +174,7 @@ class Guard:
             return
         try:
             self.backend.unpin(keys)
-        except Exception:
+        except (Exception, asyncio.CancelledError):
             log.exception("backend %s could not unpin", self.backend.name)
 
     def unpin_found(self, keys: Sequence[ObjectKey], found: Sequence[bool]) -> None:

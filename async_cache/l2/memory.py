@@ -66,7 +66,7 @@ class MemoryBackend(Backend):
     async def open(self) -> None:
         self._turn = asyncio.Lock()  # a lock belongs to the loop that it was first waited for in
 
-    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> Sequence[bool] | None:
+    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
         keys = [[ObjectKey(chunk_hash, *which) for which in objects] for chunk_hash in chunk_hashes]
         found = [sum(self._find(key) is not None for key in of_chunk) for of_chunk in keys]
         if any(0 < count < len(objects) for count in found):
