@@ -190,11 +190,7 @@ class Remover:
 
     async def _delete_all(self, guard: Guard) -> set[bytes]:
         await self._writeback.landed(guard, None)
-        try:
-            async with asyncio.timeout(self._config.store_timeout_seconds):
-                keys = [key async for key, _ in guard.backend.keys()]
-        except Exception as error:  # whatever a backend raises
-            raise BackendError(f"{guard.backend.name} can not be asked what to delete") from error
+        keys = await guard.keys(self._config.store_timeout_seconds)
         for begin in range(0, len(keys), _CHUNKS_AT_ONCE):
             await guard.delete(keys[begin : begin + _CHUNKS_AT_ONCE], self._config.store_timeout_seconds)
         return {key.chunk_hash for key in keys}

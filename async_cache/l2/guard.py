@@ -168,6 +168,16 @@ class Guard:
             raise BackendError(f"{self.backend.name} did not say how much it deleted")
         return deleted
 
+    async def keys(self, timeout_seconds: float) -> list[ObjectKey]:
+        """Every object that it holds. Raises BackendError."""
+        if not self.allows():
+            raise BackendError(f"{self.backend.name} is left alone after failures")
+        call = self.start(_list_keys, self.backend)
+        try:
+            return await self.finish(call, timeout_seconds)
+        finally:
+            call.cancel()
+
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Give back a pin of each key."""
         if not keys:
@@ -245,6 +255,10 @@ class Guard:
                 await asyncio.wait((waiter,), timeout=timeout_seconds)
             finally:
                 waiter.cancel()
+
+
+async def _list_keys(backend: Backend) -> list[ObjectKey]:
+    return [key async for key, _ in backend.keys()]
 
 
 async def _call(verb: Callable[..., Awaitable[T]], arguments: tuple[Any, ...]) -> T:
