@@ -278,7 +278,7 @@ class _Core:
             swept_reservations=self.open_writers.swept,
             writebacks_pending=self.writeback.pending,
             writebacks_dropped=self.writeback.dropped,
-            backends={guard.backend.name: guard.backend.usage() for guard in self.guards},
+            backends={g.backend.name: usage for g in self.guards if (usage := g.usage()) is not None},
         )
 
     def check_integrity(self) -> None:

@@ -73,6 +73,7 @@ class CacheStats(Struct, frozen=True, kw_only=True):
     `leases` counts pairs of request and chunk, `leased_bytes` memory once. `l1_used_bytes` is all of L1 that is not
     free: resident, reserved and quarantined. `loads` counts objects read from L2, `shared_loads` those that a request
     did not have to read because another one did. `writebacks_dropped` counts chunks that a backend did not get.
+    `backends` lacks those that could not say what they hold.
     """
 
     requests: int

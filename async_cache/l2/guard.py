@@ -10,6 +10,7 @@ from async_cache.errors import BackendError
 from async_cache.keys import ObjectKey
 from async_cache.l2.backend import Backend
 from async_cache.layout import ModelLayout
+from async_cache.values import BackendUsage
 
 T = TypeVar("T")
 
@@ -220,6 +221,14 @@ class Guard:
             call.cancel()
         if stuck:
             log.warning("backend %s: %d calls have not ended at close", self.backend.name, len(stuck))
+
+    def usage(self) -> BackendUsage | None:
+        """What it holds, as far as it knows; None if it can not say."""
+        try:
+            return self.backend.usage()
+        except (Exception, asyncio.CancelledError):
+            log.exception("backend %s could not say what it holds", self.backend.name)
+            return None
 
     # Loads, and how fast they are.
 
