@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from async_cache.config import CacheConfig
 from async_cache.counting import count_hits
-from async_cache.errors import CacheClosedError, ConfigError
+from async_cache.errors import BackendError, CacheClosedError, ConfigError
 from async_cache.l1.arena import Arena
 from async_cache.l1.eviction import LeastRecentlyUsed
 from async_cache.l1.store import L1Store
@@ -73,17 +73,23 @@ class AsyncCache:
         return self
 
     async def _open_backends(self) -> None:
-        opened: list[Backend] = []
+        openings: dict[Backend, asyncio.Task[None]] = {}
         try:
             for backend in self._backends:
-                opened.append(backend)
-                async with asyncio.timeout(self._config.load_timeout_seconds):
-                    await backend.open()
+                openings[backend] = opening = asyncio.create_task(backend.open())
+                await asyncio.wait((opening,), timeout=self._config.load_timeout_seconds)
+                if not opening.done():
+                    raise BackendError(f"{backend.name} was not open within {self._config.load_timeout_seconds} s")
+                opening.result()
         except BaseException:
-            closing = [asyncio.ensure_future(backend.close()) for backend in opened]
-            _, stuck = await asyncio.wait(closing, timeout=self._config.close_timeout_seconds)
-            for task in stuck:
-                task.cancel()
+            for opening in openings.values():
+                opening.cancel()
+            ends = [*openings.values(), *(asyncio.create_task(backend.close()) for backend in openings)]
+            for end in ends:
+                end.add_done_callback(lambda end: end.cancelled() or end.exception())  # looked at: one error is enough
+            _, stuck = await asyncio.wait(ends, timeout=self._config.close_timeout_seconds)
+            for end in stuck:
+                end.cancel()
             raise
 
     async def close(self) -> None:
