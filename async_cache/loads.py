@@ -325,7 +325,7 @@ class Loader:
         answers = iter(outcomes)
         for load, mask in parts.items():
             lost = {
-                1 << load.layout.bit(*which): _REASONS[outcome]
+                1 << load.layout.bit(*which): _REASONS.get(outcome, Shortfall.BACKEND_ERROR)
                 for which, outcome in zip(load.layout.objects[mask], answers, strict=False)
                 if outcome is not LoadOutcome.LOADED
             }
