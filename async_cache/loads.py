@@ -236,10 +236,11 @@ class Loader:
         except Exception:
             log.exception("a batch of loads from %s failed", batch.guard.backend.name)
             self._end(batch, loaded=False)
-            left = [load for load in parts if self.table.get(load.chunk_hash) is load]
-            for load in left:
+            dead = [load for load in parts if self.table.get(load.chunk_hash) is load]
+            self._drop(dead)  # another backend may be writing to their memory
+            for load in dead:
                 load.failure = load.failure or Shortfall.BACKEND_ERROR
-            self._settle(left)
+            self._tell([(load, self._l1.index.get(load.chunk_hash)) for load in dead])
 
     async def _transfer(self, batch: Batch, parts: Mapping[ChunkLoad, int]) -> dict[ChunkLoad, int]:
         """One call to a backend; what failed of it."""
