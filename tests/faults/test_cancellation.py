@@ -23,6 +23,7 @@ from contract.support import (
     SMALL,
     assert_nothing_held,
     make_layout,
+    object_keys,
     open_cache,
     read_back,
     seed,
@@ -40,11 +41,12 @@ from async_cache import (
     UnknownRequestError,
     WriterClosedError,
 )
+from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.filesystem import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing import GatedBackend, ThrottledBackend, WrappedBackend
 
-STRIDE = rounds(quick=17, long=1)  # of the steps, one in so many; each test begins with another one
+STRIDE = rounds(quick=31, long=1)  # of the steps, one in so many; each test begins with another one
 CHUNKS = 4
 GROUPS = (SMALL, ObjectGroup((8,), "uint8", window_chunks=2))
 SHORT = make_layout(*GROUPS, world_size=2)
@@ -259,11 +261,11 @@ async def trial(backends, layout, work, blow, steps):
             await outlast(cache, prompt, prefetch, bystander, blow, struck)
         await cache.end_request("a")
         await until_quiet(cache, backends, tasks)
+        if prefetch is not None:
+            assert await read_back(cache, make_prompt(3, layout)) == CHUNKS
         if work in (delete, clear_all):  # done, or not begun: never a part of it
             assert sum(backend.usage().objects for backend in backends) in (0, stored)
         await works_on(cache, prompt)
-        if prefetch is not None:
-            assert await read_back(cache, make_prompt(3, layout)) == CHUNKS
         await until_quiet(cache, backends, tasks)
     assert asyncio.all_tasks() == {asyncio.current_task()}
     return struck
@@ -369,6 +371,39 @@ async def trial_of_cancelled_close(backends, layout, blow, steps):
 
 def new_cache(backends):
     return AsyncCache(CacheConfig(l1_bytes=64 * PAGE, l2=[]), backends=backends)
+
+
+async def trial_of_disk(backend, verb, steps):
+    """A call of the backend itself: once it has ended, it touches no buffer and holds no pin."""
+    keys = object_keys(make_prompt(1, SHORT), groups=[0])
+    new = object_keys(make_prompt(2, SHORT), groups=[0])
+    bodies = [memoryview(bytearray([n]) * 2**20) for n in range(len(keys))]
+    buffers = [memoryview(bytearray(2**20)) for _ in keys]
+    work = {
+        "lookup": lambda: backend.lookup(keys + new),
+        "load": lambda: backend.load(keys, buffers),
+        "store": lambda: backend.store(new, bodies),
+        "delete": lambda: backend.delete(keys),
+    }
+    await backend.open()
+    assert all(await backend.store(keys, bodies))
+    await backend.delete(new)
+    task, struck = await strike(work[verb](), steps, asyncio.Task.cancel)
+    assert task.cancelled() == struck
+    for buffer in buffers:
+        buffer[:] = b"\xaa" * len(buffer)
+    if verb == "lookup" and not struck:
+        backend.unpin(keys)
+    assert backend.pins == 0
+    assert await backend.store(keys + new, bodies + bodies) == [True] * 2 * len(keys)
+    assert all(buffer == b"\xaa" * len(buffer) for buffer in buffers)
+    assert await backend.load(keys + new, buffers + [memoryview(bytearray(2**20)) for _ in new]) == [
+        LoadOutcome.LOADED
+    ] * 2 * len(keys)
+    assert buffers == bodies
+    backend.check_integrity()
+    await backend.close()
+    return struck
 
 
 async def over(cache, backends):
@@ -480,3 +515,8 @@ def test_an_open_that_is_cancelled_at_any_step_on_a_disk(strike_at_every_step, d
 @pytest.mark.parametrize("blow", CANCEL_TASK)
 def test_a_close_that_is_cancelled_at_any_step_on_a_disk(strike_at_every_step, disk, blow):
     strike_at_every_step(RealLoop, lambda steps: trial_of_cancelled_close([disk()], LONG, blow, steps))
+
+
+@pytest.mark.parametrize("verb", ["lookup", "load", "store", "delete"])
+def test_a_call_of_a_disk_that_is_cancelled_at_any_step(strike_at_every_step, disk, verb):
+    strike_at_every_step(RealLoop, lambda steps: trial_of_disk(disk("third"), verb, steps))
