@@ -8,6 +8,7 @@ from typing import Any
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError, CacheClosedError
 from async_cache.keys import ObjectKey
+from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
 from async_cache.layout import Prompt
@@ -87,7 +88,7 @@ class Remover:
         if tier not in ("l1", "all"):
             raise ValueError(f'tier must be "l1" or "all", not {tier!r}')
         if tier == "l1":
-            resident, leased = await self._clear_l1(keep_unwritten=True)
+            resident, leased = await self._clear_l1(keep_needed=True)
             return Deleted(len(resident), leased)
         self._hidden.hide(None)
         self._loader.forget(list(self._loader.table))
@@ -132,7 +133,7 @@ class Remover:
 
     async def _clear_all(self) -> Deleted:
         try:
-            resident, leased = await self._clear_l1(keep_unwritten=False)
+            resident, leased = await self._clear_l1(keep_needed=False)
             found = await self._on_every_backend(self._delete_all)
             return Deleted(len(resident | found), leased)
         finally:
@@ -144,24 +145,24 @@ class Remover:
         for entry in filter(None, map(self._l1.index.get, chunk_hashes)):
             self._writeback.enqueue(entry)
 
-    def _remove_from_l1(self, chunk_hashes: Iterable[bytes], *, keep_unwritten: bool = False) -> tuple[set[bytes], int]:
+    def _remove_from_l1(self, chunk_hashes: Iterable[bytes], *, keep_needed: bool = False) -> tuple[set[bytes], int]:
         resident, leased = set(), 0
         for chunk_hash in chunk_hashes:
             entry = self._l1.index.get(chunk_hash)
-            if entry is not None and not (keep_unwritten and entry.unwritten):
+            if entry is not None and not (keep_needed and _is_needed(entry)):
                 resident.add(chunk_hash)
                 leased += entry.leases > 0
                 self._writeback.forget(entry)
                 self._l1.remove(entry)
         return resident, leased
 
-    async def _clear_l1(self, *, keep_unwritten: bool) -> tuple[set[bytes], int]:
+    async def _clear_l1(self, *, keep_needed: bool) -> tuple[set[bytes], int]:
         hashes = list(self._l1.index)
         resident: set[bytes] = set()
         leased = 0
         for begin in range(0, len(hashes), _CHUNKS_AT_ONCE):
             slice_ = hashes[begin : begin + _CHUNKS_AT_ONCE]
-            some, some_leased = self._remove_from_l1(slice_, keep_unwritten=keep_unwritten)
+            some, some_leased = self._remove_from_l1(slice_, keep_needed=keep_needed)
             resident |= some
             leased += some_leased
             await asyncio.sleep(0)
@@ -194,3 +195,8 @@ class Remover:
         for begin in range(0, len(keys), _CHUNKS_AT_ONCE):
             await guard.delete(keys[begin : begin + _CHUNKS_AT_ONCE], self._config.store_timeout_seconds)
         return {key.chunk_hash for key in keys}
+
+
+def _is_needed(entry: Entry) -> bool:
+    """Whether L2 lacks it, or a request may have the rest of it loaded: what was promised of it is here."""
+    return bool(entry.unwritten or (entry.leases and entry.present != entry.layout.full_mask))

@@ -216,6 +216,21 @@ async def test_clearing_l1_drops_nothing_that_is_not_written_back_yet():
         assert await read_back(cache, make_prompt(2)) == 2
 
 
+@pytest.mark.parametrize("verb", ["lookup", "load"])
+async def test_clearing_l1_takes_nothing_from_a_request_that_loads_the_rest_of_a_chunk(verb):
+    prompt = make_prompt(2, layout=TWO_RANKS)
+    gate = GatedBackend(MemoryBackend())
+    await seed(gate, prompt)
+    async with open_cache(gate) as cache:
+        await cache.prefetch(prompt, request_id="half", ranks=[0]).load_done
+        gate.hold(verb)
+        whole = cache.prefetch(prompt)
+        await gate.reached(verb, 2)
+        await cache.clear(tier="l1")
+        gate.release()
+        assert (await whole.lookup_done).chunks == (await whole.load_done).chunks == 2
+
+
 async def test_clearing_all_empties_both_tiers_and_counts_every_chunk_once():
     recorder = Recorder(MemoryBackend())
     async with open_cache(recorder) as cache:
