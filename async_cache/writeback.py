@@ -68,7 +68,7 @@ class Writeback:
         self._share_bytes = int(config.l1_bytes * config.writeback_share) // max(1, len(guards))
         self._written = 0
         self._pending: dict[Entry, int] = {}  # what some backend has not stored -> how many flushes came before it
-        self._stored: set[Entry] = set()  # of those that are pending, what some backend has stored
+        self._stored: dict[Entry, int] = {}  # of those that are pending, the objects that some backend has stored
         self._flushes: set[Flush] = set()
         self._flushed = 0
         self._closed = False
@@ -149,14 +149,12 @@ class Writeback:
         entry.unwritten += 1
         self._pending.setdefault(entry, self._flushed)
 
-    def _ended(self, entry: Entry, fate: "Fate") -> None:
-        """One lane has done with it. It counts as dropped only if no backend has stored it."""
+    def _ended(self, entry: Entry, fate: "Fate", mask: int = 0) -> None:
+        """One lane has done with it, having stored `mask`. It counts as dropped if no backend has stored all of it."""
         entry.unwritten -= 1
-        if fate is Fate.STORED:
-            self._stored.add(entry)
+        self._stored[entry] = self._stored.get(entry, 0) | mask
         if not entry.unwritten:
-            stored = entry in self._stored
-            self._stored.discard(entry)
+            stored = not entry.present & ~self._stored.pop(entry)
             began = self._pending.pop(entry)
             self._written += stored
             self.dropped += fate is Fate.DROPPED and not stored
@@ -224,14 +222,15 @@ class Writeback:
 
     async def _write(self, lane: Lane, batch: list[Entry]) -> bool:
         """Store a batch; whether the backend did its part."""
-        keys = {key: entry for entry in batch for key in entry.layout.object_keys([(entry.chunk_hash, entry.present)])}
+        masks = {entry: entry.present for entry in batch}
+        keys = {key: e for e, mask in masks.items() for key in e.layout.object_keys([(e.chunk_hash, mask)])}
         stored: set[ObjectKey] = set()
         try:
             await self._store(lane, batch, keys, stored)
         finally:
             unstored = {entry for key, entry in keys.items() if key not in stored}
-            for entry in batch:
-                self._landed(lane, entry, entry not in unstored)
+            for entry, mask in masks.items():
+                self._landed(lane, entry, 0 if entry in unstored else mask)
             lane.landed.set()
         return not unstored
 
@@ -262,12 +261,12 @@ class Writeback:
                 call.cancel()
             self._release(lane, batch, size, call)
 
-    def _landed(self, lane: Lane, entry: Entry, stored: bool) -> None:
+    def _landed(self, lane: Lane, entry: Entry, stored: int) -> None:
         attempts = lane.in_flight.pop(entry) + 1
         if entry.detached:
             self._ended(entry, Fate.FORGOTTEN)
         elif stored:
-            self._ended(entry, Fate.STORED)
+            self._ended(entry, Fate.STORED, stored)
         elif attempts < _ATTEMPTS and entry not in lane.waiting:
             lane.waiting[entry] = attempts
         else:

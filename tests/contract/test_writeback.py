@@ -144,6 +144,23 @@ async def test_chunks_that_wait_may_be_evicted_unwritten_and_are_counted():
         await assert_nothing_held(cache)
 
 
+async def test_a_chunk_of_which_one_rank_was_written_and_the_other_evicted_is_dropped():
+    first, second, third = (make_prompt(1, number, TWO_RANKS) for number in range(3))
+    gate = GatedBackend(MemoryBackend(), "store")
+    async with open_cache(gate, pages=4) as cache:
+        await fill(cache, first, ranks=[0])
+        await gate.reached("store")
+        await fill(cache, second)
+        await fill(cache, first, ranks=[1])
+        gate.release("store")
+        gate.hold("store")
+        await gate.reached("store", 2)  # the first rank is written, and the other one waits
+        await fill(cache, third, ranks=[0])
+        gate.release("store")
+        assert await cache.flush() == FlushResult(written=2, pending=0, dropped=1)
+        assert await count_hits(cache, first) == 0
+
+
 async def test_a_flush_counts_what_was_dropped_while_it_waited():
     gate = GatedBackend(MemoryBackend())
     async with open_cache(gate, pages=16) as cache:
