@@ -179,7 +179,7 @@ class Remover:
         return found
 
     async def _delete_found(self, guard: Guard, keys: Sequence[ObjectKey]) -> set[bytes]:
-        await self._writeback.landed(guard, {key.chunk_hash for key in keys})
+        landed = await self._landed(guard, {key.chunk_hash for key in keys})
         found = await guard.lookup(keys, self._config.lookup_timeout_seconds)
         if found is None:
             raise BackendError(f"{guard.backend.name} can not be asked what to delete")
@@ -187,14 +187,24 @@ class Remover:
         there = [key for key, is_there in zip(keys, found, strict=True) if is_there]
         if there:
             await guard.delete(there, self._config.store_timeout_seconds)
+        _check(guard, landed)
         return {key.chunk_hash for key in there}
 
     async def _delete_all(self, guard: Guard) -> set[bytes]:
-        await self._writeback.landed(guard, None)
+        landed = await self._landed(guard, None)
         keys = await guard.keys(self._config.store_timeout_seconds)
         for begin in range(0, len(keys), _CHUNKS_AT_ONCE):
             await guard.delete(keys[begin : begin + _CHUNKS_AT_ONCE], self._config.store_timeout_seconds)
+        _check(guard, landed)
         return {key.chunk_hash for key in keys}
+
+    async def _landed(self, guard: Guard, chunk_hashes: set[bytes] | None) -> bool:
+        return await self._writeback.landed(guard, chunk_hashes, self._config.store_timeout_seconds)
+
+
+def _check(guard: Guard, landed: bool) -> None:
+    if not landed:
+        raise BackendError(f"{guard.backend.name} may still store what was to be deleted: a write does not end")
 
 
 def _is_needed(entry: Entry) -> bool:

@@ -43,6 +43,7 @@ class Lane:
         self.guard = guard
         self.waiting: OrderedDict[Entry, int] = OrderedDict()  # -> attempts so far
         self.in_flight: dict[Entry, int] = {}
+        self.writes: list[list[Entry]] = []  # batches of which a call is out, also one that was given up
         self.held_bytes = 0
         self.wake = asyncio.Event()
         self.landed = asyncio.Event()  # set whenever a write has ended
@@ -101,13 +102,18 @@ class Writeback:
             if lane.waiting.pop(entry, None) is not None:
                 self._ended(entry, fate)
 
-    async def landed(self, guard: Guard, chunk_hashes: Collection[bytes] | None) -> None:
-        """Until the writes to this backend that are in flight now, of these chunks or of any, have ended."""
+    async def landed(self, guard: Guard, chunk_hashes: Collection[bytes] | None, timeout_seconds: float) -> bool:
+        """Until the writes to this backend that are out now, of these chunks or of any, have ended; False if not."""
         lane = next(lane for lane in self._lanes if lane.guard is guard)
-        writes = {entry for entry in lane.in_flight if chunk_hashes is None or entry.chunk_hash in chunk_hashes}
-        while writes := writes & lane.in_flight.keys():
-            lane.landed.clear()
-            await lane.landed.wait()
+        mine = [b for b in lane.writes if chunk_hashes is None or any(e.chunk_hash in chunk_hashes for e in b)]
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                while any(batch in lane.writes for batch in mine):
+                    lane.landed.clear()
+                    await lane.landed.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def flush(self, deadline_seconds: float | None) -> FlushResult:
         """Wait until everything that waits now is stored or dropped, or the deadline has passed."""
@@ -241,6 +247,7 @@ class Writeback:
         guard, call = lane.guard, None
         size = sum(entry.room_bytes for entry in batch)
         lane.held_bytes += size
+        lane.writes.append(batch)
         for entry in batch:
             self._l1.hold(entry)
         try:
@@ -275,6 +282,7 @@ class Writeback:
     def _release(self, lane: Lane, batch: list[Entry], size: int, call: "asyncio.Task[list[bool]] | None") -> None:
         def release(_: object = None) -> None:
             lane.held_bytes -= size
+            lane.writes.remove(batch)
             lane.landed.set()
             for entry in reversed(batch):
                 self._l1.unhold(entry)

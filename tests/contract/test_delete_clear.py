@@ -1,10 +1,11 @@
 """Delete and clear: not found from that moment, and what is in flight is not resurrected."""
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 
-from async_cache import Deleted, Shortfall
+from async_cache import BackendError, Deleted, Shortfall
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing.backends import GatedBackend, WrappedBackend
 
@@ -174,6 +175,38 @@ async def test_a_chunk_that_is_deleted_before_it_is_written_back_never_is():
         await advance(100)
         assert recorder.usage().objects == 0
         assert await count_hits(cache, prompt) == 0
+
+
+class UnstoppableBackend(WrappedBackend):
+    """A store that is cancelled is carried to its end, as by a thread that waits for its disk."""
+
+    async def store(self, keys, buffers):
+        call = asyncio.ensure_future(super().store(keys, buffers))
+        while not call.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait((call,))
+        return call.result()
+
+
+@pytest.mark.parametrize("how", ["delete", "clear"])
+@pytest.mark.parametrize("ends", [True, False])
+async def test_a_delete_is_not_undone_by_a_write_that_was_given_up(how, ends):
+    prompt = make_prompt(4)
+    gate = GatedBackend(MemoryBackend(), "store")
+    async with open_cache(UnstoppableBackend(gate), store_timeout_seconds=20) as cache:
+        await fill(cache, prompt)
+        await advance(25)
+        wait = asyncio.ensure_future(cache.delete(prompt) if how == "delete" else cache.clear("all"))
+        await settle()
+        if ends:
+            gate.release("store")
+            assert (await wait).chunks == 4
+            await advance(100)
+            assert await count_hits(cache, prompt) == gate.usage().objects == 0
+        else:
+            with pytest.raises(BackendError, match="does not end"):
+                await wait
+            gate.release("store")
 
 
 class LateBackend(WrappedBackend):
