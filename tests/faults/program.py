@@ -13,7 +13,6 @@ from contract.support import PAGE, Prompt, make_layout, pattern
 
 from async_cache import (
     AsyncCache,
-    AsyncCacheError,
     BackendError,
     CacheClosedError,
     CacheConfig,
@@ -37,9 +36,8 @@ from async_cache.testing import WrappedBackend
 from .interleaving import ShuffledLoop
 
 PLAIN = make_layout(ObjectGroup((PAGE + 5,), "uint8"), model="plain", chunk_tokens=2, readers_per_rank=2)
-SPLIT = make_layout(
-    ObjectGroup((16,), "uint8"), ObjectGroup((8,), "uint8", window_chunks=2), model="split", chunk_tokens=2, world_size=2
-)
+WINDOW = ObjectGroup((8,), "uint8", window_chunks=2)
+SPLIT = make_layout(ObjectGroup((16,), "uint8"), WINDOW, model="split", chunk_tokens=2, world_size=2)
 HEAD = [1, 2, 3, 4, 5, 6]
 PROMPTS = [layout.prompt(HEAD + tail) for layout in (PLAIN, SPLIT) for tail in ([7, 8, 9, 10], [11, 12])]
 CONTENT = {
@@ -85,12 +83,6 @@ class Record:
 
     def __post_init__(self) -> None:
         self.hits, self.result = self.prefetch.lookup_done, self.prefetch.load_done
-
-    def over(self, now: float) -> bool:
-        """Whether it may be unknown by now."""
-        everybody = len(self.ranks) * self.prompt.layout.readers_per_rank
-        swept = self.done_at is not None and now >= self.done_at + RESULT_TTL - 0.01
-        return self.ended or swept or len(self.read_by) == everybody
 
 
 class Rough(WrappedBackend):
@@ -194,9 +186,10 @@ class Program:
             lease_ttl_seconds=LEASE_TTL,
             reservation_ttl_seconds=RESERVATION_TTL,
             load_inflight_bytes=self.random.choice((PAGE, 2**20)),
+            writeback_share=self.random.choice((0.25, 0.5)),
         )
         self.cache = AsyncCache(config, backends=[wrap(backend) for backend in self.backends])
-        self.check_every = self.random.choice((1, 20, 20, 20))
+        self.check_every = self.random.choice((1,) + (25,) * 9)
         self.steps = 0
 
     # The run.
@@ -205,15 +198,21 @@ class Program:
         await self.cache.open()
         self.loop.between = self.between
         for prompt in self.random.sample(PROMPTS, 3):
-            await self.store(prompt)
-            await self.cache.flush(1)
-        await self.cache.clear("l1")
+            await self.store_in_l2(prompt)
         actors = [asyncio.create_task(self.act()) for _ in range(self.random.choice((2, 3, 5)))]
         if self.closing:
             actors.append(asyncio.create_task(self.close()))
         await asyncio.gather(*actors)
         await (self.check_closed() if self.closing else self.end())
         self.loop.between = lambda: None
+
+    async def store_in_l2(self, prompt: Prompt) -> None:
+        """It was there before the cache was opened."""
+        keys = [key for key in CONTENT if key.chunk_hash in prompt.chunk_hashes]
+        await self.backends[-1].memory.store(keys, [memoryview(CONTENT[key]) for key in keys])
+        for key in keys:
+            self.committed.setdefault(key.chunk_hash, {})[key.rank] = next(self.ticks)
+        self.safe |= set(prompt.chunk_hashes)
 
     async def act(self) -> None:
         for _ in range(self.random.choice((3, 6, 10))):
@@ -334,7 +333,7 @@ class Program:
         if known is not None and known.prefetch is prefetch:
             must(not known.claims, "a claimed request was handed out again")
             return None
-        must(known is None or known.over(self.loop.time()) or known.claims > 0, "two requests have one id", request_id)
+        must(known is None or self.over(known) or known.claims > 0, "two requests have one id", request_id)
         record = Record(
             prefetch,
             prompt,
@@ -363,7 +362,7 @@ class Program:
             try:
                 answer = await query(request_id)
             except UnknownRequestError:
-                must(record.claims > 0 or record.over(self.loop.time()), "forgotten", record, begun)
+                must(record.claims > 0 or self.over(record), "forgotten", record, begun)
                 self.reached["queries refused"] += 1
                 return
             except CacheClosedError:
@@ -391,7 +390,7 @@ class Program:
             must((rank, reader) in record.read_by, "nobody has read it")
             return
         except UnknownRequestError:
-            must(record.over(self.loop.time()), "forgotten", record)
+            must(self.over(record), "forgotten", record)
             return
         except CacheClosedError:
             must(self.closed, "closed too early")
@@ -435,15 +434,15 @@ class Program:
             try:
                 await self.cache.renew(record.prefetch.request_id)
             except UnknownRequestError:
-                must(record.claims > 0 or record.over(self.loop.time()), "forgotten", record)
+                must(record.claims > 0 or self.over(record), "forgotten", record)
             except CacheClosedError:
                 must(self.closed, "closed too early")
             else:
                 if record.done_at is not None:
                     record.done_at = self.loop.time()
 
-    async def store(self, prompt: Prompt | None = None) -> None:
-        prompt = prompt or self.random.choice(PROMPTS)
+    async def store(self) -> None:
+        prompt = self.random.choice(PROMPTS)
         patient = self.random.random() < 0.05
         try:
             for rank in range(prompt.layout.world_size):
@@ -509,7 +508,7 @@ class Program:
             self.removals += 1
             self.last_removal = next(self.ticks)
 
-    async def clear(self, tier: str = "l1") -> None:
+    async def clear(self) -> None:
         self.cleared = True
         try:
             await self.cache.clear("l1")
@@ -576,6 +575,12 @@ class Program:
         self.reached["reloaded after an eviction"] += result.l2_chunks > 0 and not self.cleared
         self.reached[f"hits {hits.shortfall}"] += 1
         self.reached[f"result {result.shortfall}"] += 1
+
+    def over(self, record: Record) -> bool:
+        """Whether it may be unknown by now."""
+        everybody = len(record.ranks) * record.prompt.layout.readers_per_rank
+        swept = record.done_at is not None and self.loop.time() >= record.done_at + RESULT_TTL - 0.01
+        return self.closed or record.ended or swept or len(record.read_by) == everybody
 
     def excuses(self, record: Record) -> set[Shortfall]:
         """The reasons for which this one may get less than there is."""
