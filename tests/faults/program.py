@@ -49,7 +49,8 @@ CONTENT = {
     for group in range(len(prompt.layout.groups))
 }
 IDS = ["a", "b", "c"]
-RESULT_TTL, LEASE_TTL, RESERVATION_TTL = 40, 60, 60
+TIMEOUT, TTL = 0.5, 2  # of a backend's call; of a result, and of a lease
+RESERVATION_TTL = 0.3
 
 
 class Broken(BaseException):
@@ -113,7 +114,7 @@ class Rough(WrappedBackend):
             if fault == "fail":
                 raise self.random.choice((BackendError, OSError))("injected")
             if fault == "hang":
-                await asyncio.sleep(25 if verb == "store" else self.random.choice((1.5, 25)))
+                await asyncio.sleep(3 * TIMEOUT)
             elif verb == "load":
                 self.memory.damage(self.random.choice(keys))
 
@@ -188,10 +189,12 @@ class Program:
         ]
         config = CacheConfig(
             l1_bytes=self.random.choice((9, 14, 24)) * PAGE,
-            load_timeout_seconds=20,
-            store_timeout_seconds=20,
-            result_ttl_seconds=RESULT_TTL,
-            lease_ttl_seconds=LEASE_TTL,
+            lookup_timeout_seconds=TIMEOUT,
+            load_timeout_seconds=TIMEOUT,
+            store_timeout_seconds=TIMEOUT,
+            breaker_reset_seconds=1,
+            result_ttl_seconds=TTL,
+            lease_ttl_seconds=TTL,
             reservation_ttl_seconds=RESERVATION_TTL,
             load_inflight_bytes=self.random.choice((PAGE, 2**20)),
             writeback_share=self.random.choice((0.25, 0.5)),
@@ -324,7 +327,7 @@ class Program:
         prompt = self.random.choice(PROMPTS)
         skip = self.random.choice((0, 0, 0, 2, 5))
         ranks = self.random.choice((None, None, [0]))
-        deadline = self.random.choice((None,) * 9 + (0, 0.05, 3))
+        deadline = self.random.choice((None,) * 9 + (0, 0.05, 0.3))
         safe = next((n for n, h in enumerate(prompt.chunk_hashes) if h not in self.safe), len(prompt))
         gone, tick = frozenset(self.removed.intersection(prompt.chunk_hashes)), next(self.ticks)
         try:
@@ -471,7 +474,7 @@ class Program:
             if self.random.random() < 0.3:
                 await self.pause()
             if patient:
-                await asyncio.sleep(RESERVATION_TTL + 1)
+                await asyncio.sleep(4 * RESERVATION_TTL)
             chunk.commit()
             self.committed.setdefault(chunk_hash, {})[rank] = next(self.ticks)
             self.removed.discard(chunk_hash)
@@ -544,7 +547,7 @@ class Program:
             self.check_not_gone(prompt, range(hits.chunks), gone, tick)
 
     async def wait(self) -> None:
-        await asyncio.sleep(self.random.choice((0.1, 0.1, 0.5, 2, 30, 70)))
+        await asyncio.sleep(self.random.choice((0.1, 0.1, 0.5, 1, 3)))
 
     # What must be true.
 
@@ -596,7 +599,7 @@ class Program:
     def over(self, record: Record) -> bool:
         """Whether it may be unknown by now."""
         everybody = len(record.ranks) * record.prompt.layout.readers_per_rank
-        swept = record.done_at is not None and self.loop.time() >= record.done_at + RESULT_TTL - 0.01
+        swept = record.done_at is not None and self.loop.time() >= record.done_at + TTL - 0.01
         return self.closed or record.ended or swept or len(record.read_by) == everybody
 
     def excuses(self, record: Record) -> set[Shortfall]:
@@ -663,7 +666,7 @@ _WEIGHTS: dict[Callable[[Program], Coroutine[Any, Any, None]], float] = {
     Program.flush: 1,
     Program.delete: 0.6,
     Program.clear_all: 0.2,
-    Program.clear: 0.6,
+    Program.clear: 1,
     Program.count: 1,
     Program.wait: 3,
 }
