@@ -34,7 +34,7 @@ REACHED = {
     "stores",
     "stores given up",
     "objects read",
-    "reloaded after an eviction",
+    "loaded again after an eviction",
     "writers swept",
     "write-backs dropped",
 }

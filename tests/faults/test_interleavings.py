@@ -17,7 +17,7 @@ REACHED = {
     "promises of what is in L2",
     "promises kept",
     "found what is safe",
-    "reloaded after an eviction",
+    "loaded again after an eviction",
     "loads shared",
     "loads cancelled",
     "waits cancelled",
