@@ -30,10 +30,11 @@ async def count_hits(
     ]
     missing = {n: lacks for n, mask in enumerate(here) if (lacks := layout.full_mask & ~mask)}
     asked = Asked(layout, hashes, missing)
-    found = await ask(guards if missing else (), asked, timeout_seconds)
+    with hidden.watch() as removed:
+        found = await ask(guards if missing else (), asked, timeout_seconds)
     try:
         for number, mask in found.masks().items():
-            if hashes[number] not in hidden:
+            if hashes[number] not in removed:
                 here[number] |= mask
         length = coverage.lengths(layout, here)[-1]
         needed = coverage.needed(layout, length)

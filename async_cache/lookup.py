@@ -1,7 +1,7 @@
 """Asks all backends side by side which objects they hold, and keeps the pins of what was found."""
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import compress
 
@@ -86,6 +86,13 @@ class Found:
                 for number, mask in part.items():
                     masks[number] &= ~mask
         return sources
+
+    def forget(self, removed: Container[bytes]) -> None:
+        """Give back what was found of chunks that were removed meanwhile."""
+        gone = [number for number in self._asked.masks if self._asked.hashes[number] in removed]
+        for guard, masks in self._holders if gone else ():
+            guard.unpin(self._asked.keys_of({number: masks.get(number, 0) for number in gone}))
+            masks.update(dict.fromkeys(gone, 0))
 
     def close(self) -> None:
         """Give back the pins that were not taken."""

@@ -53,6 +53,7 @@ class PrefetchController:
         self._l1 = l1
         self._guards = guards
         self._loader = loader
+        self._hidden = hidden
         self._planner = Planner(l1, loader, hidden, config)
         self._lookup_timeout_seconds = config.lookup_timeout_seconds
         self._loop = asyncio.get_running_loop()
@@ -118,7 +119,9 @@ class PrefetchController:
                 asked = self._look_into_l1(request)
                 if asked is None:
                     return
-            found = await ask(self._guards, asked, self._lookup_timeout_seconds)
+            with self._hidden.watch() as removed:
+                found = await ask(self._guards, asked, self._lookup_timeout_seconds)
+            found.forget(removed)
             self._catch_up(request, asked.masks)
             self._decide(request, found)
         except Exception:

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from async_cache.config import CacheConfig
@@ -25,9 +26,23 @@ class Hidden:
     def __init__(self) -> None:
         self._hashes: Counter[bytes] = Counter()
         self._all = 0
+        self._watchers: list[Hidden] = []
 
-    def hide(self, chunk_hashes: Iterable[bytes] | None) -> None:
+    @contextmanager
+    def watch(self) -> "Iterator[Hidden]":
+        """All that is hidden at some time until the end: what a lookup that was out meanwhile must not find."""
+        seen = Hidden()
+        seen._hashes, seen._all = self._hashes.copy(), self._all
+        self._watchers.append(seen)
+        try:
+            yield seen
+        finally:
+            self._watchers.remove(seen)
+
+    def hide(self, chunk_hashes: Collection[bytes] | None) -> None:
         """These, or all."""
+        for watcher in self._watchers:
+            watcher.hide(chunk_hashes)
         if chunk_hashes is None:
             self._all += 1
         else:
@@ -44,7 +59,7 @@ class Hidden:
     def __bool__(self) -> bool:
         return self._all > 0 or bool(self._hashes)
 
-    def __contains__(self, chunk_hash: bytes) -> bool:
+    def __contains__(self, chunk_hash: object) -> bool:
         return self._all > 0 or chunk_hash in self._hashes
 
 

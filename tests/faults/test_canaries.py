@@ -34,7 +34,6 @@ REACHED = {
     "stores",
     "stores given up",
     "objects read",
-    "loaded again after an eviction",
     "writers swept",
     "write-backs dropped",
 }
