@@ -572,8 +572,8 @@ class Program:
     def over(self, record: Record) -> bool:
         """Whether it may be unknown by now."""
         everybody = len(record.ranks) * record.prompt.layout.readers_per_rank
-        swept = record.done_at is not None and self.loop.time() >= record.done_at + TTL - 0.01
-        return self.closed or record.ended or swept or len(record.read_by) == everybody
+        swept = record.done_at is not None and (self.loop.stalls or self.loop.time() >= record.done_at + TTL - 0.01)
+        return self.closed or record.ended or bool(swept) or len(record.read_by) == everybody
 
     def excuses(self, record: Record) -> set[Shortfall]:
         """The reasons for which this one may get less than there is."""
@@ -617,7 +617,7 @@ class Program:
         """An object is loaded once at a time, unless all who wanted it had left."""
         call = asyncio.current_task()
         assert call is not None
-        left = self.removals + sum(record.given_up or record.deadline is not None for record in self.records)
+        left = self.removals + sum(r.result.done() and (r.given_up or r.deadline is not None) for r in self.records)
         for key in keys:
             if any(record.waits_for(key) for record in self.running):
                 calls = [(c, n) for c, n in self.loading.get(key, ()) if not c.done() and not c.cancelling()]
