@@ -134,7 +134,7 @@ class Remover:
 
     async def empty_l1(self) -> None:
         """Let go of what is resident, in slices; what somebody still reads keeps its memory."""
-        await self._clear_l1(keep_unwritten=False)
+        await self._clear_l1(keep_needed=False)
 
     async def _delete_from_l2(self, prompt: Prompt, resident: set[bytes], leased: int) -> Deleted:
         hashes = prompt.chunk_hashes
