@@ -117,8 +117,11 @@ class Rough(WrappedBackend):
             elif verb == "load":
                 self.memory.damage(self.random.choice(keys))
 
-    def lookup_nowait(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
-        return self._pinned(keys, self.memory.lookup_nowait(keys)) if self.at_hand else None
+    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
+        found = self.memory.lookup_nowait(chunk_hashes, objects) if self.at_hand else None
+        for chunk_hash, there in zip(chunk_hashes, found or (), strict=False):
+            self.pins.update(ObjectKey(chunk_hash, *which) for which in objects if there)
+        return found
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         return self._pinned(keys, await super().lookup(keys))
@@ -206,7 +209,9 @@ class Program:
     # The run.
 
     async def main(self) -> None:
+        stalling, self.loop.stalling = self.loop.stalling, False  # an open that takes too long has failed
         await self.cache.open()
+        self.loop.stalling = stalling
         self.loop.between = self.between
         for prompt in self.random.sample(PROMPTS, 3):
             await self.store_in_l2(prompt)

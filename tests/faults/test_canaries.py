@@ -63,8 +63,8 @@ class CanaryBackend(WrappedBackend):
         super().__init__(inner)
         self.rough, self.program = inner, program
 
-    def lookup_nowait(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
-        return self.rough.lookup_nowait(keys)
+    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
+        return self.rough.lookup_nowait(chunk_hashes, objects)
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
         for buffer in buffers:

@@ -77,10 +77,11 @@ class Faulty(WrappedBackend):
 
     # These do not wait.
 
-    def lookup_nowait(self, keys):
+    def lookup_nowait(self, chunk_hashes, objects):
         if self.verb != "lookup_nowait":
             return None
-        return self.fault(keys) if self.goes_wrong("lookup_nowait") else self.inner.lookup_nowait(keys)
+        wrong = self.goes_wrong("lookup_nowait")
+        return self.fault(chunk_hashes) if wrong else self.inner.lookup_nowait(chunk_hashes, objects)
 
     def unpin(self, keys):
         self.inner.unpin(keys)
