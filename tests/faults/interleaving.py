@@ -12,6 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import async_solipsism
 from soak import rounds
@@ -26,7 +27,7 @@ def seeds(quick: int, long: int) -> Iterable[int]:
 
 class ShuffledLoop(async_solipsism.EventLoop):
     """`between` is called between any two callbacks; what it raises ends the run. `trace`, if it is a list, is told
-    what ran, and when."""
+    what ran, and when. `made` is the step in which a task was made."""
 
     def __init__(self, seed: int):
         super().__init__()
@@ -34,8 +35,15 @@ class ShuffledLoop(async_solipsism.EventLoop):
         self.between: Callable[[], None] = lambda: None
         self.trace: list[str] | None = None
         self.stalls = 0
+        self.step = 0
+        self.made: WeakKeyDictionary[asyncio.Future[Any], int] = WeakKeyDictionary()
         self.stalling = self.random.random() < 0.2
         self._ready = _AnyOrder(self)
+
+    def create_task(self, *arguments: Any, **options: Any) -> Any:
+        task = super().create_task(*arguments, **options)
+        self.made[task] = self.step
+        return task
 
     def _run_once(self) -> None:
         if self.stalling and self._ready and self._scheduled and self.random.random() < 0.02:
@@ -55,6 +63,7 @@ class _AnyOrder(deque):  # type: ignore[type-arg]
 
     def popleft(self) -> asyncio.Handle:
         self._loop.between()
+        self._loop.step += 1
         self.rotate(-int(len(self) * self._loop.random.random() ** self._bias))
         handle: asyncio.Handle = super().popleft()
         if self._loop.trace is not None:

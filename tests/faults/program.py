@@ -85,12 +85,6 @@ class Record:
     def __post_init__(self) -> None:
         self.hits, self.result = self.prefetch.lookup_done, self.prefetch.load_done
 
-    def waits_for(self, key: ObjectKey) -> bool:
-        """It was promised, and may still be on its way."""
-        if not self.hits.done() or self.result.done():
-            return False
-        return key.chunk_hash in self.prompt.chunk_hashes[self.start : self.start + self.hits.result().chunks]
-
 
 class Rough(WrappedBackend):
     """Slow by chance. In a rough program it also fails, hangs, rots, and goes on with what was cancelled, as a thread
@@ -173,10 +167,11 @@ class Program:
         self.running: list[Record] = []
         self.leases: list[tuple[ReadLease, Record, int]] = []
         self.filling: list[tuple[memoryview, ...]] = []  # of writers, not committed
-        self.loading: dict[ObjectKey, list[tuple[asyncio.Task[Any], int]]] = {}
+        self.loading: dict[ObjectKey, list[asyncio.Task[Any]]] = {}
+        self.left = 0  # the last step in which somebody ceased to want what is loaded
         self.committed: dict[bytes, dict[int, int]] = {}  # the last tick, by chunk and rank
         self.removed: set[bytes] = set()
-        self.removals = 0  # begun or ended
+        self.removals = 0
         self.removing = 0
         self.last_removal = 0
         self.safe: set[bytes] = set()
@@ -204,7 +199,6 @@ class Program:
         )
         self.cache = AsyncCache(config, backends=[wrap(backend) for backend in self.backends])
         self.check_every = self.random.choice((1,) + (25,) * 9)
-        self.steps = 0
 
     # The run.
 
@@ -496,6 +490,7 @@ class Program:
         self.safe -= hashes
         self.removing += 1
         self.removals += 1
+        self.left = self.loop.step
         try:
             await call()
         except BackendError:
@@ -506,7 +501,6 @@ class Program:
             self.reached["removals"] += 1
         finally:
             self.removing -= 1
-            self.removals += 1
             self.last_removal = next(self.ticks)
 
     async def clear(self) -> None:
@@ -531,8 +525,7 @@ class Program:
         if self.broken is not None:
             raise self.broken
         self.look()
-        self.steps += 1
-        if self.steps % self.check_every == 0:
+        if self.loop.step % self.check_every == 0:
             if not self.closed:
                 self.cache.check_integrity()
             for lease in self.leases:
@@ -545,6 +538,8 @@ class Program:
                 must(record.hits.done(), "loaded before it was looked up")
                 if record.result.exception() is None:
                     record.done_at = self.loop.time()
+                    if record.result.result().shortfall in (Shortfall.CANCELLED, Shortfall.DEADLINE):
+                        self.left = self.loop.step
                     self.check(record, record.hits.result(), record.result.result())
                 else:
                     must(self.closed, "closed too early", record.result.exception())
@@ -619,16 +614,14 @@ class Program:
                 self.reached["objects read"] += view is not None
 
     def load_begins(self, keys: Sequence[ObjectKey]) -> None:
-        """An object is loaded once at a time, unless all who wanted it had left."""
+        """An object is loaded once at a time, unless those who wanted it had left."""
         call = asyncio.current_task()
         assert call is not None
-        left = self.removals + sum(r.result.done() and (r.given_up or r.deadline is not None) for r in self.records)
         for key in keys:
-            if any(record.waits_for(key) for record in self.running):
-                calls = [(c, n) for c, n in self.loading.get(key, ()) if not c.done() and not c.cancelling()]
-                if any(n == left for _, n in calls):
-                    self.broken = Broken("loaded twice at a time", key)
-                self.loading[key] = [*calls, (call, left)]
+            calls = [c for c in self.loading.get(key, ()) if not c.done() and not c.cancelling()]
+            if any(self.left < self.loop.made[c] for c in calls):
+                self.broken = Broken("loaded twice at a time", key)
+            self.loading[key] = [*calls, call]
 
 
 _WEIGHTS: dict[Callable[[Program], Coroutine[Any, Any, None]], float] = {
