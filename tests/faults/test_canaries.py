@@ -83,11 +83,14 @@ class CanaryBackend(WrappedBackend):
 
 
 class CanaryProgram(Program):
-    """Looks at who owns what between any two steps."""
+    """All is rough; and between any two steps it looks at who owns what."""
 
     def __init__(self, loop: ShuffledLoop, reached: Counter[str]):
         self.calls: list[Claim] = []
         super().__init__(loop, reached, lambda backend: CanaryBackend(backend, self))
+        self.rough = True
+        for backend in self.backends:
+            backend.stubborn = True
 
     @contextmanager
     def owned(self, buffers: Sequence[memoryview], *, exclusive: bool) -> Iterator[None]:
