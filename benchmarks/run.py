@@ -165,6 +165,7 @@ def burst(peers, peer_python, rounds):
                 before = worker.call("stats")
                 what = {"c": at_once, "nsets": prompts, "offset": turn * at_once}
                 answer = worker.call("burst", size=2**18, K=16, mode="poll", **what)
+                print(f"{name}: {spec} {answer['wall']:.1f} s", file=sys.stderr, flush=True)
                 if turn:
                     rows.setdefault((name, spec), []).append(answer)
                 if spec == OURS and prompts == 1:
