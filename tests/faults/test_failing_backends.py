@@ -28,7 +28,7 @@ from contract.support import (
     settle,
     verify,
 )
-from soak import rounds
+from soak import SOAK_SECONDS, rounds
 
 from async_cache import AsyncCache, BackendError, CacheClosedError, CacheConfig, ObjectGroup, Shortfall
 from async_cache.l2.backend import LoadOutcome
@@ -39,7 +39,10 @@ from async_cache.testing.virtual import run_virtual
 NTH = range(1, rounds(quick=2, long=5))
 STUBBORN_SECONDS = 50  # longer than any timeout
 WINDOWS = make_layout(SMALL, ObjectGroup((8,), "uint8", window_chunks=2), world_size=2)
-LAYOUTS = {"one rank": LAYOUT, "two ranks": TWO_RANKS, "windows": WINDOWS}
+
+
+def layouts(*quick):
+    return [LAYOUT, TWO_RANKS, WINDOWS] if SOAK_SECONDS else quick
 
 
 class Faulty(WrappedBackend):
@@ -237,7 +240,7 @@ async def serves_everything(cache, prompts, backends):
 def test_the_nth_load_fails(name, place):
     held, serves = PLACES[place]
     for nth in NTH:
-        for layout in LAYOUTS.values():
+        for layout in layouts(TWO_RANKS, WINDOWS):
             for faulty, served in enumerate(serves):
                 if layout is WINDOWS and served < ALL:
                     served = HEAD  # the windows of what lies between were not loaded
@@ -249,7 +252,7 @@ def test_the_nth_load_fails(name, place):
 def test_the_nth_lookup_fails(name, place):
     held, serves = PLACES[place]
     for nth in NTH:
-        for layout in LAYOUTS.values():
+        for layout in layouts(WINDOWS):
             for faulty, served in enumerate(serves):
                 run_virtual(prefetch_through(layout, held, faulty, "lookup", FAULTS[name], nth, served))
 
@@ -297,7 +300,7 @@ async def count_held(backend, prompt):
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_nth_call_of_write_back_fails_or_all_do(name, verb, count):
     for which in [*((nth,) for nth in NTH), range(1, 1000)]:
-        for layout in LAYOUTS.values():
+        for layout in layouts(TWO_RANKS):
             backends = [Faulty(str(n)) for n in range(count)]
             run_virtual(write_back_through(layout, backends, count - 1, verb, FAULTS[name], which))
 
@@ -344,7 +347,7 @@ def clear(cache, prompt):
     [*product(["lookup"], FAULTS), *product(["delete"], sorted(FAULTS.keys() - {"a number", "too few", "too many"}))],
 )
 def test_a_delete_fails_in_one_backend(verb, name, count):
-    for layout in LAYOUTS.values():
+    for layout in layouts(WINDOWS):
         for faulty in range(count):
             backends = [Faulty(str(n)) for n in range(count)]
             run_virtual(remove_through(layout, backends, faulty, verb, FAULTS[name].act, delete))
@@ -418,7 +421,7 @@ async def serve_through(layout, verb, fault):
 @pytest.mark.parametrize("error", SYNC_ERRORS)
 @pytest.mark.parametrize("verb", ["unpin", "usage", "lookup_nowait"])
 def test_a_call_that_does_not_wait_raises(verb, error):
-    for layout in LAYOUTS.values():
+    for layout in layouts(WINDOWS):
         run_virtual(serve_through(layout, verb, raises(error)))
 
 
@@ -432,7 +435,7 @@ NONSENSE = {
 
 @pytest.mark.parametrize("name", NONSENSE)
 def test_an_answer_at_once_is_nonsense(name):
-    for layout in LAYOUTS.values():
+    for layout in layouts(WINDOWS):
         run_virtual(serve_through(layout, "lookup_nowait", lambda keys: NONSENSE[name](len(keys))))
 
 
