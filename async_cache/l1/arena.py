@@ -40,8 +40,8 @@ class Arena:
 
     def populate(self, begin: int, end: int) -> None:
         """Fault the pages in, so that no request pays for it. Blocks, without the interpreter's lock."""
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map, begin))
-        if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(end - begin), _MADV_POPULATE_WRITE):
+        start = ctypes.c_char.from_buffer(self._map, begin)  # which keeps it mapped, also where the arena is closed
+        if _libc.madvise(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(end - begin), _MADV_POPULATE_WRITE):
             os.posix_fallocate(self.fd, begin, end - begin)
 
     def export(self, offset: int, size_bytes: int) -> "ctypes.Array[ctypes.c_ubyte]":

@@ -3,7 +3,9 @@
 import ctypes
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import settings
@@ -171,3 +173,13 @@ class ExtentsMachine(RuleBasedStateMachine):
 
 TestExtents = ExtentsMachine.TestCase
 TestExtents.settings = settings(max_examples=50, deadline=None, derandomize=True)
+
+
+def test_an_arena_that_is_closed_while_it_is_populated_stays_mapped_until_that_ends():
+    for _ in range(5):
+        arena = Arena(64 * 2**20)
+        with ThreadPoolExecutor(1) as executor:
+            populating = executor.submit(arena.populate, 0, arena.size_bytes)
+            time.sleep(0.002)
+            arena.close()
+            populating.result()
