@@ -149,6 +149,8 @@ class Writer:
             return self
         if not self._prompt.hashed:
             await asyncio.to_thread(self._prompt.hash)
+            if self._opened:  # by another task meanwhile
+                return self
         if self._l1.closed:
             raise CacheClosedError("the cache was closed")
         self._opened = True

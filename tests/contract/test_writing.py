@@ -352,3 +352,18 @@ async def test_no_writer_keeps_l1_mapped_when_the_cache_has_closed():
         assert len(os.listdir("/proc/self/fd")) == before
     finally:
         gc.enable()
+
+
+@pytest.mark.real_time
+async def test_a_writer_that_two_tasks_open_at_once_reserves_once():
+    prompt = make_layout(chunk_tokens=10_000).prompt(range(40_000))  # hashed in a thread
+    async with open_cache() as cache:
+        writer = cache.store(prompt)
+
+        async def enter():
+            await writer
+
+        await asyncio.gather(enter(), enter())
+        assert (await cache.stats()).reserved_bytes == 4 * PAGE
+        writer.close()
+        await assert_nothing_held(cache)
