@@ -194,7 +194,7 @@ async def prefetch_through(layout, held, faulty, verb, fault, nth, served):
     for prompt in prompts:
         for backend, chunks in zip(backends, held, strict=True):
             await seed(backend.inner, prompt, chunks=chunks)
-    async with open_cache(*backends, pages=256) as cache:
+    async with open_cache(*backends, pages=256, load_inflight_bytes=1) as cache:  # one call at a time
         for prompt in prompts:
             await fill(cache, prompt, chunks=range(HEAD))
         await cache.flush()
