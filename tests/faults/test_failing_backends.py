@@ -188,7 +188,7 @@ PLACES = {  # what each of the backends holds, and how many chunks can be had wh
 
 
 async def prefetch_through(layout, held, faulty, verb, fault, nth, served):
-    """Three prompts, one after the other; of the nth, so many chunks are served, of the others all."""
+    """One prompt after another; of the nth, so many chunks are served, of the others all."""
     prompts = [make_prompt(ALL, number, layout) for number in range(1, 1 + max(NTH) + 1)]
     backends = [Faulty(str(n)) for n in range(len(held))]
     for prompt in prompts:
