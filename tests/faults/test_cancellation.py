@@ -9,6 +9,7 @@ import asyncio
 import gc
 import os
 import threading
+import time
 from array import array
 from collections.abc import Callable
 from functools import partial
@@ -423,9 +424,12 @@ def strike_at_every_step(request):
         for steps in count(first, STRIDE):
             with asyncio.Runner(loop_factory=loop) as runner:
                 struck = runner.run(trial(steps))
-            if threads_and_files()[1] > files:
-                gc.collect()  # the traceback of an error may still look at L1
-            left = threads_and_files()
+            for _ in range(100):
+                left = threads_and_files()
+                if left[0] <= threads and left[1] <= files:
+                    break
+                gc.collect()  # the traceback of an error may still look at L1,
+                time.sleep(0.001)  # and a thread that has done its work may not have ended
             assert left[0] <= threads and left[1] <= files
             if not struck:
                 break
