@@ -47,7 +47,7 @@ from async_cache.l2.filesystem import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing import GatedBackend, ThrottledBackend, WrappedBackend
 
-STRIDE = rounds(quick=31, long=1)  # of the steps, one in so many; each test begins with another one
+STRIDE = rounds(quick=61, long=1)  # of the steps, one in so many; each test begins with another one
 CHUNKS = 4
 GROUPS = (SMALL, ObjectGroup((8,), "uint8", window_chunks=2))
 SHORT = make_layout(*GROUPS, world_size=2)

@@ -229,7 +229,6 @@ async def serves_everything(cache, prompts, backends):
     for prompt in prompts:
         await cache.clear(tier="l1")
         assert await read_back(cache, prompt) == len(prompt)
-        assert await read_back(cache, prompt) == len(prompt)
     await assert_nothing_held(cache)
     assert [backend.inner.pins for backend in backends] == [0] * len(backends)
     for backend in backends:
@@ -262,8 +261,8 @@ def test_the_nth_lookup_fails(name, place):
 
 
 async def write_back_through(layout, backends, faulty, verb, fault, which):
-    """Three prompts are stored. What was written is in a backend, the rest was dropped, and all is served again."""
-    prompts = [make_prompt(ALL, number, layout) for number in (1, 2, 3)]
+    """Two prompts are stored. What was written is in a backend, the rest was dropped, and all is served again."""
+    prompts = [make_prompt(ALL, number, layout) for number in (1, 2)]
     bad = backends[faulty]
     bad.verb, bad.fault, bad.which = verb, fault.act, which
     async with open_cache(*backends, pages=256) as cache:
@@ -284,7 +283,7 @@ async def write_back_through(layout, backends, faulty, verb, fault, which):
         for prompt in prompts:
             await fill(cache, prompt)
         await cache.flush()
-        assert [await count_held(backend, prompt) for backend in backends for prompt in prompts] == [ALL] * 3 * len(
+        assert [await count_held(backend, prompt) for backend in backends for prompt in prompts] == [ALL] * 2 * len(
             backends
         )
         await serves_everything(cache, prompts, backends)
