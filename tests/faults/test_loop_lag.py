@@ -233,7 +233,7 @@ async def probe(chunks, directory):
     gc.collect()
     gc.freeze()  # a collection visits what the cache makes, and not what Python has imported
     sink = Sink(FileSystemBackend(directory))
-    config = CacheConfig(l1_bytes=chunks * PAGE, l2=[], result_ttl_seconds=1, close_timeout_seconds=1)
+    config = CacheConfig(l1_bytes=chunks * PAGE, l2=[], result_ttl_seconds=3, close_timeout_seconds=1)
     cache = AsyncCache(config, backends=[sink])
     watch = Watch()
 
@@ -284,12 +284,14 @@ async def probe(chunks, directory):
     await watch.phase("sweep")
     for prompt in POPULAR:
         await store(cache, prompt)
-    for _ in range(100):
-        for prompt in POPULAR:
-            cache.prefetch(prompt)
+    request_ids = []
+    for _ in range(200):
+        request_ids += [cache.prefetch(prompt).request_id for prompt in POPULAR]
         await asyncio.sleep(0)
-    await asyncio.sleep(1.5)
-    assert (await cache.stats()).swept_results > 5000
+    for request_id in request_ids:  # in one step: they expire together
+        await cache.renew(request_id)
+    await asyncio.sleep(3.5)
+    assert (await cache.stats()).swept_results >= len(request_ids)
     await watch.phase("clear")
     await cache.clear(tier="l1")
     await watch.phase("store again")
