@@ -18,6 +18,7 @@ TESTS = Path(__file__).parents[1]
 # A chunk is two objects, one smaller and one larger than a page.
 LAYOUT = make_layout(SMALL, ObjectGroup((5000,), "uint8"))
 CHUNK_PAGES = 2
+TRAILER_BYTES = 64  # of a file, behind its object
 
 
 def path_of(directory: Path, key: ObjectKey) -> Path:

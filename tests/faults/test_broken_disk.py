@@ -115,7 +115,7 @@ VERBS = ["getattr", "create", "open", "read", "write", "truncate", "fsync", "fsy
 async def test_any_call_may_fail_be_slow_or_stuck(disk, verb):
     """While the disk is broken and after: right bytes, typed results; in the end all is as if nothing had been."""
     rng = random.Random(verb)
-    prompts = [PROMPT, OTHER, THIRD]
+    prompts = [PROMPT, OTHER, THIRD, make_prompt(CHUNKS + 2, 1, LAYOUT)]  # of the last, the first is a part
     for number in range(rounds(2, 20)):
         backend = FileSystemBackend(disk.path, durability="fsync", direct=rng.random() < 0.5)
         async with open_cache(backend, **SHORT) as cache:
@@ -128,7 +128,7 @@ async def test_any_call_may_fail_be_slow_or_stuck(disk, verb):
                             await fill(cache, prompt)
                             assert (await cache.flush()).pending == 0
                         case 1:
-                            assert await read_back(cache, prompt) <= CHUNKS
+                            assert await read_back(cache, prompt) <= len(prompt)
                         case 2:
                             with suppress(BackendError):
                                 await cache.delete(prompt)
@@ -140,7 +140,7 @@ async def test_any_call_may_fail_be_slow_or_stuck(disk, verb):
             await cache.clear("l1")  # what was dropped is not written again as long as it is there
             await fill_l2(cache, *prompts)
             for prompt in prompts:
-                assert await read_back(cache, prompt) == CHUNKS
+                assert await read_back(cache, prompt) == len(prompt)
             await assert_nothing_held(cache)
             await cache.clear("all")
             assert await listing(backend) == {}

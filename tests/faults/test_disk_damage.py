@@ -29,9 +29,8 @@ from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.filesystem import FileSystemBackend
 from async_cache.testing.conformance import content, find, get, key, put
 
-from .disk import CHUNK_PAGES, LAYOUT, path_of, rests
+from .disk import CHUNK_PAGES, LAYOUT, TRAILER_BYTES, path_of, rests
 
-TRAILER_BYTES = 64
 CHUNKS = 8
 PROMPT = make_prompt(CHUNKS, layout=LAYOUT)
 

@@ -85,7 +85,7 @@ async def test_what_can_not_be_stored_is_dropped_and_what_is_there_is_served(dis
 
 @every_limit
 async def test_a_store_raises_or_says_what_it_did_not_store(disk):
-    backend = FileSystemBackend(disk)
+    backend = FileSystemBackend(disk, capacity_bytes=2**20)  # more than it gets
     await backend.open()
     numbers = range(200)
     stored = await put(backend, numbers, 5000)

@@ -16,9 +16,10 @@ from soak import rounds
 from async_cache import ObjectGroup
 from async_cache.l2.filesystem import FileSystemBackend
 
-from .disk import listing, process, rests, say
+from .disk import TRAILER_BYTES, listing, process, rests, say
 
 LAYOUT = make_layout(ObjectGroup((1000,), "uint8"), ObjectGroup((2 * 2**20 + 1,), "uint8"))
+WHOLE = {group.size_bytes + TRAILER_BYTES for group in LAYOUT.groups}
 CHUNKS = 3
 PAGES = 8 * CHUNKS * LAYOUT.room_bytes[0] // PAGE
 
@@ -61,6 +62,7 @@ async def test_a_kill_while_it_stores(tmp_path, durability, record_property):
         directory.mkdir()
         flushed = store_until_killed(rng, directory, durability, writing=number % 2)
         cut_off += len(rests(directory))
+        assert {path.stat().st_size for path in directory.glob("*.kv")} == WHOLE
         async with cache_on(directory, durability) as cache:
             for each in flushed:
                 assert await read_back(cache, prompt_of(each)) == CHUNKS

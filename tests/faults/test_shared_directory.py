@@ -16,7 +16,7 @@ from soak import rounds
 from async_cache import Shortfall
 from async_cache.l2.filesystem import FileSystemBackend
 
-from .disk import CHUNK_PAGES, LAYOUT, listing, process, rests, say
+from .disk import CHUNK_PAGES, LAYOUT, TRAILER_BYTES, listing, process, rests, say
 
 CHUNKS = 6
 PROMPTS = [make_prompt(CHUNKS, number, LAYOUT) for number in range(8)]
@@ -118,7 +118,7 @@ async def test_two_processes_store_load_delete_and_evict_the_same(tmp_path, reco
                 check(lease, prompt)
     assert rests(tmp_path) == []
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]
-    assert 0 < sum(sizes) - 64 * len(sizes) <= CAPACITY_BYTES
+    assert 0 < sum(sizes) - TRAILER_BYTES * len(sizes) <= CAPACITY_BYTES
 
 
 if __name__ == "__main__":
