@@ -201,7 +201,7 @@ async def test_any_damage_to_records(backend, tmp_path, size_bytes):
     """Each round, half of eight objects are damaged: the others are not touched by it."""
     rng, folder, numbers = random.Random(size_bytes), tmp_path / "kv", range(8)
     good = [content(number, size_bytes) for number in numbers]
-    for _ in range(rounds(15, 300)):
+    for _ in range(rounds(8, 300)):
         assert all(await put(backend, numbers, size_bytes))
         expected = dict(enumerate(good))
         hurt = rng.sample(numbers, 4)
