@@ -211,6 +211,12 @@ async def test_close_ends_while_a_call_is_stuck(disk, verb, close_timeout_second
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+async def test_a_cache_does_not_wait_for_a_stuck_disk_to_open(disk):
+    with disk.broken("getattr", "stuck"), pytest.raises(BackendError, match="did not open"):
+        await AsyncCache(CacheConfig(l1_bytes=ROOM, l2=[f"fs://{disk.path}"], **SHORT)).open()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def load_from_a_dead_disk(directory):
     """A program: what it stored, it loads again when it is told to."""
     async with open_cache(FileSystemBackend(directory), **SHORT) as cache:
