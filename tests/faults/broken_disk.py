@@ -67,6 +67,11 @@ class BrokenDisk:
         self.child.stdin.write(" ".join(words) + "\n")
         assert self.child.stdout.readline() == "done\n"
 
+    def dies(self) -> None:
+        """From now on every call fails."""
+        self.child.kill()
+        self.child.wait()
+
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """For a while nothing is answered."""

@@ -30,7 +30,7 @@ from async_cache import AsyncCache, AsyncCacheError, BackendError, CacheConfig, 
 from async_cache.l2.filesystem import FileSystemBackend
 
 from .broken_disk import BrokenDisk
-from .disk import CHUNK_PAGES, LAYOUT, listing, process, rests, say
+from .disk import CHUNK_PAGES, LAYOUT, held_by_process, listing, process, rests, say
 
 CHUNKS = 4
 ROOM = CHUNKS * CHUNK_PAGES * PAGE
@@ -116,11 +116,13 @@ async def test_any_call_may_fail_be_slow_or_stuck(disk, verb):
     """While the disk is broken and after: right bytes, typed results; in the end all is as if nothing had been."""
     rng = random.Random(verb)
     prompts = [PROMPT, OTHER, THIRD, make_prompt(CHUNKS + 2, 1, LAYOUT)]  # of the last, the first is a part
-    for number in range(rounds(2, 20)):
+    faults = FAULTS + LIES * (verb == "read")
+    held = set()
+    for number in range(rounds(2, 18)):
         backend = FileSystemBackend(disk.path, durability="fsync", direct=rng.random() < 0.5)
         async with open_cache(backend, **SHORT) as cache:
             await fill_l2(cache, PROMPT, OTHER)
-            with disk.broken(verb, rng.choice(FAULTS + LIES * (verb == "read")) if number else "eio"):
+            with disk.broken(verb, faults[number % len(faults)]):
                 for _ in range(6):
                     prompt = rng.choice(prompts)
                     match rng.randrange(4):
@@ -148,6 +150,26 @@ async def test_any_call_may_fail_be_slow_or_stuck(disk, verb):
         async with open_cache(FileSystemBackend(disk.path)):
             pass
         assert rests(disk.source) == []
+        held.add(held_by_process())
+    assert len(held) == 1
+
+
+async def test_a_disk_that_dies_is_a_fault_like_any_other(tmp_path):
+    with BrokenDisk(tmp_path).mounted() as disk:
+        disk.start_anew()
+        async with open_cache(FileSystemBackend(disk.path), **SHORT) as cache:
+            await fill_l2(cache, PROMPT)
+            await fill_l2(cache, OTHER)
+            disk.dies()
+            result = await cache.prefetch(PROMPT, request_id="a").load_done
+            assert (result.chunks, result.shortfall) == (0, Shortfall.BACKEND_ERROR)
+            await cache.end_request("a")
+            await fill(cache, THIRD)
+            assert (await cache.flush()).dropped == CHUNKS
+            assert await read_back(cache, THIRD) == CHUNKS  # from L1
+            with pytest.raises(BackendError):
+                await cache.delete(OTHER)
+            await assert_nothing_held(cache)
 
 
 # What never returns.
