@@ -35,7 +35,7 @@ from .disk import CHUNK_PAGES, LAYOUT, held_by_process, listing, process, rests,
 CHUNKS = 4
 ROOM = CHUNKS * CHUNK_PAGES * PAGE
 PROMPT, OTHER, THIRD = (make_prompt(CHUNKS, number, LAYOUT) for number in (1, 2, 3))
-SHORT = {"lookup_timeout_seconds": 0.3, "load_timeout_seconds": 0.3, "store_timeout_seconds": 0.3}
+SHORT = {"lookup_timeout_seconds": 0.5, "load_timeout_seconds": 0.5, "store_timeout_seconds": 0.5}
 SHORT |= {"breaker_reset_seconds": 0.02, "close_timeout_seconds": 1}
 
 
