@@ -7,7 +7,7 @@ The modules, in the order the data flows; a module imports only what is listed b
 - `keys`: token ids -> chained chunk hashes -> object keys
 - `layout`: what fixes the bytes; prompts
 - `coverage`: found objects -> the prefix that they serve
-- `promise`, `sweeper`: a value that comes once; what nobody comes back for
+- `promise`, `sweeper`, `ring`: a value that comes once; what nobody comes back for; the order of use
 - `l1`: chunks in shared memory
 - `l2`: storage backends
 - `lookup`: ask every backend what it holds

@@ -64,8 +64,7 @@ class Indices:
         return entries
 
     def release(self, entries):
-        for entry in reversed(entries):
-            self.l1.release(entry)
+        self.l1.release(reversed(entries))
 
     def pin(self, keys):
         return self.l2.pin_present(keys)
