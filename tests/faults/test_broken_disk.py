@@ -234,7 +234,7 @@ async def test_close_ends_while_a_call_is_stuck(disk, verb, close_timeout_second
 
 
 async def test_a_cache_does_not_wait_for_a_stuck_disk_to_open(disk):
-    with disk.broken("getattr", "stuck"), pytest.raises(BackendError, match="did not open"):
+    with disk.broken("getattr", "stuck"), pytest.raises(BackendError, match="was not open"):
         await AsyncCache(CacheConfig(l1_bytes=ROOM, l2=[f"fs://{disk.path}"], **SHORT)).open()
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
