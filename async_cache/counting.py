@@ -9,7 +9,7 @@ from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
 from async_cache.layout import Prompt
 from async_cache.loads import Loader
-from async_cache.lookup import Asked, ask
+from async_cache.lookup import Asked, ask, ask_nowait
 from async_cache.removal import Hidden
 from async_cache.values import LookupHits, Shortfall
 
@@ -31,7 +31,7 @@ async def count_hits(
     missing = {n: lacks for n, mask in enumerate(here) if (lacks := layout.full_mask & ~mask)}
     asked = Asked(layout, hashes, missing)
     with hidden.watch() as removed:
-        found = await ask(guards if missing else (), asked, timeout_seconds)
+        found = ask_nowait(guards, asked) or await ask(guards if missing else (), asked, timeout_seconds)
     try:
         for number, mask in found.masks().items():
             if hashes[number] not in removed:

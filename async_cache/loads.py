@@ -251,7 +251,7 @@ class Loader:
         if keys and guard.allows():
             self.loads += len(keys)
             batch.call = guard.start(guard.backend.load, keys, buffers)
-            batch.call.add_done_callback(lambda _: self._call_ended(parts))
+            batch.call.add_done_callback(lambda _: self._discard_untouched(parts))
             try:
                 outcomes = await guard.finish(batch.call, self._config.load_timeout_seconds, len(keys))
             except CallTimeoutError:
@@ -366,8 +366,7 @@ class Loader:
         ranks = [reservation.rank for reservation in load.reservations]
         made = self._l1.reserve(load.layout, [(load.chunk_hash, rank) for rank in ranks])
         if len(made) < len(ranks):
-            for reservation in made:
-                self._l1.discard(reservation)
+            self._l1.discard(made)
             return None
         size = sum(reservation.size_bytes for reservation in made)
         again = ChunkLoad(load.chunk_hash, load.layout, made, load.shares, size, load.wanted, load.wanted)
@@ -393,7 +392,7 @@ class Loader:
                     if mask:
                         entry = l1.commit(reservation, mask)
                     else:
-                        l1.discard(reservation)
+                        l1.discard((reservation,))
             settled.append((load, entry or l1.index.get(load.chunk_hash)))
         self._tell(settled)
 
@@ -415,9 +414,10 @@ class Loader:
         by_batch: dict[Batch, list[ChunkLoad]] = {}
         for load in dead:
             del self._table[load.chunk_hash]
-            self._abandon(load)
+            load.abandoned = True
             for batch in load.batches:
                 by_batch.setdefault(batch, []).append(load)
+        self._discard_untouched(dead)
         for batch, loads in by_batch.items():
             batch.unpin(loads)
             if batch.parts:
@@ -427,11 +427,6 @@ class Loader:
             elif batch in self._queues[batch.guard]:
                 self._queues[batch.guard].remove(batch)
                 batch.guard.load_ended(batch.size_bytes, loaded=False)
-
-    def _abandon(self, load: ChunkLoad) -> None:
-        load.abandoned = True
-        if not load.touched:
-            self._discard(load)
 
     def _quarantine(self, loads: Iterable[ChunkLoad]) -> None:
         """A call that should have ended may still write there: it holds up nothing else."""
@@ -443,15 +438,12 @@ class Loader:
                 self._l1.quarantine(reservation)
             load.abandoned = True
 
-    def _call_ended(self, loads: Iterable[ChunkLoad]) -> None:
-        for load in loads:
-            if load.abandoned and not load.touched:
-                self._discard(load)
-
-    def _discard(self, load: ChunkLoad) -> None:
-        self._uncount(load)
-        for reservation in load.reservations:
-            self._l1.discard(reservation)
+    def _discard_untouched(self, loads: Iterable[ChunkLoad]) -> None:
+        """Free the rooms of those that are abandoned, unless a call may still write there: it comes back here."""
+        free = [load for load in loads if load.abandoned and not load.touched]
+        for load in free:
+            self._uncount(load)
+        self._l1.discard(reservation for load in free for reservation in load.reservations)
 
     def _uncount(self, load: ChunkLoad) -> None:
         self._room_bytes -= load.room_bytes

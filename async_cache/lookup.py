@@ -9,6 +9,8 @@ from async_cache.keys import ObjectKey
 from async_cache.l2.guard import Guard
 from async_cache.layout import ModelLayout
 
+_UNPINNED_AT_ONCE = 1024  # chunks
+
 
 class Asked:
     """What a lookup asks for: objects of chunks, as masks by the chunk's number among `hashes`."""
@@ -95,11 +97,18 @@ class Found:
             masks.update(dict.fromkeys(gone, 0))
 
     def close(self) -> None:
-        """Give back the pins that were not taken."""
+        """Give back the pins that were not taken: of very many, in slices, between which the loop has its turn."""
         for guard, masks in self._holders:
-            if any(masks.values()):
-                guard.unpin(self._asked.keys_of(masks))
+            left = [(number, mask) for number, mask in masks.items() if mask]
             masks.clear()
+            if left:
+                self._unpin(guard, left, 0)
+
+    def _unpin(self, guard: Guard, left: Sequence[tuple[int, int]], begin: int) -> None:
+        end = begin + _UNPINNED_AT_ONCE
+        guard.unpin(self._asked.keys_of(dict(left[begin:end])))
+        if end < len(left):
+            asyncio.get_running_loop().call_soon(self._unpin, guard, left, end)
 
 
 def ask_nowait(guards: Sequence[Guard], asked: Asked) -> Found | None:

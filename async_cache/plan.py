@@ -81,8 +81,7 @@ class Planner:
             made = self._l1.reserve(layout, [(hashes[number], rank) for number, rank in blocks])
             if len(made) == len(blocks):
                 break
-            for reservation in made:  # memory is fragmented
-                self._l1.discard(reservation)
+            self._l1.discard(made)  # memory is fragmented
             length = coverage.largest(served, blocks[len(made)][0])
             lacking = lacks(length)
         release_unneeded(self._l1, request, lacking.needed)

@@ -71,17 +71,17 @@ class WriteChunk:
                     view.release()
                 except BufferError:
                     continue
-        self._writer._l1.discard(self._reservation)
+        self._writer._l1.discard((self._reservation,))
 
     def _take_back(self) -> None:
         """It was taken from its owner: the room is quarantined until the last view of it is gone."""
         self._views = ()
         export = self._export() if self._export is not None else None
         if export is None:
-            self._writer._l1.discard(self._reservation)
+            self._writer._l1.discard((self._reservation,))
         else:
             self._writer._l1.quarantine(self._reservation)
-            weakref.finalize(export, self._writer._l1.discard, self._reservation).atexit = False
+            weakref.finalize(export, self._writer._l1.discard, (self._reservation,)).atexit = False
 
 
 class Writer:

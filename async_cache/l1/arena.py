@@ -9,6 +9,7 @@ import fcntl
 import mmap
 import os
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _F_ADD_SEALS = 1033
@@ -108,6 +109,18 @@ class Extents:
             self._remove(end)
             end += after
         self._add(begin, end - begin)
+
+    def free_all(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Give ranges, as (begin, bytes), back: a row of them costs little more than one."""
+        begin = end = 0
+        for first, size_bytes in sorted(ranges):
+            if first != end:
+                if end > begin:
+                    self.free(begin, end - begin)
+                begin = first
+            end = first + size_bytes
+        if end > begin:
+            self.free(begin, end - begin)
 
     def _take(self, begin: int, size_bytes: int) -> None:
         length = self._length_at[begin]

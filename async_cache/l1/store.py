@@ -133,7 +133,7 @@ class L1Store:
         """
         if reservation.within is not None:
             reservation.within.present |= mask
-            self.discard(reservation)
+            self.discard((reservation,))
             return reservation.within
         chunk_hash, rank = reservation.chunk_hash, reservation.rank
         entry = self.index.get(chunk_hash)
@@ -142,7 +142,7 @@ class L1Store:
             if not missing or entry.holds or entry.leases:
                 if missing and not entry.holds:
                     self._copy(reservation, entry, missing)
-                self.discard(reservation)
+                self.discard((reservation,))
                 return entry
             self._take_block(entry, rank)  # incomplete and unused: the new block replaces it
         size = self._end(reservation)
@@ -170,15 +170,17 @@ class L1Store:
             view[to + begin : to + end] = view[source + begin : source + end]
         entry.present |= mask
 
-    def discard(self, reservation: Reservation) -> None:
-        """Give the room back unpublished, also from quarantine. Once is enough, twice does no harm."""
-        if reservation.state is _DONE:
-            return
-        size = self._end(reservation)
-        if reservation.within is not None:
-            self.unhold(reservation.within)
-        else:
-            self._extents.free(reservation.offset, size)
+    def discard(self, reservations: Iterable[Reservation]) -> None:
+        """Give rooms back unpublished, also from quarantine. Once is enough, twice does no harm."""
+        rooms = []
+        for reservation in reservations:
+            if reservation.state is not _DONE:
+                size = self._end(reservation)
+                if reservation.within is not None:
+                    self.unhold(reservation.within)
+                else:
+                    rooms.append((reservation.offset, size))
+        self._extents.free_all(rooms)
 
     def quarantine(self, reservation: Reservation) -> None:
         """Somebody may still touch the room: set it aside until `discard`."""
@@ -214,8 +216,7 @@ class L1Store:
 
     def _free(self, entry: Entry) -> None:
         self._detached.discard(entry)
-        for offset, size in entry.blocks():
-            self._extents.free(offset, size)
+        self._extents.free_all(entry.blocks())
 
     def _take_block(self, entry: Entry, rank: int) -> None:
         offset, size = entry.offset(rank), entry.layout.room_bytes[rank]

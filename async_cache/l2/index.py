@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from msgspec import Struct
 
@@ -126,10 +127,12 @@ class Index:
         """The objects of a chunk, and their sizes."""
         return [(ObjectKey(chunk_hash, *which), size) for which, size in self._held(chunk_hash).items()]
 
-    def forget(self, chunk_hashes: Iterable[bytes]) -> None:
-        """Let go of records, at the end: the links between them would keep them alive."""
-        for chunk_hash in chunk_hashes:
-            self._set(chunk_hash, _NOTHING)
+    def forget(self, count: int) -> bool:
+        """Let go of so many records, at the end; whether that were any. The links between them keep them alive."""
+        chunks = list(islice(self._order, count))
+        for chunk in chunks:
+            self._set(chunk.chunk_hash, _NOTHING)
+        return bool(chunks)
 
     def _set(self, chunk_hash: bytes, held: _Held) -> Chunk:
         """Change what a chunk holds, and the totals with it."""

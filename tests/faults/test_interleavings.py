@@ -44,7 +44,7 @@ REACHED = {
 def test_in_whatever_order_callbacks_run_the_cache_keeps_its_word(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     reached: Counter[str] = Counter()
-    for seed in seeds(quick=300, long=40_000):
+    for seed in seeds(quick=1000, long=40_000):
         run(seed, lambda loop: Program(loop, reached).main())
         assert not caplog.records, f"{REPLAY}={seed}: what went wrong was only logged"
     if REPLAY not in os.environ:

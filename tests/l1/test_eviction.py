@@ -230,7 +230,7 @@ class L1Machine(RuleBasedStateMachine):
                 entry = self.l1.commit(reservation, mask)
                 assert self.l1.index[reservation.chunk_hash] is entry and entry.present & mask
             elif end == "discard":
-                self.l1.discard(reservation)
+                self.l1.discard((reservation,))
             else:
                 self.l1.quarantine(reservation)
                 self.reserved.append(reservation)  # to be discarded, or never
@@ -267,7 +267,7 @@ class L1Machine(RuleBasedStateMachine):
         for entry in self.held:
             self.l1.unhold(entry)
         for reservation in self.reserved:
-            self.l1.discard(reservation)
+            self.l1.discard((reservation,))
         for entry in list(self.l1.index.values()):
             self.l1.remove(entry)
         self.l1.check_integrity()

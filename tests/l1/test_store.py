@@ -57,8 +57,8 @@ def test_blocks_are_whole_pages_that_do_not_overlap(l1):
     assert [reservation.offset % PAGE_BYTES for reservation in made] == [0, 0]
     assert l1.reserved_bytes == 2 * PAGE_BYTES
     for reservation in made:
-        l1.discard(reservation)
-        l1.discard(reservation)
+        l1.discard((reservation,))
+        l1.discard((reservation,))
     assert l1.used_bytes == 0
 
 
@@ -165,7 +165,7 @@ def test_quarantined_room_is_counted_apart_and_comes_back(l1):
     (reservation,) = l1.reserve(ONE, [(b"a", 0)])
     l1.quarantine(reservation)
     assert (l1.reserved_bytes, l1.quarantined_bytes) == (0, PAGE_BYTES)
-    l1.discard(reservation)
+    l1.discard((reservation,))
     assert (l1.quarantined_bytes, l1.used_bytes) == (0, 0)
 
 
