@@ -212,7 +212,7 @@ class FileSystemBackend(Backend):
                 ended = await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))
             finally:  # also where the caller waits no longer: who waits for a thread that is stuck would do so for ever
                 self._given_up.set_result(None)
-            while self._index.forget(SLICE):
+            while self._index.forget(SLICE):  # noqa: ASYNC110 (nothing is waited for)
                 await asyncio.sleep(0)
             if all(ended):  # a thread that is stuck could otherwise meet a number that means another file by then
                 self._directory.close()
