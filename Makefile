@@ -22,7 +22,7 @@ demo: $(INSTALLED) $(MODEL) ## a real model answers a long prompt twice; the sec
 test: $(INSTALLED) ## run the tests
 	$(BIN)/pytest
 
-soak: $(INSTALLED) ## run the long part of the tests: faults, interleavings and the state machine, half an hour
+soak: $(INSTALLED) ## run the long part of the tests: faults, interleavings and the state machine, 40 minutes
 	SOAK=300 $(BIN)/pytest --timeout=1800 tests/faults tests/test_state_machine.py
 
 lint: $(INSTALLED) ## ruff and mypy

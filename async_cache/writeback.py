@@ -82,7 +82,8 @@ class Writeback:
         return len(self._pending)
 
     def enqueue(self, entry: Entry) -> None:
-        """Objects of this chunk were committed."""
+        """Objects of this chunk were committed, or it is stored anew after it was dropped."""
+        entry.dropped = False
         for lane in self._lanes:
             if entry not in lane.waiting:
                 lane.waiting[entry] = 0
@@ -158,6 +159,7 @@ class Writeback:
     def _ended(self, entry: Entry, fate: "Fate", mask: int = 0) -> None:
         """One lane has done with it, having stored `mask`. It counts as dropped if no backend has stored all of it."""
         entry.unwritten -= 1
+        entry.dropped |= fate is Fate.DROPPED
         self._stored[entry] = self._stored.get(entry, 0) | mask
         if not entry.unwritten:
             stored = not entry.present & ~self._stored.pop(entry)

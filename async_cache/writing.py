@@ -165,6 +165,9 @@ class Writer:
         self._l1.lease(resident)  # the room for a tail must not be taken from its own head
         made = self._l1.reserve(layout, [(hashes[index], self._rank) for index in missing])
         self._l1.release(reversed(resident))
+        for entry in resident:
+            if entry.dropped:  # whoever stores a prompt again wants it in L2
+                self._writeback.enqueue(entry)
         if len(made) < len(missing):
             self.shortfall = Shortfall.MEMORY
         self._chunks = tuple(WriteChunk(self, i, reservation) for i, reservation in zip(missing, made, strict=False))

@@ -196,10 +196,27 @@ def burst(peers, peer_python, rounds):
     print(f"\nOf one prompt, ours loaded {loads} objects for 1000 requests of 16.", flush=True)
 
 
+def index():
+    """A million chunks, and a restart."""
+    found = run(sys.executable, HERE / "index.py")
+    columns = {
+        "lookup_and_lease_ns": "look up and lease, ns a chunk",
+        "release_ns": "release, ns",
+        "instructions": "instructions a chunk for both",
+        "bytes": "bytes a chunk, both indices",
+        "collection_ms": "garbage collection, ms",
+    }
+    rows = [[f"{row['chunks']:,}", *(row.get(name, "") for name in columns)] for row in found["index"]]
+    table(("chunks in the index", *columns.values()), rows)
+    restart = found["restart"]
+    table(restart, [restart.values()])
+
+
 def main():
     peers, peer_python = os.environ.get("PEERS"), os.environ.get("PEER_PYTHON")
     rounds = int(os.environ.get("ROUNDS", "3"))
     hashing()
+    index()
     hits(Path(peers) if peers else None, peer_python)
     if peers:
         os.environ["PYTHONPATH"] = str(HERE)

@@ -34,6 +34,7 @@ class Entry(Struct, gc=False, eq=False):
     leases: int = 0
     holds: int = 0
     unwritten: int = 0  # backends that have not stored it yet
+    dropped: bool = False  # some backend did not store it, and is not asked again until it is stored anew
     detached: bool = False
     older: "Entry | None" = None  # for the eviction policy
     newer: "Entry | None" = None

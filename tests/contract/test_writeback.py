@@ -234,6 +234,22 @@ async def test_what_l2_does_not_take_is_dropped_and_counted_and_stays_in_l1(answ
         await assert_nothing_held(cache, backend)
 
 
+async def test_what_was_dropped_is_written_when_it_is_stored_again():
+    backend = Scripted(MemoryBackend())
+    backend.store_answer = False
+    async with open_cache(backend) as cache:
+        await fill(cache, make_prompt(3))
+        assert await cache.flush() == FlushResult(written=0, pending=0, dropped=3)
+        backend.store_answer = True
+        await fill(cache, make_prompt(3))  # all of it is in L1
+        assert await cache.flush() == FlushResult(written=3, pending=0, dropped=0)
+        await fill(cache, make_prompt(3))
+        assert await cache.flush() == FlushResult(written=0, pending=0, dropped=0)
+        await cache.clear("l1")
+        assert await read_back(cache, make_prompt(3)) == 3
+        await assert_nothing_held(cache, backend)
+
+
 @pytest.mark.parametrize("stubborn", [False, True])
 async def test_a_store_that_never_ends_holds_up_neither_a_flush_nor_a_load(stubborn):
     gate = GatedBackend(MemoryBackend(), stubborn=stubborn)
