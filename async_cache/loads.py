@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _BATCH_BYTES = 64 * 2**20  # of one call to a backend: enough to keep its threads busy, little enough to have an end
 _BATCH_CHUNKS = 1024  # what the loop prepares in a millisecond or two
-_TOLD_AT_ONCE = 256  # shares of a prefix that many requests want; then the loop gets its turn
+_TOLD_AT_ONCE = 4096  # shares, in two milliseconds; then the loop gets its turn
 Arrival = tuple[int, Entry | None, Shortfall | None]
 """The number of a chunk, what can be found of it, and why that may be less than was wanted."""
 _Rooms = Sequence[tuple[int, Reservation]]

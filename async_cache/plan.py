@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from async_cache import coverage
 from async_cache.config import CacheConfig
-from async_cache.l1.entry import Reservation
+from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
-from async_cache.loads import Loader
+from async_cache.loads import ChunkLoad, Loader
 from async_cache.lookup import Found
 from async_cache.removal import Hidden
 from async_cache.request import Request
@@ -43,17 +43,16 @@ class Planner:
 
     def plan(self, request: Request, found: Found | None) -> Plan:
         """The longest prefix for which L1 can make room. Gives back the leases beyond it."""
-        layout, hashes = request.prompt.layout, request.hashes
-        here = [entry.present if entry is not None else 0 for entry in request.entries]
-        roomy = {number: entry.ranks for number, entry in enumerate(request.entries) if entry is not None}
-        loads = [(number, self._loader.table[hashes[number]]) for number in request.loads]
-        for number, load in loads:
+        layout, hashes, entries = request.prompt.layout, request.hashes, request.entries
+        loads = {number: self._loader.table[hashes[number]] for number in request.loads}
+        here = [entry.present if entry is not None else 0 for entry in entries]
+        for number, load in loads.items():
             here[number] |= load.wanted
-            roomy[number] = roomy.get(number, 0) | sum(1 << reservation.rank for reservation in load.reservations)
         served = coverage.lengths(layout, self._exists(here, hashes, found))
-        for number, load in loads:
+        for number, load in loads.items():
             if load.abandoned:  # what starts again can not take more with it
                 here[number] = layout.full_mask
+        partly = bool(loads) or any(entries)
 
         def lacks(length: int) -> _Lacks:
             needed = coverage.needed(layout, length)
@@ -64,8 +63,8 @@ class Planner:
                 if (mask := need & local & ~have)
             }
             blocks = [(n, rank) for n, mask in to_load.items() for rank in layout.ranks[mask]]
-            if roomy:
-                blocks = [(n, rank) for n, rank in blocks if not roomy.get(n, 0) >> rank & 1]
+            if partly:
+                blocks = [(n, rank) for n, rank in blocks if not _ranks_with_room(entries[n], loads.get(n)) >> rank & 1]
             return _Lacks(needed, to_load, blocks)
 
         length = served[-1]
@@ -86,7 +85,7 @@ class Planner:
             lacking = lacks(length)
         release_unneeded(self._l1, request, lacking.needed)
         rooms = list(zip([number for number, _ in blocks], made, strict=True))
-        if roomy:
+        if partly:
             rooms += self._reserve_within(request, lacking.to_load)
         return Plan(length, served[-1], lacking.needed, lacking.to_load, rooms)
 
@@ -127,6 +126,14 @@ class Planner:
             if entry is not None and entry.leases == 1 and not entry.holds
         )
         return size <= self._l1.available_bytes + spare
+
+
+def _ranks_with_room(entry: Entry | None, load: ChunkLoad | None) -> int:
+    """The ranks, by bit, that have a block for this chunk, resident or on its way."""
+    ranks = entry.ranks if entry is not None else 0
+    for reservation in load.reservations if load is not None else ():
+        ranks |= 1 << reservation.rank
+    return ranks
 
 
 def release_unneeded(l1: L1Store, request: Request, needed: Sequence[int]) -> None:

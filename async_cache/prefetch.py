@@ -163,14 +163,14 @@ class PrefetchController:
         """Promise a prefix, make sure of it, say so, and have the rest loaded: one step."""
         hashes = request.hashes
         plan = self._planner.plan(request, found)
-        joined = sorted(n for n in request.loads if n < plan.length and self._waits_for(request, n, plan.needed[n]))
+        joined = {n: mask for n in sorted(request.loads) if (mask := self._waits_for(request, n, plan.needed))}
         self._loader.leave(request, [hashes[n] for n in request.loads.difference(joined)])
         sizes = request.prompt.layout.sizes
         load_bytes = 0
-        for number in joined:
-            mask = self._waits_for(request, number, plan.needed[number]) & ~plan.to_load.get(number, 0)
-            self._loader.shared_loads += mask.bit_count()
-            load_bytes += sizes[mask]
+        for number, waits_for in joined.items():
+            shared = waits_for & ~plan.to_load.get(number, 0)
+            self._loader.shared_loads += shared.bit_count()
+            load_bytes += sizes[shared]
         sources = found.take(plan.to_load) if found is not None else []
         source_bytes = [(guard, sum([sizes[mask] for mask in masks.values()])) for guard, masks in sources if masks]
         load_bytes += sum(size for _, size in source_bytes)
@@ -193,10 +193,11 @@ class PrefetchController:
             self._finish(request)
 
     @staticmethod
-    def _waits_for(request: Request, number: int, needed: int) -> int:
-        """The objects of a chunk that are not in L1 yet."""
+    def _waits_for(request: Request, number: int, needed: Sequence[int]) -> int:
+        """The objects of a chunk that are needed and not in L1 yet."""
         entry = request.entries[number]
-        return needed & request.local_mask & ~(entry.present if entry is not None else 0)
+        mask = needed[number] & request.local_mask if number < len(needed) else 0
+        return mask & ~entry.present if entry is not None else mask
 
     def _arrived(self, request: Request, arrivals: Sequence[Arrival]) -> None:
         """Chunks have arrived, or not; the last one ends the load."""

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import threading
 import time
+from functools import cache
 
 import uvloop
 
@@ -20,6 +21,11 @@ from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, Promp
 
 DATA = os.environ.get("PEER_DATA") or os.path.join(tempfile.gettempdir(), "kv-peers")
 STORE_BYTES = 256 * 2**20  # at a time
+
+
+@cache
+def layout(size):
+    return ModelLayout("bench", (ObjectGroup((size,), "uint8"),), chunk_tokens=1)
 
 
 class Handle:
@@ -37,9 +43,8 @@ class Request:
     """Keys, hashed: a prompt of one token a chunk, whose chunk hashes are those of the key ids."""
 
     def __init__(self, label, size, ids):
-        layout = ModelLayout("bench", (ObjectGroup((size,), "uint8"),), chunk_tokens=1)
         self.hashes = [hashlib.sha256(f"{label}/{size}/{i}".encode()).digest() for i in ids]
-        self.prompt = Prompt(layout, b"", len(self.hashes), "", "", hashes=self.hashes)
+        self.prompt = Prompt(layout(size), b"", len(self.hashes), "", "", hashes=self.hashes)
         self.handle = None
 
 
@@ -178,6 +183,40 @@ class Ours:
             if label == "l2":
                 self.forget(request.hashes)
         return {"known": known, "loaded": loaded}
+
+    def inside_burst(self, c, size, K, nsets, offset):  # noqa: N803 (the names of the peers' worker)
+        """Many prefetches at once, each awaited by a task in the loop; the figures that the peers' worker gives."""
+        begins = [(offset + i) % nsets * K for i in range(c)]
+        return self.call(self.gather([Request("l2", size, range(begin, begin + K)) for begin in begins]))
+
+    async def gather(self, requests):
+        seconds, short, before = [], 0, (await self.cache.stats()).loads
+
+        async def one(request):
+            nonlocal short
+            began = time.perf_counter()
+            prefetch = self.cache.prefetch(request.prompt)
+            result = await prefetch.load_done
+            seconds.append(time.perf_counter() - began)
+            short += result.chunks != len(request.hashes)
+            await self.cache.end_request(prefetch.request_id)
+
+        began = time.perf_counter()
+        await asyncio.gather(*map(one, requests))
+        wall = time.perf_counter() - began
+        loads = (await self.cache.stats()).loads - before
+        for request in requests:
+            self.forget(request.hashes)
+        seconds.sort()
+        n = len(seconds)
+        return {
+            "wall": wall,
+            "n": n,
+            "p50": seconds[n // 2],
+            "p99": seconds[int(n * 0.99)],
+            "short": short,
+            "loads": loads,
+        }
 
     def stats(self):
         stats = self.call(self.cache.stats())
