@@ -54,7 +54,7 @@ class FileSystemBackend(Backend):
         capacity_bytes: int | None = 10 * 2**30,
         durability: Literal["none", "fsync"] = "none",
         direct: bool = False,
-        threads: int = 2,
+        threads: int = 4,
     ):
         if capacity_bytes is not None and capacity_bytes < 1:
             raise ConfigError(f"capacity_bytes must be at least 1, or None for no bound, not {capacity_bytes}")

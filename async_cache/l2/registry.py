@@ -27,7 +27,7 @@ def from_url(url: str) -> Backend:
     """The backend, not opened yet, that a URL describes.
 
         memory://[name]?capacity=1GiB
-        fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=2
+        fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4
 
     `capacity` is in bytes or with a unit; "none" is no bound. Without it, memory is unbounded and a directory
     is bounded to 10 GiB. A path is absolute; in it, "?", "#" and "%" are percent-encoded.
@@ -117,7 +117,7 @@ _SCHEMES = {
         parameters={"capacity": ("capacity_bytes", _capacity)},
     ),
     "fs": _Scheme(
-        form="fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=2",
+        form="fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4",
         module="async_cache.l2.filesystem",
         implementation="FileSystemBackend",
         place=_directory,
