@@ -29,13 +29,18 @@ from soak import rounds
 from async_cache import AsyncCache, AsyncCacheError, BackendError, CacheConfig, Shortfall
 from async_cache.l2.filesystem import FileSystemBackend
 
-from .broken_disk import BrokenDisk
 from .disk import CHUNK_PAGES, LAYOUT, held_by_process, listing, process, rests, say
+
+try:
+    from .broken_disk import BrokenDisk
+except OSError as error:
+    pytest.skip(f"no FUSE here: {error}", allow_module_level=True)
 
 CHUNKS = 4
 ROOM = CHUNKS * CHUNK_PAGES * PAGE
 PROMPT, OTHER, THIRD = (make_prompt(CHUNKS, number, LAYOUT) for number in (1, 2, 3))
-SHORT = {"lookup_timeout_seconds": 0.5, "load_timeout_seconds": 0.5, "store_timeout_seconds": 0.5}
+SECONDS = rounds(0.5, 1.5)  # the long part shares the machine with whatever else there is
+SHORT = {"lookup_timeout_seconds": SECONDS, "load_timeout_seconds": SECONDS, "store_timeout_seconds": SECONDS}
 SHORT |= {"breaker_reset_seconds": 0.02, "close_timeout_seconds": 1}
 
 
