@@ -173,8 +173,9 @@ class Loader:
         None if a backend was not measured yet.
         """
         more = dict(sources)
-        for load in map(self.table.__getitem__, chunk_hashes):
-            for batch in load.batches:
+        table = self.table
+        for batches in {table[chunk_hash].batches for chunk_hash in chunk_hashes}:
+            for batch in batches:
                 more.setdefault(batch.guard, 0)
         expected = [guard.expected_load_seconds(size) for guard, size in more.items()]
         known = [seconds for seconds in expected if seconds is not None]

@@ -44,7 +44,8 @@ class Planner:
     def plan(self, request: Request, found: Found | None) -> Plan:
         """The longest prefix for which L1 can make room. Gives back the leases beyond it."""
         layout, hashes, entries = request.prompt.layout, request.hashes, request.entries
-        loads = {number: self._loader.table[hashes[number]] for number in request.loads}
+        table = self._loader.table
+        loads = {number: table[hashes[number]] for number in request.loads}
         here = [entry.present if entry is not None else 0 for entry in entries]
         for number, load in loads.items():
             here[number] |= load.wanted

@@ -131,16 +131,18 @@ class PrefetchController:
     def _missing(self, request: Request, hashes: Sequence[bytes], incomplete: Sequence[int]) -> dict[int, int]:
         """The objects that are neither in L1 nor on their way there, by chunk; takes shares of what is on its way."""
         full, entries, table = request.prompt.layout.full_mask, request.entries, self._loader.table
-        missing = dict.fromkeys(incomplete, full)
-        for number in incomplete if any(entries) or table else ():
-            entry, load = entries[number], table.get(hashes[number])
+        if not (any(entries) or table):
+            return dict.fromkeys(incomplete, full)
+        missing = {}
+        for number in incomplete:
+            lacks, entry, load = full, entries[number], table.get(hashes[number])
             if entry is not None:
-                missing[number] &= ~entry.present
+                lacks &= ~entry.present
             if load is not None:
                 self._join(request, number, load)
-                missing[number] &= ~load.wanted
-            if not missing[number]:
-                del missing[number]
+                lacks &= ~load.wanted
+            if lacks:
+                missing[number] = lacks
         return missing
 
     def _catch_up(self, request: Request, numbers: Iterable[int]) -> None:
