@@ -94,9 +94,9 @@ def _pack_buffer(view: memoryview) -> bytes:
     if view.itemsize == 4:  # a negative id shows in its sign bit, checked by the caller
         return data if byteorder == "little" else _little_endian(array("I", data), byteorder)
     if view.itemsize == 8:
-        first, second = (array("I", data)[begin::2] for begin in (0, 1))
-        low, high = (first, second) if byteorder == "little" else (second, first)
-        if high.tobytes().count(0) != 4 * len(high):
+        halves = array("I", data)
+        low, high = (halves[0::2], halves[1::2]) if byteorder == "little" else (halves[1::2], halves[0::2])
+        if high.tobytes() != bytes(4 * len(high)):
             raise OverflowError
         return _little_endian(low, byteorder)
     code = {1: "b", 2: "h"}[view.itemsize]
