@@ -94,11 +94,11 @@ def _pack_buffer(view: memoryview) -> bytes:
     if view.itemsize == 4:  # a negative id shows in its sign bit, checked by the caller
         return data if byteorder == "little" else _little_endian(array("I", data), byteorder)
     if view.itemsize == 8:
-        halves = array("I", data)
+        halves = memoryview(data).cast("I")
         low, high = (halves[0::2], halves[1::2]) if byteorder == "little" else (halves[1::2], halves[0::2])
         if high.tobytes() != bytes(4 * len(high)):
             raise OverflowError
-        return _little_endian(low, byteorder)
+        return low.tobytes() if byteorder == "little" else _little_endian(array("I", low.tobytes()), byteorder)
     code = {1: "b", 2: "h"}[view.itemsize]
     words = array(code.upper() if kind.isupper() else code, data)
     if byteorder != sys.byteorder:
