@@ -8,7 +8,7 @@ falls short. The room of a chunk is freed only when no call touches it any more.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import Protocol
@@ -69,18 +69,22 @@ class ChunkLoad(Struct, eq=False):
     @property
     def touched(self) -> bool:
         """Whether a call may write to its room."""
-        return any(batch.call is not None and not batch.call.done() for batch in self.batches)
+        return any(self in batch.given for batch in self.batches)
 
 
 class Batch:
-    """The objects of one call to a backend, by chunk: QUEUED -> RUNNING (has a call) -> ended. `parts` are pinned."""
+    """The objects of one call to a backend, by chunk: QUEUED -> RUNNING (has a call) -> ended.
 
-    __slots__ = ("call", "guard", "parts", "size_bytes", "tried")
+    `parts` are pinned. `given` are those whose room was given to the call, until it ends.
+    """
+
+    __slots__ = ("call", "given", "guard", "parts", "size_bytes", "tried")
 
     def __init__(self, guard: Guard, tried: frozenset[Guard]):
         self.guard = guard
         self.tried = tried | {guard}
         self.parts: dict[ChunkLoad, int] = {}
+        self.given: Mapping[ChunkLoad, int] = {}
         self.size_bytes = 0
         self.call: asyncio.Task[list[LoadOutcome]] | None = None
 
@@ -96,6 +100,7 @@ class Loader:
     def __init__(self, l1: L1Store, guards: Sequence[Guard], config: CacheConfig):
         self.loads = 0
         self.shared_loads = 0
+        self.occupied: set[tuple[Entry, int]] = set()  # (entry, rank): an abandoned call may still write to its block
         self._room_bytes = 0
         self._table: dict[bytes, ChunkLoad] = {}
         self._added: list[tuple[Share, ModelLayout, Sequence[bytes], _Rooms, _Sources]] = []
@@ -251,13 +256,14 @@ class Loader:
         failure = Shortfall.BACKEND_ERROR
         if keys and guard.allows():
             self.loads += len(keys)
+            batch.given = parts
             batch.call = guard.start(guard.backend.load, keys, buffers)
-            batch.call.add_done_callback(lambda _: self._discard_untouched(parts))
+            batch.call.add_done_callback(lambda _: self._call_ended(batch))
             try:
                 outcomes = await guard.finish(batch.call, self._config.load_timeout_seconds, len(keys))
             except CallTimeoutError:
                 failure = Shortfall.DEADLINE
-                self._quarantine(parts)
+                self._quarantine(parts.keys())
             except BackendError:
                 outcomes = []
         self._end(batch, loaded=bool(outcomes), keys=keys if parts.keys() == batch.parts.keys() else None)
@@ -429,7 +435,7 @@ class Loader:
                 self._queues[batch.guard].remove(batch)
                 batch.guard.load_ended(batch.size_bytes, loaded=False)
 
-    def _quarantine(self, loads: Iterable[ChunkLoad]) -> None:
+    def _quarantine(self, loads: Collection[ChunkLoad]) -> None:
         """A call that should have ended may still write there: it holds up nothing else."""
         if self._added:  # what was promised to come with these loads must be known first
             self._enter_added()
@@ -438,13 +444,25 @@ class Loader:
             for reservation in load.reservations:
                 self._l1.quarantine(reservation)
             load.abandoned = True
+        self._discard_untouched(loads)
+
+    def _call_ended(self, batch: Batch) -> None:
+        given, batch.given = batch.given, {}
+        self._discard_untouched(given)
 
     def _discard_untouched(self, loads: Iterable[ChunkLoad]) -> None:
         """Free the rooms of those that are abandoned, unless a call may still write there: it comes back here."""
-        free = [load for load in loads if load.abandoned and not load.touched]
-        for load in free:
-            self._uncount(load)
-        self._l1.discard(reservation for load in free for reservation in load.reservations)
+        free: list[Reservation] = []
+        for load in loads:
+            if load.abandoned:
+                within = {(r.within, r.rank) for r in load.reservations if r.within is not None}
+                if load.touched:
+                    self.occupied |= within
+                else:
+                    self.occupied -= within
+                    self._uncount(load)
+                    free += load.reservations
+        self._l1.discard(free)
 
     def _uncount(self, load: ChunkLoad) -> None:
         self._room_bytes -= load.room_bytes

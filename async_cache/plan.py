@@ -112,10 +112,17 @@ class Planner:
         return exists
 
     def _fits(self, request: Request, lacking: _Lacks) -> bool:
-        """Whether L1 can make room for blocks, also by what the request itself leases and does not need."""
+        """Whether L1 can make room for blocks, also by what the request itself leases and does not need.
+
+        No room is there where something is to be loaded into a block to which an abandoned call may still write.
+        """
+        layout, occupied = request.prompt.layout, self._loader.occupied
+        wanted = ((request.entries[n], r) for n, mask in lacking.to_load.items() for r in layout.ranks[mask])
+        if occupied and not occupied.isdisjoint(wanted):
+            return False
         if not lacking.blocks:
             return True
-        rooms = request.prompt.layout.room_bytes
+        rooms = layout.room_bytes
         size = sum([rooms[rank] for _, rank in lacking.blocks])
         if size > self._share_bytes - self._loader.room_bytes:
             return False
