@@ -2,11 +2,22 @@
 
 import asyncio
 
-from async_cache import AsyncCache, CacheConfig, Shortfall
+from async_cache import AsyncCache, CacheConfig, ObjectGroup, Shortfall
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing import GatedBackend
 
-from .support import PAGE, TWO_RANKS, assert_nothing_held, fill, make_prompt, read_back, seed, verify
+from .support import (
+    PAGE,
+    SMALL,
+    TWO_RANKS,
+    assert_nothing_held,
+    fill,
+    make_layout,
+    make_prompt,
+    read_back,
+    seed,
+    verify,
+)
 
 
 async def test_a_load_that_waited_behind_others_is_not_started_into_room_that_was_given_back():
@@ -51,4 +62,55 @@ async def test_a_load_that_waited_behind_others_is_not_started_into_room_that_wa
         for request_id in ("first", "second", "other"):
             await cache.end_request(request_id)
         assert await read_back(cache, other) == 2
+        await assert_nothing_held(cache)
+
+
+async def test_the_room_of_a_dropped_load_is_free_though_a_batch_that_never_took_it_runs_on():
+    slow, busy = GatedBackend(MemoryBackend("slow"), stubborn=True), GatedBackend(MemoryBackend("busy"))
+    first, split = make_prompt(1, 1, TWO_RANKS), make_prompt(2, 2, TWO_RANKS)
+    await seed(busy, first)
+    await seed(slow, split, ranks=[0])
+    await seed(busy, split, ranks=[1])
+    config = CacheConfig(l1_bytes=8 * PAGE, load_inflight_bytes=1, prefetch_share=1)
+    async with AsyncCache(config, backends=[slow, busy]) as cache:
+        slow.hold("load")
+        busy.hold("load")
+        await cache.prefetch(first, request_id="first").lookup_done
+        assert (await cache.prefetch(split, request_id="split").lookup_done).chunks == 2
+        await slow.reached("load", 1)
+        deletion = asyncio.ensure_future(cache.delete(make_prompt(1, 2, TWO_RANKS)))  # of two chunks the first
+        await asyncio.sleep(0)
+        busy.release("load")
+        busy.hold("load")
+        await busy.reached("load", 2)  # the batch of the second chunk alone
+        slow.release("load")
+        await asyncio.sleep(0.01)
+        assert (await cache.stats()).reserved_bytes == 2 * PAGE  # of the second chunk
+        busy.release("load")
+        await deletion
+        for request_id in ("first", "split"):
+            await cache.end_request(request_id)
+        await asyncio.sleep(0.01)
+        await assert_nothing_held(cache)
+
+
+async def test_what_an_abandoned_call_may_still_write_to_is_not_loaded_anew():
+    layout = make_layout(SMALL, ObjectGroup((8,), "float32", window_chunks=1))
+    long, short = make_prompt(3, 1, layout), make_prompt(2, 1, layout)
+    gate = GatedBackend(MemoryBackend(), stubborn=True)
+    await seed(gate, long)
+    async with AsyncCache(CacheConfig(l1_bytes=8 * PAGE, prefetch_share=1), backends=[gate]) as cache:
+        assert await read_back(cache, long) == 3  # without what only a shorter prefix needs
+        gate.hold("load")
+        given_up = cache.prefetch(short)
+        assert (await given_up.lookup_done).chunks == 2
+        await gate.reached("load", 2)
+        given_up.cancel()
+        hits = await cache.prefetch(short, request_id="again").lookup_done
+        assert (hits.chunks, hits.found_chunks, hits.shortfall) == (1, 2, Shortfall.MEMORY)
+        gate.release("load")
+        for request_id in ("again", given_up.request_id):
+            await cache.end_request(request_id)
+        await asyncio.sleep(0.01)
+        assert await read_back(cache, short) == 2
         await assert_nothing_held(cache)
