@@ -28,7 +28,7 @@ class WriteChunk:
     def __init__(self, writer: "Writer", index: int, reservation: Reservation):
         self.index = index
         self.offset = reservation.offset
-        self._writer = writer
+        self._writer: Writer | None = writer
         self._reservation = reservation
         self.committed = False
         self._export: weakref.ref[ctypes.Array[ctypes.c_ubyte]] | None = None
@@ -38,9 +38,14 @@ class WriteChunk:
     def views(self) -> tuple[memoryview | None, ...]:
         """By group, the bytes to fill; None where the rank lacks the group."""
         if not self._views:
-            self._writer._check_open()
+            self._open_writer()._check_open()
             self._views = self._export_views()
         return self._views
+
+    def _open_writer(self) -> "Writer":
+        if self._writer is None:
+            raise WriterClosedError("the writer is closed")
+        return self._writer
 
     def tensors(self) -> "tuple[torch.Tensor | None, ...]":
         """By group, a tensor over the bytes to fill, without a copy."""
@@ -52,13 +57,13 @@ class WriteChunk:
     def commit(self) -> None:
         """Publish the chunk as it is now; it must not be written to any more. Raises WriterClosedError."""
         if not self.committed:
-            self._writer._commit(self)
+            self._open_writer()._commit(self)
             self.committed = True
 
     def _export_views(self) -> tuple[memoryview | None, ...]:
         spans = self._reservation.layout.spans[self._reservation.rank]
         size = max(span[1] for span in spans if span is not None)
-        export = self._writer._l1.arena.export(self.offset, size)
+        export = self._open_writer()._l1.arena.export(self.offset, size)
         self._export = weakref.ref(export)
         whole = memoryview(export).cast("B")
         return tuple(whole[span[0] : span[1]] if span is not None else None for span in spans)
@@ -71,17 +76,18 @@ class WriteChunk:
                     view.release()
                 except BufferError:
                     continue
-        self._writer._l1.discard((self._reservation,))
+        self._open_writer()._l1.discard((self._reservation,))
 
     def _take_back(self) -> None:
         """It was taken from its owner: the room is quarantined until the last view of it is gone."""
         self._views = ()
         export = self._export() if self._export is not None else None
+        l1 = self._open_writer()._l1
         if export is None:
-            self._writer._l1.discard((self._reservation,))
+            l1.discard((self._reservation,))
         else:
-            self._writer._l1.quarantine(self._reservation)
-            weakref.finalize(export, self._writer._l1.discard, (self._reservation,)).atexit = False
+            l1.quarantine(self._reservation)
+            weakref.finalize(export, l1.discard, (self._reservation,)).atexit = False
 
 
 class Writer:
@@ -119,14 +125,20 @@ class Writer:
             self._open_writers.discard(self)
             for chunk in self._uncommitted():
                 chunk._discard()
-            for chunk in self._chunks:  # a chunk and its writer know each other: its views would keep L1 mapped
-                chunk._views = ()
+            self._part()
 
     def expire(self) -> None:
         """Close it from outside."""
         self._open_writers.discard(self)
         for chunk in self._uncommitted():
             chunk._take_back()
+        self._part()
+
+    def _part(self) -> None:
+        """A chunk and its writer know each other: thousands of them would wait for a collection of garbage."""
+        for chunk in self._chunks:
+            chunk._views = ()
+            chunk._writer = None
 
     def _uncommitted(self) -> Iterator[WriteChunk]:
         return (chunk for chunk in self._chunks if not chunk.committed)
