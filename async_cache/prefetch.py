@@ -210,13 +210,14 @@ class PrefetchController:
         for number, entry, failure in arrivals:
             request.loads.discard(number)
             held = entries[number]
-            if entry is None:
-                entry = held
-            elif entry is not held:
-                new.append(entry)
-                entries[number] = entry
+            if held is None or (entry is not None and entry is not held and not held.present & ~entry.present):
+                if entry is not None:
+                    new.append(entry)
+                    entries[number] = entry
                 if held is not None:
                     old.append(held)
+            else:  # also where it left L1, and what has come in its place has less
+                entry = held
             if looking_up:
                 if failure is not None:
                     request.reasons[number] = failure
@@ -421,6 +422,7 @@ class PrefetchController:
         if request.state is not RequestState.OVER:
             request.state = RequestState.OVER
             del self.requests[request.request_id]
+            del request.prefetch  # they know each other, and would wait for a collection of garbage
             self.results.discard(request)
             self.leases.discard(request)
             self._release_if_left(request)
