@@ -265,7 +265,7 @@ class Loader:
                 failure = Shortfall.DEADLINE
                 self._quarantine(parts.keys())
             except BackendError:
-                outcomes = []
+                pass  # nothing was loaded
         self._end(batch, loaded=bool(outcomes), keys=keys if parts.keys() == batch.parts.keys() else None)
         return await self._publish(parts, outcomes, failure)
 

@@ -43,7 +43,7 @@ class Index:
     def pin_chunks(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> bool:
         """Pin and touch these objects of every chunk, if all are there; if not, nothing."""
         held = list(map(self._held, chunk_hashes))
-        alike = held.count(held[0]) == len(held)
+        alike = held.count(held[0] if held else _NOTHING) == len(held)
         if not all(which in record for record in (held[:1] if alike else held) for which in objects):
             return False
         self._touch(chunk_hashes)

@@ -93,6 +93,25 @@ class BackendSuite:
         assert await backend.store([], []) == []
         assert await backend.delete([]) == 0
         backend.unpin([])
+        assert backend.lookup_nowait([], [(0, 0)]) in ([], None)
+
+    async def test_an_answer_at_once_is_right(self, backend: Backend) -> None:
+        await put(backend, [1, 2], 5000)
+        (one, two, three), objects = ([key(n).chunk_hash for n in (1, 2, 3)], [key(1)[1:]])
+        here = backend.lookup_nowait([one, two], objects)
+        if here is None:
+            pytest.skip("it never answers at once")
+        assert here == [True, True]
+        assert backend.lookup_nowait([one, three], objects) in ([True, False], None)
+        absent = [(key(1).rank, key(1).group + 1), *objects]
+        assert backend.lookup_nowait([one], absent) is None  # some of them only
+
+    async def test_what_was_found_at_once_is_not_evicted(self, full: Backend) -> None:
+        if full.lookup_nowait([key(n).chunk_hash for n in range(4)], [key(0)[1:]]) is None:
+            pytest.skip("it never answers at once")
+        assert await put(full, [4], MIB) == [False]
+        full.unpin([key(n) for n in range(4)])
+        assert await put(full, [4], MIB) == [True]
 
     async def test_keys_and_buffers_of_unequal_number_are_refused(self, backend: Backend) -> None:
         with pytest.raises(ValueError):  # noqa: PT011 (its words are the backend's)

@@ -12,6 +12,7 @@ from async_cache.testing.backends import BitFlipBackend, FailingBackend, GatedBa
 from .support import (
     PAGE,
     SMALL,
+    TWO_RANKS,
     Recorder,
     Scripted,
     assert_nothing_held,
@@ -425,3 +426,25 @@ async def test_a_shortened_result_never_counts_more_than_was_promised():
         hits = await prefetch.lookup_done
         result = await prefetch.load_done
         assert 0 < result.chunks == hits.chunks < 12
+
+
+async def test_a_request_keeps_what_it_holds_of_a_chunk_where_what_came_in_its_place_has_less():
+    prompt, gate = make_prompt(2, 1, TWO_RANKS), GatedBackend(MemoryBackend())
+    await seed(gate, prompt)
+    async with open_cache(gate, pages=16) as cache:
+        await fill(cache, prompt, ranks=[0])
+        await cache.flush()
+        gate.hold("load")
+        prefetch = cache.prefetch(prompt)
+        await gate.reached("load")
+        await fill(cache, prompt, ranks=[1])  # completes what the request holds
+        await cache.flush()
+        assert (await cache.clear("l1")).leased == 2
+        await fill(cache, prompt, ranks=[1])
+        gate.release("load")
+        result = await prefetch.load_done
+        assert (result.chunks, result.shortfall) == (2, None)
+        for rank in (0, 1):
+            async with cache.read(prefetch.request_id, rank=rank) as lease:
+                assert verify(lease, prompt, rank) == [0, 1]
+        await assert_nothing_held(cache)
