@@ -8,6 +8,7 @@ The modules, in the order the data flows; a module imports only what is listed b
 - `layout`: what fixes the bytes; prompts
 - `coverage`: found objects -> the prefix that they serve
 - `promise`, `sweeper`, `ring`: a value that comes once; what nobody comes back for; the order of use
+- `tensors`, `scoped`, `reading`: tensors over memory; what is entered and left; a reader's lease
 - `l1`: chunks in shared memory
 - `l2`: storage backends
 - `lookup`: ask every backend what it holds
@@ -16,7 +17,7 @@ The modules, in the order the data flows; a module imports only what is listed b
 - `removal`: delete and clear
 - `request`, `plan`, `prefetch`: the record of a request, what it can be promised, the whole way
 - `counting`: how much is cached, for whoever only wants to know
-- `tensors`, `reading`, `writing`: tensors over memory; leases and writers
+- `writing`: a writer of chunks
 - `cache`: `AsyncCache`, which owns all of it
 - `testing`: for the tests of those who use it
 """
@@ -36,8 +37,8 @@ from async_cache.errors import (
 )
 from async_cache.keys import ObjectKey
 from async_cache.layout import ModelLayout, ObjectGroup, Prompt
+from async_cache.promise import Prefetch
 from async_cache.reading import ReadChunk, ReadLease
-from async_cache.request import Prefetch
 from async_cache.values import (
     BackendUsage,
     CacheStats,

@@ -1,11 +1,12 @@
 """`AsyncCache`: owns the tiers, the tasks and the sweepers of one process, and delegates the rest."""
 
 import asyncio
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
+from async_cache.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
 from async_cache.config import CacheConfig
 from async_cache.counting import count_hits
 from async_cache.errors import BackendError, CacheClosedError, ConfigError
@@ -15,19 +16,19 @@ from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
 from async_cache.l2.guard import Breaker, Guard
 from async_cache.l2.registry import from_url
-from async_cache.layout import PAGE_BYTES, Prompt, check_index, check_ranks
+from async_cache.layout import PAGE_BYTES, Prompt, check_index
 from async_cache.loads import Loader
 from async_cache.prefetch import PrefetchController
-from async_cache.reading import ReadLease
+from async_cache.promise import Prefetch
+from async_cache.reading import Entered, ReadChunk, ReadLease
 from async_cache.removal import Hidden, Remover
-from async_cache.request import Prefetch
 from async_cache.sweeper import Sweeper
 from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
 from async_cache.writeback import Writeback
 from async_cache.writing import Writer
 
 _POPULATE_BYTES = 64 * 2**20  # of the arena in one step
-_MAX_REQUEST_ID = 256
+_MAX_REQUEST_ID = 1024  # a server puts its tenant and namespace before a client's, which has up to 256
 
 
 class AsyncCache:
@@ -136,41 +137,34 @@ class AsyncCache:
         Raises RequestConflictError if the id is in use for something else.
         """
         core = self._open
-        _check_prompt(prompt)
+        check_prompt(prompt)
         if request_id is not None:
-            _check_request_id(request_id)
-        if type(skip_tokens) is not int:
-            raise TypeError(f"skip_tokens must be an int, not {type(skip_tokens).__name__}")
-        if skip_tokens < 0:
-            raise ValueError(f"skip_tokens must not be negative, got {skip_tokens}")
-        if deadline_seconds is not None:
-            _check_seconds("deadline_seconds", deadline_seconds)
-        layout = prompt.layout
-        here = tuple(range(layout.world_size)) if ranks is None else check_ranks(ranks, layout.world_size)
-        start_chunk = min(skip_tokens // layout.chunk_tokens, len(prompt))
+            check_request_id(request_id, _MAX_REQUEST_ID)
+        check_seconds("deadline_seconds", deadline_seconds)
+        start_chunk, here = start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
         return core.controller.start(prompt, request_id, start_chunk, here, deadline_seconds)
 
     async def lookup(self, prompt: Prompt) -> LookupHits:
         """How much of a prompt is cached now: no lease, no load, no promise."""
         core = self._open
-        _check_prompt(prompt)
+        check_prompt(prompt)
         return await core.count_hits(prompt)
 
     async def query_lookup_hits(self, request_id: str) -> LookupHits:
         """Await `lookup_done`; by any number of callers, any number of times. Raises UnknownRequestError."""
-        return await self._open.controller.query_lookup_hits(_check_request_id(request_id))
+        return await self._open.controller.query_lookup_hits(check_request_id(request_id, _MAX_REQUEST_ID))
 
     async def query_status(self, request_id: str) -> LoadResult:
         """Await `load_done` and claim the result, which is handed out once. Raises UnknownRequestError."""
-        return await self._open.controller.query_status(_check_request_id(request_id))
+        return await self._open.controller.query_status(check_request_id(request_id, _MAX_REQUEST_ID))
 
     async def renew(self, request_id: str) -> None:
         """Let the request's time begin anew. Raises UnknownRequestError."""
-        self._open.controller.renew(_check_request_id(request_id))
+        self._open.controller.renew(check_request_id(request_id, _MAX_REQUEST_ID))
 
     async def end_request(self, request_id: str) -> None:
         """Give back all that the request holds; cancels it if it runs. Unknown ids are fine."""
-        self._open.controller.end(_check_request_id(request_id))
+        self._open.controller.end(check_request_id(request_id, _MAX_REQUEST_ID))
 
     # Reading and writing.
 
@@ -181,12 +175,12 @@ class AsyncCache:
         the request has not.
         """
         core = self._open
-        return ReadLease(core.controller, core.arena.view, _check_request_id(request_id), rank, reader)
+        return ReadLease(partial(core.enter_read, check_request_id(request_id, _MAX_REQUEST_ID), rank, reader))
 
     def store(self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0) -> Writer:
         """Write a rank's chunks from `start_chunk` on, those that L1 lacks: `async with` the writer, or `await` it."""
         core = self._open
-        _check_prompt(prompt)
+        check_prompt(prompt)
         check_index("rank", rank, prompt.layout.world_size)
         check_index("start_chunk", start_chunk, len(prompt) + 1)
         return Writer(core.l1, core.writeback, core.open_writers, prompt, rank, start_chunk)
@@ -194,8 +188,7 @@ class AsyncCache:
     async def flush(self, deadline_seconds: float | None = None) -> FlushResult:
         """Wait until what was committed is in L2. Counts what was written or dropped since the last flush."""
         core = self._open
-        if deadline_seconds is not None:
-            _check_seconds("deadline_seconds", deadline_seconds)
+        check_seconds("deadline_seconds", deadline_seconds)
         return await core.writeback.flush(deadline_seconds)
 
     # Removing.
@@ -203,11 +196,12 @@ class AsyncCache:
     async def delete(self, prompt: Prompt) -> Deleted:
         """Remove every chunk of a prompt from both tiers. Raises BackendError where a backend could not."""
         core = self._open
-        _check_prompt(prompt)
+        check_prompt(prompt)
         return await core.remover.delete(prompt)
 
     async def clear(self, tier: Literal["l1", "all"] = "l1") -> Deleted:
         """Empty L1 of what L2 has ("l1"), or both tiers ("all")."""
+        check_tier(tier)
         return await self._open.remover.clear(tier)
 
     # Looking at it.
@@ -220,6 +214,24 @@ class AsyncCache:
     def memory(self) -> memoryview:
         """The arena, fixed while the cache is open, to register with a GPU or NIC. Not to be written to elsewhere."""
         return memoryview(self._open.arena.view)
+
+    def tell_over(self, told: Callable[[str], None]) -> None:
+        """Have a call told the id of each request that is over; there is one such call."""
+        self._open.controller.on_over = told
+
+    def fits(self, prompt: Prompt) -> bool:
+        """Whether the chunks of a prompt that are in memory have its layout.
+
+        They have, where their hashes were made with it: this is for a server, to which hashes are told.
+        """
+        core, layout = self._open, prompt.layout
+        known = [*map(core.l1.index.get, prompt.chunk_hashes), *map(core.loader.table.get, prompt.chunk_hashes)]
+        return all(it is None or it.layout is layout or it.layout == layout for it in known)
+
+    @property
+    def memory_fd(self) -> int:
+        """The file descriptor of the arena, to be mapped read-only by another process."""
+        return self._open.arena.fd
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the records of the cache contradict each other."""
@@ -266,6 +278,24 @@ class _Core:
         timeout = self.config.lookup_timeout_seconds
         return await count_hits(prompt, self.l1, self.guards, self.loader, self.hidden, timeout)
 
+    async def enter_read(self, request_id: str, rank: int, reader: int) -> Entered:
+        """Begin to read, once the load is done."""
+        request = await self.controller.enter(request_id, rank, reader)
+        layout, start, entries = request.prompt.layout, request.start_chunk, request.entries
+        memory = memoryview(self.arena.view)  # of its own, which lives as long as the lease
+        chunks = tuple(
+            ReadChunk(
+                start + n,
+                entry.offset(rank) if (entry := entries[n]) is not None and entry.ranks >> rank & 1 else None,
+                rank,
+                needed,
+                layout,
+                memory,
+            )
+            for n, needed in enumerate(request.needed)
+        )
+        return Entered(await request.result.wait(), layout, chunks, partial(self.controller.leave, request))
+
     def stats(self) -> CacheStats:
         l1, controller = self.l1, self.controller
         return CacheStats(
@@ -292,23 +322,3 @@ class _Core:
         self.loader.check_integrity()
         self.writeback.check_integrity()
         self.controller.check_integrity()
-
-
-def _check_prompt(prompt: Prompt) -> None:
-    if not isinstance(prompt, Prompt):
-        raise TypeError(f"prompt must come from ModelLayout.prompt, not be a {type(prompt).__name__}")
-
-
-def _check_request_id(request_id: str) -> str:
-    if not isinstance(request_id, str):
-        raise TypeError(f"request_id must be a str, not {type(request_id).__name__}")
-    if not 0 < len(request_id) <= _MAX_REQUEST_ID:
-        raise ValueError(f"request_id must have 1 to {_MAX_REQUEST_ID} characters, not {len(request_id)}")
-    return request_id
-
-
-def _check_seconds(name: str, seconds: float) -> None:
-    if type(seconds) not in (int, float):
-        raise TypeError(f"{name} must be a number, not {type(seconds).__name__}")
-    if not (seconds >= 0 and math.isfinite(seconds)):
-        raise ValueError(f"{name} must be a finite number of seconds, not {seconds}")

@@ -5,13 +5,15 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import quote
 
 import msgspec
 from msgspec import Struct, field
 
+from async_cache.address import Address, default_url
 from async_cache.errors import ConfigError
+from async_cache.keys import check_label
 
 ENVIRONMENT_PREFIX = "ASYNC_CACHE_"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -38,7 +40,91 @@ def default_l2() -> tuple[str, ...]:
     return (f"fs://{quote(base)}/async_cache?capacity=10GiB",)
 
 
-class CacheConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Given(NamedTuple):
+    """A value that somebody has set, and where: a file, a variable, or a flag of the command line."""
+
+    value: Any
+    origin: str
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of settings, checked when it is made."""
+
+    SECTION: ClassVar[str] = ""
+    """Its table in the file; the settings of the cache itself stand before all tables."""
+
+    def __post_init__(self) -> None:
+        for setting in msgspec.structs.fields(self):
+            self._check(setting.name, setting.type, getattr(self, setting.name))
+
+    def _check(self, name: str, kind: Any, value: Any) -> None:
+        if kind == tuple[str, ...]:
+            if not isinstance(value, (list, tuple)):
+                raise ConfigError(f"{name} must be a list of URLs, not one {type(value).__name__}")
+            if not all(isinstance(url, str) for url in value):
+                raise ConfigError(f"{name} must be a list of URLs")
+            msgspec.structs.force_setattr(self, name, tuple(value))
+            return
+        whole = kind is int
+        if type(value) is bool or not isinstance(value, int if whole else (int, float)):
+            raise ConfigError(f"{name} must be {'a whole number' if whole else 'a number'}, not {value!r}")
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{name} must be more than 0, not {value!r}")
+        if name.endswith("_share") and value > 1:
+            raise ConfigError(f"{name} must be at most 1, not {value!r}")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Self:
+        """Settings from a TOML file, if given, overridden by variables of the environment.
+
+        Sizes may be written as "10GiB". In the environment, the URLs of a list are separated by white space.
+        Raises ConfigError for an unknown key, a value that does not fit, or a file that can not be read.
+        """
+        return cls.of(cls.given(path, environ))
+
+    @classmethod
+    def given(
+        cls, path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None
+    ) -> dict[str, Given]:
+        """What a file and the environment say, as it stands there, and where."""
+        tables = {kind.SECTION for kind in Settings.__subclasses__()} - {""}
+        values = _read_toml(path) if path is not None else {}
+        if cls.SECTION:
+            values = values.get(cls.SECTION, {})
+            if not isinstance(values, dict):
+                raise ConfigError(f"{cls.SECTION} must be a table")
+            tables = set()
+        given = {name: Given(value, str(path)) for name, value in values.items() if name not in tables}
+        prefix = ENVIRONMENT_PREFIX + (f"{cls.SECTION.upper()}_" if cls.SECTION else "")
+        others = tuple(f"{prefix}{table.upper()}_" for table in tables)
+        for variable, text in (os.environ if environ is None else environ).items():
+            if variable.startswith(prefix) and not variable.startswith(others):
+                given[variable.removeprefix(prefix).lower()] = Given(text, variable)
+        return given
+
+    @classmethod
+    def of(cls, given: Mapping[str, Given]) -> Self:
+        """Settings from what was given, the defaults for the rest."""
+        return cls(**{name: cls._convert(name, value) for name, (value, _) in given.items()})
+
+    @classmethod
+    def _convert(cls, name: str, value: Any) -> Any:
+        kinds = {setting.name: setting.type for setting in msgspec.structs.fields(cls)}
+        if name not in kinds:
+            raise ConfigError(f"unknown setting {name!r}: there are {', '.join(kinds)}")
+        if not isinstance(value, str):
+            return value
+        if kinds[name] == tuple[str, ...]:
+            return tuple(value.split())
+        if name.endswith("_bytes"):
+            return parse_bytes(value)
+        try:
+            return int(value) if kinds[name] is int else float(value)
+        except ValueError:
+            raise ConfigError(f"{name} must be a number, not {value!r}") from None
+
+
+class CacheConfig(Settings, frozen=True, kw_only=True):
     """Settings of one cache. `docs/configuration.md` has them in a table.
 
     Raises ConfigError for a value that can not be used.
@@ -73,39 +159,74 @@ class CacheConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     breaker_reset_seconds: float = 5.0
     """How long it is left alone before one call tries it again."""
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.l2, (list, tuple)):
-            raise ConfigError(f"l2 must be a list of URLs, not one {type(self.l2).__name__}")
-        msgspec.structs.force_setattr(self, "l2", tuple(self.l2))
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if name == "l2":
-                if not all(isinstance(url, str) for url in value):
-                    raise ConfigError("l2 must be a list of URLs")
-                continue
-            whole = name.endswith("_bytes") or name == "breaker_failures"
-            if type(value) is bool or not isinstance(value, int if whole else (int, float)):
-                raise ConfigError(f"{name} must be {'a whole number' if whole else 'a number'}, not {value!r}")
-            if not 0 < value < float("inf"):
-                raise ConfigError(f"{name} must be more than 0, not {value!r}")
-            if name.endswith("_share") and value > 1:
-                raise ConfigError(f"{name} must be at most 1, not {value!r}")
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Self:
-        """Settings from a TOML file, if given, overridden by `ASYNC_CACHE_<NAME>` in the environment.
+class TenantConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may connect with one of these tokens, and which salts it may use; None is all."""
 
-        Sizes may be written as "10GiB". In the environment, the URLs of `l2` are separated by white space.
-        Raises ConfigError for an unknown key, a value that does not fit, or a file that can not be read.
-        """
-        values = _read_toml(path) if path is not None else {}
-        for variable, text in (os.environ if environ is None else environ).items():
-            if variable.startswith(ENVIRONMENT_PREFIX):
-                values[variable.removeprefix(ENVIRONMENT_PREFIX).lower()] = text
+    tokens: tuple[str, ...]
+    salts: tuple[str, ...] | None = None
+
+
+class ServerConfig(Settings, frozen=True, kw_only=True):
+    """Settings of a server beside those of its cache. `docs/configuration.md` has them in a table.
+
+    Raises ConfigError for a value that can not be used.
+    """
+
+    SECTION: ClassVar[str] = "server"
+
+    listen: tuple[str, ...] = field(default_factory=lambda: (default_url(),))
+    """Where to listen: URLs of Unix sockets, and of TCP ports."""
+    max_connections: int = 4096
+    """Connections at a time."""
+    max_requests: int = 4096
+    """Prefetches, waits, reads and writers of one connection at a time."""
+    hello_timeout_seconds: float = 5.0
+    """How long a new connection may take to introduce itself."""
+    stall_timeout_seconds: float = 30.0
+    """How long a client may not read what it is sent."""
+    shutdown_timeout_seconds: float = 5.0
+    """How long a shutdown may take."""
+    tenants: dict[str, TenantConfig] = {}
+    """By name: their tokens, and their salts. A port beyond loopback needs one."""
+
+    def _check(self, name: str, kind: Any, value: Any) -> None:
+        if name != "tenants":
+            super()._check(name, kind, value)
+            return
         try:
-            return cls(**{name: _convert(name, value) for name, value in values.items()})
-        except TypeError as error:
-            raise ConfigError(str(error)) from error
+            tenants = msgspec.convert(value, type=kind, from_attributes=True)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"tenants: {error}") from error
+        tokens: set[str] = set()
+        for tenant, config in tenants.items():
+            for label in (tenant, *(config.salts or ())):
+                _check_label(label)
+            if not tenant:
+                raise ConfigError("tenants: a tenant needs a name")
+            for token in config.tokens:
+                if not 16 <= len(token) <= 512:
+                    raise ConfigError(f"tenants: a token of {tenant!r} does not have 16 to 512 characters")
+                if token in tokens:
+                    raise ConfigError(f"tenants: a token of {tenant!r} is there twice")
+                tokens.add(token)
+        msgspec.structs.force_setattr(self, name, tenants)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        addresses = [Address.parse(url) for url in self.listen]
+        if not addresses:
+            raise ConfigError("listen: a server needs an address")
+        for address in addresses:
+            if not address.is_local and not self.tenants:
+                raise ConfigError(f"{address} can be reached from other machines: it needs tenants with tokens")
+
+
+def _check_label(label: str) -> None:
+    try:
+        check_label("a tenant or salt", label)
+    except ValueError as error:
+        raise ConfigError(f"tenants: {error}") from error
 
 
 def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -113,18 +234,3 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"can not read {os.fspath(path)}: {error}") from error
-
-
-def _convert(name: str, value: Any) -> Any:
-    if name not in CacheConfig.__struct_fields__:
-        raise ConfigError(f"unknown setting {name!r}: there are {', '.join(CacheConfig.__struct_fields__)}")
-    if not isinstance(value, str):
-        return value
-    if name == "l2":
-        return tuple(value.split())
-    if name.endswith("_bytes"):
-        return parse_bytes(value)
-    try:
-        return int(value) if name == "breaker_failures" else float(value)
-    except ValueError:
-        raise ConfigError(f"{name} must be a number, not {value!r}") from None

@@ -8,10 +8,15 @@
     │   ├── RequestConflictError      the id is in use for something else
     │   └── ReadConflictError         this rank and reader have read this request already
     ├── WriterClosedError             a commit after the writer was closed
-    └── BackendError                  a storage backend could not do what it was asked
+    ├── BackendError                  a storage backend could not do what it was asked
+    └── ServiceError
+        ├── ConnectionLostError (ConnectionError)   there is no server, or the connection to it ended
+        ├── AccessDeniedError (PermissionError)     the token is missing, unknown, or not for this salt
+        ├── ProtocolError             the other end sent what the protocol does not allow
+        └── LimitError                a connection asks for more at a time than the server allows
 
 Arguments of the wrong type or value raise plain `TypeError` and `ValueError`. A fault of a backend does not raise
-from a prefetch: it shortens the result, and `Shortfall` says why.
+from a prefetch: it shortens the result, and `Shortfall` says why. Only a `CacheClient` raises a `ServiceError`.
 """
 
 
@@ -52,3 +57,23 @@ class WriterClosedError(AsyncCacheError):
 
 class BackendError(AsyncCacheError):
     """A storage backend failed; the cause is chained."""
+
+
+class ServiceError(AsyncCacheError):
+    """The server could not do what was asked, for a reason of its own: its log has more."""
+
+
+class ConnectionLostError(ServiceError, ConnectionError):
+    """There is no server, or the connection to it ended: what was held through it is given back."""
+
+
+class AccessDeniedError(ServiceError, PermissionError):
+    """The token is missing, unknown, or does not allow this."""
+
+
+class ProtocolError(ServiceError):
+    """The other end sent what the protocol does not allow; the connection is closed."""
+
+
+class LimitError(ServiceError):
+    """A connection has more under way than the server allows."""

@@ -113,7 +113,16 @@ class ModelLayout:
         blocks = keys.check_blocks(block_hashes)
         root = self._root(f"blocks/{block_tokens}", salt, adapter)
         hashes = keys.chain_blocks(root, blocks, self.chunk_tokens // block_tokens)
-        return Prompt(self, root, len(blocks) * block_tokens, salt, adapter, hashes=hashes)
+        return Prompt(
+            self,
+            root,
+            len(blocks) * block_tokens,
+            salt,
+            adapter,
+            hashes=hashes,
+            blocks=blocks,
+            block_tokens=block_tokens,
+        )
 
     def _root(self, domain: str, salt: str, adapter: str) -> bytes:
         fields = [domain, self.model, self.revision, keys.check_label("adapter", adapter)]
@@ -234,9 +243,13 @@ class Prompt:
     """A layout, the chunk hashes of a prompt's tokens, and a salt: made once, used for every call.
 
     `tokens` counts the prompt's tokens, the tail that is not cached included. `len(prompt)` counts its whole chunks.
+    What the hashes were made from is kept for whoever has to make them again: `packed` ids of the whole chunks and the
+    `media` in them, or an engine's `blocks` of `block_tokens` each.
     """
 
-    __slots__ = ("_hashes", "_media", "_packed", "adapter", "layout", "root", "salt", "tokens")
+    __slots__ = (
+        "_hashes", "adapter", "block_tokens", "blocks", "layout", "media", "packed", "root", "salt", "tokens",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -248,9 +261,12 @@ class Prompt:
         packed: bytes = b"",
         media: Media = (),
         hashes: list[bytes] | None = None,
+        blocks: tuple[bytes, ...] = (),
+        block_tokens: int = 0,
     ):
         self.layout, self.root, self.tokens, self.salt, self.adapter = layout, root, tokens, salt, adapter
-        self._packed, self._media, self._hashes = packed, media, hashes
+        self.packed, self.media, self._hashes = packed, media, hashes
+        self.blocks, self.block_tokens = blocks, block_tokens
         if tokens <= HASH_AT_ONCE_TOKENS:
             self.hash()
 
@@ -261,10 +277,8 @@ class Prompt:
 
     def hash(self) -> None:
         """Compute the chunk hashes, once; may run in any thread."""
-        packed = self._packed  # taken before the check: another thread may finish between the two
         if self._hashes is None:
-            self._hashes = keys.chain_tokens(self.root, packed, self.layout.chunk_tokens, self._media)
-            self._packed = b""
+            self._hashes = keys.chain_tokens(self.root, self.packed, self.layout.chunk_tokens, self.media)
 
     @property
     def chunk_hashes(self) -> list[bytes]:
@@ -283,9 +297,8 @@ class Prompt:
             return True
         if self.root != other.root or self.tokens != other.tokens:
             return False
-        ids, other_ids = self._packed, other._packed  # before the check, as in `hash`
         if self._hashes is None and other._hashes is None:
-            return ids == other_ids and self._media == other._media
+            return self.packed == other.packed and self.media == other.media
         return self.chunk_hashes[-1:] == other.chunk_hashes[-1:]
 
     def __repr__(self) -> str:

@@ -6,7 +6,7 @@ in L1, or pinned in L2 with room reserved for it, before anybody else gets a tur
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
 from async_cache import coverage
@@ -25,8 +25,9 @@ from async_cache.layout import Prompt, check_index
 from async_cache.loads import Arrival, ChunkLoad, Loader
 from async_cache.lookup import Asked, Found, ask, ask_nowait
 from async_cache.plan import Planner, release_unneeded
+from async_cache.promise import Prefetch
 from async_cache.removal import Hidden
-from async_cache.request import Prefetch, Request, RequestState
+from async_cache.request import Request, RequestState
 from async_cache.sweeper import Sweeper
 from async_cache.values import LoadResult, LookupHits, Shortfall
 
@@ -50,6 +51,8 @@ class PrefetchController:
         self.requests: dict[str, Request] = {}
         self.results = sweeper.expiry(config.result_ttl_seconds, self._end)
         self.leases = sweeper.expiry(config.lease_ttl_seconds, self._end)
+        self.on_over: Callable[[str], None] | None = None
+        """Told the id of each request that is over."""
         self._l1 = l1
         self._guards = guards
         self._loader = loader
@@ -426,6 +429,8 @@ class PrefetchController:
             self.results.discard(request)
             self.leases.discard(request)
             self._release_if_left(request)
+            if self.on_over is not None:
+                self.on_over(request.request_id)
 
     def _release_if_left(self, request: Request) -> None:
         if not request.inside:

@@ -1,7 +1,10 @@
-"""A value that comes once, and the futures of those who wait for it."""
+"""A value that comes once, and the futures of those who wait for it; `Prefetch`, which has two."""
 
 import asyncio
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from async_cache.values import LoadResult, LookupHits
 
 T = TypeVar("T")
 
@@ -66,3 +69,45 @@ class Promise(Generic[T]):
     def _fail(future: "asyncio.Future[T]", error: Exception) -> None:
         future.set_exception(error)
         future.exception()  # whoever does not look at it need not be told in the log
+
+
+class Promised(Protocol):
+    """Whoever is promised hits, and then a result."""
+
+    request_id: str
+    hits: Promise[LookupHits]
+    result: Promise[LoadResult]
+
+
+class Prefetch:
+    """One prefetch: a lookup and a load, each with its future."""
+
+    __slots__ = ("_cancel", "_promised")
+
+    def __init__(self, promised: Promised, cancel: Callable[[], None]):
+        self._promised = promised
+        self._cancel = cancel
+
+    @property
+    def request_id(self) -> str:
+        """What the other calls know it by."""
+        return self._promised.request_id
+
+    @property
+    def lookup_done(self) -> "asyncio.Future[LookupHits]":
+        """How much is cached. Each access gives a future of the caller's own."""
+        return self._promised.hits.future()
+
+    @property
+    def load_done(self) -> "asyncio.Future[LoadResult]":
+        """That it is in memory. Each access gives a future of the caller's own."""
+        return self._promised.result.future()
+
+    def cancel(self) -> None:
+        """Stop looking up and loading; both futures resolve. Does nothing once it has loaded."""
+        self._cancel()
+
+    def __repr__(self) -> str:
+        promised = self._promised
+        state = "looking up" if promised.hits.pending else "loading" if promised.result.pending else "done"
+        return f"<Prefetch {self.request_id!r}, {state}>"

@@ -1,14 +1,11 @@
 """A reader's lease on what its request has loaded: lease -> release."""
 
 import importlib
-from collections.abc import Generator, Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
-from async_cache.l1.entry import Entry
 from async_cache.layout import ModelLayout
-from async_cache.prefetch import PrefetchController
-from async_cache.request import Request
+from async_cache.scoped import Scoped
 from async_cache.values import LoadResult
 
 if TYPE_CHECKING:
@@ -16,14 +13,20 @@ if TYPE_CHECKING:
 
 
 class ReadChunk:
-    """One chunk of one rank: `index` in the prompt, `offset` in the arena (None if nothing of it is needed)."""
+    """One chunk of one rank: `index` in the prompt, `offset` in `memory` (None if nothing of it is needed).
 
-    __slots__ = ("_arena", "_layout", "_needed", "_rank", "_views", "index", "offset")
+    `objects` are those that can be read, by bit, of all ranks.
+    """
 
-    def __init__(self, index: int, entry: Entry | None, rank: int, needed: int, layout: ModelLayout, arena: memoryview):
+    __slots__ = ("_layout", "_memory", "_rank", "_views", "index", "objects", "offset")
+
+    def __init__(
+        self, index: int, offset: int | None, rank: int, objects: int, layout: ModelLayout, memory: memoryview
+    ):
         self.index = index
-        self.offset = entry.offset(rank) if entry is not None and entry.ranks >> rank & 1 else None
-        self._arena, self._layout, self._rank, self._needed = arena, layout, rank, needed
+        self.offset = offset
+        self.objects = objects
+        self._memory, self._layout, self._rank = memory, layout, rank
         self._views: tuple[memoryview | None, ...] | None = None
 
     @property
@@ -41,15 +44,20 @@ class ReadChunk:
         return tensors
 
     def _slices(self) -> Iterator[memoryview | None]:
+        for span in self.spans():
+            yield self._memory[span[0] : span[1]] if span is not None else None
+
+    def spans(self) -> Iterator[tuple[int, int] | None]:
+        """By group, where its bytes are in `memory`: (begin, end), or None as in `views`."""
         for group, span in enumerate(self._layout.spans[self._rank]):
-            if self.offset is None or span is None or not self._needed >> self._layout.bit(self._rank, group) & 1:
+            if self.offset is None or span is None or not self.objects >> self._layout.bit(self._rank, group) & 1:
                 yield None
             else:
-                yield self._arena[self.offset + span[0] : self.offset + span[1]]
+                yield self.offset + span[0], self.offset + span[1]
 
     def _forget(self) -> None:
         """Make a use after the release an error, where nobody has built on the views."""
-        self._arena = memoryview(b"")
+        self._memory = memoryview(b"")
         for view in self._views or ():
             if view is not None:
                 try:
@@ -58,70 +66,55 @@ class ReadChunk:
                     continue
 
 
-class ReadLease:
+class Entered(NamedTuple):
+    """What entering a read gives, and the call that leaves it."""
+
+    result: LoadResult
+    layout: ModelLayout
+    chunks: tuple[ReadChunk, ...]
+    leave: Callable[[], None]
+
+
+class ReadLease(Scoped[ReadChunk]):
     """`async with` it, or `await` it and `release()` later: ENTERED once the load is done, LEFT by the release.
 
     Afterwards it is a sequence of the chunks in order, and `result` says how many there are. Its memory stays as it is
     until the release, whatever happens to the request.
     """
 
-    def __init__(self, controller: PrefetchController, arena: memoryview, request_id: str, rank: int, reader: int):
-        self._controller = controller
-        self._arena = arena
-        self._request_id, self._rank, self._reader = request_id, rank, reader
-        self._request: Request | None = None
-        self._chunks: tuple[ReadChunk, ...] = ()
-        self._result: LoadResult | None = None
+    def __init__(self, enter: Callable[[], Awaitable[Entered]]):
+        self._enter_read = enter
+        self._entered: Entered | None = None
+        self._left = False
 
     @property
     def result(self) -> LoadResult:
         """How much was loaded."""
-        if self._result is None:
-            raise RuntimeError("the lease was not entered: `async with` or `await` it first")
-        return self._result
+        return self._read.result
 
     @property
-    def chunks(self) -> tuple[ReadChunk, ...]:
-        """The chunks in order."""
-        return self._chunks
+    def layout(self) -> ModelLayout:
+        """That of the request's prompt."""
+        return self._read.layout
+
+    @property
+    def _read(self) -> Entered:
+        if self._entered is None:
+            raise RuntimeError("the lease was not entered: `async with` or `await` it first")
+        return self._entered
 
     def release(self) -> None:
         """Leave; the views must not be used any more. May be called more than once."""
-        request, self._request = self._request, None
-        if request is not None:
+        if self._entered is not None and not self._left:
+            self._left = True
             for chunk in self._chunks:
                 chunk._forget()
-            self._controller.leave(request)
+            self._entered.leave()
 
-    async def _enter(self) -> Self:
-        if self._result is None:
-            request = await self._controller.enter(self._request_id, self._rank, self._reader)
-            self._request = request
-            self._result = await request.result.wait()
-            layout, start = request.prompt.layout, request.start_chunk
-            self._arena = memoryview(self._arena)  # of its own, which lives as long as the lease
-            self._chunks = tuple(
-                ReadChunk(start + n, request.entries[n], self._rank, needed, layout, self._arena)
-                for n, needed in enumerate(request.needed)
-            )
-        return self
+    async def _enter(self) -> None:
+        if self._entered is None:
+            self._entered = await self._enter_read()
+            self._chunks = self._entered.chunks
 
-    def __await__(self) -> Generator[object, None, Self]:
-        return self._enter().__await__()
-
-    async def __aenter__(self) -> Self:
-        return await self._enter()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _leave(self) -> None:
         self.release()
-
-    def __iter__(self) -> Iterator[ReadChunk]:
-        return iter(self._chunks)
-
-    def __len__(self) -> int:
-        return len(self._chunks)
-
-    def __getitem__(self, position: int) -> ReadChunk:
-        return self._chunks[position]

@@ -100,8 +100,6 @@ class Remover:
 
     async def clear(self, tier: str) -> Deleted:
         """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1"). Carried to its end likewise."""
-        if tier not in ("l1", "all"):
-            raise ValueError(f'tier must be "l1" or "all", not {tier!r}')
         if tier == "l1":
             resident, leased = await self._clear_l1(keep_needed=True)
             return Deleted(len(resident), leased)

@@ -1,13 +1,14 @@
-"""A request: what it asks for, what it was promised, and what it holds; and `Prefetch`, its caller's view of it."""
+"""A request: what it asks for, what it was promised, and what it holds."""
 
 import asyncio
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 
 from async_cache.l1.entry import Entry
 from async_cache.layout import Prompt
 from async_cache.loads import Arrival
-from async_cache.promise import Promise
+from async_cache.promise import Prefetch, Promise
 from async_cache.values import LoadResult, LookupHits, Shortfall
 
 
@@ -53,7 +54,7 @@ class Request:
         self.state = RequestState.LOOKING_UP
         self.hits: Promise[LookupHits] = Promise()
         self.result: Promise[LoadResult] = Promise()
-        self.prefetch = Prefetch(self, cancel)
+        self.prefetch = Prefetch(self, partial(cancel, self))
         self.task: asyncio.Task[None] | None = None
         self.deadline: asyncio.TimerHandle | None = None
         self.entries: list[Entry | None] = []  # leased, by chunk
@@ -75,35 +76,3 @@ class Request:
     def loads_settled(self, arrivals: Sequence[Arrival]) -> None:
         """Chunks have arrived, or not."""
         self.arrived(self, arrivals)
-
-
-class Prefetch:
-    """One prefetch: a lookup and a load, each with its future."""
-
-    __slots__ = ("_cancel", "_request")
-
-    def __init__(self, request: Request, cancel: Callable[[Request], None]):
-        self._request = request
-        self._cancel = cancel
-
-    @property
-    def request_id(self) -> str:
-        """What the other calls know it by."""
-        return self._request.request_id
-
-    @property
-    def lookup_done(self) -> "asyncio.Future[LookupHits]":
-        """How much is cached. Each access gives a future of the caller's own."""
-        return self._request.hits.future()
-
-    @property
-    def load_done(self) -> "asyncio.Future[LoadResult]":
-        """That it is in memory. Each access gives a future of the caller's own."""
-        return self._request.result.future()
-
-    def cancel(self) -> None:
-        """Stop looking up and loading; both futures resolve. Does nothing once it has loaded."""
-        self._cancel(self._request)
-
-    def __repr__(self) -> str:
-        return f"<Prefetch {self.request_id!r}, {self._request.state.value}>"

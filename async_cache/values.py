@@ -16,7 +16,7 @@ class Shortfall(StrEnum):
     CANCELLED = "cancelled"  # the request was cancelled, ended or swept
 
 
-class LookupHits(Struct, frozen=True, kw_only=True):
+class LookupHits(Struct, frozen=True, kw_only=True, array_like=True):
     """How much of a prompt can be served. Counts are whole chunks over all ranks and groups, from `start_chunk` on."""
 
     request_id: str
@@ -31,7 +31,7 @@ class LookupHits(Struct, frozen=True, kw_only=True):
     expected_load_seconds: float | None = None
 
 
-class LoadResult(Struct, frozen=True, kw_only=True):
+class LoadResult(Struct, frozen=True, kw_only=True, array_like=True):
     """How much of a prompt is in memory, leased to the request. `seconds`: from `prefetch` to the end of the load."""
 
     request_id: str
@@ -44,14 +44,14 @@ class LoadResult(Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
-class Deleted(Struct, frozen=True):
+class Deleted(Struct, frozen=True, array_like=True):
     """What a delete or clear found, in chunks; the `leased` ones of them leave memory when they are released."""
 
     chunks: int
     leased: int
 
 
-class FlushResult(Struct, frozen=True):
+class FlushResult(Struct, frozen=True, array_like=True):
     """Chunks that were written back or dropped since the last flush, and those that still wait."""
 
     written: int

@@ -4,14 +4,14 @@ import asyncio
 import ctypes
 import importlib
 import weakref
-from collections.abc import Generator, Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from async_cache.errors import CacheClosedError, WriterClosedError
 from async_cache.l1.entry import Reservation
 from async_cache.l1.store import L1Store
 from async_cache.layout import Prompt
+from async_cache.scoped import Scoped
 from async_cache.sweeper import Expiry
 from async_cache.values import Shortfall
 from async_cache.writeback import Writeback
@@ -90,7 +90,7 @@ class WriteChunk:
             weakref.finalize(export, l1.discard, (self._reservation,)).atexit = False
 
 
-class Writer:
+class Writer(Scoped[WriteChunk]):
     """`async with` it, or `await` it and `close()` later: OPEN until closed by its owner, the sweeper or the cache.
 
     While open it is a sequence of the chunks that L1 lacks of this rank, in order. If L1 can not make room for all,
@@ -107,17 +107,13 @@ class Writer:
         start_chunk: int,
     ):
         self.shortfall: Shortfall | None = None
+        self.on_expired: Callable[[], None] | None = None
+        """Called when it is closed from outside."""
         self._l1 = l1
         self._writeback = writeback
         self._open_writers = open_writers
         self._prompt, self._rank, self._start_chunk = prompt, rank, start_chunk
-        self._chunks: tuple[WriteChunk, ...] = ()
         self._opened = False
-
-    @property
-    def chunks(self) -> tuple[WriteChunk, ...]:
-        """The chunks to fill, in order."""
-        return self._chunks
 
     def close(self) -> None:
         """Discard what was not committed. May be called more than once."""
@@ -133,6 +129,8 @@ class Writer:
         for chunk in self._uncommitted():
             chunk._take_back()
         self._part()
+        if self.on_expired is not None:
+            self.on_expired()
 
     def _part(self) -> None:
         """A chunk and its writer know each other: thousands of them would wait for a collection of garbage."""
@@ -156,13 +154,13 @@ class Writer:
         self._writeback.enqueue(entry)
         self._open_writers.add(self)
 
-    async def _open(self) -> Self:
+    async def _enter(self) -> None:
         if self._opened:
-            return self
+            return
         if not self._prompt.hashed:
             await asyncio.to_thread(self._prompt.hash)
             if self._opened:  # by another task meanwhile
-                return self
+                return
         if self._l1.closed:
             raise CacheClosedError("the cache was closed")
         self._opened = True
@@ -184,24 +182,6 @@ class Writer:
             self.shortfall = Shortfall.MEMORY
         self._chunks = tuple(WriteChunk(self, i, reservation) for i, reservation in zip(missing, made, strict=False))
         self._open_writers.add(self)
-        return self
 
-    def __await__(self) -> Generator[object, None, Self]:
-        return self._open().__await__()
-
-    async def __aenter__(self) -> Self:
-        return await self._open()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _leave(self) -> None:
         self.close()
-
-    def __iter__(self) -> Iterator[WriteChunk]:
-        return iter(self._chunks)
-
-    def __len__(self) -> int:
-        return len(self._chunks)
-
-    def __getitem__(self, position: int) -> WriteChunk:
-        return self._chunks[position]

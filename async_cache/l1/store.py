@@ -137,6 +137,9 @@ class L1Store:
             return reservation.within
         chunk_hash, rank = reservation.chunk_hash, reservation.rank
         entry = self.index.get(chunk_hash)
+        if entry is not None and entry.layout is not reservation.layout and entry.layout != reservation.layout:
+            self.discard((reservation,))  # only hashes that somebody made up can meet like this
+            return entry
         if entry is not None and entry.ranks >> rank & 1:
             missing = mask & ~entry.present
             if not missing or entry.holds or entry.leases:

@@ -1,0 +1,77 @@
+"""From an address to a connection whose server has said welcome."""
+
+import asyncio
+import os
+import socket
+from contextlib import suppress
+
+from async_cache.address import Address
+from async_cache.client.link import Link, Lost
+from async_cache.client.memory import Segment, map_arena
+from async_cache.errors import AsyncCacheError, ConnectionLostError
+from async_cache.protocol.greeting import greet
+from async_cache.protocol.messages import Hello
+
+
+async def dial(address: Address, hello: Hello, lost: Lost, timeout_seconds: float) -> Link:
+    """Connect. Raises ConnectionLostError if nobody answers, and what the server refuses the client with."""
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            return await _dial(address, hello, lost)
+    except TimeoutError as error:
+        raise ConnectionLostError(f"no answer from {address} within {timeout_seconds} s") from error
+    except AsyncCacheError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConnectionLostError(
+            f"there is no server at {address}: {reason}; `async-cache serve` starts one"
+        ) from error
+
+
+async def _dial(address: Address, hello: Hello, lost: Lost) -> Link:
+    sock = await _connect(address)
+    segment = Segment() if address.path else None
+    try:
+        welcome, arena_fd = await greet(sock, hello, segment.fd if segment is not None else None)
+        arena = None
+        if arena_fd is not None:
+            try:
+                arena = map_arena(arena_fd, welcome.arena_bytes)
+            finally:
+                os.close(arena_fd)
+        if segment is not None:
+            segment.grow(welcome.arena_bytes)
+        link = Link(arena, segment, trusted=welcome.trusted, lost=lost)
+        loop = asyncio.get_running_loop()
+        if address.path:
+            await loop.create_unix_connection(lambda: link.connection, sock=sock)
+        else:
+            await loop.create_connection(lambda: link.connection, sock=sock)
+    except BaseException:
+        sock.close()
+        if segment is not None:
+            segment.close()
+        raise
+    return link
+
+
+async def _connect(address: Address) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    if address.path:
+        places = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", address.path)]
+    else:
+        places = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)  # type: ignore[assignment]
+    for number, (family, kind, _, _, where) in enumerate(places):
+        sock = socket.socket(family, kind)
+        sock.setblocking(False)
+        last = number == len(places) - 1
+        try:
+            with suppress(*() if last else (OSError,)):
+                await loop.sock_connect(sock, where)
+                return sock
+        except BaseException:
+            sock.close()
+            raise
+        sock.close()
+    raise OSError("the host has no address")

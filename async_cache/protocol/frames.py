@@ -1,0 +1,60 @@
+"""Bytes <-> payloads: every payload is preceded by its length, 4 bytes, little-endian. Knows no socket."""
+
+from collections.abc import Iterator
+
+from async_cache.errors import ProtocolError
+
+HEADER_BYTES = 4
+MAX_GREETING_BYTES = 4096
+"""Of the first frame in each direction: what a peer may send that nobody knows yet."""
+MAX_PAYLOAD_BYTES = 16 * 2**20
+DATA_BYTES = 256 * 2**10
+"""KV bytes in one frame: so much of one transfer goes before the messages behind it get their turn."""
+
+
+def frame(payload: bytes) -> bytes:
+    """A payload with its header. Raises ProtocolError for one that the other end would refuse."""
+    check_size(len(payload), MAX_PAYLOAD_BYTES)
+    return len(payload).to_bytes(HEADER_BYTES, "little") + payload
+
+
+def check_size(size_bytes: int, limit_bytes: int) -> None:
+    """Raises ProtocolError for a length that a frame can not have."""
+    if not 0 < size_bytes <= limit_bytes:
+        raise ProtocolError(f"a frame of {size_bytes} bytes: 1 to {limit_bytes} are allowed")
+
+
+class FrameReader:
+    """Takes bytes as they come, gives payloads as they are complete. Keeps at most one frame, and what follows it."""
+
+    def __init__(self, limit_bytes: int = MAX_PAYLOAD_BYTES):
+        self._limit_bytes = limit_bytes
+        self._kept = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[memoryview]:
+        """The payloads that are complete now, each valid until the next. Raises ProtocolError for a bad length.
+
+        Of what could not be taken because of an error, nothing can be read any more.
+        """
+        if self._kept:
+            self._kept += data
+            if len(self._kept) < HEADER_BYTES or len(self._kept) < HEADER_BYTES + self._length(self._kept, 0):
+                return
+            data = bytes(self._kept)
+            self._kept.clear()
+        view = memoryview(data)
+        begin, end = 0, len(data)
+        while end - begin >= HEADER_BYTES:
+            first = begin + HEADER_BYTES
+            last = first + self._length(data, begin)
+            if last > end:
+                break
+            yield view[first:last]
+            begin = last
+        if begin < end:
+            self._kept += view[begin:]
+
+    def _length(self, data: bytes | bytearray, begin: int) -> int:
+        length = int.from_bytes(data[begin : begin + HEADER_BYTES], "little")
+        check_size(length, self._limit_bytes)
+        return length

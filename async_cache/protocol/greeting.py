@@ -1,0 +1,98 @@
+"""The first frame in each direction, with the file descriptors that travel beside it over a Unix socket.
+
+It is read and written on the bare socket, since a transport passes no descriptors; and it is all that a peer may send
+before it is known.
+"""
+
+import asyncio
+import os
+import socket
+from contextlib import suppress
+
+from async_cache.errors import ConnectionLostError, ProtocolError, ServiceError
+from async_cache.protocol.frames import HEADER_BYTES, MAX_GREETING_BYTES, check_size, frame
+from async_cache.protocol.messages import Decoder, Failed, Hello, Welcome, encode, error_of
+
+_hello_decoder = Decoder(Hello)
+_welcome_decoder = Decoder(Welcome | Failed)
+
+
+async def receive_hello(sock: socket.socket) -> tuple[Hello, int | None]:
+    """What a client says first, and its descriptor, which is the caller's to close."""
+    payload, descriptor = await _receive(sock)
+    try:
+        return _hello_decoder.decode(payload), descriptor
+    except ProtocolError:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise
+
+
+async def send(sock: socket.socket, message: Hello | Welcome | Failed, descriptor: int | None = None) -> None:
+    """Send a message, and a descriptor with its first byte."""
+    data = frame(encode(message))
+    if descriptor is not None:
+        data = data[socket.send_fds(sock, [data], [descriptor]) :]  # the first send to a socket does not block
+    await asyncio.get_running_loop().sock_sendall(sock, data)
+
+
+async def greet(sock: socket.socket, hello: Hello, descriptor: int | None) -> tuple[Welcome, int | None]:
+    """Introduce a client; what the server says, and its descriptor. Raises what the server refuses it with."""
+    await send(sock, hello, descriptor)
+    payload, received = await _receive(sock)
+    try:
+        answer = _welcome_decoder.decode(payload)
+        if isinstance(answer, Failed):
+            error = error_of(answer)
+            raise error if isinstance(error, ServiceError) else ConnectionLostError(str(error))
+        if answer.mapped and received is None:
+            raise ProtocolError("the server's memory did not come with its welcome")
+    except BaseException:
+        if received is not None:
+            os.close(received)
+        raise
+    return answer, received
+
+
+async def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
+    """One frame, and not a byte more; the first descriptor that comes with it."""
+    descriptors: list[int] = []
+    try:
+        header = await _receive_exactly(sock, HEADER_BYTES, descriptors)
+        length = int.from_bytes(header, "little")
+        check_size(length, MAX_GREETING_BYTES)
+        payload = await _receive_exactly(sock, length, descriptors)
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+    for surplus in descriptors[1:]:
+        os.close(surplus)
+    return payload, descriptors[0] if descriptors else None
+
+
+async def _receive_exactly(sock: socket.socket, size_bytes: int, descriptors: list[int]) -> bytes:
+    data = b""
+    while len(data) < size_bytes:
+        with suppress(BlockingIOError):
+            if sock.family == socket.AF_UNIX:
+                more, came, _, _ = socket.recv_fds(sock, size_bytes - len(data), 1, socket.MSG_CMSG_CLOEXEC)
+                descriptors += came
+            else:
+                more = sock.recv(size_bytes - len(data))
+            if not more:
+                raise ConnectionLostError("the other end closed the connection before it said anything")
+            data += more
+            continue
+        await _readable(sock)
+    return data
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock)

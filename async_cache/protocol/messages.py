@@ -1,0 +1,477 @@
+"""Payloads <-> messages: MessagePack arrays that begin with the message's name. Knows no socket.
+
+Every request has a `number`, which the client counts up and the answers carry; the first answer to come is the
+request's reply, or a `Failed`. `docs/protocol.md` says what each message means.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from async_cache.errors import (
+    AccessDeniedError,
+    BackendError,
+    CacheClosedError,
+    ConfigError,
+    ConnectionLostError,
+    LimitError,
+    ProtocolError,
+    ReadConflictError,
+    RequestConflictError,
+    RequestError,
+    ServiceError,
+    UnknownRequestError,
+    WriterClosedError,
+)
+from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits, Shortfall
+
+VERSION = 1
+DIGEST_BYTES = 32
+
+Number = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Index = Annotated[int, Meta(ge=0, lt=2**32)]
+RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
+Label = Annotated[str, Meta(max_length=128)]
+Name = Annotated[str, Meta(max_length=1024)]
+Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class Message(Struct, array_like=True, tag=True, forbid_unknown_fields=True, gc=False):
+    """An array: the name of the message, and its fields in the order of their definition."""
+
+
+# The greeting: the first frame in each direction.
+
+
+class Hello(Message):
+    """From the client. Over a Unix socket, the file descriptor of the client's segment may travel with it."""
+
+    version: Annotated[int, Meta(ge=0, lt=2**16)]
+    token: Annotated[str, Meta(max_length=1024)] | None = None
+    namespace: Label = ""
+
+
+class Welcome(Message):
+    """From the server. With `mapped`, the file descriptor of the arena travels with it, to be mapped read-only.
+
+    Without `trusted`, prompts are to be sent as token ids or an engine's blocks: the server makes the digests itself.
+    """
+
+    version: int
+    arena_bytes: int
+    mapped: bool
+    trusted: bool
+
+
+# What prompts are made of.
+
+
+class Group(Message):
+    """As `ObjectGroup`."""
+
+    shape: Annotated[list[Annotated[int, Meta(ge=1, lt=2**48)]], Meta(min_length=1, max_length=32)]
+    dtype: Annotated[str, Meta(max_length=32)]
+    window_chunks: Annotated[int, Meta(ge=1, lt=2**32)] | None = None
+    ranks: Annotated[list[Index], Meta(max_length=4096)] | None = None
+
+
+class Layout(Message):
+    """As `ModelLayout`."""
+
+    model: Name
+    groups: Annotated[list[Group], Meta(min_length=1, max_length=4096)]
+    chunk_tokens: Annotated[int, Meta(ge=1, lt=2**32)]
+    world_size: Annotated[int, Meta(ge=1, le=4096)]
+    readers_per_rank: Annotated[int, Meta(ge=1, lt=2**32)]
+    revision: Name
+
+
+class Digests(Message):
+    """A prompt by its chunk hashes, one after the other."""
+
+    layout: Index
+    root: Digest
+    tokens: Count
+    salt: Label
+    chunk_hashes: bytes
+
+
+class TokenIds(Message):
+    """A prompt by the ids of its whole chunks, as little-endian uint32."""
+
+    layout: Index
+    salt: Label
+    adapter: Label
+    ids: bytes
+    media: list[tuple[Index, bytes]] = []
+
+
+class Blocks(Message):
+    """A prompt by an engine's chained block hashes."""
+
+    layout: Index
+    salt: Label
+    adapter: Label
+    block_tokens: Annotated[int, Meta(ge=1, lt=2**32)]
+    blocks: list[bytes]
+
+
+WirePrompt = Digests | TokenIds | Blocks
+
+
+# Requests.
+
+
+class RegisterLayout(Message):
+    """The client chooses the number `layout`, by which its prompts then name the layout. Answered by Done."""
+
+    number: Number
+    layout: Index
+    description: Layout
+
+
+class Prefetch(Message):
+    """Answered by LookupDone and LoadDone, both pushed, and RequestOver when the request is."""
+
+    number: Number
+    prompt: WirePrompt
+    request_id: RequestId
+    skip_tokens: Count = 0
+    ranks: Annotated[list[Index], Meta(min_length=1, max_length=4096)] | None = None
+    deadline_seconds: Seconds | None = None
+
+
+class Cancel(Message):
+    """Give up the prefetch or the wait of that number. Answered by Done, and a wait that it ends by Failed."""
+
+    number: Number
+    call: Number
+
+
+class QueryPrefetchLookupHits(Message):
+    """Wait for the lookup of a request. Answered by Hits."""
+
+    number: Number
+    request_id: RequestId
+
+
+class QueryPrefetchStatus(Message):
+    """Wait for the load of a request, and claim it. Answered by Loaded."""
+
+    number: Number
+    request_id: RequestId
+
+
+class Lookup(Message):
+    """Count only. Answered by Hits."""
+
+    number: Number
+    prompt: WirePrompt
+
+
+class AcquireRead(Message):
+    """Wait for the load, then read. Answered by ReadAcquired, and ReadData where the arena is not mapped."""
+
+    number: Number
+    request_id: RequestId
+    rank: Index = 0
+    reader: Index = 0
+
+
+class ReleaseRead(Message):
+    """Leave the read of that number. Answered by Done."""
+
+    number: Number
+    read: Number
+
+
+class ReserveStore(Message):
+    """Make room for the chunks of a rank that L1 lacks. Answered by StoreReserved; StoreClosed when it expires."""
+
+    number: Number
+    prompt: WirePrompt
+    rank: Index = 0
+    start_chunk: Index = 0
+
+
+class StoreData(Message):
+    """Bytes of the chunk at a position of a store, from `offset` in its block on. Not answered: the commit is."""
+
+    store: Number
+    position: Index
+    offset: Count
+    data: memoryview
+
+
+class CommitStore(Message):
+    """Publish the chunk at a position of a store. Answered by Done.
+
+    `offset`: where its block lies in the client's segment; None where its bytes came as StoreData.
+    """
+
+    number: Number
+    store: Number
+    position: Index
+    offset: Count | None = None
+
+
+class CloseStore(Message):
+    """Discard what was not committed. Answered by Done."""
+
+    number: Number
+    store: Number
+
+
+class Renew(Message):
+    """Let the request's time begin anew. Answered by Done."""
+
+    number: Number
+    request_id: RequestId
+
+
+class EndRequest(Message):
+    """Give back all that the request holds. Answered by Done."""
+
+    number: Number
+    request_id: RequestId
+
+
+class Delete(Message):
+    """Remove a prompt from both tiers. Answered by Removed."""
+
+    number: Number
+    prompt: WirePrompt
+
+
+class Clear(Message):
+    """Empty L1 of what L2 has, or both tiers. Answered by Removed."""
+
+    number: Number
+    tier: Literal["l1", "all"]
+
+
+class Flush(Message):
+    """Wait until what was committed is in L2. Answered by Flushed."""
+
+    number: Number
+    deadline_seconds: Seconds | None = None
+
+
+class Stats(Message):
+    """Answered by Counted."""
+
+    number: Number
+
+
+class Ping(Message):
+    """Answered by Done."""
+
+    number: Number
+
+
+Request = (
+    RegisterLayout
+    | Prefetch
+    | Cancel
+    | QueryPrefetchLookupHits
+    | QueryPrefetchStatus
+    | Lookup
+    | AcquireRead
+    | ReleaseRead
+    | ReserveStore
+    | StoreData
+    | CommitStore
+    | CloseStore
+    | Renew
+    | EndRequest
+    | Delete
+    | Clear
+    | Flush
+    | Stats
+    | Ping
+)
+
+
+# Answers.
+
+
+class Done(Message):
+    """It is done, and there is nothing to tell."""
+
+    number: int
+
+
+class Failed(Message):
+    """It could not be done. `number` 0: the connection is about to be closed, and this is why."""
+
+    number: int
+    code: str
+    message: str
+
+
+class LookupDone(Message):
+    """Pushed: the first future of a prefetch."""
+
+    number: int
+    hits: LookupHits
+
+
+class LoadDone(Message):
+    """Pushed: the second future of a prefetch."""
+
+    number: int
+    result: LoadResult
+
+
+class RequestOver(Message):
+    """Pushed: the request of a prefetch is over, and its id is free."""
+
+    number: int
+
+
+class Hits(Message):
+    """Of a query, or a lookup."""
+
+    number: int
+    hits: LookupHits
+
+
+class Loaded(Message):
+    """Of a query that claimed it."""
+
+    number: int
+    result: LoadResult
+
+
+class ReadAcquired(Message):
+    """Chunk n is number `result.start_chunk + n` of the prompt, and its block begins at `offsets[n]`.
+
+    That is in the arena, or where this is not mapped, in a buffer of `buffer_bytes`, of which ReadData then brings the
+    `data_bytes` that can be read.
+    `layout`: that of the request, described where the client has not registered it.
+    `absent`: (n, groups) of what can not be read of a chunk though its block is there: what is outside a window.
+    """
+
+    number: int
+    result: LoadResult
+    layout: int | Layout
+    offsets: list[int | None]
+    absent: list[tuple[int, list[int]]]
+    buffer_bytes: int = 0
+    data_bytes: int = 0
+
+
+class ReadData(Message):
+    """Bytes of a read, for its buffer."""
+
+    number: int
+    offset: int
+    data: memoryview
+
+
+class StoreReserved(Message):
+    """The chunks to fill, by their number in the prompt; `shortfall` where there are fewer than L1 lacks."""
+
+    number: int
+    chunks: list[int]
+    shortfall: Shortfall | None = None
+
+
+class StoreClosed(Message):
+    """Pushed: the store of that number was idle for too long, or the cache closes."""
+
+    number: int
+
+
+class Removed(Message):
+    """Of a delete or clear."""
+
+    number: int
+    deleted: Deleted
+
+
+class Flushed(Message):
+    """Of a flush."""
+
+    number: int
+    result: FlushResult
+
+
+class Counted(Message):
+    """Of stats: a map."""
+
+    number: int
+    stats: CacheStats
+
+
+Answer = (
+    Done
+    | Failed
+    | LookupDone
+    | LoadDone
+    | RequestOver
+    | Hits
+    | Loaded
+    | ReadAcquired
+    | ReadData
+    | StoreReserved
+    | StoreClosed
+    | Removed
+    | Flushed
+    | Counted
+)
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+
+
+class Decoder:
+    """Decodes one union of messages. Raises ProtocolError, whatever the bytes are."""
+
+    def __init__(self, messages: Any):
+        self._decoder = msgspec.msgpack.Decoder(messages)
+
+    def decode(self, payload: bytes | memoryview) -> Any:
+        """The message in a payload."""
+        try:
+            return self._decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError, ValueError) as error:
+            raise ProtocolError(f"not a message: {error}") from error
+
+
+# Errors: each has a code, which the client turns back into the same exception. The first that fits is taken.
+
+ERROR_CODES: dict[str, type[Exception]] = {
+    "unknown_request": UnknownRequestError,
+    "request_conflict": RequestConflictError,
+    "read_conflict": ReadConflictError,
+    "request": RequestError,
+    "writer_closed": WriterClosedError,
+    "backend": BackendError,
+    "cache_closed": CacheClosedError,
+    "config": ConfigError,
+    "connection_lost": ConnectionLostError,
+    "access_denied": AccessDeniedError,
+    "protocol": ProtocolError,
+    "limit": LimitError,
+    "internal": ServiceError,
+    "cancelled": ServiceError,
+    "value": ValueError,
+    "type": TypeError,
+}
+
+
+def failed(number: int, error: Exception) -> Failed:
+    """The answer that tells of an error. What has no code of its own is a fault of the server, and told as such."""
+    for code, kind in ERROR_CODES.items():
+        if isinstance(error, kind):
+            return Failed(number, code, str(error))
+    return Failed(number, "internal", f"the server failed: {type(error).__name__}")
+
+
+def error_of(failed: Failed) -> Exception:
+    """The exception that an answer tells of."""
+    return ERROR_CODES.get(failed.code, ServiceError)(failed.message)

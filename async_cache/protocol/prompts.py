@@ -1,0 +1,66 @@
+"""Prompts and layouts as they travel."""
+
+from async_cache.layout import ModelLayout, ObjectGroup, Prompt
+from async_cache.protocol.messages import DIGEST_BYTES, Blocks, Digests, Group, Layout, TokenIds, WirePrompt
+
+
+def describe(layout: ModelLayout) -> Layout:
+    """A layout to send."""
+    groups = [
+        Group(list(group.shape), group.dtype, group.window_chunks, None if group.ranks is None else list(group.ranks))
+        for group in layout.groups
+    ]
+    return Layout(
+        layout.model, groups, layout.chunk_tokens, layout.world_size, layout.readers_per_rank, layout.revision
+    )
+
+
+def layout_of(description: Layout) -> ModelLayout:
+    """The layout that was sent. Raises ValueError or TypeError for one that can not be."""
+    groups = tuple(
+        ObjectGroup(
+            tuple(group.shape),
+            group.dtype,
+            window_chunks=group.window_chunks,
+            ranks=None if group.ranks is None else tuple(group.ranks),
+        )
+        for group in description.groups
+    )
+    return ModelLayout(
+        description.model,
+        groups,
+        chunk_tokens=description.chunk_tokens,
+        world_size=description.world_size,
+        readers_per_rank=description.readers_per_rank,
+        revision=description.revision,
+    )
+
+
+def pack(prompt: Prompt, layout: int, *, trusted: bool) -> WirePrompt:
+    """A prompt to send: its digests, or where these prove nothing, what they are made from."""
+    if trusted:
+        return Digests(layout, prompt.root, prompt.tokens, prompt.salt, b"".join(prompt.chunk_hashes))
+    if prompt.block_tokens:
+        return Blocks(layout, prompt.salt, prompt.adapter, prompt.block_tokens, list(prompt.blocks))
+    return TokenIds(layout, prompt.salt, prompt.adapter, prompt.packed, list(prompt.media))
+
+
+def unpack(wire: WirePrompt, layout: ModelLayout) -> Prompt:
+    """The prompt that was sent. Raises ValueError or TypeError for one that can not be."""
+    if isinstance(wire, Digests):
+        hashes = _split(wire.chunk_hashes)
+        if wire.tokens // layout.chunk_tokens != len(hashes):
+            raise ValueError(f"{wire.tokens} tokens do not make {len(hashes)} chunks of {layout.chunk_tokens}")
+        return Prompt(layout, wire.root, wire.tokens, wire.salt, "", hashes=hashes)
+    if isinstance(wire, Blocks):
+        return layout.prompt_from_hashes(wire.blocks, wire.block_tokens, salt=wire.salt, adapter=wire.adapter)
+    if len(wire.ids) % 4:
+        raise ValueError(f"{len(wire.ids)} bytes are no token ids of 4 bytes each")
+    ids = memoryview(wire.ids).cast("I")
+    return layout.prompt(ids, salt=wire.salt, adapter=wire.adapter, media=wire.media)
+
+
+def _split(digests: bytes) -> list[bytes]:
+    if len(digests) % DIGEST_BYTES:
+        raise ValueError(f"{len(digests)} bytes are no digests of {DIGEST_BYTES} bytes each")
+    return [digests[begin : begin + DIGEST_BYTES] for begin in range(0, len(digests), DIGEST_BYTES)]

@@ -1,0 +1,57 @@
+"""What is entered and left: a sequence of chunks, by `async with`, or by `await` and `with`, or a call, later."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+C = TypeVar("C")
+
+
+class Scoped(ABC, Generic[C]):
+    """NEW -> ENTERED, when it is a sequence of its chunks in order, -> LEFT."""
+
+    _chunks: tuple[C, ...] = ()
+
+    @property
+    def chunks(self) -> tuple[C, ...]:
+        """The chunks in order."""
+        return self._chunks
+
+    @abstractmethod
+    async def _enter(self) -> None:
+        """Fill `_chunks`. Entered already, it does nothing."""
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """May be called more than once."""
+
+    def __await__(self) -> Generator[object, None, Self]:
+        return self.__aenter__().__await__()
+
+    async def __aenter__(self) -> Self:
+        await self._enter()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def __enter__(self) -> Self:
+        """For one that was entered by `await`, or by a blocking call."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def __iter__(self) -> Iterator[C]:
+        return iter(self._chunks)
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, position: int) -> C:
+        return self._chunks[position]

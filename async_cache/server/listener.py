@@ -1,0 +1,92 @@
+"""Sockets to listen at: Unix, which only their owner may open, and TCP."""
+
+import errno
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from async_cache.address import Address
+from async_cache.errors import ConfigError
+
+_BACKLOG = 1024
+
+
+class Listener:
+    """LISTENING -> CLOSED."""
+
+    def __init__(self, address: Address):
+        """Raises ConfigError for an address that can not be listened at, and says whose it is."""
+        self._inode = 0
+        try:
+            if address.path:
+                self.socket = self._bind_unix(Path(address.path))
+            else:
+                self.socket = self._bind_tcp(address)
+                address = Address(host=address.host, port=self.socket.getsockname()[1])
+        except OSError as error:
+            raise ConfigError(f"can not listen at {address}: {error.strerror or error}") from error
+        self.address = address
+
+    def _bind_unix(self, path: Path) -> socket.socket:
+        """Bind under another name first: what stands under its own can be connected to from the first moment."""
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.parent.stat().st_uid not in (0, os.getuid()):
+            raise ConfigError(f"can not listen at {path}: its directory belongs to somebody else")
+        _check_free(path)
+        made = socket.socket(socket.AF_UNIX)
+        new = path.with_name(f".{os.getpid():x}")
+        try:
+            with suppress(FileNotFoundError):
+                new.unlink()
+            made.bind(str(new))
+            new.chmod(0o600)
+            made.listen(_BACKLOG)
+            self._inode = new.stat().st_ino
+            new.rename(path)
+        except BaseException:
+            made.close()
+            with suppress(FileNotFoundError):
+                new.unlink()
+            raise
+        made.setblocking(False)
+        return made
+
+    def _bind_tcp(self, address: Address) -> socket.socket:
+        family, kind, _, _, where = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(where)
+            made.listen(_BACKLOG)
+        except BaseException:
+            made.close()
+            raise
+        made.setblocking(False)
+        return made
+
+    def close(self) -> None:
+        """Listen no more. What has taken the place of a Unix socket stays."""
+        self.socket.close()
+        path = self.address.path
+        with suppress(OSError):
+            if path and os.stat(path).st_ino == self._inode:
+                os.unlink(path)
+
+
+def _check_free(path: Path) -> None:
+    """Whether a server listens there: one that is dead is replaced. Raises ConfigError."""
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise ConfigError(f"can not listen at {path}: it is there, and not a socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return
+        except OSError as error:
+            if error.errno != errno.EAGAIN:  # that is one whose backlog is full
+                raise
+    raise ConfigError(f"can not listen at {path}: a server is listening there already")

@@ -1,0 +1,49 @@
+"""What the connections share: which of them hold a request, and equal layouts."""
+
+import weakref
+from collections.abc import Hashable
+from typing import Protocol
+
+from async_cache.cache import AsyncCache
+from async_cache.layout import ModelLayout
+
+
+class Holder(Protocol, Hashable):
+    """Whoever has prefetched."""
+
+    def request_over(self, number: int) -> None:
+        """The request of its prefetch of that number is over."""
+
+
+class Registry:
+    """Requests by their holders: a request ends with the last of them."""
+
+    def __init__(self, cache: AsyncCache):
+        self._holders: dict[str, dict[tuple[Holder, int], None]] = {}
+        self._layouts: weakref.WeakKeyDictionary[ModelLayout, weakref.ref[ModelLayout]] = weakref.WeakKeyDictionary()
+        cache.tell_over(self._over)
+
+    def hold(self, request_id: str, holder: Holder, number: int) -> None:
+        """A holder has prefetched this."""
+        self._holders.setdefault(request_id, {})[holder, number] = None
+
+    def let_go(self, request_id: str, holder: Holder, number: int) -> bool:
+        """A holder has gone. Whether it was the last."""
+        holders = self._holders[request_id]
+        del holders[holder, number]
+        if not holders:
+            del self._holders[request_id]
+        return not holders
+
+    def _over(self, request_id: str) -> None:
+        for holder, number in self._holders.pop(request_id, ()):
+            holder.request_over(number)
+
+    def same(self, layout: ModelLayout) -> ModelLayout:
+        """The layout that others use, if one is equal: comparing is then a matter of identity."""
+        known = self._layouts.get(layout)
+        shared = known() if known is not None else None
+        if shared is None:
+            self._layouts[layout] = weakref.ref(layout)
+            return layout
+        return shared

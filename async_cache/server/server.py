@@ -1,0 +1,201 @@
+"""Accepts connections, and ends them."""
+
+import asyncio
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+from async_cache.address import Address
+from async_cache.cache import AsyncCache
+from async_cache.config import ServerConfig
+from async_cache.errors import AsyncCacheError, CacheClosedError, LimitError, ProtocolError
+from async_cache.keys import check_label
+from async_cache.protocol.greeting import receive_hello, send
+from async_cache.protocol.messages import VERSION, Hello, Welcome, failed
+from async_cache.server.access import Access, Tenant
+from async_cache.server.listener import Listener
+from async_cache.server.registry import Registry
+from async_cache.server.session import Session
+
+log = logging.getLogger(__name__)
+
+_F_GET_SEALS = 1034
+_COPIERS = 2
+_RETRY_SECONDS = 0.1  # where there are no file descriptors left
+_TELL_SECONDS = 0.5  # for the open connections to take their last message
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+
+
+class Server:
+    """NEW -> LISTENING -> CLOSED, by `async with` or by `open` and `close`. The cache that it serves is open before."""
+
+    def __init__(self, cache: AsyncCache, config: ServerConfig):
+        self._cache = cache
+        self._config = config
+        self._access = Access(config.tenants)
+        self._registry = Registry(cache)
+        self._copiers = ThreadPoolExecutor(_COPIERS, "copy")
+        self._listeners: list[Listener] = []
+        self._sessions: set[Session] = set()
+        self._greeting = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._readable = os.open(f"/proc/self/fd/{cache.memory_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where it listens; a port 0 has become a real one."""
+        return [listener.address for listener in self._listeners]
+
+    async def open(self) -> Self:
+        """Listen at all addresses, or none. Raises ConfigError."""
+        try:
+            for url in self._config.listen:
+                self._listeners.append(Listener(Address.parse(url)))
+        except BaseException:
+            await self.close()
+            raise
+        for listener in self._listeners:
+            self._spawn(self._accept(listener))
+        return self
+
+    async def close(self) -> None:
+        """No more connections, then the open ones told and ended; idempotent. The cache stays open."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for listener in self._listeners:
+            listener.close()
+        for session in self._sessions:
+            session.connection.fail(CacheClosedError("the server is shutting down"))
+        ends = {session: asyncio.create_task(session.ended()) for session in self._sessions}
+        if ends:
+            await asyncio.wait(ends.values(), timeout=_TELL_SECONDS)
+            for session in ends:
+                session.connection.abort()
+            await asyncio.wait(ends.values())
+        self._copiers.shutdown(wait=False)
+        os.close(self._readable)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: Listener) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(listener.socket)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                log.warning("no connection can be accepted: %s", error.strerror)
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            self._greeting += 1
+            self._spawn(self._welcome(sock))
+
+    async def _welcome(self, sock: socket.socket) -> None:
+        """Let one client introduce itself, and in, or tell it why not."""
+        segment = None
+        try:
+            sock.setblocking(False)
+            async with asyncio.timeout(self._config.hello_timeout_seconds):
+                hello, segment = await self._hear(sock)
+                tenant = self._admit(hello, over_unix=sock.family == socket.AF_UNIX)
+                mapped = tenant.trusted and sock.family == socket.AF_UNIX
+                welcome = Welcome(VERSION, len(self._cache.memory), mapped, tenant.trusted)
+                await send(sock, welcome, self._readable if mapped else None)
+            _keep_alive(sock)
+            session = self.session(tenant, hello.namespace, segment, mapped=mapped)
+            segment = None  # it is the session's now
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: session.connection, sock)
+        except AsyncCacheError as error:
+            await _refuse(sock, error)
+        except (OSError, TimeoutError) as error:
+            log.debug("a connection did not introduce itself: %s", error)
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        finally:
+            self._greeting -= 1
+            if segment is not None:
+                os.close(segment)
+
+    async def _hear(self, sock: socket.socket) -> tuple[Hello, int | None]:
+        if len(self._sessions) + self._greeting > self._config.max_connections:
+            raise LimitError(f"the server has {self._config.max_connections} connections, which is its limit")
+        return await receive_hello(sock)
+
+    def _admit(self, hello: Hello, *, over_unix: bool) -> Tenant:
+        if hello.version != VERSION:
+            raise ProtocolError(f"the server speaks version {VERSION} of the protocol, the client {hello.version}")
+        try:
+            check_label("namespace", hello.namespace)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        return self._access.admit(hello.token, over_unix=over_unix)
+
+    def session(self, tenant: Tenant, namespace: str, segment: int | None, *, mapped: bool) -> Session:
+        """What serves one connection; it takes over the segment, if that is memory, and else refuses it."""
+        if segment is not None:
+            _check_memory(segment)
+        session = Session(
+            self._cache,
+            self._registry,
+            self._config,
+            self._copiers,
+            tenant,
+            namespace,
+            segment,
+            mapped=mapped,
+            closed=self._sessions.discard,
+        )
+        self._sessions.add(session)
+        return session
+
+
+async def _refuse(sock: socket.socket, error: AsyncCacheError) -> None:
+    """Tell why, if the client listens."""
+    with sock, suppress(OSError, TimeoutError):
+        async with asyncio.timeout(_TELL_SECONDS):
+            await send(sock, failed(0, error))
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Notice that another host is gone without a word."""
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE.items():
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _check_memory(segment: int) -> None:
+    """Reading from a file may wait for a disk, or for ever: only memory can be sealed, and is taken."""
+    try:
+        fcntl.fcntl(segment, _F_GET_SEALS)
+    except OSError as error:
+        raise ProtocolError("the segment of a client must be a memfd") from error
