@@ -294,7 +294,13 @@ class _Core:
             )
             for n, needed in enumerate(request.needed)
         )
-        return Entered(await request.result.wait(), layout, chunks, partial(self.controller.leave, request))
+        return Entered(
+            await request.result.wait(),
+            layout,
+            chunks,
+            partial(self.controller.leave, request),
+            partial(self.controller.unenter, request, rank, reader),
+        )
 
     def stats(self) -> CacheStats:
         l1, controller = self.l1, self.controller

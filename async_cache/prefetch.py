@@ -337,6 +337,13 @@ class PrefetchController:
         self._use(request)
         return request
 
+    def unenter(self, request: Request, rank: int, reader: int) -> None:
+        """One who has entered never came to know of it: it may enter again."""
+        request.readers.discard((rank, reader))
+        request.inside -= 1
+        if request.state is RequestState.OVER:
+            self._release_if_left(request)
+
     def leave(self, request: Request) -> None:
         """One reader has left; the last of all ends the request."""
         request.inside -= 1

@@ -15,12 +15,13 @@ class Promise(Generic[T]):
     Every waiter has a future of its own, so that one who is cancelled cancels nothing for the others.
     """
 
-    __slots__ = ("_error", "_value", "_waiters")
+    __slots__ = ("_error", "_told", "_value", "_waiters")
 
     def __init__(self) -> None:
         self._value: T | None = None
         self._error: Exception | None = None
         self._waiters: list[asyncio.Future[T]] = []
+        self._told: list[Callable[[T], None]] = []
 
     @property
     def pending(self) -> bool:
@@ -33,6 +34,9 @@ class Promise(Generic[T]):
             self._value = value
             for waiter in self._take_waiters():
                 waiter.set_result(value)
+            told, self._told = self._told, []
+            for tell in told:
+                tell(value)
 
     def break_with(self, error: Exception) -> None:
         """Nothing will come: whoever waits gets the error."""
@@ -40,6 +44,14 @@ class Promise(Generic[T]):
             self._error = error
             for waiter in self._take_waiters():
                 self._fail(waiter, error)
+            self._told.clear()
+
+    def tell(self, told: Callable[[T], None]) -> None:
+        """Call this with the value in the very step in which it comes, or now; never if the promise breaks."""
+        if self._value is not None:
+            told(self._value)
+        elif self._error is None:
+            self._told.append(told)
 
     def future(self) -> "asyncio.Future[T]":
         """A new future of the outcome."""
@@ -82,32 +94,32 @@ class Promised(Protocol):
 class Prefetch:
     """One prefetch: a lookup and a load, each with its future."""
 
-    __slots__ = ("_cancel", "_promised")
+    __slots__ = ("_cancel", "promised")
 
     def __init__(self, promised: Promised, cancel: Callable[[], None]):
-        self._promised = promised
+        self.promised = promised
         self._cancel = cancel
 
     @property
     def request_id(self) -> str:
         """What the other calls know it by."""
-        return self._promised.request_id
+        return self.promised.request_id
 
     @property
     def lookup_done(self) -> "asyncio.Future[LookupHits]":
         """How much is cached. Each access gives a future of the caller's own."""
-        return self._promised.hits.future()
+        return self.promised.hits.future()
 
     @property
     def load_done(self) -> "asyncio.Future[LoadResult]":
         """That it is in memory. Each access gives a future of the caller's own."""
-        return self._promised.result.future()
+        return self.promised.result.future()
 
     def cancel(self) -> None:
         """Stop looking up and loading; both futures resolve. Does nothing once it has loaded."""
         self._cancel()
 
     def __repr__(self) -> str:
-        promised = self._promised
+        promised = self.promised
         state = "looking up" if promised.hits.pending else "loading" if promised.result.pending else "done"
         return f"<Prefetch {self.request_id!r}, {state}>"

@@ -67,12 +67,13 @@ class ReadChunk:
 
 
 class Entered(NamedTuple):
-    """What entering a read gives, and the call that leaves it."""
+    """What entering a read gives, and the calls that leave it, or undo it."""
 
     result: LoadResult
     layout: ModelLayout
     chunks: tuple[ReadChunk, ...]
-    leave: Callable[[], None]
+    leave: Callable[[], object]
+    undo: Callable[[], object]
 
 
 class ReadLease(Scoped[ReadChunk]):
@@ -105,11 +106,21 @@ class ReadLease(Scoped[ReadChunk]):
 
     def release(self) -> None:
         """Leave; the views must not be used any more. May be called more than once."""
-        if self._entered is not None and not self._left:
-            self._left = True
-            for chunk in self._chunks:
-                chunk._forget()
-            self._entered.leave()
+        if self._end():
+            self._read.leave()
+
+    def undo(self) -> None:
+        """Leave as if it had not been entered: whoever it was for does not know of it, and may read again."""
+        if self._end():
+            self._read.undo()
+
+    def _end(self) -> bool:
+        if self._entered is None or self._left:
+            return False
+        self._left = True
+        for chunk in self._chunks:
+            chunk._forget()
+        return True
 
     async def _enter(self) -> None:
         if self._entered is None:

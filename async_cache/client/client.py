@@ -234,7 +234,7 @@ class CacheClient:
         start_chunk, here = start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
         link = self._link
         known = link.requests.get(request_id) if link is not None else None
-        if known is not None:
+        if known is not None and not known.maybe_over:
             same = known.start_chunk == start_chunk and known.ranks == here and known.prompt.same_as(prompt)
             if same and not known.claimed:
                 return known.prefetch
@@ -269,11 +269,7 @@ class CacheClient:
     async def query_status(self, request_id: str) -> LoadResult:
         """As `AsyncCache.query_status`; the request may be one of any client of this tenant and namespace."""
         check_request_id(request_id, MAX_REQUEST_ID)
-        link = await self._ready()
-        result = (await link.ask(messages.Loaded, messages.QueryPrefetchStatus(link.number(), request_id))).result
-        if (request := link.requests.get(request_id)) is not None:
-            request.claimed = True
-        return result
+        return await (await self._ready()).claim(request_id)
 
     async def renew(self, request_id: str) -> None:
         """As `AsyncCache.renew`."""
@@ -312,10 +308,14 @@ class CacheClient:
             ReadChunk(acquired.result.start_chunk + n, offset, rank, objects[n], layout, memory)
             for n, offset in enumerate(acquired.offsets)
         )
-        return Entered(acquired.result, layout, chunks, lambda: self._release(link, number))
+        leave = partial(self._post, self._leave, link, number, request_id)
+        return Entered(acquired.result, layout, chunks, leave, leave)
 
-    def _release(self, link: Link, number: int) -> None:
-        self._post(lambda: link.tell(messages.ReleaseRead(link.number(), number)))
+    @staticmethod
+    def _leave(link: Link, number: int, request_id: str) -> None:
+        link.tell(messages.ReleaseRead(link.number(), number))
+        if (request := link.requests.get(request_id)) is not None:
+            request.maybe_over = True
 
     def store(self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0) -> RemoteWriter:
         """As `AsyncCache.store`: the chunks are in this process's own memory until they are committed."""

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from async_cache.client.memory import Segment
-from async_cache.errors import ConnectionLostError, ProtocolError
+from async_cache.errors import ConnectionLostError, ProtocolError, UnknownRequestError
 from async_cache.layout import ModelLayout, Prompt
 from async_cache.promise import Prefetch, Promise
 from async_cache.protocol import messages
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 Lost = Callable[[Exception], None]
 
+_MAX_UNCLAIMED = 1024
 _decoder = Decoder(messages.Answer)
 
 
@@ -36,7 +37,9 @@ class Store(Protocol):
 class RemoteRequest:
     """The record of a prefetch: what it asked for, and what the server says of it."""
 
-    __slots__ = ("claimed", "hits", "number", "prefetch", "prompt", "ranks", "request_id", "result", "start_chunk")
+    __slots__ = (
+        "claimed", "hits", "maybe_over", "number", "prefetch", "prompt", "ranks", "request_id", "result", "start_chunk",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class RemoteRequest:
         self.start_chunk = start_chunk
         self.ranks = ranks
         self.claimed = False
+        self.maybe_over = False  # a reader has left, maybe the last: only the server knows
         self.number = 0
         self.hits: Promise[LookupHits] = Promise()
         self.result: Promise[LoadResult] = Promise()
@@ -60,6 +64,16 @@ class RemoteRequest:
         """Nothing more will be said."""
         self.hits.break_with(error)
         self.result.break_with(error)
+
+
+class StatusQuery:
+    """Those of one client who wait for one result: the first of them takes it, and the others hear at once."""
+
+    __slots__ = ("number", "waiters")
+
+    def __init__(self, number: int):
+        self.number = number
+        self.waiters: list[asyncio.Future[None]] = []
 
 
 class Incoming:
@@ -87,8 +101,9 @@ class Link:
         self._lost = lost
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {}
-        self._undo: dict[int, Callable[[int], Message]] = {}
         self._prefetches: dict[int, RemoteRequest] = {}
+        self._queries: dict[str, StatusQuery] = {}
+        self._unclaimed: dict[str, LoadResult] = {}
         self._incoming: dict[int, Incoming] = {}
         self._layouts: list[ModelLayout] = []
         self._layout_numbers: dict[ModelLayout, int] = {}
@@ -120,39 +135,68 @@ class Link:
         self._waiting[message.number] = answer = self._loop.create_future()
         return answer
 
-    async def ask(self, kind: type[A], message: Any, undo: Callable[[int], Message] | None = None) -> A:
-        """Send a request, and wait for its answer. A caller who is cancelled gives it up.
-
-        `undo`: makes the message that gives back what was answered when nobody waited for it any more.
-        """
+    async def ask(self, kind: type[A], message: Any) -> A:
+        """Send a request, and wait for its answer. Where the caller is cancelled, the server undoes what it began."""
         answer = self.send(message)
         try:
             outcome = await answer
-            if not isinstance(outcome, kind):
-                raise ProtocolError(f"the server answered with {type(outcome).__name__}, not {kind.__name__}")
-            return outcome
         except asyncio.CancelledError:
-            if message.number in self._waiting:
-                self.tell(messages.Cancel(self.number(), message.number))
-                if undo is not None:
-                    self._undo[message.number] = undo
-            elif undo is not None and not answer.cancelled() and answer.exception() is None:
-                self.tell(undo(self.number()))
+            self.tell(messages.Cancel(self.number(), message.number))
             raise
+        if not isinstance(outcome, kind):
+            raise ProtocolError(f"the server answered with {type(outcome).__name__}, not {kind.__name__}")
+        return outcome
 
     async def acquire(self, message: messages.AcquireRead) -> tuple[messages.ReadAcquired, memoryview]:
         """Begin to read; what there is, and the memory that it lies in."""
-
-        def release(number: int) -> Message:
-            return messages.ReleaseRead(number, message.number)
-
         try:
-            acquired = await self.ask(messages.ReadAcquired, message, release)
+            acquired = await self.ask(messages.ReadAcquired, message)
         finally:
             incoming = self._incoming.pop(message.number, None)
         if incoming is not None:
             return acquired, incoming.buffer
         return acquired, self.arena if self.arena is not None else memoryview(b"")
+
+    async def claim(self, request_id: str) -> LoadResult:
+        """Wait for the result of a request, and take it. What comes when nobody waits any more is for who asks next."""
+        if request_id not in self._unclaimed:
+            await self._answered_query(request_id)
+        result = self._unclaimed.pop(request_id, None)
+        if result is None:
+            raise UnknownRequestError(f"request {request_id!r} was claimed or ended")
+        return result
+
+    async def _answered_query(self, request_id: str) -> None:
+        query = self._queries.get(request_id)
+        if query is None:
+            query = self._queries[request_id] = StatusQuery(self.number())
+            answer = self.send(messages.QueryPrefetchStatus(query.number, request_id))
+            answer.add_done_callback(partial(self._claimed, request_id, query))
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        query.waiters.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if self._queries.get(request_id) is query and all(other.done() for other in query.waiters):
+                del self._queries[request_id]
+                self.tell(messages.Cancel(self.number(), query.number))
+            raise
+
+    def _claimed(self, request_id: str, query: StatusQuery, answer: "asyncio.Future[Any]") -> None:
+        if self._queries.get(request_id) is query:
+            del self._queries[request_id]
+        error = answer.exception()
+        if error is None:
+            self._unclaimed[request_id] = answer.result().result
+            if len(self._unclaimed) > _MAX_UNCLAIMED:
+                del self._unclaimed[next(iter(self._unclaimed))]
+            if (request := self.requests.get(request_id)) is not None:
+                request.claimed = True
+        for waiter in query.waiters:
+            if error is not None:
+                _break(waiter, error)
+            elif not waiter.done():
+                waiter.set_result(None)
 
     def tell(self, message: Message) -> None:
         """Send a request of which the answer does not matter."""
@@ -161,6 +205,7 @@ class Link:
     def prefetch(self, request: RemoteRequest, skip_tokens: int, deadline_seconds: float | None) -> None:
         """Begin one; its record is told what comes of it."""
         number = request.number = self.number()
+        self._unclaimed.pop(request.request_id, None)
         everywhere = len(request.ranks) == request.prompt.layout.world_size
         ranks = None if everywhere else list(request.ranks)
         prompt = self.prompt(request.prompt)
@@ -214,8 +259,6 @@ class Link:
         waiting = self._waiting.pop(number, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(answer)
-        elif (undo := self._undo.pop(number, None)) is not None:
-            self.tell(undo(self.number()))
 
     def _failed(self, answer: messages.Failed) -> None:
         error = error_of(answer)
@@ -223,7 +266,6 @@ class Link:
             self._reason = ConnectionLostError(f"the server closed the connection: {error}")
             return
         waiting = self._waiting.pop(answer.number, None)
-        self._undo.pop(answer.number, None)
         if waiting is not None:
             _break(waiting, error)
         if (request := self._forget(answer.number)) is not None:
@@ -280,7 +322,7 @@ class Link:
             request.break_with(reason)
         for store in self.stores.values():
             store.closed_from_outside()
-        for records in (self._waiting, self._undo, self._prefetches, self.requests, self.stores, self._incoming):
+        for records in (self._waiting, self._prefetches, self.requests, self.stores, self._incoming):
             records.clear()
         if self.segment is not None:
             self.segment.close()
@@ -288,7 +330,7 @@ class Link:
         self._lost(reason)
 
 
-def _break(waiting: "asyncio.Future[Any]", error: Exception) -> None:
+def _break(waiting: "asyncio.Future[Any]", error: BaseException) -> None:
     if not waiting.done():
         waiting.set_exception(error)
         waiting.exception()  # looked at: who waits is told by it all the same

@@ -122,7 +122,7 @@ class RemoteWriter(Scoped[RemoteChunk]):
         self._link = link = await self._ready()
         self._number = number = link.number()
         message = messages.ReserveStore(number, link.prompt(self._prompt), self._rank, self._start_chunk)
-        reserved = await link.ask(messages.StoreReserved, message, undo=lambda undo: messages.CloseStore(undo, number))
+        reserved = await link.ask(messages.StoreReserved, message)
         self.shortfall = reserved.shortfall
         self._chunks = tuple(
             RemoteChunk(self, index, position, offset, block, self._prompt.layout, self._rank)
@@ -146,8 +146,6 @@ class RemoteWriter(Scoped[RemoteChunk]):
 
     def _commit(self, chunk: RemoteChunk, block: Block) -> None:
         if not self._is_open:
-            if self._link is not None and not self._link.connection.is_open:
-                raise ConnectionLostError("the connection to the server was lost, and the writer with it")
             raise WriterClosedError("the writer is closed")
         self._post(self._send_commit, chunk, block)
 

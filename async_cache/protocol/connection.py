@@ -131,4 +131,10 @@ class Connection(asyncio.Protocol):
         self._end_pause()
         if self._giving_up is not None:
             self._giving_up.cancel()
-        self._lost(error)
+        lost = self._lost
+        self._received = self._lost = _ignore  # they know it, and it knows them
+        lost(error)
+
+
+def _ignore(_: Any) -> None:
+    return

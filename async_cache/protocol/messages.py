@@ -145,7 +145,10 @@ class Prefetch(Message):
 
 
 class Cancel(Message):
-    """Give up the prefetch or the wait of that number. Answered by Done, and a wait that it ends by Failed."""
+    """Give up the prefetch, wait, read or store of that number, as if it had not been asked for. Answered by Done.
+
+    A wait that it ends is answered by Failed.
+    """
 
     number: Number
     call: Number

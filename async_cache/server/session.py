@@ -78,26 +78,6 @@ class Session:
         self._copying: dict[WriteChunk, asyncio.Future[None]] = {}
         self._held_up: deque[Message] = deque()
         self._left = asyncio.Event()
-        self._handlers: dict[type[Message], Callable[[Any], None]] = {
-            messages.RegisterLayout: self._register_layout,
-            messages.Prefetch: self._prefetch,
-            messages.Cancel: self._cancel,
-            messages.QueryPrefetchLookupHits: self._query_lookup_hits,
-            messages.QueryPrefetchStatus: self._query_status,
-            messages.Lookup: self._lookup,
-            messages.AcquireRead: self._acquire_read,
-            messages.ReleaseRead: self._release_read,
-            messages.ReserveStore: self._reserve_store,
-            messages.StoreData: self._store_data,
-            messages.CommitStore: self._commit_store,
-            messages.CloseStore: self._close_store,
-            messages.Renew: self._renew,
-            messages.EndRequest: self._end_request,
-            messages.Delete: self._delete,
-            messages.Clear: self._clear,
-            messages.Flush: self._flush,
-            messages.Stats: self._stats,
-        }
 
     # Messages, as they come.
 
@@ -113,7 +93,7 @@ class Session:
 
     def _handle(self, message: Any) -> None:
         try:
-            self._handlers[type(message)](message)
+            _HANDLERS[type(message)](self, message)
         except ProtocolError:
             raise
         except Exception as error:
@@ -122,7 +102,9 @@ class Session:
     def _fail(self, message: Any, error: Exception) -> None:
         if not isinstance(error, AsyncCacheError | ValueError | TypeError):
             log.error("%s failed", type(message).__name__, exc_info=error)
-        self.connection.send(failed(message.number, error))
+        answer = failed(message.number, error)
+        answer.message = answer.message.replace(repr(self._scope)[1:-1], "")
+        self.connection.send(answer)
 
     def _wait_for(self, message: Any, call: Coroutine[Any, Any, T], answer: Callable[[int, T], Message]) -> None:
         """Answer when the call returns."""
@@ -131,11 +113,13 @@ class Session:
         except Exception:
             call.close()
             raise
-        self._spawn(message.number, self._answer(message, call, answer))
+        task = self._spawn(message.number, self._answer(message, call, answer))
+        task.add_done_callback(lambda _: call.close())  # it may have been cancelled before its first step
 
-    def _spawn(self, number: int, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, number: int, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         self._tasks[number] = task = asyncio.create_task(work)
         task.add_done_callback(lambda _: self._tasks.pop(number))
+        return task
 
     async def _answer(self, message: Any, call: Coroutine[Any, Any, T], answer: Callable[[int, T], Message]) -> None:
         try:
@@ -193,15 +177,10 @@ class Session:
         )
         self._prefetches[number] = prefetch
         self._registry.hold(prefetch.request_id, self, number)
-        self._push(prefetch.lookup_done, lambda hits: messages.LookupDone(number, hits))
-        self._push(prefetch.load_done, lambda result: messages.LoadDone(number, result))
-
-    def _push(self, future: "asyncio.Future[Told]", message: Callable[[Told], Message]) -> None:
-        """Send the outcome, now if it is there. None comes where the cache closes: then so does the connection."""
-        if not future.done():
-            future.add_done_callback(lambda future: self._push(future, message))
-        elif future.exception() is None:
-            self.connection.send(message(self._unscoped(future.result())))
+        # Where the cache closes, none of both comes: then so does the connection.
+        send, unscoped = self.connection.send, self._unscoped
+        prefetch.promised.hits.tell(lambda hits: send(messages.LookupDone(number, unscoped(hits))))
+        prefetch.promised.result.tell(lambda result: send(messages.LoadDone(number, unscoped(result))))
 
     def _unscoped(self, told: Told) -> Told:
         return msgspec.structs.replace(told, request_id=told.request_id[len(self._scope) :])
@@ -212,8 +191,13 @@ class Session:
         self.connection.send(messages.RequestOver(number))
 
     def _cancel(self, message: messages.Cancel) -> None:
+        """Also what was done already, but is not known yet to whoever gives it up."""
         if (prefetch := self._prefetches.get(message.call)) is not None:
             prefetch.cancel()
+        if (lease := self._reads.pop(message.call, None)) is not None:
+            lease.undo()
+        if (writer := self._stores.pop(message.call, None)) is not None:
+            writer.close()
         if (task := self._tasks.get(message.call)) is not None:
             task.cancel()
             self.connection.send(messages.Failed(message.call, "cancelled", "the client gave it up"))
@@ -256,10 +240,6 @@ class Session:
                 if self._reads.get(message.number) is not lease:
                     return
                 self.connection.send(messages.ReadData(message.number, to, self._memory[begin:end]))
-        except asyncio.CancelledError:
-            if (given_up := self._reads.pop(message.number, None)) is not None:
-                given_up.release()
-            raise
         except Exception as error:
             self._fail(message, error)
 
@@ -340,7 +320,9 @@ class Session:
             chunk.commit()
             self._done(message)
             return
-        copying = asyncio.get_running_loop().run_in_executor(self._copiers, _copy, self._segment, views, message.offset)
+        copying = asyncio.ensure_future(
+            asyncio.get_running_loop().run_in_executor(self._copiers, _copy, self._segment, views, message.offset)
+        )
         self._copying[chunk] = copying
         copying.add_done_callback(partial(self._copied, message, chunk))
 
@@ -397,6 +379,7 @@ class Session:
             if self._registry.let_go(prefetch.request_id, self, number):
                 at_once(self._cache.end_request(prefetch.request_id))
         self._held_up.clear()
+        self._memory.release()
         self._left.set()
         self._close_segment()
         self._closed(self)
@@ -412,6 +395,28 @@ class Session:
         await self._left.wait()
         if running := {*self._tasks.values(), *self._copying.values()}:
             await asyncio.wait(running)
+
+
+_HANDLERS: dict[type[Message], Callable[[Session, Any], None]] = {
+    messages.RegisterLayout: Session._register_layout,
+    messages.Prefetch: Session._prefetch,
+    messages.Cancel: Session._cancel,
+    messages.QueryPrefetchLookupHits: Session._query_lookup_hits,
+    messages.QueryPrefetchStatus: Session._query_status,
+    messages.Lookup: Session._lookup,
+    messages.AcquireRead: Session._acquire_read,
+    messages.ReleaseRead: Session._release_read,
+    messages.ReserveStore: Session._reserve_store,
+    messages.StoreData: Session._store_data,
+    messages.CommitStore: Session._commit_store,
+    messages.CloseStore: Session._close_store,
+    messages.Renew: Session._renew,
+    messages.EndRequest: Session._end_request,
+    messages.Delete: Session._delete,
+    messages.Clear: Session._clear,
+    messages.Flush: Session._flush,
+    messages.Stats: Session._stats,
+}
 
 
 def at_once(call: Coroutine[Any, Any, T]) -> T:

@@ -16,6 +16,13 @@ from async_cache.l2.backend import LoadOutcome
 from async_cache.layout import Prompt
 from async_cache.values import BackendUsage
 
+from .served import serve
+
+KINDS = ("embedded", "mapped", "framed", "bound")
+SEE_MEMORY = ("embedded", "mapped")
+kind = "embedded"
+"""What `open_cache` opens, set for each test."""
+
 PAGE = 4096
 CHUNK_TOKENS = 4
 OBJECT_BYTES = 16
@@ -168,10 +175,14 @@ async def outcomes(*waits: Awaitable[Any]) -> list[Any]:
 @asynccontextmanager
 async def open_cache(*backends: Backend, pages: int = 64, **settings: Any) -> AsyncIterator[AsyncCache]:
     """A cache with `pages` of L1, each for one small object; without backends it has no L2."""
-    config = CacheConfig(l1_bytes=pages * PAGE, l2=[], **settings)
-    async with AsyncCache(config, backends=list(backends)) as cache:
+    async with make_cache(CacheConfig(l1_bytes=pages * PAGE, l2=[], **settings), backends=list(backends)) as cache:
         yield cache
         cache.check_integrity()
+
+
+def make_cache(config: CacheConfig, backends: Sequence[Backend]) -> Any:
+    """A cache of the kind that the test is run for, to be entered."""
+    return AsyncCache(config, backends) if kind == "embedded" else serve(config, backends, kind)
 
 
 class Recorder(Backend):

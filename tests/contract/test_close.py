@@ -182,6 +182,7 @@ async def test_who_was_about_to_get_a_result_is_told_that_the_cache_closed(name,
     assert not isinstance(got, Exception) or isinstance(got, CacheClosedError)
 
 
+@pytest.mark.embedded
 @pytest.mark.real_time
 @pytest.mark.parametrize("name", ["lookup", "delete"])
 async def test_a_call_whose_prompt_is_hashed_when_the_cache_closes_asks_no_backend(name):

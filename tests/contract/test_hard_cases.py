@@ -9,11 +9,22 @@ from async_cache.l2.memory import MemoryBackend
 from async_cache.testing import FailingBackend, GatedBackend
 from async_cache.testing.backends import WrappedBackend
 
-from .support import PAGE, TWO_RANKS, assert_nothing_held, fill, fill_l2, make_layout, make_prompt, read_back, seed
+from .support import (
+    PAGE,
+    TWO_RANKS,
+    assert_nothing_held,
+    fill,
+    fill_l2,
+    make_layout,
+    make_prompt,
+    open_cache,
+    read_back,
+    seed,
+)
 
 
-def make_cache(*backends, pages=64, **settings):
-    return AsyncCache(CacheConfig(l1_bytes=pages * PAGE, l2=[], **settings), backends=backends)
+def embedded(*backends):
+    return AsyncCache(CacheConfig(l1_bytes=64 * PAGE, l2=[]), backends=backends)
 
 
 class Odd(WrappedBackend):
@@ -40,7 +51,7 @@ async def test_an_answer_that_makes_no_sense_is_a_failure_and_the_next_holder_is
     first, second = MemoryBackend("first"), MemoryBackend("second")
     odd = Odd(first)
     prompt = make_prompt(3)
-    async with make_cache(odd, second, load_inflight_bytes=1) as cache:
+    async with open_cache(odd, second, load_inflight_bytes=1) as cache:
         await fill_l2(cache, prompt)
         odd.verb, odd.raising = verb, raising
         assert await read_back(cache, prompt) == 3
@@ -53,7 +64,7 @@ async def test_an_answer_that_makes_no_sense_is_a_failure_and_the_next_holder_is
 
 async def test_a_backend_that_answered_is_unpinned_when_another_one_breaks():
     first, odd = MemoryBackend("first"), Odd(MemoryBackend("odd"))
-    async with make_cache(first, odd) as cache:
+    async with open_cache(first, odd) as cache:
         await fill_l2(cache, make_prompt(1))
         odd.verb = "lookup"
         hits = await cache.prefetch(make_prompt(2), request_id="a").lookup_done
@@ -66,7 +77,7 @@ async def test_a_backend_that_answered_is_unpinned_when_another_one_breaks():
 async def test_who_joins_a_load_that_has_timed_out_leaves_no_room_behind():
     first, second = GatedBackend(MemoryBackend("first")), GatedBackend(MemoryBackend("second"))
     prompt = make_prompt(1, layout=TWO_RANKS)
-    async with make_cache(first, second, load_timeout_seconds=1, lookup_timeout_seconds=1) as cache:
+    async with open_cache(first, second, load_timeout_seconds=1, lookup_timeout_seconds=1) as cache:
         await fill_l2(cache, prompt)
         first.hold("load")
         cache.prefetch(prompt, request_id="a", ranks=[0])
@@ -84,12 +95,13 @@ async def test_who_joins_a_load_that_has_timed_out_leaves_no_room_behind():
         await assert_nothing_held(cache)
 
 
+@pytest.mark.embedded
 async def test_a_shorter_prefix_of_a_window_still_has_what_only_it_needs():
     window = make_layout(ObjectGroup((2 * PAGE,), "uint8", window_chunks=2))
     long, short = make_prompt(4, layout=window), make_prompt(2, layout=window)
     backend = MemoryBackend()
     await seed(backend, long)
-    async with make_cache(backend, pages=12) as cache:
+    async with open_cache(backend, pages=12) as cache:
         await fill(cache, short)
         writers = [await cache.store(make_prompt(1, number)) for number in range(10, 18)]
         for writer in writers:
@@ -107,7 +119,7 @@ async def test_what_is_stored_while_its_old_copy_is_deleted_is_written_again():
     memory = MemoryBackend()
     backend = GatedBackend(memory, "delete")
     prompt = make_prompt(1)
-    async with make_cache(backend) as cache:
+    async with open_cache(backend) as cache:
         await fill(cache, prompt)
         await cache.flush()
         deleting = asyncio.create_task(cache.delete(prompt))
@@ -127,7 +139,7 @@ async def test_a_commit_completes_a_chunk_that_somebody_reads():
     layout = make_layout(ObjectGroup((8,), "uint8"), ObjectGroup((8,), "uint8", window_chunks=1))
     long, short = make_prompt(3, layout=layout), make_prompt(2, layout=layout)
     memory = MemoryBackend()
-    async with make_cache(memory) as cache:
+    async with open_cache(memory) as cache:
         await fill_l2(cache, long)
         await cache.prefetch(long, request_id="a").load_done
         await memory.delete([key async for key, _ in memory.keys() if key.group == 1])
@@ -141,7 +153,7 @@ async def test_a_commit_completes_a_chunk_that_somebody_reads():
 async def test_what_is_committed_while_l1_is_cleared_is_not_lost():
     memory = MemoryBackend()
     prompt = make_prompt(1500, layout=TWO_RANKS)
-    async with make_cache(memory, pages=4096) as cache:
+    async with open_cache(memory, pages=4096) as cache:
         await fill(cache, prompt, ranks=[0])
         await cache.flush()
         async with cache.store(prompt, rank=1, start_chunk=1499) as writer:
@@ -158,7 +170,7 @@ async def test_what_is_committed_while_l1_is_cleared_is_not_lost():
 async def test_a_chunk_is_dropped_when_no_backend_has_it_and_counted_once(failing, counts):
     backends = [MemoryBackend("a"), MemoryBackend("b")]
     backends[:failing] = [FailingBackend(backend, "store", times=None) for backend in backends[:failing]]
-    async with make_cache(*backends) as cache:
+    async with open_cache(*backends) as cache:
         await fill(cache, make_prompt(1))
         flushed = await cache.flush()
         assert (flushed.written, flushed.dropped) == counts
@@ -170,7 +182,7 @@ async def test_clear_ends_while_an_engine_goes_on_writing():
         async def before(self, verb, keys, buffers):
             await asyncio.sleep(0.05 if verb == "store" else 0)
 
-    async with make_cache(Slow(MemoryBackend())) as cache:
+    async with open_cache(Slow(MemoryBackend())) as cache:
 
         async def write():
             for number in range(2000):
@@ -184,9 +196,10 @@ async def test_clear_ends_while_an_engine_goes_on_writing():
         writing.cancel()
 
 
+@pytest.mark.embedded
 async def test_a_close_that_is_cancelled_goes_on_and_a_second_one_waits_for_it():
     backend = GatedBackend(MemoryBackend(), "store")
-    cache = await make_cache(backend).open()
+    cache = await embedded(backend).open()
     await fill(cache, make_prompt(1))
     flushing = asyncio.create_task(cache.flush())
     await asyncio.sleep(0)
@@ -198,8 +211,9 @@ async def test_a_close_that_is_cancelled_goes_on_and_a_second_one_waits_for_it()
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+@pytest.mark.embedded
 async def test_no_writer_opens_while_the_cache_closes():
-    cache = await make_cache(GatedBackend(MemoryBackend(), "store")).open()
+    cache = await embedded(GatedBackend(MemoryBackend(), "store")).open()
     await fill(cache, make_prompt(1))
     writer = cache.store(make_prompt(1, 2))
     closing = asyncio.create_task(cache.close())
@@ -209,8 +223,9 @@ async def test_no_writer_opens_while_the_cache_closes():
     await closing
 
 
+@pytest.mark.embedded
 async def test_an_entered_read_outlives_the_cache():
-    cache = await make_cache().open()
+    cache = await embedded().open()
     prompt = make_prompt(1)
     await fill(cache, prompt)
     lease = await cache.read(cache.prefetch(prompt).request_id)
@@ -225,7 +240,7 @@ async def test_what_joins_a_load_at_the_moment_it_settles_is_loaded_and_leaks_no
     memory = MemoryBackend()
     gate = GatedBackend(memory)
     long, short = make_prompt(3, layout=layout), make_prompt(2, layout=layout)
-    async with make_cache(gate) as cache:
+    async with open_cache(gate) as cache:
         await fill_l2(cache, long)
         gate.hold("load")
         await cache.prefetch(long, request_id="a").lookup_done
@@ -248,7 +263,7 @@ async def test_what_joins_a_load_at_the_moment_it_settles_is_loaded_and_leaks_no
 
 
 async def test_room_for_a_tail_is_not_taken_from_its_own_head():
-    async with make_cache(pages=32) as cache:
+    async with open_cache(pages=32) as cache:
         await fill(cache, make_prompt(10))
         async with cache.store(make_prompt(40)) as writer:
             assert (len(writer), writer.shortfall) == (22, Shortfall.MEMORY)
@@ -257,9 +272,10 @@ async def test_room_for_a_tail_is_not_taken_from_its_own_head():
         assert (await cache.lookup(make_prompt(40))).chunks == 32
 
 
+@pytest.mark.embedded
 async def test_a_removal_that_close_gives_up_says_that_the_cache_was_closed():
     backend = GatedBackend(MemoryBackend(), "delete")
-    cache = await make_cache(backend).open()
+    cache = await embedded(backend).open()
     await fill(cache, make_prompt(1))
     await cache.flush()
     deleting = asyncio.create_task(cache.delete(make_prompt(1)))
@@ -269,8 +285,9 @@ async def test_a_removal_that_close_gives_up_says_that_the_cache_was_closed():
         await deleting
 
 
+@pytest.mark.embedded
 async def test_a_deleted_chunk_is_gone_from_memory_in_the_very_step_of_the_call():
-    async with make_cache(GatedBackend(MemoryBackend(), "delete")) as cache:
+    async with open_cache(GatedBackend(MemoryBackend(), "delete")) as cache:
         await fill_l2(cache, make_prompt(1))
         assert await read_back(cache, make_prompt(1)) == 1
         removal = cache.delete(make_prompt(1))

@@ -24,6 +24,7 @@ from .support import (
     open_cache,
     read_back,
     seed,
+    settle,
     verify,
 )
 
@@ -272,6 +273,7 @@ async def test_the_count_alone_needs_no_l2_when_l1_has_all():
     recorder = Recorder(GatedBackend(MemoryBackend(), "lookup"))
     async with open_cache(recorder) as cache:
         await fill(cache, make_prompt(3))
+        await settle()
         recorder.calls.clear()
         assert await count_hits(cache, make_prompt(3)) == 3
         assert recorder.calls["lookup"] == 0

@@ -167,6 +167,7 @@ async def test_views_are_read_only_bytes():
                 view[0] = 1
 
 
+@pytest.mark.memory
 async def test_the_views_of_a_chunk_are_contiguous_from_its_offset():
     prompt = make_prompt(3, layout=MIXED)
     async with open_cache() as cache:
@@ -208,6 +209,7 @@ async def test_tensors_have_the_shape_and_type_of_the_group_over_the_same_memory
                 assert tensors[1].data_ptr() - tensors[0].data_ptr() == 30
 
 
+@pytest.mark.memory
 async def test_two_requests_read_the_same_memory():
     prompt = make_prompt(2)
     async with open_cache() as cache:

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from async_cache import AsyncCache, CacheConfig, ObjectGroup, Shortfall
+from async_cache import CacheConfig, ObjectGroup, Shortfall
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing import GatedBackend
 
@@ -12,6 +12,7 @@ from .support import (
     TWO_RANKS,
     assert_nothing_held,
     fill,
+    make_cache,
     make_layout,
     make_prompt,
     read_back,
@@ -28,7 +29,7 @@ async def test_a_load_that_waited_behind_others_is_not_started_into_room_that_wa
     await seed(slow, split, ranks=[0])
     await seed(busy, split, ranks=[1])
     config = CacheConfig(l1_bytes=8 * PAGE, load_inflight_bytes=1, load_timeout_seconds=30, prefetch_share=1)
-    async with AsyncCache(config, backends=[slow, busy]) as cache:
+    async with make_cache(config, [slow, busy]) as cache:
         slow.hold("load")
         busy.hold("load")
         for prompt, request_id in ((first, "first"), (second, "second")):
@@ -72,7 +73,7 @@ async def test_the_room_of_a_dropped_load_is_free_though_a_batch_that_never_took
     await seed(slow, split, ranks=[0])
     await seed(busy, split, ranks=[1])
     config = CacheConfig(l1_bytes=8 * PAGE, load_inflight_bytes=1, prefetch_share=1)
-    async with AsyncCache(config, backends=[slow, busy]) as cache:
+    async with make_cache(config, [slow, busy]) as cache:
         slow.hold("load")
         busy.hold("load")
         await cache.prefetch(first, request_id="first").lookup_done
@@ -99,7 +100,7 @@ async def test_what_an_abandoned_call_may_still_write_to_is_not_loaded_anew():
     long, short = make_prompt(3, 1, layout), make_prompt(2, 1, layout)
     gate = GatedBackend(MemoryBackend(), stubborn=True)
     await seed(gate, long)
-    async with AsyncCache(CacheConfig(l1_bytes=8 * PAGE, prefetch_share=1), backends=[gate]) as cache:
+    async with make_cache(CacheConfig(l1_bytes=8 * PAGE, prefetch_share=1), [gate]) as cache:
         assert await read_back(cache, long) == 3  # without what only a shorter prefix needs
         gate.hold("load")
         given_up = cache.prefetch(short)

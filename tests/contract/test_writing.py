@@ -285,6 +285,7 @@ async def test_leaving_a_writer_that_was_swept_is_no_error():
         await assert_nothing_held(cache)
 
 
+@pytest.mark.embedded
 async def test_the_room_of_a_writer_that_was_closed_from_outside_is_quarantined_while_its_views_are_exported():
     layout = make_layout(ObjectGroup((PAGE,), "uint8"))
     prompt = make_prompt(3, layout=layout)
@@ -306,6 +307,7 @@ async def test_the_room_of_a_writer_that_was_closed_from_outside_is_quarantined_
         await assert_nothing_held(cache)
 
 
+@pytest.mark.embedded
 async def test_a_tensor_that_is_still_held_quarantines_too():
     layout = make_layout(ObjectGroup((PAGE,), "uint8"))
     async with open_cache(pages=16, reservation_ttl_seconds=50) as cache:
