@@ -3,9 +3,9 @@
 The modules, in the order the data flows; a module imports only what is listed before it or in its own package:
 
 - `errors`, `values`: what callers get
-- `config`: the settings
 - `keys`: token ids -> chained chunk hashes -> object keys
-- `layout`: what fixes the bytes; prompts
+- `address`, `config`: where a server listens; the settings
+- `layout`, `arguments`: what fixes the bytes, and prompts; checks of what callers give
 - `coverage`: found objects -> the prefix that they serve
 - `promise`, `sweeper`, `ring`: a value that comes once; what nobody comes back for; the order of use
 - `tensors`, `scoped`, `reading`: tensors over memory; what is entered and left; a reader's lease
@@ -19,19 +19,29 @@ The modules, in the order the data flows; a module imports only what is listed b
 - `counting`: how much is cached, for whoever only wants to know
 - `writing`: a writer of chunks
 - `cache`: `AsyncCache`, which owns all of it
+- `protocol`: what a client and a server say to each other
+- `server`: one cache for all the processes of a machine
+- `client`: `CacheClient` and `BlockingClient`, the same cache from another process
+- `cli`, `__main__`: the command line
 - `testing`: for the tests of those who use it
 """
 
 from async_cache.cache import AsyncCache
-from async_cache.config import CacheConfig
+from async_cache.client import BlockingClient, CacheClient, connect
+from async_cache.config import CacheConfig, ServerConfig, TenantConfig
 from async_cache.errors import (
+    AccessDeniedError,
     AsyncCacheError,
     BackendError,
     CacheClosedError,
     ConfigError,
+    ConnectionLostError,
+    LimitError,
+    ProtocolError,
     ReadConflictError,
     RequestConflictError,
     RequestError,
+    ServiceError,
     UnknownRequestError,
     WriterClosedError,
 )
@@ -54,6 +64,12 @@ __all__ = [
     # the cache and what it is made from
     "AsyncCache",
     "CacheConfig",
+    # a cache that a server keeps
+    "connect",
+    "CacheClient",
+    "BlockingClient",
+    "ServerConfig",
+    "TenantConfig",
     # what is cached
     "ModelLayout",
     "ObjectGroup",
@@ -83,4 +99,9 @@ __all__ = [
     "RequestError",
     "UnknownRequestError",
     "WriterClosedError",
+    "ServiceError",
+    "AccessDeniedError",
+    "ConnectionLostError",
+    "LimitError",
+    "ProtocolError",
 ]

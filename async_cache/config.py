@@ -105,7 +105,13 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @classmethod
     def of(cls, given: Mapping[str, Given]) -> Self:
         """Settings from what was given, the defaults for the rest."""
-        return cls(**{name: cls._convert(name, value) for name, (value, _) in given.items()})
+        values = {}
+        for name, (value, origin) in given.items():
+            try:
+                values[name] = cls._convert(name, value)
+            except ConfigError as error:
+                raise ConfigError(f"{origin}: {error}") from error
+        return cls(**values)
 
     @classmethod
     def _convert(cls, name: str, value: Any) -> Any:

@@ -8,6 +8,7 @@ client    `CacheClient`: one link after the other
 blocking  `BlockingClient`: a client for engines that are not asynchronous
 """
 
+from async_cache.client.blocking import BlockingClient
 from async_cache.client.client import CacheClient, connect
 
-__all__ = ["CacheClient", "connect"]
+__all__ = ["BlockingClient", "CacheClient", "connect"]

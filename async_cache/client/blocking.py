@@ -1,1 +1,259 @@
 """`BlockingClient`: for engines whose scheduler is not asynchronous. It drives a client in a thread of its own."""
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import uvloop
+
+from async_cache.arguments import check_prompt, check_request_id, check_seconds, ranks_of, start_of
+from async_cache.client.client import MAX_REQUEST_ID, CacheClient, connect
+from async_cache.client.writing import RemoteWriter
+from async_cache.errors import AsyncCacheError, CacheClosedError
+from async_cache.layout import Prompt
+from async_cache.promise import Prefetch
+from async_cache.reading import ReadLease
+from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+
+T = TypeVar("T")
+
+_DONE = (concurrent.futures._base.FINISHED, concurrent.futures._base.CANCELLED)
+
+
+class BlockingFuture(concurrent.futures.Future[T]):
+    """A future of which `done()` takes no lock: a scheduler asks in every step."""
+
+    def done(self) -> bool:
+        """Whether there is a value, or an error."""
+        return self._state in _DONE
+
+
+class BlockingPrefetch:
+    """As `Prefetch`; its futures are those of `concurrent.futures`, and resolve without anybody asking for it."""
+
+    __slots__ = ("_cancel", "load_done", "lookup_done", "request_id")
+
+    def __init__(self, request_id: str, cancel: "Callable[[BlockingPrefetch], None]"):
+        self.request_id = request_id
+        self.lookup_done: BlockingFuture[LookupHits] = BlockingFuture()
+        self.load_done: BlockingFuture[LoadResult] = BlockingFuture()
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """Stop looking up and loading; both futures resolve. Does nothing once it has loaded."""
+        self._cancel(self)
+
+
+class BlockingClient:
+    """NEW -> OPEN -> CLOSED, by `with` or by `open` and `close`. Its methods may be called from any thread.
+
+    The members are those of `CacheClient`. `prefetch` returns before the server has answered; whatever else has an
+    answer waits for it, up to `timeout_seconds` where that is given, and raises TimeoutError then.
+    """
+
+    def __init__(self, url: str | None = None, namespace: str = "", **options: Any):
+        """The arguments are those of `connect`."""
+        self._make = partial(connect, url, namespace, **options)
+        self._client: CacheClient | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._prefetches: dict[BlockingPrefetch, Prefetch] = {}
+        self._closing = asyncio.Event()
+
+    # Life.
+
+    def open(self) -> Self:
+        """Connect. Raises as `CacheClient.open`."""
+        if self._thread is not None:
+            raise CacheClosedError("a client is opened once")
+        opened: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, args=(opened,), name="async_cache client", daemon=True)
+        self._thread.start()
+        opened.result()
+        return self
+
+    def close(self) -> None:
+        """As `CacheClient.close`; idempotent."""
+        loop, thread = self._loop, self._thread
+        if loop is not None and thread is not None and thread.is_alive():
+            self._post(self._closing.set)
+            thread.join()
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, opened: "concurrent.futures.Future[None]") -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._serve(opened))
+
+    async def _serve(self, opened: "concurrent.futures.Future[None]") -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            client = self._make(post=self._post)
+            await client.open()
+        except Exception as error:
+            opened.set_exception(error)
+            return
+        self._client = client
+        opened.set_result(None)
+        try:
+            await self._closing.wait()
+        finally:
+            self._client = None
+            await client.close()
+
+    # To the loop and back.
+
+    def _post(self, call: Callable[..., object], *args: Any) -> None:
+        assert self._loop is not None
+        if self._thread is threading.current_thread():
+            call(*args)
+            return
+        try:
+            self._loop.call_soon_threadsafe(call, *args)
+        except RuntimeError:  # the loop is closed: what was held is given back
+            return
+
+    def _open_client(self) -> CacheClient:
+        if self._client is None:
+            raise CacheClosedError("the client is not open: use `with`, or `open`")
+        if self._thread is threading.current_thread():
+            raise RuntimeError("a call that waits was made from the client's own thread")
+        return self._client
+
+    def _wait(self, call: Coroutine[Any, Any, T], timeout_seconds: float | None = None) -> T:
+        assert self._loop is not None
+        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result(timeout_seconds)
+        except concurrent.futures.CancelledError:
+            raise CacheClosedError("the client was closed") from None
+        finally:
+            future.cancel()
+
+    # The members of `CacheClient`.
+
+    def prefetch(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str | None = None,
+        skip_tokens: int = 0,
+        ranks: Sequence[int] | None = None,
+        deadline_seconds: float | None = None,
+    ) -> BlockingPrefetch:
+        """As `CacheClient.prefetch`, at once: a request id that is in use for something else is told by the futures."""
+        client = self._open_client()
+        check_prompt(prompt)
+        start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
+        check_seconds("deadline_seconds", deadline_seconds)
+        request_id = client.new_request_id() if request_id is None else check_request_id(request_id, MAX_REQUEST_ID)
+        prefetch = BlockingPrefetch(request_id, partial(self._post, self._cancel))
+        start = partial(
+            client.prefetch,
+            prompt,
+            request_id=request_id,
+            skip_tokens=skip_tokens,
+            ranks=ranks,
+            deadline_seconds=deadline_seconds,
+        )
+        self._post(self._start, start, prefetch)
+        return prefetch
+
+    def _start(self, start: Callable[[], Prefetch], prefetch: BlockingPrefetch) -> None:
+        try:
+            started = start()
+        except AsyncCacheError as error:
+            prefetch.lookup_done.set_exception(error)
+            prefetch.load_done.set_exception(error)
+            return
+        self._prefetches[prefetch] = started
+        started.lookup_done.add_done_callback(partial(_pass_on, prefetch.lookup_done))
+        started.load_done.add_done_callback(partial(_pass_on, prefetch.load_done))
+        started.load_done.add_done_callback(lambda _: self._prefetches.pop(prefetch))
+
+    def _cancel(self, prefetch: BlockingPrefetch) -> None:
+        started = self._prefetches.get(prefetch)
+        if started is not None:
+            started.cancel()
+
+    def lookup(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> LookupHits:
+        """As `CacheClient.lookup`."""
+        return self._wait(self._open_client().lookup(prompt), timeout_seconds)
+
+    def query_lookup_hits(self, request_id: str, *, timeout_seconds: float | None = None) -> LookupHits:
+        """As `CacheClient.query_lookup_hits`."""
+        return self._wait(self._open_client().query_lookup_hits(request_id), timeout_seconds)
+
+    def query_status(self, request_id: str, *, timeout_seconds: float | None = None) -> LoadResult:
+        """As `CacheClient.query_status`."""
+        return self._wait(self._open_client().query_status(request_id), timeout_seconds)
+
+    def read(
+        self, request_id: str, *, rank: int = 0, reader: int = 0, timeout_seconds: float | None = None
+    ) -> ReadLease:
+        """As `CacheClient.read`, entered: leave it by `with`, or by `release`, from any thread."""
+        return self._wait(_entered(self._open_client().read(request_id, rank=rank, reader=reader)), timeout_seconds)
+
+    def store(self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0) -> RemoteWriter:
+        """As `CacheClient.store`, entered: leave it by `with`, or by `close`. Chunks are committed from any thread."""
+        return self._wait(_entered(self._open_client().store(prompt, rank=rank, start_chunk=start_chunk)))
+
+    def renew(self, request_id: str) -> None:
+        """As `CacheClient.renew`."""
+        self._wait(self._open_client().renew(request_id))
+
+    def end_request(self, request_id: str) -> None:
+        """As `CacheClient.end_request`."""
+        self._wait(self._open_client().end_request(request_id))
+
+    def flush(self, deadline_seconds: float | None = None) -> FlushResult:
+        """As `CacheClient.flush`."""
+        return self._wait(self._open_client().flush(deadline_seconds))
+
+    def delete(self, prompt: Prompt) -> Deleted:
+        """As `CacheClient.delete`."""
+        return self._wait(self._open_client().delete(prompt))
+
+    def clear(self, tier: Literal["l1", "all"] = "l1") -> Deleted:
+        """As `CacheClient.clear`."""
+        return self._wait(self._open_client().clear(tier))
+
+    def stats(self) -> CacheStats:
+        """As `CacheClient.stats`."""
+        return self._wait(self._open_client().stats())
+
+    def ping(self) -> float:
+        """As `CacheClient.ping`."""
+        return self._wait(self._open_client().ping())
+
+    @property
+    def memory(self) -> memoryview:
+        """As `CacheClient.memory`."""
+        return self._open_client().memory
+
+
+E = TypeVar("E", ReadLease, RemoteWriter)
+
+
+async def _entered(scoped: E) -> E:
+    return await scoped
+
+
+def _pass_on(to: BlockingFuture[T], outcome: "asyncio.Future[T]") -> None:
+    if to.cancelled():
+        return
+    error = outcome.exception()
+    if error is not None:
+        to.set_exception(error)
+    else:
+        to.set_result(outcome.result())

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import random
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -13,7 +14,7 @@ from async_cache.address import Address, default_url
 from async_cache.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
 from async_cache.client.dial import dial
 from async_cache.client.link import Link, Lost, RemoteRequest
-from async_cache.client.writing import Post, RemoteWriter
+from async_cache.client.writing import Post, RemoteWriter, call_now
 from async_cache.errors import (
     AccessDeniedError,
     AsyncCacheError,
@@ -47,12 +48,14 @@ def connect(
     token: str | None = None,
     connect_timeout_seconds: float = 2.0,
     heartbeat_seconds: float | None = 10.0,
+    post: Post = call_now,
 ) -> "CacheClient":
     """A client of the server at `unix:///path` or `tcp://host:port`, to be entered by `async with`.
 
     `url` None is where `async-cache serve` listens by default. Request ids are scoped to the `namespace`, and to the
     tenant whose `token` it is. Entering tries for `connect_timeout_seconds`; a server that is silent for twice
-    `heartbeat_seconds` is given up. Raises ConfigError for what is no address.
+    `heartbeat_seconds` is given up. `post` is how what may be called in any thread (`release`, `commit`, `close` of a
+    writer) gets into the client's loop. Raises ConfigError for what is no address.
     """
     address = Address.parse(default_url() if url is None else url)
     hello = Hello(VERSION, token, check_label("namespace", namespace))
@@ -60,6 +63,7 @@ def connect(
         partial(dial, address, hello),
         connect_timeout_seconds=connect_timeout_seconds,
         heartbeat_seconds=heartbeat_seconds,
+        post=post,
     )
 
 
@@ -80,7 +84,7 @@ class CacheClient:
         *,
         connect_timeout_seconds: float = 2.0,
         heartbeat_seconds: float | None = None,
-        post: Post = lambda call, *args: call(*args),
+        post: Post = call_now,
     ):
         self._dial = dial
         self._connect_timeout_seconds = connect_timeout_seconds
@@ -352,9 +356,9 @@ class CacheClient:
 
     async def ping(self) -> float:
         """The seconds that the server takes to answer."""
-        began = asyncio.get_running_loop().time()
+        began = time.perf_counter()
         await self._ask(messages.Done, lambda _, number: messages.Ping(number))
-        return asyncio.get_running_loop().time() - began
+        return time.perf_counter() - began
 
     @property
     def memory(self) -> memoryview:

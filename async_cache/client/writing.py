@@ -26,6 +26,11 @@ Post = Callable[..., object]
 """Calls what is given to it in the client's loop, now or soon."""
 
 
+def call_now(call: Callable[..., object], *args: Any) -> None:
+    """The `Post` of those who are in the client's loop."""
+    call(*args)
+
+
 class RemoteChunk:
     """One chunk to fill: `index` in the prompt, `offset` in the client's segment. Private until it is `committed`."""
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 
 import msgspec
 
@@ -28,19 +29,36 @@ async def serve(
 
     The process ends, with exit code 1, where storage holds up the shutdown beyond `shutdown_timeout_seconds`.
     """
-    loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    _allow_descriptors()
     timeout = server_config.shutdown_timeout_seconds
     close_timeout = min(cache_config.close_timeout_seconds, _CLOSE_PART * timeout)
     cache_config = msgspec.structs.replace(cache_config, close_timeout_seconds=close_timeout)
-    async with AsyncCache(cache_config) as cache, Server(cache, server_config) as server:
+    _allow_descriptors()
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+
+    def stop() -> None:
+        log.info("shutting down")
+        stopped.set()
+        opening.cancel()
+        _end_after(timeout)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    async with AsyncExitStack() as stack:
+        opening = asyncio.create_task(_open(stack, cache_config, server_config))
+        try:
+            server = await opening
+        except asyncio.CancelledError:
+            if stopped.is_set():
+                return
+            raise
         ready(server.addresses)
         await stopped.wait()
-        log.info("shutting down")
-        _end_after(timeout)
+
+
+async def _open(stack: AsyncExitStack, cache_config: CacheConfig, server_config: ServerConfig) -> Server:
+    cache = await stack.enter_async_context(AsyncCache(cache_config))
+    return await stack.enter_async_context(Server(cache, server_config))
 
 
 def _allow_descriptors() -> None:

@@ -1,0 +1,214 @@
+"""The command line: `async-cache serve | ping | status | config`."""
+
+import logging
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from async_cache.address import Address, default_url
+from async_cache.client.client import CacheClient, connect
+from async_cache.config import CacheConfig, Given, ServerConfig
+from async_cache.errors import AsyncCacheError, ConfigError
+from async_cache.server.process import serve as serve_until_signal
+from async_cache.values import CacheStats
+
+app = typer.Typer(
+    help="A KV cache for language-model servers, shared by the processes of a machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(width=None if sys.stdout.isatty() else 200)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="Settings in TOML; see docs/configuration.md.")
+]
+Listen = Annotated[
+    list[str] | None,
+    typer.Option("--listen", metavar="URL", help="unix:///path or tcp://host:port; may be given more than once."),
+]
+L1Bytes = Annotated[str | None, typer.Option("--l1-bytes", metavar="SIZE", help="Memory for the cache, such as 64GiB.")]
+L2 = Annotated[
+    list[str] | None,
+    typer.Option("--l2", metavar="URL", help="A storage backend, the fastest first; may be given more than once."),
+]
+Url = Annotated[str, typer.Option("--url", metavar="URL", help="Where the server listens.", show_default=False)]
+TokenFile = Annotated[
+    Path | None, typer.Option("--token-file", metavar="FILE", help="A file with the token, if the server wants one.")
+]
+
+
+def main() -> None:
+    """Run a command; what goes wrong is one line and an exit code."""
+    with errors_in_one_line():
+        app()
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Exit with code 1 and a line on standard error."""
+    try:
+        yield
+    except (AsyncCacheError, OSError) as error:
+        sys.stderr.write(f"async-cache: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def serve(
+    config: ConfigFile = None,
+    listen: Listen = None,
+    l1_bytes: L1Bytes = None,
+    l2: L2 = None,
+    log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve a cache until SIGTERM or SIGINT. A flag comes before the environment, and that before the file."""
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    cache_given, server_given = given(config, listen, l1_bytes, l2)
+    cache_config, server_config = CacheConfig.of(cache_given), ServerConfig.of(server_given)
+    size, where = show_bytes(cache_config.l1_bytes), " ".join(cache_config.l2) or "no storage"
+
+    def ready(addresses: Sequence[Address]) -> None:
+        console.print(f"serving at {' '.join(map(str, addresses))}", soft_wrap=True, highlight=False)
+
+    console.print(f"async-cache with {size} of memory and {where}", soft_wrap=True, highlight=False)
+    uvloop.run(serve_until_signal(cache_config, server_config, ready))
+
+
+@app.command()
+def ping(
+    url: Url = "",
+    token_file: TokenFile = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=100_000, help="How often.")] = 3,
+) -> None:
+    """Ask a server whether it is there, and how long it takes to say so."""
+
+    async def ask(client: CacheClient) -> None:
+        times = sorted([await client.ping() for _ in range(count)])
+        console.print(
+            f"{count} answers: fastest {times[0] * 1e6:.0f} us, median {times[count // 2] * 1e6:.0f} us,"
+            f" slowest {times[-1] * 1e6:.0f} us",
+            highlight=False,
+        )
+
+    with_client(url, token_file, ask)
+
+
+@app.command()
+def status(
+    url: Url = "",
+    token_file: TokenFile = None,
+    json: Annotated[bool, typer.Option("--json", help="All counters, as one JSON object.")] = False,
+) -> None:
+    """Show what a server holds."""
+
+    async def show(client: CacheClient) -> None:
+        stats = await client.stats()
+        if json:
+            sys.stdout.write(msgspec.json.encode(stats).decode() + "\n")
+        else:
+            print_status(stats)
+
+    with_client(url, token_file, show)
+
+
+@app.command("config")
+def show_config(config: ConfigFile = None, listen: Listen = None, l1_bytes: L1Bytes = None, l2: L2 = None) -> None:
+    """Show the settings that `serve` would use with the same flags, and where each comes from."""
+    cache_given, server_given = given(config, listen, l1_bytes, l2)
+    table = Table("setting", "value", "from", box=None, pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
+    settings = [(CacheConfig.of(cache_given), cache_given), (ServerConfig.of(server_given), server_given)]
+    for made, origins in settings:
+        for name in made.__struct_fields__:
+            label = f"{made.SECTION}.{name}" if made.SECTION else name
+            origin = origins[name].origin if name in origins else "default"
+            table.add_row(label, show_value(name, getattr(made, name)), origin)
+    console.print(table)
+
+
+def given(
+    path: Path | None, listen: Sequence[str] | None, l1_bytes: str | None, l2: Sequence[str] | None
+) -> tuple[dict[str, Given], dict[str, Given]]:
+    """What the file, the environment and the flags say, each before the one before it."""
+    cache, server = CacheConfig.given(path), ServerConfig.given(path)
+    if l1_bytes is not None:
+        cache["l1_bytes"] = Given(l1_bytes, "--l1-bytes")
+    if l2:
+        cache["l2"] = Given(tuple(l2), "--l2")
+    if listen:
+        server["listen"] = Given(tuple(listen), "--listen")
+    return cache, server
+
+
+def show_value(name: str, value: Any) -> str:
+    """A setting as one would write it; a tenant without its tokens."""
+    if name == "tenants":
+        return "\n".join(
+            f"{tenant}: {len(config.tokens)} token(s), salts: {'all' if config.salts is None else list(config.salts)}"
+            for tenant, config in value.items()
+        )
+    if name.endswith("_bytes"):
+        return show_bytes(value)
+    return "\n".join(value) if isinstance(value, tuple) else str(value)
+
+
+def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], Awaitable[None]]) -> None:
+    """Connect, and use the client."""
+    token = None
+    if token_file is not None:
+        try:
+            token = token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"can not read the token in {token_file}: {error}") from error
+
+    async def run() -> None:
+        async with connect(url or default_url(), token=token) as client:
+            await use(client)
+
+    uvloop.run(run())
+
+
+def print_status(stats: CacheStats) -> None:
+    """Two tables: memory and requests, and the backends."""
+    table = Table.grid(padding=(0, 2))
+    used, capacity = stats.l1_used_bytes, stats.l1_capacity_bytes
+    share = f"{used / capacity:.0%}" if capacity else ""
+    table.add_row("memory", f"{show_bytes(used)} of {show_bytes(capacity)} ({share}), {stats.l1_chunks:,} chunks")
+    table.add_row("", f"leased {show_bytes(stats.leased_bytes)}, reserved {show_bytes(stats.reserved_bytes)},")
+    table.add_row("", f"quarantined {show_bytes(stats.quarantined_bytes)}")
+    table.add_row("requests", f"{stats.requests:,}, which hold {stats.leases:,} leases")
+    table.add_row("loads", f"{stats.loads:,} objects, {stats.shared_loads:,} shared")
+    table.add_row("write-back", f"{stats.writebacks_pending:,} chunks pending, {stats.writebacks_dropped:,} dropped")
+    table.add_row(
+        "swept",
+        f"{stats.swept_results:,} results, {stats.swept_leases:,} leases, {stats.swept_reservations:,} reservations",
+    )
+    for name, usage in stats.backends.items():
+        bound = show_bytes(usage.capacity_bytes) if usage.capacity_bytes is not None else "no bound"
+        table.add_row(name, f"{show_bytes(usage.used_bytes)} of {bound}, {usage.objects:,} objects")
+    console.print(table, highlight=False)
+
+
+def show_bytes(size_bytes: int) -> str:
+    """A size in powers of 1024, as the settings take it."""
+    size, unit = float(size_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.4g} {unit}"
