@@ -26,6 +26,8 @@ _BATCH_OBJECTS = 256  # of a call: the loop handles so many in a millisecond or 
 _ATTEMPTS = 5
 _FIRST_BACKOFF_SECONDS = 0.1
 _LOADS_GO_FIRST_SECONDS = 1.0  # how long a write gives way to loads
+_COMMITS_GO_FIRST_SECONDS = 0.025  # how long it gives way to a burst of commits, which ends with ...
+_PAUSE_SECONDS = 0.003  # ... so long a time without one
 
 
 class Fate(Enum):
@@ -73,6 +75,8 @@ class Writeback:
         self._flushes: set[Flush] = set()
         self._flushed = 0
         self._closed = False
+        self._clock = asyncio.get_running_loop().time
+        self._committed = 0.0  # when the last one was
         self._reported = (0, 0)  # written and dropped, as of the last flush
         self._tasks = [asyncio.create_task(self._run(lane)) for lane in self._lanes]
 
@@ -84,6 +88,7 @@ class Writeback:
     def enqueue(self, entry: Entry) -> None:
         """Objects of this chunk were committed, or it is stored anew after it was dropped."""
         entry.dropped = False
+        self._committed = self._clock()
         for lane in self._lanes:
             if entry not in lane.waiting:
                 lane.waiting[entry] = 0
@@ -179,6 +184,7 @@ class Writeback:
                 lane.wake.clear()
                 await lane.wake.wait()
             await lane.guard.wait_for_loads(_LOADS_GO_FIRST_SECONDS)
+            await self._wait_for_commits()
             if lane.held_bytes >= self._share_bytes:
                 await self._wait_for_stuck(lane)
                 continue
@@ -195,6 +201,15 @@ class Writeback:
             else:
                 await self._pause(lane, backoff)
                 backoff *= 2
+
+    async def _wait_for_commits(self) -> None:
+        """A writer that fills one chunk after the other has the memory's bandwidth to itself."""
+        end = self._clock() + _COMMITS_GO_FIRST_SECONDS
+        while self._clock() < end:
+            committed = self._committed
+            await asyncio.sleep(_PAUSE_SECONDS)
+            if self._committed == committed:
+                return
 
     async def _pause(self, lane: Lane, backoff: float) -> None:
         breaker = lane.guard.breaker

@@ -7,8 +7,9 @@ from contextlib import suppress
 
 from async_cache.address import Address
 from async_cache.client.link import Link, Lost
-from async_cache.client.memory import Segment, map_arena
+from async_cache.client.memory import Segment
 from async_cache.errors import AsyncCacheError, ConnectionLostError
+from async_cache.l1.arena import map_read_only
 from async_cache.protocol.greeting import greet
 from async_cache.protocol.messages import Hello
 
@@ -37,7 +38,7 @@ async def _dial(address: Address, hello: Hello, lost: Lost) -> Link:
         arena = None
         if arena_fd is not None:
             try:
-                arena = map_arena(arena_fd, welcome.arena_bytes)
+                arena = map_read_only(arena_fd, welcome.arena_bytes)
             finally:
                 os.close(arena_fd)
         if segment is not None:

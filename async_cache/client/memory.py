@@ -1,6 +1,7 @@
-"""What a client shares with its server: the arena, mapped read-only, and a segment of its own to write into."""
+"""The memory that a client writes into, and its server reads."""
 
 import ctypes
+import fcntl
 import mmap
 import os
 import weakref
@@ -8,27 +9,9 @@ from collections import deque
 
 from async_cache.l1.arena import Extents
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_MAP_FAILED = ctypes.c_void_p(-1).value
+_F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x2, 0x4
 
 Block = ctypes.Array[ctypes.c_ubyte]
-
-
-def map_arena(fd: int, size_bytes: int) -> memoryview:
-    """The server's arena. It stays mapped until the last view of it is gone.
-
-    The pages can not be written to, whatever the view says: torch warns of tensors over a view that is read-only.
-    """
-    address = _libc.mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-    if address == _MAP_FAILED:
-        error = ctypes.get_errno()
-        raise OSError(error, f"the server's memory can not be mapped: {os.strerror(error)}")
-    array = (ctypes.c_ubyte * size_bytes).from_address(address)
-    weakref.finalize(array, _libc.munmap, address, size_bytes).atexit = False
-    return memoryview(array).cast("B")
 
 
 class Segment:
@@ -46,6 +29,7 @@ class Segment:
     def grow(self, size_bytes: int) -> None:
         """Give it its size, once."""
         os.ftruncate(self.fd, size_bytes)
+        fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
         self._map = mmap.mmap(self.fd, size_bytes)
         self._extents = Extents(size_bytes)
 

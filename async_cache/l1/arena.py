@@ -8,13 +8,18 @@ import ctypes
 import fcntl
 import mmap
 import os
+import weakref
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _F_ADD_SEALS = 1033
-_F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 0x2, 0x4, 0x10
+_F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Arena:
@@ -60,6 +65,20 @@ class Arena:
             self._map.close()
         except BufferError:
             return
+
+
+def map_read_only(fd: int, size_bytes: int) -> memoryview:
+    """Another process's memory. It stays mapped until the last view of it is gone.
+
+    The pages can not be written to, whatever the view says: torch warns of tensors over a view that is read-only.
+    """
+    address = _libc.mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if address == _MAP_FAILED:
+        error = ctypes.get_errno()
+        raise OSError(error, f"memory can not be mapped: {os.strerror(error)}")
+    array = (ctypes.c_ubyte * size_bytes).from_address(address)
+    weakref.finalize(array, _libc.munmap, address, size_bytes).atexit = False
+    return memoryview(array).cast("B")
 
 
 class Extents:

@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -22,11 +21,11 @@ from async_cache.protocol.messages import VERSION, Hello, Welcome, failed
 from async_cache.server.access import Access, Tenant
 from async_cache.server.listener import Listener
 from async_cache.server.registry import Registry
+from async_cache.server.segment import ClientSegment
 from async_cache.server.session import Session
 
 log = logging.getLogger(__name__)
 
-_F_GET_SEALS = 1034
 _COPIERS = 2
 _RETRY_SECONDS = 0.1  # where there are no file descriptors left
 _TELL_SECONDS = 0.5  # for the open connections to take their last message
@@ -160,9 +159,7 @@ class Server:
         return self._access.admit(hello.token, over_unix=over_unix)
 
     def session(self, tenant: Tenant, namespace: str, segment: int | None, *, mapped: bool) -> Session:
-        """What serves one connection; it takes over the segment, if that is memory, and else refuses it."""
-        if segment is not None:
-            _check_memory(segment)
+        """What serves one connection; it takes over the segment, or refuses it. Raises ProtocolError."""
         session = Session(
             self._cache,
             self._registry,
@@ -170,7 +167,7 @@ class Server:
             self._copiers,
             tenant,
             namespace,
-            segment,
+            ClientSegment(segment, len(self._cache.memory)) if segment is not None else None,
             mapped=mapped,
             closed=self._sessions.discard,
         )
@@ -191,11 +188,3 @@ def _keep_alive(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEPALIVE.items():
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def _check_memory(segment: int) -> None:
-    """Reading from a file may wait for a disk, or for ever: only memory can be sealed, and is taken."""
-    try:
-        fcntl.fcntl(segment, _F_GET_SEALS)
-    except OSError as error:
-        raise ProtocolError("the segment of a client must be a memfd") from error

@@ -7,7 +7,6 @@ chunk and then asks for it finds it.
 
 import asyncio
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
@@ -29,6 +28,7 @@ from async_cache.protocol.prompts import describe, layout_of, unpack
 from async_cache.reading import ReadLease
 from async_cache.server.access import Tenant
 from async_cache.server.registry import Registry
+from async_cache.server.segment import ClientSegment
 from async_cache.values import LoadResult, LookupHits
 from async_cache.writing import WriteChunk, Writer
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 Told = TypeVar("Told", LookupHits, LoadResult)
 
 _MAX_LAYOUTS = 256
-_COPIED_AT_ONCE = 64 * 2**10  # bytes that are copied in the loop: sooner done than given to a thread
+_COPIED_AT_ONCE = 8 * 2**20  # bytes that are copied in a step of the loop, in a millisecond; the rest by threads
 _decoder = Decoder(messages.Request)
 
 
@@ -53,7 +53,7 @@ class Session:
         copiers: Executor,
         tenant: Tenant,
         namespace: str,
-        segment: int | None,
+        segment: ClientSegment | None,
         *,
         mapped: bool,
         closed: "Callable[[Session], None]",
@@ -78,6 +78,8 @@ class Session:
         self._copying: dict[WriteChunk, asyncio.Future[None]] = {}
         self._held_up: deque[Message] = deque()
         self._left = asyncio.Event()
+        self._copied_bytes = 0  # in this step of the loop
+        self._loop = asyncio.get_running_loop()
 
     # Messages, as they come.
 
@@ -315,16 +317,19 @@ class Session:
         if self._segment is None:
             raise ValueError("the connection has no segment to copy from")
         views = [view for view in chunk.views if view is not None]
-        if sum(map(len, views)) <= _COPIED_AT_ONCE:
-            _copy(self._segment, views, message.offset)
+        self._copied_bytes += sum(map(len, views))
+        if self._copied_bytes <= _COPIED_AT_ONCE and not self._copying:
+            self._loop.call_soon(self._forget_copied)
+            self._segment.copy(message.offset, views)
             chunk.commit()
             self._done(message)
             return
-        copying = asyncio.ensure_future(
-            asyncio.get_running_loop().run_in_executor(self._copiers, _copy, self._segment, views, message.offset)
-        )
-        self._copying[chunk] = copying
+        copying = self._loop.run_in_executor(self._copiers, self._segment.copy, message.offset, views)
+        self._copying[chunk] = copying = asyncio.ensure_future(copying)
         copying.add_done_callback(partial(self._copied, message, chunk))
+
+    def _forget_copied(self) -> None:
+        self._copied_bytes = 0
 
     def _copied(self, message: messages.CommitStore, chunk: WriteChunk, copying: "asyncio.Future[None]") -> None:
         """Publish the chunk, and go on with what waited for that."""
@@ -387,7 +392,7 @@ class Session:
     def _close_segment(self) -> None:
         """Close it when no copy reads from it any more."""
         if self._left.is_set() and not self._copying and self._segment is not None:
-            os.close(self._segment)
+            self._segment.close()
             self._segment = None
 
     async def ended(self) -> None:
@@ -439,13 +444,3 @@ def _pieces(chunks: ReadLease, block_bytes: int) -> list[tuple[int, int, int]]:
         for begin, end in filter(None, chunk.spans())
         for first in range(begin, end, DATA_BYTES)
     ]
-
-
-def _copy(segment: int, views: list[memoryview], offset: int) -> None:
-    """Read views, one after the other, from a client's segment.
-
-    By reading and not by mapping it: what the client does to its file is then an error here, and not a signal.
-    """
-    wanted = sum(map(len, views))
-    if os.preadv(segment, views, offset) != wanted:
-        raise ValueError(f"the segment does not have {wanted} bytes at {offset}")

@@ -12,8 +12,9 @@ from async_solipsism.socket import socketpair
 from async_cache import AsyncCache, CacheConfig
 from async_cache.client.client import CacheClient
 from async_cache.client.link import Link, Lost
-from async_cache.client.memory import Segment, map_arena
+from async_cache.client.memory import Segment
 from async_cache.config import ServerConfig
+from async_cache.l1.arena import map_read_only
 from async_cache.l2 import Backend
 from async_cache.server import Server
 from async_cache.server.access import Tenant
@@ -47,7 +48,7 @@ class ServedCache(CacheClient):
         arena = None
         if segment is not None:
             segment.grow(len(self._cache.memory))
-            arena = map_arena(self._cache.memory_fd, len(self._cache.memory))
+            arena = map_read_only(self._cache.memory_fd, len(self._cache.memory))
         link = Link(arena, segment, trusted=tenant.trusted, lost=lost)
         loop = asyncio.get_running_loop()
         ours, theirs = socketpair() if isinstance(loop, async_solipsism.EventLoop) else socket.socketpair()

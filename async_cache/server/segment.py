@@ -1,0 +1,63 @@
+"""A client's segment: memory that the client writes, and the server only reads."""
+
+import ctypes
+import fcntl
+import os
+from collections.abc import Sequence
+from typing import cast
+
+from async_cache.errors import ProtocolError
+from async_cache.l1.arena import map_read_only
+from async_cache.layout import PAGE_BYTES
+
+_F_GET_SEALS, _F_SEAL_SHRINK = 1034, 0x2
+
+
+class ClientSegment:
+    """RECEIVED, then MAPPED with the first copy, when the client has given it its size, -> CLOSED.
+
+    Only a memfd of ordinary pages is taken: a file would make the server wait for its disk. And one that is mapped can
+    not be cut short any more: reading beyond its end would be a signal, and not an error.
+    """
+
+    def __init__(self, fd: int, limit_bytes: int):
+        """Takes over the file descriptor, or refuses it. Raises ProtocolError."""
+        self._fd = fd
+        self._limit_bytes = limit_bytes
+        self._view: memoryview | None = None
+        try:
+            fcntl.fcntl(fd, _F_GET_SEALS)
+            if os.fstat(fd).st_blksize != PAGE_BYTES:
+                raise ProtocolError("the segment of a client must have ordinary pages")
+        except OSError as error:
+            raise ProtocolError("the segment of a client must be a memfd") from error
+
+    def copy(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill views, one after the other, from `offset` on; without the interpreter's lock.
+
+        Raises ValueError for what lies beyond its end.
+        """
+        size_bytes = sum(map(len, views))
+        segment = self._mapped()
+        if offset + size_bytes > len(segment):
+            raise ValueError(f"the segment does not have {size_bytes} bytes at {offset}")
+        source = ctypes.addressof(cast(ctypes.Array[ctypes.c_ubyte], segment.obj)) + offset
+        for view in views:
+            ctypes.memmove((ctypes.c_ubyte * len(view)).from_buffer(view), source, len(view))
+            source += len(view)
+
+    def _mapped(self) -> memoryview:
+        if self._view is None:
+            if not fcntl.fcntl(self._fd, _F_GET_SEALS) & _F_SEAL_SHRINK:
+                raise ProtocolError("the segment of a client must be sealed against shrinking")
+            size_bytes = min(os.fstat(self._fd).st_size, self._limit_bytes)
+            if not size_bytes:
+                raise ProtocolError("the segment of a client is empty")
+            self._view = map_read_only(self._fd, size_bytes)
+        return self._view
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd, self._view = -1, None
