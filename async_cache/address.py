@@ -27,14 +27,17 @@ class Address:
         if not isinstance(url, str):
             raise ConfigError(f"an address must be a URL, not {type(url).__name__}")
         try:
+            if any(c < " " for c in url):
+                raise ValueError("control characters are percent-encoded")
             parts = urlsplit(url)
             if parts.query or parts.fragment or parts.username is not None:
                 raise ValueError("nothing but an address belongs there")
             if parts.scheme == "unix":
-                return cls(path=_check_path(parts.netloc, unquote(parts.path)))
+                return cls(path=_check_path(parts.netloc, unquote(parts.path, errors="surrogateescape")))
             if parts.scheme == "tcp":
                 if parts.path or not parts.hostname or parts.port is None:
                     raise ValueError("a host and a port are needed, and no path")
+                parts.hostname.encode("idna")  # what can not be looked up is refused here
                 return cls(host=parts.hostname, port=parts.port)
             raise ValueError(f"unknown scheme {parts.scheme!r}")
         except ValueError as error:
@@ -52,7 +55,7 @@ class Address:
 
     def __str__(self) -> str:
         if self.path:
-            return f"unix://{quote(self.path)}"
+            return f"unix://{quote(self.path, errors='surrogateescape')}"
         return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
 
 

@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(width=None if sys.stdout.isatty() else 200)
+console = Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False)
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="Settings in TOML; see docs/configuration.md.")
@@ -73,10 +73,9 @@ def serve(
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a cache until SIGTERM or SIGINT. A flag comes before the environment, and that before the file."""
-    level = logging.getLevelNamesMapping().get(log_level.upper())
-    if level is None:
+    if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     cache_given, server_given = given(config, listen, l1_bytes, l2)
     cache_config, server_config = CacheConfig.of(cache_given), ServerConfig.of(server_given)
     size, where = show_bytes(cache_config.l1_bytes), " ".join(cache_config.l2) or "no storage"

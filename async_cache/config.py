@@ -70,6 +70,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ConfigError(f"{name} must be {'a whole number' if whole else 'a number'}, not {value!r}")
         if not 0 < value < float("inf"):
             raise ConfigError(f"{name} must be more than 0, not {value!r}")
+        if whole and value >= 2**63:
+            raise ConfigError(f"{name} must be less than 2**63, not {value!r}")
         if name.endswith("_share") and value > 1:
             raise ConfigError(f"{name} must be at most 1, not {value!r}")
 
@@ -122,6 +124,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             return value
         if kinds[name] == tuple[str, ...]:
             return tuple(value.split())
+        if kinds[name] not in (int, float):
+            raise ConfigError(f"{name} must be tables of the file")
         if name.endswith("_bytes"):
             return parse_bytes(value)
         try:
@@ -172,6 +176,9 @@ class TenantConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     tokens: tuple[str, ...]
     salts: tuple[str, ...] | None = None
 
+    def __repr__(self) -> str:
+        return f"TenantConfig(tokens=<hidden>, salts={self.salts!r})"
+
 
 class ServerConfig(Settings, frozen=True, kw_only=True):
     """Settings of a server beside those of its cache. `docs/configuration.md` has them in a table.
@@ -201,8 +208,8 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
             super()._check(name, kind, value)
             return
         try:
-            tenants = msgspec.convert(value, type=kind, from_attributes=True)
-        except msgspec.ValidationError as error:
+            tenants = msgspec.convert(msgspec.to_builtins(value), type=kind)
+        except (msgspec.ValidationError, TypeError) as error:
             raise ConfigError(f"tenants: {error}") from error
         tokens: set[str] = set()
         for tenant, config in tenants.items():
@@ -210,6 +217,8 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
                 _check_label(label)
             if not tenant:
                 raise ConfigError("tenants: a tenant needs a name")
+            if not config.tokens:
+                raise ConfigError(f"tenants: {tenant!r} has no token")
             for token in config.tokens:
                 if not 16 <= len(token) <= 512:
                     raise ConfigError(f"tenants: a token of {tenant!r} does not have 16 to 512 characters")

@@ -150,13 +150,13 @@ class PrefetchController:
 
     def _catch_up(self, request: Request, numbers: Iterable[int]) -> None:
         """Lease and join what has come while L2 was asked."""
-        hashes, index, table = request.hashes, self._l1.index, self._loader.table
+        hashes, index, table, layout = request.hashes, self._l1.index, self._loader.table, request.prompt.layout
         for number in numbers:
             entry, load = index.get(hashes[number]), table.get(hashes[number])
-            if entry is not None and request.entries[number] is None:
+            if entry is not None and request.entries[number] is None and entry.layout == layout:
                 self._l1.lease((entry,))
                 request.entries[number] = entry
-            if load is not None:
+            if load is not None and load.layout == layout:
                 self._join(request, number, load)
 
     @staticmethod

@@ -199,12 +199,79 @@ def index():
     table(restart, [restart.values()])
 
 
+def service(peers, peer_python):
+    """The server, from another process; beside it the peer's own server, in turns."""
+    ours, theirs = [], []
+    for _ in range(TURNS):
+        ours.append(run(sys.executable, HERE / "server.py"))
+        if peers:
+            rows = run(peer_python, peers / "e_server.py", "best")["runs"][0]["rows"]
+            theirs.append({(row["op"], row.get("mode"), row.get("chunks")): row for row in rows})
+
+    def mine(take):
+        return statistics.median(take(rows) for rows in ours)
+
+    def peer(figure, op, mode=None, chunks=None):
+        return statistics.median(rows[op, mode, chunks][figure] for rows in theirs) if theirs else None
+
+    rows = []
+
+    def add(what, value, other, show=microseconds, aim=""):
+        ratio = f"{max(value, other) / min(value, other):.1f}" if other else ""
+        rows.append((what, show(value), show(other) if other else "", ratio, aim))
+
+    noop = peer("p50_us", "noop (SYNC handler) sequential")
+    add("ping (its noop)", mine(lambda r: r["ping"]["p50_us"]), noop, aim="2")
+    for n, count in enumerate((16, 128, 512)):
+        wait = peer("p50_us", "lookup->count, all L1-resident", "wait", count)
+        add(f"hit count, {count} chunks in L1", mine(lambda r, n=n: r["l1"][n]["p50_us"]), wait, aim="4")
+    for n, count in enumerate((16, 128, 512)):
+        wait = peer("p50_us", "lookup->count, all in L2 (page cache)", "wait", count)
+        add(f"hit count, {count} chunks in L2", mine(lambda r, n=n: r["l2"][n]["p50_us"]), wait, aim="8")
+    for n, count in enumerate((16, 128, 512)):
+        wait = peer("p50_us", "lookup->count, all in L2 (page cache)", "wait", count)
+        add(f"bytes in memory, {count} chunks from L2", mine(lambda r, n=n: r["l2"][n]["loaded_p50_us"]), wait)
+    for n, depth in enumerate((8, 64)):
+        rate = peer("req_per_s", f"lookup+wait+free+end, 16 chunks L1-resident, depth {depth}")
+        value = mine(lambda r, n=n: r["whole"][n]["req_per_s"])
+        add(
+            f"whole requests a second, {depth} at a time",
+            value,
+            rate,
+            lambda rate: f"{rate:,.0f}",
+            aim="8" * (depth == 64),
+        )
+    table(("from another process", "ours", "LMCache's server", "ratio", "aim"), rows)
+    table(
+        ("alone", "figure", "aim"),
+        [
+            ("ping, idle", microseconds(mine(lambda r: r["ping_idle"]["p50_us"])), ""),
+            (
+                "ping, while 100 status calls wait",
+                microseconds(mine(lambda r: r["ping_waiting"]["p50_us"])),
+                "2 x idle",
+            ),
+            (
+                "1,000 connections, one prefetch each: median",
+                microseconds(mine(lambda r: r["connections"]["p50_us"])),
+                "",
+            ),
+            ("... 99th percentile", microseconds(mine(lambda r: r["connections"]["p99_us"])), "10 x the median"),
+            ("... memory of a connection", f"{mine(lambda r: r['connections']['kib_each']):.0f} KiB", "64 KiB"),
+            ("storing 64 MiB, of memcpy's speed", f"{mine(lambda r: r['storing']['of_memcpy']):.2f}", "0.5"),
+            ("ready to serve", f"{mine(lambda r: r['idle']['ready_s']):.2f} s", "1.5 s"),
+            ("resident beside the arena", f"{mine(lambda r: r['idle']['rss_mib_beyond_l1']):.0f} MiB", "120 MiB"),
+        ],
+    )
+
+
 def main():
     peers, peer_python = os.environ.get("PEERS"), os.environ.get("PEER_PYTHON")
     rounds = int(os.environ.get("ROUNDS", "3"))
     hashing()
     index()
     hits(Path(peers) if peers else None, peer_python)
+    service(Path(peers) if peers else None, peer_python)
     if peers:
         os.environ["PYTHONPATH"] = str(HERE)
         with tempfile.TemporaryDirectory() as directory:

@@ -49,7 +49,7 @@ async def serving(directory, *arguments):
     command = [sys.executable, *(arguments or ("-m", "async_cache", "serve")), "--listen", url]
     if not arguments:
         command += ["--l2", f"fs://{directory}/kv?capacity=none"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
     try:
         async with connect(url, connect_timeout_seconds=30) as client:
             yield client, url, process, now() - began

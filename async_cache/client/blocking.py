@@ -13,7 +13,7 @@ import uvloop
 from async_cache.arguments import check_prompt, check_request_id, check_seconds, ranks_of, start_of
 from async_cache.client.client import MAX_REQUEST_ID, CacheClient, connect
 from async_cache.client.writing import RemoteWriter
-from async_cache.errors import AsyncCacheError, CacheClosedError
+from async_cache.errors import CacheClosedError
 from async_cache.layout import Prompt
 from async_cache.promise import Prefetch
 from async_cache.reading import ReadLease
@@ -37,7 +37,7 @@ class BlockingPrefetch:
 
     __slots__ = ("_cancel", "load_done", "lookup_done", "request_id")
 
-    def __init__(self, request_id: str, cancel: "Callable[[BlockingPrefetch], None]"):
+    def __init__(self, request_id: str, cancel: "Callable[[BlockingPrefetch], object]"):
         self.request_id = request_id
         self.lookup_done: BlockingFuture[LookupHits] = BlockingFuture()
         self.load_done: BlockingFuture[LoadResult] = BlockingFuture()
@@ -46,6 +46,11 @@ class BlockingPrefetch:
     def cancel(self) -> None:
         """Stop looking up and loading; both futures resolve. Does nothing once it has loaded."""
         self._cancel(self)
+
+    def break_with(self, error: Exception) -> None:
+        """Nothing will come."""
+        self.lookup_done.set_exception(error)
+        self.load_done.set_exception(error)
 
 
 class BlockingClient:
@@ -63,6 +68,8 @@ class BlockingClient:
         self._thread: threading.Thread | None = None
         self._prefetches: dict[BlockingPrefetch, Prefetch] = {}
         self._closing = asyncio.Event()
+        self._lock = threading.Lock()
+        self._accepts = True  # what is posted will be called
 
     # Life.
 
@@ -110,35 +117,62 @@ class BlockingClient:
         finally:
             self._client = None
             await client.close()
+            with self._lock:
+                self._accepts = False
+            await asyncio.sleep(0)  # and what was posted until now is called
 
     # To the loop and back.
 
-    def _post(self, call: Callable[..., object], *args: Any) -> None:
+    def _post(self, call: Callable[..., object], *args: Any) -> bool:
+        """Whether it is called: if not, the client is closed, and what was held is given back."""
         assert self._loop is not None
         if self._thread is threading.current_thread():
             call(*args)
-            return
-        try:
-            self._loop.call_soon_threadsafe(call, *args)
-        except RuntimeError:  # the loop is closed: what was held is given back
-            return
+            return True
+        with self._lock:
+            if self._accepts:
+                self._loop.call_soon_threadsafe(call, *args)
+            return self._accepts
 
     def _open_client(self) -> CacheClient:
         if self._client is None:
             raise CacheClosedError("the client is not open: use `with`, or `open`")
-        if self._thread is threading.current_thread():
-            raise RuntimeError("a call that waits was made from the client's own thread")
         return self._client
 
-    def _wait(self, call: Coroutine[Any, Any, T], timeout_seconds: float | None = None) -> T:
-        assert self._loop is not None
-        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+    def _wait(
+        self,
+        call: Coroutine[Any, Any, T],
+        timeout_seconds: float | None = None,
+        give_back: Callable[[T], object] | None = None,
+    ) -> T:
+        """The outcome of a call. One that comes as its waiter gives up is given back."""
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        if self._thread is threading.current_thread():
+            call.close()
+            raise RuntimeError("a call that waits was made from the client's own thread")
+        if not self._post(self._begin, call, outcome, give_back):
+            call.close()
+            raise CacheClosedError("the client was closed")
         try:
-            return future.result(timeout_seconds)
+            return outcome.result(timeout_seconds)
         except concurrent.futures.CancelledError:
             raise CacheClosedError("the client was closed") from None
+        except TimeoutError:
+            if outcome.done():  # with a value, or its own error
+                return outcome.result()
+            raise
         finally:
-            future.cancel()
+            outcome.cancel()
+
+    def _begin(
+        self,
+        call: Coroutine[Any, Any, T],
+        outcome: "concurrent.futures.Future[T]",
+        give_back: Callable[[T], object] | None,
+    ) -> None:
+        task = asyncio.get_running_loop().create_task(_deliver(call, outcome, give_back))
+        task.add_done_callback(lambda _: (call.close(), outcome.cancel()))
+        outcome.add_done_callback(lambda outcome: outcome.cancelled() and self._post(task.cancel))
 
     # The members of `CacheClient`.
 
@@ -166,15 +200,15 @@ class BlockingClient:
             ranks=ranks,
             deadline_seconds=deadline_seconds,
         )
-        self._post(self._start, start, prefetch)
+        if not self._post(self._start, start, prefetch):
+            prefetch.break_with(CacheClosedError("the client was closed"))
         return prefetch
 
     def _start(self, start: Callable[[], Prefetch], prefetch: BlockingPrefetch) -> None:
         try:
             started = start()
-        except AsyncCacheError as error:
-            prefetch.lookup_done.set_exception(error)
-            prefetch.load_done.set_exception(error)
+        except Exception as error:
+            prefetch.break_with(error)
             return
         self._prefetches[prefetch] = started
         started.lookup_done.add_done_callback(partial(_pass_on, prefetch.lookup_done))
@@ -196,17 +230,20 @@ class BlockingClient:
 
     def query_status(self, request_id: str, *, timeout_seconds: float | None = None) -> LoadResult:
         """As `CacheClient.query_status`."""
-        return self._wait(self._open_client().query_status(request_id), timeout_seconds)
+        client = self._open_client()
+        return self._wait(client.query_status(request_id), timeout_seconds, client.give_back)
 
     def read(
         self, request_id: str, *, rank: int = 0, reader: int = 0, timeout_seconds: float | None = None
     ) -> ReadLease:
         """As `CacheClient.read`, entered: leave it by `with`, or by `release`, from any thread."""
-        return self._wait(_entered(self._open_client().read(request_id, rank=rank, reader=reader)), timeout_seconds)
+        lease = self._open_client().read(request_id, rank=rank, reader=reader)
+        return self._wait(_entered(lease), timeout_seconds, ReadLease.undo)
 
     def store(self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0) -> RemoteWriter:
         """As `CacheClient.store`, entered: leave it by `with`, or by `close`. Chunks are committed from any thread."""
-        return self._wait(_entered(self._open_client().store(prompt, rank=rank, start_chunk=start_chunk)))
+        writer = self._open_client().store(prompt, rank=rank, start_chunk=start_chunk)
+        return self._wait(_entered(writer), give_back=RemoteWriter.close)
 
     def renew(self, request_id: str) -> None:
         """As `CacheClient.renew`."""
@@ -247,6 +284,23 @@ E = TypeVar("E", ReadLease, RemoteWriter)
 
 async def _entered(scoped: E) -> E:
     return await scoped
+
+
+async def _deliver(
+    call: Coroutine[Any, Any, T],
+    outcome: "concurrent.futures.Future[T]",
+    give_back: Callable[[T], object] | None,
+) -> None:
+    try:
+        value = await call
+    except Exception as error:
+        if outcome.set_running_or_notify_cancel():
+            outcome.set_exception(error)
+        return
+    if outcome.set_running_or_notify_cancel():
+        outcome.set_result(value)
+    elif give_back is not None:
+        give_back(value)
 
 
 def _pass_on(to: BlockingFuture[T], outcome: "asyncio.Future[T]") -> None:

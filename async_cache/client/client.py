@@ -17,7 +17,6 @@ from async_cache.client.link import Link, Lost, RemoteRequest
 from async_cache.client.writing import Post, RemoteWriter, call_now
 from async_cache.errors import (
     AccessDeniedError,
-    AsyncCacheError,
     CacheClosedError,
     ConnectionLostError,
     RequestConflictError,
@@ -129,6 +128,7 @@ class CacheClient:
 
         Whoever waits for a future or a query gets CacheClosedError.
         """
+        self._used = True
         self._closed = CacheClosedError("the client was closed")
         link, self._link = self._link, None
         for task in self._tasks:
@@ -166,7 +166,7 @@ class CacheClient:
             while self._link is None:
                 try:
                     self._link = link = await self._attempt(_ATTEMPT_SECONDS)
-                except AsyncCacheError as error:
+                except Exception as error:
                     self._error = error
                     self._tell(error)
                     await asyncio.sleep(delay * random.uniform(0.5, 1))
@@ -174,7 +174,7 @@ class CacheClient:
                 else:
                     self._tell(link)
 
-    def _tell(self, outcome: Link | AsyncCacheError) -> None:
+    def _tell(self, outcome: Link | Exception) -> None:
         """Those who wait for an attempt."""
         waiting, self._waiting = self._waiting, []
         for future in waiting:
@@ -202,7 +202,7 @@ class CacheClient:
 
     def _check_open(self) -> None:
         if self._closed is not None:
-            raise self._closed
+            raise self._closed.with_traceback(None)
 
     async def _ready(self) -> Link:
         """The connection, or the next one."""
@@ -247,7 +247,8 @@ class CacheClient:
         if link is None:
             request.break_with(self._error)
         else:
-            link.prefetch(request, skip_tokens, deadline_seconds)
+            deadline = float(deadline_seconds) if deadline_seconds is not None else None
+            link.prefetch(request, start_chunk * prompt.layout.chunk_tokens, deadline)
         return request.prefetch
 
     def new_request_id(self) -> str:
@@ -274,6 +275,11 @@ class CacheClient:
         """As `AsyncCache.query_status`; the request may be one of any client of this tenant and namespace."""
         check_request_id(request_id, MAX_REQUEST_ID)
         return await (await self._ready()).claim(request_id)
+
+    def give_back(self, result: LoadResult) -> None:
+        """It was claimed by somebody who does not wait any more: it is for who asks next."""
+        if self._link is not None:
+            self._link.give_back(result)
 
     async def renew(self, request_id: str) -> None:
         """As `AsyncCache.renew`."""
@@ -313,7 +319,12 @@ class CacheClient:
             for n, offset in enumerate(acquired.offsets)
         )
         leave = partial(self._post, self._leave, link, number, request_id)
-        return Entered(acquired.result, layout, chunks, leave, leave)
+        undo = partial(self._post, self._undo, link, number)
+        return Entered(acquired.result, layout, chunks, leave, undo)
+
+    @staticmethod
+    def _undo(link: Link, number: int) -> None:
+        link.tell(messages.Cancel(link.number(), number))
 
     @staticmethod
     def _leave(link: Link, number: int, request_id: str) -> None:
@@ -365,7 +376,7 @@ class CacheClient:
         """The server's arena, mapped read-only; another one after each reconnect. Raises AccessDeniedError."""
         self._check_open()
         if self._link is None:
-            raise self._error
+            raise self._error.with_traceback(None)
         if self._link.arena is None:
             raise AccessDeniedError("this client does not see the server's memory: it is elsewhere, or bound to salts")
         return self._link.arena.toreadonly()

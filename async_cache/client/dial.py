@@ -20,7 +20,7 @@ async def dial(address: Address, hello: Hello, lost: Lost, timeout_seconds: floa
         async with asyncio.timeout(timeout_seconds):
             return await _dial(address, hello, lost)
     except TimeoutError as error:
-        raise ConnectionLostError(f"no answer from {address} within {timeout_seconds} s") from error
+        raise ConnectionLostError(f"no answer from {address} within {timeout_seconds:.3g} s") from error
     except AsyncCacheError:
         raise
     except OSError as error:
@@ -32,8 +32,9 @@ async def dial(address: Address, hello: Hello, lost: Lost, timeout_seconds: floa
 
 async def _dial(address: Address, hello: Hello, lost: Lost) -> Link:
     sock = await _connect(address)
-    segment = Segment() if address.path else None
+    segment = None
     try:
+        segment = Segment() if address.path else None
         welcome, arena_fd = await greet(sock, hello, segment.fd if segment is not None else None)
         arena = None
         if arena_fd is not None:

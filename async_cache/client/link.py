@@ -130,7 +130,8 @@ class Link:
     def send(self, message: Any) -> "asyncio.Future[Any]":
         """Send a request; the future of its answer. Raises ConnectionLostError."""
         if not self.connection.is_open:
-            raise self._reason or ConnectionLostError("the connection to the server was lost")
+            reason = self._reason or ConnectionLostError("the connection to the server was lost")
+            raise reason.with_traceback(None)
         self.connection.send(message)
         self._waiting[message.number] = answer = self._loop.create_future()
         return answer
@@ -187,9 +188,7 @@ class Link:
             del self._queries[request_id]
         error = answer.exception()
         if error is None:
-            self._unclaimed[request_id] = answer.result().result
-            if len(self._unclaimed) > _MAX_UNCLAIMED:
-                del self._unclaimed[next(iter(self._unclaimed))]
+            self.give_back(answer.result().result)
             if (request := self.requests.get(request_id)) is not None:
                 request.claimed = True
         for waiter in query.waiters:
@@ -197,6 +196,12 @@ class Link:
                 _break(waiter, error)
             elif not waiter.done():
                 waiter.set_result(None)
+
+    def give_back(self, result: LoadResult) -> None:
+        """A result that was claimed: it is for who asks next."""
+        self._unclaimed[result.request_id] = result
+        if len(self._unclaimed) > _MAX_UNCLAIMED:
+            del self._unclaimed[next(iter(self._unclaimed))]
 
     def tell(self, message: Message) -> None:
         """Send a request of which the answer does not matter."""

@@ -35,6 +35,7 @@ class Access:
     """The tenants, by their tokens. Only digests of tokens are kept and compared."""
 
     def __init__(self, tenants: Mapping[str, TenantConfig]):
+        self._wants_token = bool(tenants)
         self._by_digest = {
             _digest(token): Tenant(name, frozenset(config.salts) if config.salts is not None else None)
             for name, config in tenants.items()
@@ -51,7 +52,7 @@ class Access:
             if tenant is None:
                 raise AccessDeniedError("the server does not know this token")
             return tenant
-        if self._by_digest and not over_unix:
+        if self._wants_token and not over_unix:
             raise AccessDeniedError("the server wants a token")
         return Tenant()
 

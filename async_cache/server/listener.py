@@ -39,7 +39,7 @@ class Listener:
         try:
             with suppress(FileNotFoundError):
                 new.unlink()
-            made.bind(str(new))
+            self._bind_in(made, new)
             new.chmod(0o600)
             made.listen(_BACKLOG)
             self._inode = new.stat().st_ino
@@ -51,6 +51,15 @@ class Listener:
             raise
         made.setblocking(False)
         return made
+
+    @staticmethod
+    def _bind_in(made: socket.socket, path: Path) -> None:
+        """By way of its directory: the name may be longer than the one that it will have."""
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            made.bind(f"/proc/self/fd/{directory}/{path.name}")
+        finally:
+            os.close(directory)
 
     def _bind_tcp(self, address: Address) -> socket.socket:
         family, kind, _, _, where = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]

@@ -130,7 +130,11 @@ class Server:
             _keep_alive(sock)
             session = self.session(tenant, hello.namespace, segment, mapped=mapped)
             segment = None  # it is the session's now
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: session.connection, sock)
+            try:
+                await asyncio.get_running_loop().connect_accepted_socket(lambda: session.connection, sock)
+            except BaseException:
+                session.connection.connection_lost(None)
+                raise
         except AsyncCacheError as error:
             await _refuse(sock, error)
         except (OSError, TimeoutError) as error:

@@ -17,20 +17,19 @@ import msgspec
 
 from async_cache.cache import AsyncCache
 from async_cache.config import ServerConfig
-from async_cache.errors import AsyncCacheError, LimitError, ProtocolError, WriterClosedError
+from async_cache.errors import AsyncCacheError, LimitError, ProtocolError
 from async_cache.layout import ModelLayout, Prompt
 from async_cache.promise import Prefetch
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
-from async_cache.protocol.frames import DATA_BYTES
 from async_cache.protocol.messages import Decoder, Message, failed
 from async_cache.protocol.prompts import describe, layout_of, unpack
-from async_cache.reading import ReadLease
 from async_cache.server.access import Tenant
+from async_cache.server.reads import Reads
 from async_cache.server.registry import Registry
 from async_cache.server.segment import ClientSegment
+from async_cache.server.stores import Stores
 from async_cache.values import LoadResult, LookupHits
-from async_cache.writing import WriteChunk, Writer
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ T = TypeVar("T")
 Told = TypeVar("Told", LookupHits, LoadResult)
 
 _MAX_LAYOUTS = 256
-_COPIED_AT_ONCE = 8 * 2**20  # bytes that are copied in a step of the loop, in a millisecond; the rest by threads
 _decoder = Decoder(messages.Request)
 
 
@@ -60,33 +58,26 @@ class Session:
     ):
         self.connection = Connection(_decoder, self._received, self._lost, stall_seconds=config.stall_timeout_seconds)
         self._cache = cache
-        self._memory = cache.memory
         self._registry = registry
-        self._copiers = copiers
         self._max_requests = config.max_requests
         self._tenant = tenant
         self._scope = f"{tenant.name}\0{namespace}\0"  # no name has a control character
-        self._segment = segment
-        self._mapped = mapped
         self._closed = closed
         self._layouts: dict[int, ModelLayout] = {}
         self._layout_numbers: dict[int, int] = {}  # by identity
         self._prefetches: dict[int, Prefetch] = {}
-        self._reads: dict[int, ReadLease] = {}
-        self._stores: dict[int, Writer] = {}
+        self._reads = Reads(self.connection, cache.memory, mapped=mapped)
+        self._stores = Stores(segment, copiers, self.connection.send)
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._copying: dict[WriteChunk, asyncio.Future[None]] = {}
         self._held_up: deque[Message] = deque()
         self._left = asyncio.Event()
-        self._copied_bytes = 0  # in this step of the loop
-        self._loop = asyncio.get_running_loop()
 
     # Messages, as they come.
 
     def _received(self, message: Any) -> None:
         if isinstance(message, messages.Ping):
             self._done(message)
-        elif self._held_up or (self._copying and not isinstance(message, messages.CommitStore)):
+        elif self._held_up or (self._stores.copying and not isinstance(message, messages.CommitStore)):
             if len(self._held_up) >= self._max_requests:
                 raise LimitError("too many messages wait for a commit")
             self._held_up.append(message)
@@ -96,8 +87,8 @@ class Session:
     def _handle(self, message: Any) -> None:
         try:
             _HANDLERS[type(message)](self, message)
-        except ProtocolError:
-            raise
+        except ProtocolError as error:
+            self.connection.fail(error)
         except Exception as error:
             self._fail(message, error)
 
@@ -131,9 +122,15 @@ class Session:
 
     def _check(self, number: int) -> None:
         """Whether one more may begin under this number."""
-        if any(number in under_way for under_way in (self._tasks, self._prefetches, self._reads, self._stores)):
+        under_way: tuple[dict[int, Any], ...] = (
+            self._tasks,
+            self._prefetches,
+            self._reads.leases,
+            self._stores.writers,
+        )
+        if any(number in some for some in under_way):
             raise ValueError(f"the number {number} is that of another request")
-        held = len(self._tasks) + len(self._prefetches) + len(self._reads) + len(self._stores)
+        held = sum(map(len, under_way))
         if held >= self._max_requests:
             raise LimitError(f"{held} requests of this connection are under way, which is the limit")
 
@@ -196,10 +193,8 @@ class Session:
         """Also what was done already, but is not known yet to whoever gives it up."""
         if (prefetch := self._prefetches.get(message.call)) is not None:
             prefetch.cancel()
-        if (lease := self._reads.pop(message.call, None)) is not None:
-            lease.undo()
-        if (writer := self._stores.pop(message.call, None)) is not None:
-            writer.close()
+        self._reads.undo(message.call)
+        self._stores.close(message.call)
         if (task := self._tasks.get(message.call)) is not None:
             task.cancel()
             self.connection.send(messages.Failed(message.call, "cancelled", "the client gave it up"))
@@ -224,7 +219,7 @@ class Session:
         at_once(self._cache.end_request(self._scope + message.request_id))
         self._done(message)
 
-    # Reading.
+    # Reading and writing.
 
     def _acquire_read(self, message: messages.AcquireRead) -> None:
         self._check(message.number)
@@ -232,122 +227,45 @@ class Session:
 
     async def _read(self, message: messages.AcquireRead) -> None:
         try:
-            request_id = self._scope + message.request_id
-            lease = await self._cache.read(request_id, rank=message.rank, reader=message.reader)
-            self._reads[message.number] = lease
-            pieces = [] if self._mapped else _pieces(lease, lease.layout.block_bytes[message.rank])
-            self.connection.send(self._acquired(message, lease, sum(end - begin for _, begin, end in pieces)))
-            for to, begin, end in pieces:
-                await self.connection.drained()
-                if self._reads.get(message.number) is not lease:
-                    return
-                self.connection.send(messages.ReadData(message.number, to, self._memory[begin:end]))
+            lease = self._cache.read(self._scope + message.request_id, rank=message.rank, reader=message.reader)
+            await self._reads.acquire(message, lease, self._describe, self._unscoped)
         except Exception as error:
             self._fail(message, error)
 
-    def _acquired(self, message: messages.AcquireRead, lease: ReadLease, data_bytes: int) -> messages.ReadAcquired:
-        layout = lease.layout
+    def _describe(self, layout: ModelLayout) -> int | messages.Layout:
         number = self._layout_numbers.get(id(layout))
-        held, block_bytes = layout.rank_masks[message.rank], layout.block_bytes[message.rank]
-        offsets = [chunk.offset for chunk in lease]
-        if not self._mapped:
-            offsets = [n * block_bytes if offset is not None else None for n, offset in enumerate(offsets)]
-        absent = [
-            (n, [group for group, span in enumerate(chunk.spans()) if span is None])
-            for n, chunk in enumerate(lease)
-            if chunk.offset is not None and held & ~chunk.objects
-        ]
-        known = number if number is not None else describe(layout)
-        buffer_bytes = len(lease) * block_bytes if data_bytes else 0
-        result = self._unscoped(lease.result)
-        return messages.ReadAcquired(message.number, result, known, offsets, absent, buffer_bytes, data_bytes)
+        return number if number is not None else describe(layout)
 
     def _release_read(self, message: messages.ReleaseRead) -> None:
-        lease = self._reads.pop(message.read, None)
-        if lease is not None:
-            lease.release()
+        self._reads.release(message.read)
         self._done(message)
-
-    # Writing.
 
     def _reserve_store(self, message: messages.ReserveStore) -> None:
         writer = self._cache.store(self._prompt(message.prompt), rank=message.rank, start_chunk=message.start_chunk)
-        self._wait_for(message, self._reserve(message.number, writer), lambda _, reserved: reserved)
-
-    async def _reserve(self, number: int, writer: Writer) -> messages.StoreReserved:
-        await writer
-        self._stores[number] = writer
-        writer.on_expired = partial(self._store_expired, number)
-        return messages.StoreReserved(number, [chunk.index for chunk in writer], writer.shortfall)
-
-    def _store_expired(self, number: int) -> None:
-        if self._stores.pop(number, None) is not None:
-            self.connection.send(messages.StoreClosed(number))
-
-    def _chunk(self, store: int, position: int) -> WriteChunk:
-        writer = self._stores.get(store)
-        if writer is None:
-            raise WriterClosedError("the writer is closed")
-        if position >= len(writer):
-            raise ValueError(f"position {position} of a store of {len(writer)} chunks")
-        return writer[position]
+        self._wait_for(message, self._stores.open(message.number, writer), lambda _, reserved: reserved)
 
     def _store_data(self, message: messages.StoreData) -> None:
-        """Bytes for a chunk. A store that has expired meanwhile is told of by the commit: this is not answered."""
-        if message.store not in self._stores:
-            return
-        chunk = self._chunk(message.store, message.position)
-        data, begin = message.data, message.offset
-        views = [view for view in chunk.views if view is not None]
-        if chunk.committed or chunk in self._copying or begin + len(data) > sum(map(len, views)):
-            raise ProtocolError("these bytes do not fit into the chunk")
-        for view in views:
-            part = data[: max(len(view) - begin, 0)]
-            view[begin : begin + len(part)] = part
-            data, begin = data[len(part) :], max(begin - len(view), 0)
+        try:
+            self._stores.data(message)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
 
     def _commit_store(self, message: messages.CommitStore) -> None:
-        chunk = self._chunk(message.store, message.position)
-        if chunk in self._copying:
-            raise ValueError(f"the chunk at position {message.position} is being committed")
-        if message.offset is None or chunk.committed:
-            chunk.commit()
-            self._done(message)
-            return
-        if self._segment is None:
-            raise ValueError("the connection has no segment to copy from")
-        views = [view for view in chunk.views if view is not None]
-        self._copied_bytes += sum(map(len, views))
-        if self._copied_bytes <= _COPIED_AT_ONCE and not self._copying:
-            self._loop.call_soon(self._forget_copied)
-            self._segment.copy(message.offset, views)
-            chunk.commit()
-            self._done(message)
-            return
-        copying = self._loop.run_in_executor(self._copiers, self._segment.copy, message.offset, views)
-        self._copying[chunk] = copying = asyncio.ensure_future(copying)
-        copying.add_done_callback(partial(self._copied, message, chunk))
+        self._stores.commit(message, partial(self._committed, message))
 
-    def _forget_copied(self) -> None:
-        self._copied_bytes = 0
-
-    def _copied(self, message: messages.CommitStore, chunk: WriteChunk, copying: "asyncio.Future[None]") -> None:
-        """Publish the chunk, and go on with what waited for that."""
-        del self._copying[chunk]
-        try:
-            copying.result()
-            chunk.commit()
+    def _committed(self, message: messages.CommitStore, error: Exception | None) -> None:
+        """Answer, and go on with what waited for it."""
+        if error is None:
             self._done(message)
-        except Exception as error:
+        else:
             self._fail(message, error)
-        self._close_segment()
-        while self._held_up and not (self._copying and not isinstance(self._held_up[0], messages.CommitStore)):
+        while self._held_up and self.connection.is_open:
+            if self._stores.copying and not isinstance(self._held_up[0], messages.CommitStore):
+                return
             self._handle(self._held_up.popleft())
 
     def _close_store(self, message: messages.CloseStore) -> None:
-        writer = self._stores.pop(message.store, None)
-        if writer is not None:
-            writer.close()
+        self._stores.close(message.store)
         self._done(message)
 
     # The rest.
@@ -371,34 +289,27 @@ class Session:
         """Give back all that the connection holds."""
         if error is not None:
             log.debug("a connection was lost: %s", error)
+        try:
+            self._give_back()
+        finally:
+            self._held_up.clear()
+            self._left.set()
+            self._closed(self)
+
+    def _give_back(self) -> None:
         for task in self._tasks.values():
             task.cancel()
-        for lease in self._reads.values():
-            lease.release()
-        self._reads.clear()
-        stores, self._stores = self._stores, {}
-        for writer in stores.values():
-            writer.expire()  # and not `close`: a copy may still write to its room
+        self._reads.release_all()
+        self._stores.close_all()
         prefetches, self._prefetches = self._prefetches, {}
         for number, prefetch in prefetches.items():
             if self._registry.let_go(prefetch.request_id, self, number):
                 at_once(self._cache.end_request(prefetch.request_id))
-        self._held_up.clear()
-        self._memory.release()
-        self._left.set()
-        self._close_segment()
-        self._closed(self)
-
-    def _close_segment(self) -> None:
-        """Close it when no copy reads from it any more."""
-        if self._left.is_set() and not self._copying and self._segment is not None:
-            self._segment.close()
-            self._segment = None
 
     async def ended(self) -> None:
         """Return when the connection is gone, and nothing runs for it any more."""
         await self._left.wait()
-        if running := {*self._tasks.values(), *self._copying.values()}:
+        if running := {*self._tasks.values(), *self._stores.copying.values()}:
             await asyncio.wait(running)
 
 
@@ -433,14 +344,3 @@ def at_once(call: Coroutine[Any, Any, T]) -> T:
         return result
     call.close()
     raise RuntimeError(f"{call!r} waits")
-
-
-def _pieces(chunks: ReadLease, block_bytes: int) -> list[tuple[int, int, int]]:
-    """(where it goes in the client's buffer, begin and end in memory) of bounded pieces of what can be read."""
-    return [
-        (n * block_bytes + first - chunk.offset, first, min(first + DATA_BYTES, end))
-        for n, chunk in enumerate(chunks)
-        if chunk.offset is not None
-        for begin, end in filter(None, chunk.spans())
-        for first in range(begin, end, DATA_BYTES)
-    ]

@@ -1,0 +1,1 @@
+"""Tests of the clients, with real connections to real servers."""

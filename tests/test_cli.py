@@ -1,0 +1,499 @@
+"""The command line, as a user runs it: what it says, where, and with which exit code. Never a traceback."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from async_cache import CacheConfig, CacheStats, ServerConfig
+
+COMMAND = [sys.executable, "-m", "async_cache"]
+SECONDS = 30
+TOKENS = ["token-of-operations", "token-of-acme-number-one", "token-of-acme-number-two"]
+
+FLAGS = {
+    "serve": ["--config", "-c", "--listen", "--l1-bytes", "--l2", "--log-level", "--help"],
+    "ping": ["--url", "--token-file", "--count", "-n", "--help"],
+    "status": ["--url", "--token-file", "--json", "--help"],
+    "config": ["--config", "-c", "--listen", "--l1-bytes", "--l2", "--help"],
+}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Path]:
+    """A directory whose name is short enough for sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="cli") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """As `shared`, of one test."""
+    with tempfile.TemporaryDirectory(prefix="cli") as directory:
+        yield Path(directory)
+
+
+def environment(directory: Path, **variables: str) -> dict[str, str]:
+    """No settings but these; the defaults are in the directory."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ASYNC_CACHE_", "XDG_"))}
+    places = {"XDG_RUNTIME_DIR": str(directory), "XDG_CACHE_HOME": str(directory), "COLUMNS": "200", "TERM": "dumb"}
+    return kept | places | variables
+
+
+def start(directory: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=directory,
+        env=environment(directory, **variables),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    assert "Traceback" not in out + err
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run(directory: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return finish(start(directory, *arguments, **variables))
+
+
+def printed(directory: Path, *arguments: str, **variables: str) -> str:
+    """What a command prints that has nothing to complain of."""
+    done = run(directory, *arguments, **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a command that failed."""
+    assert done.returncode == 1, done
+    match = re.fullmatch(r"async-cache: (\S.*)\n", done.stderr)
+    assert match, done.stderr
+    return match[1]
+
+
+@contextmanager
+def serving(directory: Path, *arguments: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A server with 1 MiB of memory and no storage, if nothing else is said, and where it listens; ended at the end."""
+    defaults = {"ASYNC_CACHE_L1_BYTES": "1MiB", "ASYNC_CACHE_L2": ""}
+    process = start(directory, "serve", *arguments, **defaults | variables)
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        if not lines[1].startswith("serving at "):
+            pytest.fail(f"{lines} {finish(process)}")
+        yield process, lines[1].split()[2:]
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        done = finish(process)
+    assert done.returncode == 0, done
+
+
+@pytest.fixture(scope="module")
+def server(shared: Path) -> Iterator[Path]:
+    """The directory of a server at the default address."""
+    with serving(shared, "--l2", "memory://near?capacity=1MiB"):
+        yield shared
+
+
+def settings(text: str) -> dict[str, tuple[str, str]]:
+    """What `config` prints: value and origin by setting. A value of several lines has them joined by a space."""
+    first, *lines = text.splitlines()
+    begins = [first.index(title) for title in ("setting", "value", "from")]
+    found: dict[str, tuple[str, str]] = {}
+    name = ""
+    for line in lines:
+        setting, value, origin = (line[b:e].strip() for b, e in zip(begins, [*begins[1:], None], strict=True))
+        if setting:
+            name = setting
+            found[name] = (value, origin)
+        else:
+            found[name] = (f"{found[name][0]} {value}", found[name][1] + origin)
+    return found
+
+
+# Help.
+
+
+def test_help_lists_the_commands(shared: Path) -> None:
+    assert re.findall(r"^│ (\w+) ", printed(shared, "--help").partition("Commands")[2], re.MULTILINE) == list(FLAGS)
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_tells_of_every_flag(command: str, shared: Path) -> None:
+    text = printed(shared, command, "--help")
+    assert sorted(re.findall(r"(?<![\w-])--?[a-z][\w-]*(?=[ \[])", text.partition("Options")[2])) == sorted(
+        FLAGS[command]
+    )
+    for line in re.findall(r"^│ (-.*)│$", text, re.MULTILINE):
+        assert re.search(r" {2,}[A-Z]\w+ .*\.", line), f"{line} is not explained"
+
+
+# Asking a server.
+
+
+def test_ping_says_how_long_it_took(server: Path) -> None:
+    line = r"{} answers: fastest (\d+) us, median (\d+) us, slowest (\d+) us\n"
+    assert re.fullmatch(line.format(3), printed(server, "ping"))
+    match = re.fullmatch(
+        line.format(50), printed(server, "ping", "-n", "50", "--url", f"unix://{server}/async_cache.sock")
+    )
+    assert match
+    times = [int(time) for time in match.groups()]
+    assert times == sorted(times)
+
+
+def test_status_is_a_table(server: Path) -> None:
+    text = printed(server, "status")
+    assert re.search(r"^memory +0 B of 1 MiB \(0%\), 0 chunks", text, re.MULTILINE)
+    assert re.search(r"^requests +0, which hold 0 leases", text, re.MULTILINE)
+    assert re.search(r"^near +0 B of 1 MiB, 0 objects", text, re.MULTILINE)
+
+
+def test_status_in_json_has_all_counters(server: Path) -> None:
+    text = printed(server, "status", "--json")
+    assert text.count("\n") == 1
+    stats = json.loads(text)
+    assert list(stats) == list(CacheStats.__struct_fields__)
+    assert stats["l1_capacity_bytes"] == 2**20
+    assert stats["backends"] == {"near": {"objects": 0, "used_bytes": 0, "capacity_bytes": 2**20}}
+
+
+def test_without_a_server_it_says_how_to_start_one(directory: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(directory / "dead"))
+    processes = start(directory, "ping"), start(directory, "status", "--url", f"unix://{directory}/dead")
+    for process, name, reason in zip(
+        processes, ("async_cache.sock", "dead"), ("No such file or directory", "Connection refused"), strict=True
+    ):
+        line = f"there is no server at unix://{directory}/{name}: {reason}; `async-cache serve` starts one"
+        assert complaint(finish(process)) == line
+
+
+def test_a_server_that_is_silent_is_given_up(directory: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(directory / "silent"))
+        silent.listen()
+        line = complaint(run(directory, "ping", "--url", f"unix://{directory}/silent"))
+    assert re.fullmatch(rf"no answer from unix://{directory}/silent within \d(\.\d)? s", line)
+
+
+def test_a_server_of_something_else_is_told_apart(directory: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        process = start(directory, "ping", "--url", f"tcp://127.0.0.1:{other.getsockname()[1]}")
+        connection, _ = other.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            assert complaint(finish(process))
+
+
+@pytest.mark.parametrize("url", ["/run/cache.sock", "tcp://localhost", "tcp://a..b:1"])
+def test_a_url_that_is_none_is_told(url: str, shared: Path) -> None:
+    assert "allowed: unix:///path or tcp://host:port" in complaint(run(shared, "ping", "--url", url))
+
+
+def test_an_interrupted_command_says_nothing(directory: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(directory / "async_cache.sock"))
+        silent.listen()
+        process = start(directory, "ping")
+        silent.settimeout(SECONDS)
+        silent.accept()[0].close()  # it asks
+        connection, _ = silent.accept()  # and again
+        process.send_signal(signal.SIGINT)
+        done = finish(process)
+        connection.close()
+    assert done.returncode == 130
+    assert len(done.stderr.splitlines()) <= 1
+
+
+# Tokens.
+
+
+@pytest.fixture
+def tenants(directory: Path) -> Path:
+    """A file with tenants, of a server at a Unix socket and a port of loopback."""
+    path = directory / "cache.toml"
+    path.write_text(
+        'l1_bytes = "1MiB"\nl2 = []\n[server]\nlisten = ["unix:///run/cache.sock"]\n'
+        f'[server.tenants.operations]\ntokens = ["{TOKENS[0]}"]\n'
+        f'[server.tenants."[bold]acme[/red]"]\ntokens = ["{TOKENS[1]}", "{TOKENS[2]}"]\nsalts = ["[dim]", "acme"]\n'
+    )
+    return path
+
+
+def test_a_token_is_read_from_a_file(directory: Path, tenants: Path) -> None:
+    listen = ["--listen", f"unix://{directory}/s", "--listen", "tcp://127.0.0.1:0"]
+    for name, token in {"right": TOKENS[1], "wrong": TOKENS[1] + "x", "empty": "", "long": "x" * 5000}.items():
+        (directory / name).write_text(f"{token}\n")
+    (directory / "binary").write_bytes(b"\xff" * 20)
+    with serving(directory, "-c", str(tenants), *listen) as (_, (unix, tcp)):
+        assert printed(directory, "ping", "--url", tcp, "--token-file", "right")
+        assert printed(directory, "status", "--url", unix), "whoever may open the socket needs none"
+        assert complaint(run(directory, "ping", "--url", tcp)) == "the server wants a token"
+        for name, url in {"wrong": unix, "empty": tcp}.items():
+            process = run(directory, "ping", "--url", url, "--token-file", name)
+            assert complaint(process) == "the server does not know this token"
+        assert "xxx" not in complaint(run(directory, "ping", "--url", tcp, "--token-file", "long"))
+    for name in ("none", "binary"):
+        assert complaint(run(directory, "ping", "--token-file", name)).startswith(f"can not read the token in {name}: ")
+
+
+def test_config_never_shows_a_token(directory: Path, tenants: Path) -> None:
+    text = printed(directory, "config", "-c", str(tenants))
+    assert settings(text)["server.tenants"] == (
+        "operations: 1 token(s), salts: all [bold]acme[/red]: 2 token(s), salts: ['[dim]', 'acme']",
+        str(tenants),
+    )
+    assert not any(token in text for token in TOKENS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'tenants = "{TOKENS[0]}"',
+        f'[server.tenants.a]\ntokens = "{TOKENS[0]}"',
+        f'[server.tenants.a]\ntokens = ["{TOKENS[0]}", "{TOKENS[0] * 30}"]',
+        f'[server.tenants.a]\ntoken = "{TOKENS[0]}"',
+    ],
+)
+def test_a_complaint_of_the_file_never_shows_a_token(text: str, directory: Path) -> None:
+    (directory / "c.toml").write_text(f"[server]\n{text}\n")
+    done = run(directory, "config", "-c", "c.toml")
+    assert "tenants" in complaint(done)
+    assert TOKENS[0] not in done.stdout + done.stderr
+
+
+# The settings.
+
+
+def test_config_shows_every_setting_and_its_default(directory: Path) -> None:
+    shown = settings(printed(directory, "config"))
+    assert list(shown) == [
+        *CacheConfig.__struct_fields__,
+        *(f"server.{name}" for name in ServerConfig.__struct_fields__),
+    ]
+    assert {origin for _, origin in shown.values()} == {"default"}
+    assert shown["l1_bytes"] == ("1 GiB", "default")
+    assert shown["l2"] == (f"fs://{directory}/async_cache?capacity=10GiB", "default")
+    assert shown["lookup_timeout_seconds"] == ("1.0", "default")
+    assert shown["server.listen"] == (f"unix://{directory}/async_cache.sock", "default")
+
+
+def test_a_flag_comes_before_the_environment_and_that_before_the_file(directory: Path) -> None:
+    (directory / "cache.toml").write_text(
+        'l1_bytes = "1MiB"\nl2 = ["memory://file"]\nprefetch_share = 0.5\n'
+        '[server]\nlisten = ["unix:///file"]\nmax_requests = 5\nmax_connections = 5\n'
+    )
+    variables = {
+        "ASYNC_CACHE_L1_BYTES": "2MiB",
+        "ASYNC_CACHE_L2": "memory://variable",
+        "ASYNC_CACHE_SERVER_LISTEN": "unix:///variable",
+        "ASYNC_CACHE_SERVER_MAX_REQUESTS": "6",
+    }
+    arguments = ["config", "--config", "cache.toml"]
+    flags = ["--l1-bytes", "3MiB", "--l2", "memory://a", "--l2", "memory://b", "--listen", "unix:///flag"]
+    names = ["l1_bytes", "l2", "prefetch_share", "lookup_timeout_seconds"]
+    names += [f"server.{name}" for name in ("listen", "max_requests", "max_connections", "tenants")]
+    file = "cache.toml"
+    for extra, environ, expected in [
+        ([], variables, ["2 MiB", "memory://variable", "0.5", "1.0", "unix:///variable", "6", "5", ""]),
+        (flags, variables, ["3 MiB", "memory://a memory://b", "0.5", "1.0", "unix:///flag", "6", "5", ""]),
+    ]:
+        shown = settings(printed(directory, *arguments, *extra, **environ))
+        assert [shown[name][0] for name in names] == expected
+        origins = [file, file, file, "default", file, file, file, "default"]
+        for place, variable in zip((0, 1, 4, 5), environ, strict=True):
+            origins[place] = variable
+        if extra:
+            origins[0], origins[1], origins[4] = "--l1-bytes", "--l2", "--listen"
+        assert [shown[name][1] for name in names] == origins
+
+
+def test_config_shows_a_value_as_it_was_given(shared: Path) -> None:
+    long = f"fs:///{'kv/' * 100}"
+    values = ["fs:///kv/[bold]a[/red]", "memory://:heart:", "unix:///run/[a]/:heart:", long]
+    flags = ["--listen" if value.startswith("unix") else "--l2" for value in values]
+    shown = settings(printed(shared, "config", *(f"{f}={v}" for f, v in zip(flags, values, strict=True))))
+    assert shown["server.listen"] == (values[2], "--listen")
+    assert shown["l2"][0].replace(" ", "") == values[0] + values[1] + values[3]
+
+
+def test_serve_uses_what_config_shows(directory: Path) -> None:
+    (directory / "cache.toml").write_text(
+        f'l1_bytes = "1MiB"\nl2 = ["memory://file"]\n[server]\nlisten = ["unix://{directory}/file"]\n'
+    )
+    process = start(directory, "serve", "-c", "cache.toml", "--l1-bytes", "2MiB", ASYNC_CACHE_L2="memory://variable")
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "async-cache with 2 MiB of memory and memory://variable\n"
+        assert process.stdout.readline() == f"serving at unix://{directory}/file\n"
+        stats = json.loads(printed(directory, "status", "--json", "--url", f"unix://{directory}/file"))
+        assert stats["l1_capacity_bytes"] == 2 * 2**20
+        assert list(stats["backends"]) == ["variable"]
+    finally:
+        process.terminate()
+        assert finish(process).returncode == 0
+
+
+# What can not be used.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "told"),
+    [
+        (["--l1-bytes", "much"], "", "--l1-bytes: 'much' is not a size"),
+        (["--l1-bytes", "0"], "", "l1_bytes must be more than 0"),
+        (["--l2", "redis://x"], "", "redis"),
+        (["--l2", "fs:///kv?size=5"], "", "size"),
+        (["--listen", "tcp://0.0.0.0:0"], "", "it needs tenants with tokens"),
+        (["--listen", "tcp://0.0.0.0:0"], "[server.tenants.a]\ntokens = []\n", "token"),
+        ([], "l3 = 5", "c.toml: unknown setting 'l3'"),
+        ([], "[server]\nport = 5", "c.toml: unknown setting 'port'"),
+        (["-c", "none.toml"], "", "can not read none.toml"),
+        (["-c", "."], "", "can not read .: "),
+    ],
+)
+def test_settings_that_can_not_be_used_are_told(
+    arguments: Sequence[str], text: str, told: str, directory: Path
+) -> None:
+    (directory / "c.toml").write_text(text)
+    command = "serve" if "--l2" in arguments else "config"
+    assert told in complaint(run(directory, command, "-c", "c.toml", *arguments, ASYNC_CACHE_L1_BYTES="1MiB"))
+
+
+def test_a_variable_that_can_not_be_used_is_told(shared: Path) -> None:
+    line = complaint(run(shared, "config", ASYNC_CACHE_SERVER_MAX_REQUESTS="many"))
+    assert line.startswith("ASYNC_CACHE_SERVER_MAX_REQUESTS: max_requests must be a number")
+
+
+@pytest.mark.parametrize("size", ["1B", "99999999TiB"])
+def test_memory_that_there_can_not_be_is_told(size: str, directory: Path) -> None:
+    assert complaint(run(directory, "serve", "--l1-bytes", size, "--l2", "memory://"))
+
+
+def test_an_address_in_use_is_told(server: Path, directory: Path) -> None:
+    url = f"unix://{server}/async_cache.sock"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        processes = [
+            start(directory, "serve", "--listen", each, ASYNC_CACHE_L1_BYTES="1MiB", ASYNC_CACHE_L2="")
+            for each in (url, port)
+        ]
+        unix, tcp = (complaint(finish(process)) for process in processes)
+    assert unix == f"can not listen at {server}/async_cache.sock: a server is listening there already"
+    assert tcp == f"can not listen at {port}: Address already in use"
+    assert printed(server, "ping"), "the server that is there goes on"
+
+
+def test_nothing_but_a_socket_is_replaced_and_none_of_the_addresses_is_used(directory: Path) -> None:
+    (directory / "file").write_text("mine")
+    for name, reason in {"file": "it is there, and not a socket", "file/socket": ""}.items():
+        arguments = [f"--listen=unix://{directory}/{each}" for each in ("first", name)]
+        line = complaint(run(directory, "serve", *arguments, ASYNC_CACHE_L1_BYTES="1MiB", ASYNC_CACHE_L2=""))
+        assert line.startswith("can not listen at ")
+        assert line.endswith(reason)
+        assert f"{directory}/file" in line
+    assert (directory / "file").read_text() == "mine"
+    assert [path.name for path in directory.iterdir()] == ["file"]
+
+
+def test_a_path_as_long_as_a_path_may_be_can_be_listened_at(directory: Path) -> None:
+    deep = directory / ("d" * (107 - len(f"{directory}//s")))
+    with serving(directory, "--listen", f"unix://{deep}/s") as (_, [url]):
+        assert len(url.removeprefix("unix://")) == 107
+        assert printed(directory, "ping", "--url", url)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["serve", "--nonsense"],
+        ["serve", "--log-level", "loud"],
+        ["serve", "--l1-bytes"],
+        ["ping", "--count", "many"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_usage_is_told_with_exit_code_2(arguments: Sequence[str], shared: Path) -> None:
+    done = run(shared, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "─ Error ─" in done.stderr
+
+
+def test_no_command_is_a_wrong_usage_with_the_help(shared: Path) -> None:
+    done = run(shared)
+    assert done.returncode == 2
+    assert "serve" in done.stdout + done.stderr
+
+
+# The life of a server.
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_server_and_nothing_is_left(number: signal.Signals, directory: Path) -> None:
+    with serving(directory) as (process, _):
+        assert (directory / "async_cache.sock").stat().st_mode & 0o777 == 0o600
+        process.send_signal(number)
+        done = finish(process)
+        assert (done.returncode, done.stdout) == (0, "")
+        assert re.fullmatch(r"\S+ \S+ INFO async_cache\S*: shutting down\n", done.stderr)
+    assert list(directory.iterdir()) == []
+
+
+def test_a_second_signal_changes_nothing(directory: Path) -> None:
+    with serving(directory, "--log-level", "WARNING") as (process, _):
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        done = finish(process)
+    assert (done.returncode, done.stderr) == (0, ""), "what is less important than a warning is not shown"
+
+
+def test_the_socket_of_a_dead_server_is_replaced(directory: Path) -> None:
+    process = start(directory, "serve", ASYNC_CACHE_L1_BYTES="1MiB", ASYNC_CACHE_L2="")
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)][1].startswith("serving at ")
+    process.kill()
+    process.communicate()
+    assert (directory / "async_cache.sock").is_socket()
+    with serving(directory):
+        assert printed(directory, "ping")
+
+
+def test_a_port_that_the_system_chose_is_told(directory: Path) -> None:
+    with serving(directory, "--listen", "tcp://127.0.0.1:0", "--listen", "tcp://localhost:0") as (_, urls):
+        assert len(urls) == 2
+        for url in urls:
+            assert not url.endswith(":0")
+            assert printed(directory, "ping", "--url", url)
+
+
+def test_a_reader_that_leaves_early_is_no_error(server: Path) -> None:
+    process = start(server, "config")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(SECONDS) in (0, 1)
+    assert process.stderr is not None
+    with process.stderr as stderr:
+        assert "Traceback" not in stderr.read()
