@@ -226,7 +226,7 @@ class AsyncCache:
         """
         core, layout = self._open, prompt.layout
         known = [*map(core.l1.index.get, prompt.chunk_hashes), *map(core.loader.table.get, prompt.chunk_hashes)]
-        return all(it is None or it.layout is layout or it.layout == layout for it in known)
+        return all(it is None or it.layout.same_bytes(layout) for it in known)
 
     @property
     def memory_fd(self) -> int:

@@ -23,6 +23,7 @@ DTYPE_BYTES = {
 PAGE_BYTES = 4096
 HASH_AT_ONCE_TOKENS = 32_768  # a quarter of a millisecond; a longer prompt is hashed when it is first used
 MAX_OBJECTS_PER_CHUNK = 4096
+MAX_OBJECT_BYTES = 2**32
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class ObjectGroup:
             raise ValueError(f"shape must be positive integers, not {self.shape!r}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(sorted(DTYPE_BYTES))}")
+        if math.prod(shape) * DTYPE_BYTES[self.dtype] > MAX_OBJECT_BYTES:
+            raise ValueError(f"an object has at most {MAX_OBJECT_BYTES} bytes, not those of {self.shape!r}")
         _check_count("window_chunks", self.window_chunks, optional=True)
         object.__setattr__(self, "shape", shape)
         if self.ranks is not None:
@@ -134,6 +137,14 @@ class ModelLayout:
 
     def _ranks_of(self, group: ObjectGroup) -> Sequence[int]:
         return range(self.world_size) if group.ranks is None else group.ranks
+
+    @cached_property
+    def _bytes_digest(self) -> bytes:
+        return self._root("tokens", "", "")
+
+    def same_bytes(self, other: "ModelLayout") -> bool:
+        """Whether the chunks of both may meet, whoever reads them: their hashes do."""
+        return self is other or self._bytes_digest == other._bytes_digest
 
     # What the core asks of a layout. An object is a bit, see the module's docstring.
 

@@ -153,10 +153,10 @@ class PrefetchController:
         hashes, index, table, layout = request.hashes, self._l1.index, self._loader.table, request.prompt.layout
         for number in numbers:
             entry, load = index.get(hashes[number]), table.get(hashes[number])
-            if entry is not None and request.entries[number] is None and entry.layout == layout:
+            if entry is not None and request.entries[number] is None and entry.layout.same_bytes(layout):
                 self._l1.lease((entry,))
                 request.entries[number] = entry
-            if load is not None and load.layout == layout:
+            if load is not None and load.layout.same_bytes(layout):
                 self._join(request, number, load)
 
     @staticmethod

@@ -137,7 +137,7 @@ class L1Store:
             return reservation.within
         chunk_hash, rank = reservation.chunk_hash, reservation.rank
         entry = self.index.get(chunk_hash)
-        if entry is not None and entry.layout is not reservation.layout and entry.layout != reservation.layout:
+        if entry is not None and not entry.layout.same_bytes(reservation.layout):
             self.discard((reservation,))  # only hashes that somebody made up can meet like this
             return entry
         if entry is not None and entry.ranks >> rank & 1:

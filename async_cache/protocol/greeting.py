@@ -7,11 +7,14 @@ before it is known.
 import asyncio
 import os
 import socket
+import struct
 from contextlib import suppress
 
 from async_cache.errors import ConnectionLostError, ProtocolError, ServiceError
 from async_cache.protocol.frames import HEADER_BYTES, MAX_GREETING_BYTES, check_size, frame
 from async_cache.protocol.messages import Decoder, Failed, Hello, Welcome, encode, error_of
+
+_ONE_DESCRIPTOR = socket.CMSG_LEN(struct.calcsize("i"))
 
 _hello_decoder = Decoder(Hello)
 _welcome_decoder = Decoder(Welcome | Failed)
@@ -66,8 +69,6 @@ async def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
         for descriptor in descriptors:
             os.close(descriptor)
         raise
-    for surplus in descriptors[1:]:
-        os.close(surplus)
     return payload, descriptors[0] if descriptors else None
 
 
@@ -76,8 +77,7 @@ async def _receive_exactly(sock: socket.socket, size_bytes: int, descriptors: li
     while len(data) < size_bytes:
         with suppress(BlockingIOError):
             if sock.family == socket.AF_UNIX:
-                more, came, _, _ = socket.recv_fds(sock, size_bytes - len(data), 1, socket.MSG_CMSG_CLOEXEC)
-                descriptors += came
+                more = _receive_with_descriptor(sock, size_bytes - len(data), descriptors)
             else:
                 more = sock.recv(size_bytes - len(data))
             if not more:
@@ -85,6 +85,17 @@ async def _receive_exactly(sock: socket.socket, size_bytes: int, descriptors: li
             data += more
             continue
         await _readable(sock)
+    return data
+
+
+def _receive_with_descriptor(sock: socket.socket, size_bytes: int, descriptors: list[int]) -> bytes:
+    """Keeps the first descriptor, and closes all others. (`socket.recv_fds` forgets the flags in Python 3.11.)"""
+    data, ancillary, _, _ = sock.recvmsg(size_bytes, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, came in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors += struct.unpack(f"{len(came) // 4}i", came[: len(came) // 4 * 4])
+    while len(descriptors) > 1:
+        os.close(descriptors.pop())
     return data
 
 

@@ -96,7 +96,7 @@ class Digests(Message):
     root: Digest
     tokens: Count
     salt: Label
-    chunk_hashes: bytes
+    chunk_hashes: Annotated[bytes, Meta(max_length=DIGEST_BYTES * 2**15)]
 
 
 class TokenIds(Message):
@@ -106,7 +106,7 @@ class TokenIds(Message):
     salt: Label
     adapter: Label
     ids: bytes
-    media: list[tuple[Index, bytes]] = []
+    media: Annotated[list[tuple[Index, bytes]], Meta(max_length=2**14)] = []
 
 
 class Blocks(Message):
@@ -116,7 +116,7 @@ class Blocks(Message):
     salt: Label
     adapter: Label
     block_tokens: Annotated[int, Meta(ge=1, lt=2**32)]
-    blocks: list[bytes]
+    blocks: Annotated[list[bytes], Meta(max_length=2**17)]
 
 
 WirePrompt = Digests | TokenIds | Blocks

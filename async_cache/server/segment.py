@@ -35,7 +35,7 @@ class ClientSegment:
     def copy(self, offset: int, views: Sequence[memoryview]) -> None:
         """Fill views, one after the other, from `offset` on; without the interpreter's lock.
 
-        Raises ValueError for what lies beyond its end.
+        Raises ValueError for what lies beyond its end, or a segment that can not be mapped.
         """
         size_bytes = sum(map(len, views))
         segment = self._mapped()
@@ -49,11 +49,14 @@ class ClientSegment:
     def _mapped(self) -> memoryview:
         if self._view is None:
             if not fcntl.fcntl(self._fd, _F_GET_SEALS) & _F_SEAL_SHRINK:
-                raise ProtocolError("the segment of a client must be sealed against shrinking")
+                raise ValueError("the segment of a client must be sealed against shrinking")
             size_bytes = min(os.fstat(self._fd).st_size, self._limit_bytes)
             if not size_bytes:
-                raise ProtocolError("the segment of a client is empty")
-            self._view = map_read_only(self._fd, size_bytes)
+                raise ValueError("the segment of a client is empty")
+            try:
+                self._view = map_read_only(self._fd, size_bytes)
+            except OSError as error:
+                raise ValueError(f"the segment of a client can not be read: {error.strerror}") from error
         return self._view
 
     def close(self) -> None:

@@ -37,6 +37,8 @@ T = TypeVar("T")
 Told = TypeVar("Told", LookupHits, LoadResult)
 
 _MAX_LAYOUTS = 256
+_MAX_LAYOUT_OBJECTS = 2**18  # in a chunk of each of a connection's layouts, together
+_MAX_OBJECTS = 2**18  # in the prompt of a message: what the loop can look up in a fraction of a second
 _decoder = Decoder(messages.Request)
 
 
@@ -65,6 +67,7 @@ class Session:
         self._closed = closed
         self._layouts: dict[int, ModelLayout] = {}
         self._layout_numbers: dict[int, int] = {}  # by identity
+        self._layout_objects = 0
         self._prefetches: dict[int, Prefetch] = {}
         self._reads = Reads(self.connection, cache.memory, mapped=mapped)
         self._stores = Stores(segment, copiers, self.connection.send)
@@ -144,7 +147,11 @@ class Session:
             raise ValueError(f"layout {message.layout} is registered already")
         if len(self._layouts) >= _MAX_LAYOUTS:
             raise LimitError(f"a connection registers up to {_MAX_LAYOUTS} layouts")
-        layout = self._registry.same(layout_of(message.description))
+        layout = layout_of(message.description)
+        self._layout_objects += layout.full_mask.bit_count()
+        if self._layout_objects > _MAX_LAYOUT_OBJECTS:
+            raise LimitError(f"the layouts of a connection have up to {_MAX_LAYOUT_OBJECTS} objects in a chunk")
+        layout = self._registry.same(layout)
         self._layouts[message.layout] = layout
         self._layout_numbers[id(layout)] = message.layout
         self._done(message)
@@ -158,6 +165,8 @@ class Session:
             self._tenant.check_trusted("prompts by their digests")
         self._tenant.check_salt(wire.salt)
         prompt = unpack(wire, layout)
+        if len(prompt) * layout.full_mask.bit_count() > _MAX_OBJECTS:
+            raise LimitError(f"the prompt of a message has up to {_MAX_OBJECTS} objects")
         if isinstance(wire, messages.Digests) and not self._cache.fits(prompt):
             raise ValueError("the chunk hashes of the prompt belong to another layout")
         return prompt
