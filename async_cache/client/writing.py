@@ -1,9 +1,11 @@
 """A writer of chunks into the client's segment: the server copies what is committed."""
 
+import asyncio
 import ctypes
 import importlib
 import logging
 from collections.abc import Awaitable, Callable
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from async_cache.client.link import Link
@@ -16,8 +18,6 @@ from async_cache.scoped import Scoped
 from async_cache.values import Shortfall
 
 if TYPE_CHECKING:
-    import asyncio
-
     import torch
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ class RemoteWriter(Scoped[RemoteChunk]):
         self._link: Link | None = None
         self._number = 0
         self._is_open = False
+        self._commits: set[asyncio.Future[Any]] = set()
 
     def close(self) -> None:
         """Discard what was not committed. May be called more than once."""
@@ -149,6 +150,14 @@ class RemoteWriter(Scoped[RemoteChunk]):
     def _leave(self) -> None:
         self.close()
 
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close, and wait for the server: what was committed can then be found over every connection."""
+        self.close()
+        if self._commits:
+            await asyncio.wait(self._commits)
+
     def _commit(self, chunk: RemoteChunk, block: Block) -> None:
         if not self._is_open:
             raise WriterClosedError("the writer is closed")
@@ -169,11 +178,13 @@ class RemoteWriter(Scoped[RemoteChunk]):
         except ConnectionLostError:
             return
         link.commits.add(answer)
+        self._commits.add(answer)
         answer.add_done_callback(lambda answer: self._committed(link, answer, block))
 
     def _committed(self, link: Link, answer: "asyncio.Future[Any]", block: Block) -> None:
         """The server has copied the block: it was kept until now."""
         link.commits.discard(answer)
+        self._commits.discard(answer)
         error = None if answer.cancelled() else answer.exception()
         if error is not None and not isinstance(error, ConnectionLostError | WriterClosedError):
             log.warning("a chunk could not be committed: %s", error)

@@ -41,7 +41,8 @@ async def send(sock: socket.socket, message: Hello | Welcome | Failed, descripto
 
 async def greet(sock: socket.socket, hello: Hello, descriptor: int | None) -> tuple[Welcome, int | None]:
     """Introduce a client; what the server says, and its descriptor. Raises what the server refuses it with."""
-    await send(sock, hello, descriptor)
+    with suppress(BrokenPipeError, ConnectionResetError):  # it has refused already, and said why
+        await send(sock, hello, descriptor)
     payload, received = await _receive(sock)
     try:
         answer = _welcome_decoder.decode(payload)

@@ -1,9 +1,11 @@
 """Sockets to listen at: Unix, which only their owner may open, and TCP."""
 
 import errno
+import fcntl
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from async_cache.address import Address
@@ -33,7 +35,6 @@ class Listener:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.parent.stat().st_uid not in (0, os.getuid()):
             raise ConfigError(f"can not listen at {path}: its directory belongs to somebody else")
-        _check_free(path)
         made = socket.socket(socket.AF_UNIX)
         new = path.with_name(f".{os.getpid():x}")
         try:
@@ -43,7 +44,9 @@ class Listener:
             new.chmod(0o600)
             made.listen(_BACKLOG)
             self._inode = new.stat().st_ino
-            new.rename(path)
+            with _alone_in(path.parent):
+                _check_free(path)
+                new.rename(path)
         except BaseException:
             made.close()
             with suppress(FileNotFoundError):
@@ -78,9 +81,21 @@ class Listener:
         """Listen no more. What has taken the place of a Unix socket stays."""
         self.socket.close()
         path = self.address.path
-        with suppress(OSError):
-            if path and os.stat(path).st_ino == self._inode:
-                os.unlink(path)
+        if path:
+            with suppress(OSError), _alone_in(Path(path).parent):
+                if os.stat(path).st_ino == self._inode:
+                    os.unlink(path)
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """One server at a time looks whether an address is free and takes it, or gives it up."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _check_free(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The reads of one connection: leases, and their bytes in frames where the client does not map the arena."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Iterator
 
 from async_cache.layout import ModelLayout
 from async_cache.protocol import messages
@@ -18,6 +19,7 @@ class Reads:
         self._connection = connection
         self._memory = memory
         self._mapped = mapped
+        self._turn = asyncio.Lock()  # to send a piece: all others that wait need not wake for each
 
     async def acquire(
         self,
@@ -30,7 +32,7 @@ class Reads:
         await lease
         self.leases[message.number] = lease
         block_bytes = lease.layout.block_bytes[message.rank]
-        pieces = [] if self._mapped else _pieces(lease, block_bytes)
+        data_bytes = 0 if self._mapped else sum(end - begin for _, begin, end in _spans(lease))
         offsets = [chunk.offset for chunk in lease]
         if not self._mapped:
             offsets = [n * block_bytes if offset is not None else None for n, offset in enumerate(offsets)]
@@ -41,15 +43,18 @@ class Reads:
                 describe(lease.layout),
                 offsets,
                 _absent(lease, message.rank),
-                buffer_bytes=len(lease) * block_bytes if pieces else 0,
-                data_bytes=sum(end - begin for _, begin, end in pieces),
+                buffer_bytes=len(lease) * block_bytes if data_bytes else 0,
+                data_bytes=data_bytes,
             )
         )
-        for to, begin, end in pieces:
-            await self._connection.drained()
-            if self.leases.get(message.number) is not lease:
-                return
-            self._connection.send(messages.ReadData(message.number, to, self._memory[begin:end]))
+        if not data_bytes:
+            return
+        for to, begin, end in _pieces(lease, block_bytes):
+            async with self._turn:
+                await self._connection.drained()
+                if self.leases.get(message.number) is not lease:
+                    return
+                self._connection.send(messages.ReadData(message.number, to, self._memory[begin:end]))
 
     def release(self, number: int) -> None:
         """Leave."""
@@ -80,12 +85,17 @@ def _absent(lease: ReadLease, rank: int) -> list[tuple[int, list[int]]]:
     ]
 
 
-def _pieces(lease: ReadLease, block_bytes: int) -> list[tuple[int, int, int]]:
+def _spans(lease: ReadLease) -> Iterator[tuple[int, int, int]]:
+    """(position of the chunk, begin and end in memory) of what can be read."""
+    for n, chunk in enumerate(lease):
+        for span in chunk.spans():
+            if span is not None:
+                yield n, *span
+
+
+def _pieces(lease: ReadLease, block_bytes: int) -> Iterator[tuple[int, int, int]]:
     """(where it goes in the client's buffer, begin and end in memory) of bounded pieces of what can be read."""
-    return [
-        (n * block_bytes + first - chunk.offset, first, min(first + DATA_BYTES, end))
-        for n, chunk in enumerate(lease)
-        if chunk.offset is not None
-        for begin, end in filter(None, chunk.spans())
-        for first in range(begin, end, DATA_BYTES)
-    ]
+    for n, begin, end in _spans(lease):
+        to = n * block_bytes - (lease[n].offset or 0)
+        for first in range(begin, end, DATA_BYTES):
+            yield to + first, first, min(first + DATA_BYTES, end)

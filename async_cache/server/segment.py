@@ -30,7 +30,11 @@ class ClientSegment:
             if os.fstat(fd).st_blksize != PAGE_BYTES:
                 raise ProtocolError("the segment of a client must have ordinary pages")
         except OSError as error:
+            self.close()
             raise ProtocolError("the segment of a client must be a memfd") from error
+        except ProtocolError:
+            self.close()
+            raise
 
     def copy(self, offset: int, views: Sequence[memoryview]) -> None:
         """Fill views, one after the other, from `offset` on; without the interpreter's lock.

@@ -122,7 +122,9 @@ class Server:
         try:
             sock.setblocking(False)
             async with asyncio.timeout(self._config.hello_timeout_seconds):
-                hello, segment = await self._hear(sock)
+                hello, descriptor = await self._hear(sock)
+                if descriptor is not None:
+                    segment = ClientSegment(descriptor, len(self._cache.memory))
                 tenant = self._admit(hello, over_unix=sock.family == socket.AF_UNIX)
                 mapped = tenant.trusted and sock.family == socket.AF_UNIX
                 welcome = Welcome(VERSION, len(self._cache.memory), mapped, tenant.trusted)
@@ -146,7 +148,7 @@ class Server:
         finally:
             self._greeting -= 1
             if segment is not None:
-                os.close(segment)
+                segment.close()
 
     async def _hear(self, sock: socket.socket) -> tuple[Hello, int | None]:
         if len(self._sessions) + self._greeting > self._config.max_connections:
@@ -162,8 +164,8 @@ class Server:
             raise ProtocolError(str(error)) from error
         return self._access.admit(hello.token, over_unix=over_unix)
 
-    def session(self, tenant: Tenant, namespace: str, segment: int | None, *, mapped: bool) -> Session:
-        """What serves one connection; it takes over the segment, or refuses it. Raises ProtocolError."""
+    def session(self, tenant: Tenant, namespace: str, segment: ClientSegment | None, *, mapped: bool) -> Session:
+        """What serves one connection; it takes over the segment."""
         session = Session(
             self._cache,
             self._registry,
@@ -171,7 +173,7 @@ class Server:
             self._copiers,
             tenant,
             namespace,
-            ClientSegment(segment, len(self._cache.memory)) if segment is not None else None,
+            segment,
             mapped=mapped,
             closed=self._sessions.discard,
         )

@@ -18,6 +18,7 @@ from async_cache.l1.arena import map_read_only
 from async_cache.l2 import Backend
 from async_cache.server import Server
 from async_cache.server.access import Tenant
+from async_cache.server.segment import ClientSegment
 
 
 class BoundTenant(Tenant):
@@ -44,7 +45,8 @@ class ServedCache(CacheClient):
         mapped = self._kind == "mapped"
         tenant = BoundTenant() if self._kind == "bound" else Tenant()
         segment = Segment() if mapped else None
-        session = self._server.session(tenant, "", os.dup(segment.fd) if segment else None, mapped=mapped)
+        received = ClientSegment(os.dup(segment.fd), len(self._cache.memory)) if segment else None
+        session = self._server.session(tenant, "", received, mapped=mapped)
         arena = None
         if segment is not None:
             segment.grow(len(self._cache.memory))

@@ -158,8 +158,8 @@ class Wild:
         return made
 
     def request(self) -> Any:
-        """Any request."""
-        return self.message(self.rng.choice(REQUESTS))
+        """Any request; those that go together more often."""
+        return self.message(self.rng.choice((*REQUESTS, *(m.Prefetch, m.AcquireRead) * 3)))
 
     def store(self) -> tuple[Any, ...]:
         """A store that can be: reserved now, and used by what comes later."""

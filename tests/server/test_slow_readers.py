@@ -1,0 +1,296 @@
+"""Clients that do not read, or do not even say hello: the others notice nothing, and the server does not grow."""
+
+import asyncio
+import select
+import socket
+import statistics
+import time
+from contextlib import ExitStack, suppress
+
+import pytest
+from contract.support import fill, make_layout, make_prompt
+from soak import rounds
+
+from async_cache import LimitError, ObjectGroup, connect
+from async_cache.protocol import messages
+from async_cache.protocol.frames import frame
+from async_cache.protocol.greeting import greet
+from async_cache.protocol.messages import VERSION, Hello, encode
+from async_cache.protocol.prompts import pack
+
+from .programs import server
+from .support import BIG, MIB, Peer, descriptors_given_back, given_back, wait_until
+
+TOKEN = "token-of-a-bound-tenant"
+CONFIG = f'[server.tenants.bound]\ntokens = ["{TOKEN}"]\nsalts = ["", "bound"]\n'
+READERS = 64
+LARGE = make_layout(ObjectGroup((MIB,), "uint8"), readers_per_rank=4096)
+LARGE_PROMPT = make_prompt(32, 5, LARGE)
+SMALL_PROMPT = make_prompt(2, 6)
+MANY_READERS = 2000
+NOTICED_SECONDS = 0.001
+GROWTH_BYTES = 24 * MIB
+STALL_SECONDS = 0.6
+HELLO = frame(encode(Hello(VERSION)))
+
+
+def serve(directory, **settings):
+    """Over a Unix socket it takes a token that is bound to salts: to whom the bytes come in frames."""
+    (directory / "config.toml").write_text(CONFIG)
+    return server(directory, f"unix://{directory}/s", config=directory / "config.toml", **settings)
+
+
+def read_much(peer, readers=READERS, request_id="much"):
+    """Ask for 2 GiB, and read nothing of it."""
+    peer.register(LARGE)
+    peer.send(messages.Prefetch(peer.number(), pack(LARGE_PROMPT, 0, trusted=False), request_id))
+    peer.send(*(messages.AcquireRead(peer.number(), request_id, 0, reader) for reader in range(readers)))
+
+
+def ask_much(peer):
+    """Ask for the counters until no more can be sent, and hold something meanwhile."""
+    peer.register(LARGE)
+    peer.send(messages.Prefetch(peer.number(), pack(LARGE_PROMPT, 0, trusted=False), "asked"))
+    peer.socket.settimeout(0.2)
+    sent = 0
+    with suppress(TimeoutError):
+        while sent < 64 * MIB:
+            asked = b"".join(frame(encode(messages.Stats(peer.number()))) for _ in range(1000))
+            peer.socket.sendall(asked)
+            sent += len(asked)
+    assert sent < 64 * MIB, "the server listens on to a client that does not listen"
+
+
+KINDS = {
+    "large reads": read_much,
+    "many answers": ask_much,
+    "very many reads": lambda peer: read_much(peer, MANY_READERS),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_client_that_does_not_read_is_given_up_and_costs_little(tmp_path, kind):
+    with serve(tmp_path, server_stall_timeout_seconds=STALL_SECONDS) as served:
+        async with connect(served.url) as cache:
+            await fill(cache, LARGE_PROMPT)
+            await cache.flush()
+            await given_back(cache)
+            before, descriptors = served.resident_bytes(), served.descriptors()
+            with Peer(served.url, token=TOKEN) as peer:
+                assert peer.arena_fd is None
+                began = time.monotonic()
+                KINDS[kind](peer)
+                await wait_until(lambda: holds(cache, 1))
+                most = 0
+
+                async def is_given_up():
+                    nonlocal most
+                    most = max(most, served.resident_bytes() - before)
+                    return await holds(cache, 0)
+
+                await wait_until(is_given_up, seconds=STALL_SECONDS + 5)
+                assert time.monotonic() - began > STALL_SECONDS * 0.9
+                await given_back(cache)
+                assert most < GROWTH_BYTES
+                await descriptors_given_back(served, cache, descriptors)
+                peer.socket.settimeout(5)
+                with suppress(ConnectionError):
+                    while peer.socket.recv(MIB):
+                        pass
+
+
+async def holds(cache, requests):
+    return (await cache.stats()).requests == requests
+
+
+async def test_a_client_that_reads_slowly_gets_all_of_it(tmp_path):
+    """In much more time than the stall timeout, but never silent for so long."""
+    with serve(tmp_path, server_stall_timeout_seconds=0.3) as served:
+        async with connect(served.url) as cache:
+            await fill(cache, LARGE_PROMPT)
+            await cache.flush()
+            with Peer(served.url, token=TOKEN) as peer:
+                began, got_bytes = time.monotonic(), 0
+                read_much(peer, readers=1)
+                while got_bytes < len(LARGE_PROMPT) * MIB:
+                    data = peer.socket.recv(MIB)
+                    assert data, f"given up after {got_bytes} bytes"
+                    got_bytes += len(data)
+                    if time.monotonic() - began < 0.9:
+                        await asyncio.sleep(0.03)  # that is how slow it is
+                assert time.monotonic() - began > 0.9
+
+
+class Crowd:
+    """Those who disturb: slow readers, half-open connections, and those who ask and ask."""
+
+    def __init__(self, served):
+        self._stack = ExitStack()
+        self._readers = []
+        unix, tcp = served.urls
+        for number in range(8):
+            for url, token in ((unix, TOKEN), (tcp, TOKEN)):
+                peer = self._stack.enter_context(Peer(url, token=token))
+                read_much(peer, 16, f"much {number} {url}")
+                self._readers.append(peer)
+        ask_much(self._stack.enter_context(Peer(unix, token=TOKEN)))
+        for url in served.urls:
+            for half in (0, 1, 4, len(HELLO) - 1) * 8:
+                peer = self._stack.enter_context(Peer(url, hello=False))
+                peer.socket.sendall(HELLO[:half])
+
+    def nibble(self):
+        """One of them reads a little."""
+        self._readers.append(peer := self._readers.pop(0))
+        peer.socket.recv(4096)
+
+    def leave(self):
+        self._stack.close()
+
+
+async def times(cache, crowd, count):
+    """Of pings, and of small prefetches with both answers and the end; sorted."""
+    pings, prefetches = [], []
+    for number in range(count):
+        if crowd is not None and number % 8 == 0:
+            crowd.nibble()
+        pings.append(await cache.ping())
+        began = time.perf_counter()
+        prefetch = cache.prefetch(SMALL_PROMPT)
+        assert (await prefetch.load_done).chunks == len(SMALL_PROMPT)
+        await cache.end_request(prefetch.request_id)
+        prefetches.append(time.perf_counter() - began)
+    return sorted(pings), sorted(prefetches)
+
+
+async def compare(served, cache, phases=5, count=300):
+    """The 99th percentiles of a healthy client, alone and in the crowd: medians of phases that take turns."""
+    alone, crowded = [], []
+    for _ in range(phases):
+        alone.append(await times(cache, None, count))
+        crowd = Crowd(served)
+        await cache.ping()
+        crowded.append(await times(cache, crowd, count))
+        crowd.leave()
+        await given_back(cache)
+
+    def percentile(measured, kind):
+        return statistics.median(phase[kind][count * 99 // 100] for phase in measured)
+
+    return [(percentile(alone, kind), percentile(crowded, kind)) for kind in (0, 1)]
+
+
+async def test_a_healthy_client_does_not_notice_slow_readers_and_half_open_connections(tmp_path, record_property):
+    (tmp_path / "config.toml").write_text(CONFIG)
+    urls = f"unix://{tmp_path}/s", "tcp://127.0.0.1:0"
+    config = tmp_path / "config.toml"
+    with server(tmp_path, *urls, config=config, server_hello_timeout_seconds=600) as served:
+        async with connect(served.url) as cache:
+            await fill(cache, LARGE_PROMPT)
+            await fill(cache, SMALL_PROMPT)
+            await cache.flush()
+            await times(cache, None, 300)
+            for _ in range(3):  # the machine has others to serve
+                measured = await compare(served, cache, phases=rounds(3, 20))
+                if all(crowded <= 2 * alone for alone, crowded in measured):
+                    break
+            record_property("alone and crowded", measured)
+            assert all(crowded <= 2 * alone for alone, crowded in measured), measured
+
+
+async def ninetieth(cache, peer, count=300):
+    """The 90th percentile of pings, while a peer, if there is one, reads a little between them."""
+    took = []
+    for _ in range(count):
+        if peer is not None:
+            with suppress(BlockingIOError):
+                peer.socket.recv(64 * 1024, socket.MSG_DONTWAIT)
+        took.append(await cache.ping())
+    return sorted(took)[count * 9 // 10]
+
+
+async def test_a_healthy_client_does_not_notice_one_who_reads_much_at_a_time(tmp_path, record_property):
+    """Thousands of reads wait for one connection: what can be sent is sent by one, and the others do not even wake."""
+    with serve(tmp_path) as served:
+        async with connect(served.url) as cache:
+            await fill(cache, LARGE_PROMPT)
+            await cache.flush()
+            measured = []
+            for _ in range(3):  # the machine has others to serve
+                alone = await ninetieth(cache, None)
+                with Peer(served.url, token=TOKEN) as peer:
+                    read_much(peer, MANY_READERS)
+                    await wait_until(lambda: holds(cache, 1))
+                    crowded = await ninetieth(cache, peer)
+                measured.append((alone, crowded))
+                if crowded < alone + NOTICED_SECONDS:
+                    break
+            record_property("alone and crowded", measured)
+            assert crowded < alone + NOTICED_SECONDS, measured
+
+
+async def test_half_open_connections_are_closed_in_time(tmp_path):
+    with server(tmp_path, f"unix://{tmp_path}/s", "tcp://127.0.0.1:0", server_hello_timeout_seconds=0.5) as served:
+        async with connect(served.url) as cache:
+            await cache.ping()
+            descriptors = served.descriptors()
+            with ExitStack() as stack:
+                peers = []
+                for url in served.urls:
+                    for half in (0, 1, 4, len(HELLO) - 1) * 4:
+                        peers.append(peer := stack.enter_context(Peer(url, hello=False)))
+                        peer.socket.sendall(HELLO[:half])
+                async with connect(served.url) as other:
+                    await other.ping()
+                for peer in peers:
+                    peer.socket.settimeout(5)
+                    with suppress(ConnectionResetError):
+                        assert peer.socket.recv(1) == b""
+            await descriptors_given_back(served, cache, descriptors)
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["unix", "tcp"])
+async def test_one_that_is_refused_before_it_says_hello_is_told_why(tmp_path, kind):
+    with server(tmp_path, f"unix://{tmp_path}/s", "tcp://127.0.0.1:0", server_max_connections=1) as served:
+        async with connect(served.url):
+            with Peer(served.urls[kind], hello=False) as peer:
+                closed = select.poll()
+                closed.register(peer.socket, select.POLLRDHUP)
+                assert closed.poll(10_000)
+                peer.socket.setblocking(False)
+                with pytest.raises(LimitError, match="1 connections, which is its limit"):
+                    await greet(peer.socket, Hello(VERSION), None)
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["unix", "tcp"])
+async def test_one_connection_too_many_is_told_so(tmp_path, kind):
+    with server(tmp_path, f"unix://{tmp_path}/s", "tcp://127.0.0.1:0", server_max_connections=3) as served:
+        url = served.urls[kind]
+        async with connect(url), connect(url) as cache, connect(url):
+            for _ in range(rounds(30, 1_000)):
+                with pytest.raises(LimitError, match="3 connections, which is its limit"):
+                    await connect(url, connect_timeout_seconds=0.1).open()
+            await cache.ping()
+        async with connect(url) as cache:
+            await cache.ping()
+
+
+async def test_what_one_connection_asks_for_at_a_time_is_limited(tmp_path):
+    """More than that is refused, each with an answer, and what was allowed goes on."""
+    with server(tmp_path, server_max_requests=10) as served:
+        async with connect(served.url) as cache, connect(served.url) as other:
+            prompt = make_prompt(1, 9, BIG)
+            await fill(cache, prompt)
+            prefetches = [cache.prefetch(prompt) for _ in range(20)]
+            done = [await settled(prefetch.load_done) for prefetch in prefetches]
+            assert done == [1] * 10 + [LimitError] * 10
+            assert await settled(other.prefetch(prompt).load_done) == 1
+            await cache.end_request(prefetches[0].request_id)
+            assert await settled(cache.prefetch(prompt).load_done) == 1
+
+
+async def settled(future):
+    try:
+        return (await future).chunks
+    except LimitError as error:
+        return type(error)
