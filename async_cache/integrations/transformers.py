@@ -146,13 +146,11 @@ class CachedPrefix:
         """The KV of the longest prefix that is cached."""
         return await self.read(self.prefetch(tokens, deadline_seconds=deadline_seconds))
 
-    def _rebuild(self, chunks: Sequence[torch.Tensor | None]) -> DynamicCache:
+    def _rebuild(self, chunks: Sequence[Any]) -> DynamicCache:
         """The KV of consecutive chunks, the first of the prompt before all. It shares no memory with them."""
         kv = DynamicCache(config=self._model.config)
         for layer in range(len(kv.layers) if chunks else 0):
-            keys, values = (
-                torch.cat([chunk[part, layer] for chunk in chunks if chunk is not None], dim=1)[None] for part in (0, 1)
-            )
+            keys, values = (torch.cat([chunk[part, layer] for chunk in chunks], dim=1)[None] for part in (0, 1))
             kv.update(keys.to(self._model.device), values.to(self._model.device), layer)
         return kv
 

@@ -7,14 +7,14 @@ from contextlib import asynccontextmanager
 
 import pytest
 from contract.served import serve
-from contract.support import Scripted, object_keys
+from contract.support import Scripted, object_keys, settle
 
 from async_cache import AsyncCache, BackendError, BlockingClient, CacheConfig, ServerConfig, TenantConfig, connect
 from async_cache.l2 import Backend
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.memory import MemoryBackend
 from async_cache.server import Server
-from async_cache.testing import BitFlipBackend, FailingBackend
+from async_cache.testing import BitFlipBackend, FailingBackend, GatedBackend
 from async_cache.values import Shortfall
 
 torch = pytest.importorskip("torch")
@@ -331,15 +331,20 @@ async def test_a_cancel_waits_for_whoever_touches_the_memory_and_leaves_nothing(
         assert (await cache.stats()).l1_chunks == (0 if verb == "store" else 3)
 
 
-async def test_a_cancelled_wait_for_the_load_ends_its_request(model) -> None:
-    async with open_cache() as cache:
+@pytest.mark.parametrize("place", ["embedded", "mapped"])
+async def test_a_cancelled_wait_for_the_load_ends_its_request(model, place) -> None:
+    backend = GatedBackend(MemoryBackend())
+    async with open_cache(backend, place=place) as cache:
         prefix = make_prefix(cache, model)
-        prefetch = prefix.prefetch(TOKENS)
-        task = asyncio.create_task(prefix.read(prefetch))
+        await fill_l2(cache, prefix, (await compute_cold(model))[1])
+        backend.hold("load")
+        task = asyncio.create_task(prefix.load(TOKENS))
+        await backend.reached("load")
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await cache.end_request(prefetch.request_id)  # the task had not begun
+        assert (await cache.stats()).requests == 0
+        await settle()  # the load's memory goes when the load has ended
 
 
 # Who never meets.
