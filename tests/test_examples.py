@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -66,24 +67,29 @@ def tiny_model(real_model):
     return transformers.LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("chunks", [0, 1, 3])
-def test_a_rebuilt_kv_is_bit_equal_and_so_are_the_logits_after_the_rest(real_model, tiny_model, chunks):
-    torch = sys.modules["torch"]
-    config, chunk_tokens = tiny_model.config, real_model.CHUNK_TOKENS
-    tokens = torch.arange(3 * chunk_tokens + 5).remainder(61).tolist()
-    cold = real_model.rebuild(config, [])
-    cold_logits = real_model.prefill(tiny_model, tokens, cold)
+class Words:
+    """Stands in for a tokenizer."""
 
-    layout = real_model.kv_layout(config, tiny_model.dtype)
-    stored = [torch.empty(layout.groups[0].shape, dtype=tiny_model.dtype) for _ in range(chunks)]
-    for index, chunk in enumerate(stored):
-        real_model.copy_chunk(cold, index, chunk)
-    warm = real_model.rebuild(config, stored)
-    assert warm.get_seq_length() == chunks * chunk_tokens
-    assert torch.equal(real_model.prefill(tiny_model, tokens, warm), cold_logits)
-    for one, other in zip(cold.layers, warm.layers, strict=True):
-        assert torch.equal(one.keys, other.keys)
-        assert torch.equal(one.values, other.values)
+    def apply_chat_template(self, messages, **options):
+        return messages[0]["content"]
+
+    def __call__(self, text):
+        return {"input_ids": [ord(letter) % 61 for letter in text[:600]]}
+
+    def decode(self, tokens, **options):
+        return " ".join(map(str, tokens))
+
+
+async def test_the_second_process_reuses_the_prompt_and_gives_the_same_answer(
+    real_model, tiny_model, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(real_model, "CacheConfig", partial(real_model.CacheConfig, l1_bytes=2**24))
+    cold = await real_model.serve(tmp_path, None, tiny_model, Words())
+    warm = await real_model.serve(tmp_path, None, tiny_model, Words())  # all but the directory is new
+    assert (cold.prompt_tokens, cold.reused_tokens, warm.reused_tokens) == (600, 0, 512)
+    assert cold.answer == warm.answer
+    real_model.check(cold, warm)
+    assert "The same answer" in capsys.readouterr().out
 
 
 def test_the_demonstration_fails_if_nothing_was_reused_or_the_answer_changed(real_model, capsys):

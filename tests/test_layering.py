@@ -75,15 +75,26 @@ def test_imports_stand_at_the_top(module: str) -> None:
     assert [name for name, depth in imports(MODULES[module]) if depth] == []
 
 
-def test_only_tensors_imports_torch() -> None:
+def test_only_tensors_and_the_integrations_import_torch() -> None:
     importers = [
         module for module, path in MODULES.items() if "torch" in {name.split(".")[0] for name, _ in imports(path)}
     ]
-    assert importers == ["async_cache.tensors"]
+    assert [name for name in importers if part(name) != "integrations"] == ["async_cache.tensors"]
+
+
+def test_nothing_imports_an_integration() -> None:
+    importers = [
+        module
+        for module, path in MODULES.items()
+        if module == "async_cache" or part(module) != "integrations"
+        if any(name.startswith("async_cache.integrations") for name, _ in imports(path))
+    ]
+    assert importers == []
 
 
 def test_the_package_imports_nothing_heavy() -> None:
-    code = "import sys, async_cache; print({'torch', 'numpy', 'pytest', 'async_solipsism'} & set(sys.modules))"
+    heavy = "{'torch', 'numpy', 'transformers', 'pytest', 'async_solipsism'}"
+    code = f"import sys, async_cache, async_cache.integrations; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 

@@ -1,0 +1,278 @@
+"""transformers: a model's prompt is prefilled through the cache, its KV copied out of leases and into writers.
+
+    prefix = CachedPrefix(cache, model)
+    logits, kv, result = await prefix.prefill(tokens)
+    await prefix.store(tokens, kv)
+
+Bit-equal, and not only alike: a sum of floats depends on how the work is cut. So a prompt is always computed in steps
+that end where a chunk ends. Whoever begins where the stored chunks end repeats the last steps of whoever stored them:
+the same shapes over the same bytes. (On one machine, that is, with one version of torch and as many threads.) KV that
+was computed in other steps, such as that of generated tokens, can be stored as well; it is alike.
+
+Needs `async_cache[transformers]`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from async_cache.cache import AsyncCache
+from async_cache.client import CacheClient
+from async_cache.errors import AsyncCacheError, ServiceError, UnknownRequestError, WriterClosedError
+from async_cache.keys import pack_tokens
+from async_cache.layout import ModelLayout, ObjectGroup, Prompt
+from async_cache.promise import Prefetch
+from async_cache.values import LoadResult, Shortfall
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Loaded(NamedTuple):
+    """`kv` of the longest prefix that was cached, for the model to add to; `result` says how long that is."""
+
+    kv: DynamicCache
+    result: LoadResult
+
+
+class Prefilled(NamedTuple):
+    """`logits` after the last token, `kv` of all tokens, and the `result` of the load before it."""
+
+    logits: torch.Tensor
+    kv: DynamicCache
+    result: LoadResult
+
+
+def kv_layout(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    chunk_tokens: int = 256,
+    name: str | None = None,
+    revision: str | None = None,
+) -> ModelLayout:
+    """One object for each chunk, of shape (2, layers, heads, chunk_tokens, head_dim): keys and values.
+
+    `name` and `revision` stand for the weights: two models that share both, and the shape and dtype, share their KV.
+    They are those that the model was loaded by, if they are not given. Raises ValueError for a model without a name,
+    and for one whose KV is more than keys and values of all tokens in every layer.
+    """
+    name = name or config.name_or_path
+    if not name:
+        raise ValueError("the model has no name: pass `name`, which stands for its weights")
+    text = config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    for number, layer in enumerate(layers):
+        if type(layer) is not DynamicLayer:
+            kind = type(layer).__name__
+            raise ValueError(f"{name!r} can not be cached: layer {number} has no full attention, but a {kind}")
+    if config.is_encoder_decoder or not layers:
+        raise ValueError(f"{name!r} can not be cached: it is not a decoder of which all KV is attention's")
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    group = ObjectGroup((2, len(layers), heads, chunk_tokens, width), str(dtype).removeprefix("torch."))
+    known = revision if revision is not None else getattr(config, "_commit_hash", None) or ""
+    return ModelLayout(name, (group,), chunk_tokens=chunk_tokens, revision=known)
+
+
+class CachedPrefix:
+    """Prefills prompts of one model through a cache, which is to be open while it is used.
+
+    Whatever fails in the cache, the model computes: a fault makes the prefix shorter, and so does a server that is
+    not there or denies access, which is logged. Tokens are a flat sequence of ids, or a tensor of one dimension.
+    """
+
+    def __init__(
+        self,
+        cache: AsyncCache | CacheClient,
+        model: PreTrainedModel,
+        *,
+        chunk_tokens: int = 256,
+        name: str | None = None,
+        revision: str | None = None,
+        salt: str = "",
+        adapter: str = "",
+    ):
+        """`chunk_tokens`, `name`, `revision`: see `kv_layout`. `salt` separates tenants, `adapter` names a LoRA."""
+        if not isinstance(cache, AsyncCache | CacheClient):
+            raise TypeError(f"cache must be an AsyncCache or a CacheClient, not {type(cache).__name__}")
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"model must be a transformers model, not {type(model).__name__}")
+        self.layout = kv_layout(model.config, model.dtype, chunk_tokens=chunk_tokens, name=name, revision=revision)
+        self._cache = cache
+        self._model = model
+        self._salt, self._adapter = salt, adapter
+        self.prompt([])  # a salt or an adapter that can not be used is known now
+
+    def prompt(self, tokens: Any) -> Prompt:
+        """The prompt of these tokens, for calls of the cache."""
+        return self.layout.prompt(tokens, salt=self._salt, adapter=self._adapter)
+
+    # Out of the cache.
+
+    def prefetch(
+        self, tokens: Any, *, request_id: str | None = None, deadline_seconds: float | None = None
+    ) -> Prefetch:
+        """Look up what is cached of a prompt, and load it: two futures, as of `AsyncCache.prefetch`. Then `read` it.
+
+        At least the last token is left to be computed: its logits are what a prefill is for.
+        """
+        prompt = self.prompt(_ids(tokens)[:-1])
+        return self._cache.prefetch(prompt, request_id=request_id, deadline_seconds=deadline_seconds)
+
+    async def read(self, prefetch: Prefetch) -> Loaded:
+        """The KV of what was loaded, copied once that is done: the request is over. One that is gone gives none."""
+        request_id = prefetch.request_id
+        try:
+            async with self._cache.read(request_id) as lease:
+                kv = await _to_its_end(self._rebuild, [chunk.tensors()[0] for chunk in lease])
+                return Loaded(kv, lease.result)
+        except asyncio.CancelledError:
+            with suppress(AsyncCacheError):
+                await self._cache.end_request(request_id)
+            raise
+        except (ServiceError, UnknownRequestError) as error:
+            log.warning("the prompt is computed without the cache: %s", error)
+            return Loaded(self._rebuild(()), _nothing(request_id))
+
+    async def load(self, tokens: Any, *, deadline_seconds: float | None = None) -> Loaded:
+        """The KV of the longest prefix that is cached."""
+        return await self.read(self.prefetch(tokens, deadline_seconds=deadline_seconds))
+
+    def _rebuild(self, chunks: Sequence[Any]) -> DynamicCache:
+        """The KV of consecutive chunks, the first of the prompt before all. It shares no memory with them."""
+        kv = DynamicCache(config=self._model.config)
+        for layer in range(len(kv.layers) if chunks else 0):
+            keys, values = (torch.cat([chunk[part, layer] for chunk in chunks], dim=1)[None] for part in (0, 1))
+            kv.update(keys.to(self._model.device), values.to(self._model.device), layer)
+        return kv
+
+    # The model.
+
+    async def prefill(self, tokens: Any, *, deadline_seconds: float | None = None) -> Prefilled:
+        """Load what is cached of a prompt, and compute the rest, in threads. To have that cached too, `store` it.
+
+        Raises ValueError for tokens that the model can not read, and for a model that is being trained.
+        """
+        ids = self._checked(tokens)
+        kv, result = await self.load(ids, deadline_seconds=deadline_seconds)
+        return Prefilled(await self.compute(ids, kv), kv, result)
+
+    async def compute(self, tokens: Any, kv: DynamicCache) -> torch.Tensor:
+        """Compute the tokens that `kv` lacks, and add them to it; the logits after the last one."""
+        ids = self._checked(tokens)
+        self._check_kv(kv)
+        begin, chunk = kv.get_seq_length(), self.layout.chunk_tokens
+        if begin >= len(ids):
+            raise ValueError(f"kv has {begin} tokens of a prompt of {len(ids)}: nothing is left to be computed")
+        while begin < len(ids):
+            end = min(begin - begin % chunk + chunk, len(ids))
+            logits = await _to_its_end(self._step, ids[begin:end], kv)
+            begin = end
+        return logits
+
+    @torch.no_grad()
+    def _step(self, ids: torch.Tensor, kv: DynamicCache) -> torch.Tensor:
+        output = self._model(ids[None].to(self._model.device), cache=kv, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    # Into the cache.
+
+    async def store(self, tokens: Any, kv: DynamicCache) -> int:
+        """Give the cache the chunks of a prompt that it lacks in memory; how many it took.
+
+        Only whole chunks of which `kv` has all tokens. The model may go on and add to `kv` meanwhile.
+        Raises ValueError for a KV of another model.
+        """
+        self._check_kv(kv)
+        prompt = self.prompt(_ids(tokens)[: kv.get_seq_length()])
+        layers = [(layer.keys, layer.values) for layer in kv.layers]  # those of now: an update makes new ones
+        taken = 0
+        try:
+            async with self._cache.store(prompt) as writer:
+                for chunk in writer:
+                    await _to_its_end(_copy_chunk, layers, chunk.index, chunk.tensors()[0])
+                    chunk.commit()
+                    taken += 1
+        except (ServiceError, WriterClosedError) as error:
+            log.warning("the prompt is not stored, but for %d chunks: %s", taken, error)
+        return taken
+
+    # What callers give.
+
+    def _checked(self, tokens: Any) -> torch.Tensor:
+        ids = _ids(tokens)
+        known = self._model.get_input_embeddings().num_embeddings
+        if not len(ids):
+            raise ValueError("tokens must not be empty: there is nothing to compute")
+        if ids.max() >= known:
+            raise ValueError(f"token {int(ids.max())} is not one of the model's {known}")
+        if self._model.training:
+            raise ValueError("the model is being trained: call its `eval()` first")
+        return ids
+
+    def _check_kv(self, kv: DynamicCache) -> None:
+        if not isinstance(kv, DynamicCache):
+            raise TypeError(f"kv must be a DynamicCache, not {type(kv).__name__}")
+        (group,) = self.layout.groups
+        _, layers, heads, _, width = group.shape
+        if len(kv.layers) != layers:
+            raise ValueError(f"kv has {len(kv.layers)} layers, those of {self.layout.model!r} are {layers}")
+        tokens = kv.get_seq_length()
+        expected = ((1, heads, tokens, width), f"torch.{group.dtype}")
+        for layer in kv.layers if tokens else ():
+            for part in (layer.keys, layer.values):
+                if (tuple(part.shape), str(part.dtype)) != expected:
+                    shape, dtype = expected
+                    raise ValueError(
+                        f"kv has {tuple(part.shape)} of {part.dtype} in a layer, "
+                        f"where the configuration of {self.layout.model!r} has {shape} of {dtype}"
+                    )
+
+
+def _ids(tokens: Any) -> torch.Tensor:
+    """Token ids of any kind that a prompt is made from. Raises TypeError and ValueError for what is none."""
+    packed = bytearray(pack_tokens(tokens))
+    return torch.frombuffer(packed, dtype=torch.int32).long() if packed else torch.empty(0, dtype=torch.long)
+
+
+def _nothing(request_id: str) -> LoadResult:
+    return LoadResult(
+        request_id=request_id,
+        start_chunk=0,
+        chunks=0,
+        tokens=0,
+        l1_chunks=0,
+        l2_chunks=0,
+        shortfall=Shortfall.BACKEND_ERROR,
+    )
+
+
+def _copy_chunk(layers: Sequence[tuple[torch.Tensor, torch.Tensor]], index: int, chunk: torch.Tensor) -> None:
+    """Fill `chunk`, shaped as in `kv_layout`, with chunk number `index` of the model's KV."""
+    tokens = chunk.shape[3]
+    span = slice(index * tokens, (index + 1) * tokens)
+    with torch.no_grad():
+        for number, (keys, values) in enumerate(layers):
+            chunk[0, number].copy_(keys[0, :, span])
+            chunk[1, number].copy_(values[0, :, span])
+
+
+async def _to_its_end(work: Callable[..., T], *args: Any) -> T:
+    """Run in a thread. A cancel waits for its end: what it touches is leased, reserved or the caller's only so long."""
+    running = asyncio.get_running_loop().run_in_executor(None, work, *args)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait((running,))
+        raise

@@ -1,0 +1,1 @@
+"""Tests of the integrations, each with its engine."""
