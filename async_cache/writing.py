@@ -69,17 +69,21 @@ class WriteChunk:
         return tuple(whole[span[0] : span[1]] if span is not None else None for span in spans)
 
     def _discard(self) -> None:
-        """Its owner has left: a view used after this is an error, where nobody has built on it."""
+        """Its owner has left: a view used after this is an error. Where somebody has built on it, its room waits."""
+        exported = False
         for view in self._views:
             if view is not None:
                 try:
                     view.release()
                 except BufferError:
-                    continue
-        self._open_writer()._l1.discard((self._reservation,))
+                    exported = True
+        if exported:
+            self._take_back()
+        else:
+            self._open_writer()._l1.discard((self._reservation,))
 
     def _take_back(self) -> None:
-        """It was taken from its owner: the room is quarantined until the last view of it is gone."""
+        """Somebody may still write to the room: it is quarantined until the last view of it is gone."""
         self._views = ()
         export = self._export() if self._export is not None else None
         l1 = self._open_writer()._l1

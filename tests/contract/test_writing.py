@@ -135,6 +135,18 @@ async def test_leaving_discards_what_was_not_committed():
         await assert_nothing_held(cache)
 
 
+@pytest.mark.embedded
+async def test_the_room_of_a_chunk_of_which_a_tensor_is_left_is_not_used_again_while_it_lives():
+    async with open_cache() as cache:
+        async with cache.store(make_prompt(2)) as writer:
+            tensor = writer[0].tensors()[0]
+        stats = await cache.stats()
+        assert (stats.reserved_bytes, stats.quarantined_bytes) == (0, PAGE)
+        tensor[:] = 1
+        del tensor
+        await assert_nothing_held(cache)
+
+
 async def test_an_error_while_writing_discards_what_was_not_committed():
     prompt = make_prompt(4)
     async with open_cache() as cache:
