@@ -31,14 +31,13 @@ class WriteChunk:
         self._writer: Writer | None = writer
         self._reservation = reservation
         self.committed = False
-        self._export: weakref.ref[ctypes.Array[ctypes.c_ubyte]] | None = None
+        self._export: ctypes.Array[ctypes.c_ubyte] | None = None  # its room, once somebody sees it
         self._views: tuple[memoryview | None, ...] = ()
 
     @property
     def views(self) -> tuple[memoryview | None, ...]:
         """By group, the bytes to fill; None where the rank lacks the group."""
         if not self._views:
-            self._open_writer()._check_open()
             self._views = self._export_views()
         return self._views
 
@@ -50,7 +49,7 @@ class WriteChunk:
     def tensors(self) -> "tuple[torch.Tensor | None, ...]":
         """By group, a tensor over the bytes to fill, without a copy."""
         tensors: tuple[torch.Tensor | None, ...] = importlib.import_module("async_cache.tensors").over(
-            self.views, self._reservation.layout.groups
+            self._export_views(), self._reservation.layout.groups
         )
         return tensors
 
@@ -61,37 +60,34 @@ class WriteChunk:
             self.committed = True
 
     def _export_views(self) -> tuple[memoryview | None, ...]:
+        """New views. A tensor keeps those that it was made over, which are not those of `views`."""
+        writer = self._open_writer()
+        writer._check_open()
         spans = self._reservation.layout.spans[self._reservation.rank]
-        size = max(span[1] for span in spans if span is not None)
-        export = self._open_writer()._l1.arena.export(self.offset, size)
-        self._export = weakref.ref(export)
-        whole = memoryview(export).cast("B")
+        if self._export is None:
+            self._export = writer._l1.arena.export(self.offset, max(span[1] for span in spans if span is not None))
+        whole = memoryview(self._export).cast("B")
         return tuple(whole[span[0] : span[1]] if span is not None else None for span in spans)
 
     def _discard(self) -> None:
-        """Its owner has left: a view used after this is an error. Where somebody has built on it, its room waits."""
-        exported = False
+        """Its owner has left: a view used after this is an error, where nobody has built on it."""
         for view in self._views:
             if view is not None:
                 try:
                     view.release()
                 except BufferError:
-                    exported = True
-        if exported:
-            self._take_back()
-        else:
-            self._open_writer()._l1.discard((self._reservation,))
+                    continue
+        self._take_back()
 
     def _take_back(self) -> None:
-        """Somebody may still write to the room: it is quarantined until the last view of it is gone."""
-        self._views = ()
-        export = self._export() if self._export is not None else None
-        l1 = self._open_writer()._l1
-        if export is None:
-            l1.discard((self._reservation,))
-        else:
-            l1.quarantine(self._reservation)
-            weakref.finalize(export, l1.discard, (self._reservation,)).atexit = False
+        """Give back the room, or where somebody still sees it, quarantine it until the last view is gone."""
+        l1, reservation = self._open_writer()._l1, self._reservation
+        if self._export is None:
+            l1.discard((reservation,))
+            return
+        weakref.finalize(self._export, l1.discard, (reservation,)).atexit = False
+        self._views, self._export = (), None
+        l1.quarantine(reservation)  # if that did not discard it already
 
 
 class Writer(Scoped[WriteChunk]):
@@ -139,7 +135,7 @@ class Writer(Scoped[WriteChunk]):
     def _part(self) -> None:
         """A chunk and its writer know each other: thousands of them would wait for a collection of garbage."""
         for chunk in self._chunks:
-            chunk._views = ()
+            chunk._views, chunk._export = (), None
             chunk._writer = None
 
     def _uncommitted(self) -> Iterator[WriteChunk]:
