@@ -119,7 +119,16 @@ class Blocks(Message):
     blocks: list[bytes]
 
 
-WirePrompt = Digests | TokenIds | Blocks
+class EngineDigests(Message):
+    """A run of chunks by an engine's own digests of them."""
+
+    layout: Index
+    salt: Label
+    adapter: Label
+    digests: list[bytes]
+
+
+WirePrompt = Digests | TokenIds | Blocks | EngineDigests
 
 
 # Requests.
