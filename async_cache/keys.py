@@ -178,7 +178,7 @@ def chain_blocks(start: bytes, blocks: Sequence[bytes], blocks_per_chunk: int) -
 
 
 def hash_each(start: bytes, digests: Sequence[bytes]) -> list[bytes]:
-    """Chunk hashes of an engine's digests of chunks, none of which depends on another: hash(start || length, digest)."""
+    """Chunk hashes of an engine's digests of chunks, each on its own: hash(start || length-prefixed digest)."""
     return [blake3(start + pack("<I", len(digest)) + digest).digest() for digest in digests]
 
 

@@ -261,7 +261,8 @@ class Prompt:
     """
 
     __slots__ = (
-        "_hashes", "adapter", "block_tokens", "blocks", "digests", "layout", "media", "packed", "root", "salt", "tokens",
+        "_hashes", "adapter", "block_tokens", "blocks", "digests", "layout", "media", "packed", "root", "salt",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
