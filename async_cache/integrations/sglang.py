@@ -7,8 +7,6 @@ the log.
 
 import json
 import logging
-import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,7 +19,8 @@ from sglang.srt.observability.metrics_collector import StorageMetrics
 
 from async_cache.client.blocking import BlockingClient
 from async_cache.client.client import connect
-from async_cache.errors import AsyncCacheError, CacheClosedError, ConfigError, ConnectionLostError
+from async_cache.errors import AsyncCacheError, ConfigError, ConnectionLostError
+from async_cache.integrations.connection import Connection
 from async_cache.keys import check_label
 from async_cache.layout import ModelLayout, ObjectGroup, Prompt
 
@@ -53,6 +52,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     connect_timeout_seconds: float = 2.0
     retry_seconds: float = 5.0
 
+    def client(self) -> BlockingClient:
+        """A client that is not open."""
+        return BlockingClient(
+            self.url, self.namespace, token=self.token, connect_timeout_seconds=self.connect_timeout_seconds
+        )
+
     @classmethod
     def of(cls, extra_config: dict[str, Any] | None) -> "Options":
         """Raises ConfigError for what is no option, or can not be its value."""
@@ -69,69 +74,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         except (ValueError, OSError) as error:
             raise ConfigError(f"hicache-storage-backend-extra-config: {error}") from error
         return options
-
-
-class Connection:
-    """A client that is opened at once, or else in the background when it is needed.
-
-    After a failure nobody asks for it for `retry_seconds`: SGLang's threads are not to wait again and again.
-    """
-
-    def __init__(self, options: Options):
-        self._options = options
-        self._lock = threading.Lock()
-        self._client: BlockingClient | None = None
-        self._error: Exception = CacheClosedError("there was no connection yet")
-        self._opening: threading.Thread | None = None
-        self._retry_at = 0.0
-        self._closed = False
-        self._open()
-
-    def client(self) -> BlockingClient:
-        """The client, which reconnects by itself once it is open. Raises why there is none."""
-        with self._lock:
-            if self._client is not None and time.monotonic() >= self._retry_at:
-                return self._client
-            if self._client is None and self._opening is None and time.monotonic() >= self._retry_at:
-                self._opening = threading.Thread(target=self._open, name="async_cache connect", daemon=True)
-                self._opening.start()
-            raise self._error
-
-    def failed(self, error: Exception) -> None:
-        """A call has waited for the server in vain."""
-        with self._lock:
-            if error is not self._error and not self._closed:
-                self._error = error
-                self._retry_at = time.monotonic() + self._options.retry_seconds
-
-    def _open(self) -> None:
-        options = self._options
-        client = BlockingClient(
-            options.url, options.namespace, token=options.token, connect_timeout_seconds=options.connect_timeout_seconds
-        )
-        error = None
-        try:
-            client.open()
-        except Exception as failure:
-            error = failure
-        with self._lock:
-            self._opening = None
-            if error is not None and not self._closed:
-                self._error = error
-                self._retry_at = time.monotonic() + options.retry_seconds
-            elif not self._closed:
-                self._client = client
-                return
-        client.close()
-
-    def close(self) -> None:
-        """Idempotent."""
-        with self._lock:
-            self._closed, self._retry_at = True, math.inf
-            self._error = CacheClosedError("the storage backend was closed")
-            client, self._client = self._client, None
-        if client is not None:
-            client.close()
 
 
 def layout_of(options: Options, config: HiCacheStorageConfig, pool: Any) -> ModelLayout:
@@ -173,11 +115,11 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         self._config = storage_config
         self._rank = 0 if storage_config.is_mla_model else storage_config.tp_rank
         self._layout: ModelLayout | None = None
-        self._refusal = ConfigError("SGLang has not registered its host memory pool yet")
+        self._refusal: Exception = ConfigError("SGLang has not registered its host memory pool yet")
         self._told: str | None = None
         self._loads: deque[tuple[int, float]] = deque(maxlen=1000)  # (pages, GB/s) since the last `get_stats`
         self._saves: deque[tuple[int, float]] = deque(maxlen=1000)
-        self._connection = Connection(self._options)
+        self._connection = Connection(self._options.client, self._options.retry_seconds)
         self._or_miss(self._connection.client, None)  # to tell at once
 
     def close(self) -> None:
@@ -191,7 +133,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         super().register_mem_pool_host(mem_pool_host)
         try:
             self._layout = layout_of(self._options, self._config, mem_pool_host)
-        except ConfigError as error:
+        except Exception as error:
             self._refuse(error)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: str) -> None:
@@ -201,7 +143,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
             what = f"this model keeps {str(host_pool_name)!r} beside its KV, which can not be stored here"
             self._refuse(ConfigError(f"{what}: use another --hicache-storage-backend for it"))
 
-    def _refuse(self, error: ConfigError) -> None:
+    def _refuse(self, error: Exception) -> None:
         self._layout, self._refusal = None, error
         self._tell(error)
 
@@ -229,9 +171,12 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
             log.warning("SGLang goes on without the cache: %s", text, exc_info=None if expected else error)
 
     def _prompt(self, keys: Sequence[str]) -> Prompt:
+        return self._known_layout().prompt_from_digests([bytes.fromhex(key) for key in keys], salt=self._options.salt)
+
+    def _known_layout(self) -> ModelLayout:
         if self._layout is None:
-            raise self._refusal
-        return self._layout.prompt_from_digests([bytes.fromhex(key) for key in keys], salt=self._options.salt)
+            raise self._refusal.with_traceback(None)  # it is raised often: its traceback is not to grow
+        return self._layout
 
     # Is it there?
 
@@ -339,9 +284,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
 
     def _starts(self, keys: Sequence[str], host_indices: "torch.Tensor") -> list[int]:
         """Where the pages begin in the host pool."""
-        if self._layout is None:
-            raise self._refusal
-        page_tokens = self._layout.chunk_tokens
+        page_tokens = self._known_layout().chunk_tokens
         if len(host_indices) != len(keys) * page_tokens:
             raise ValueError(f"{len(host_indices)} host indices are not those of {len(keys)} pages of {page_tokens}")
         starts: list[int] = host_indices[::page_tokens].tolist()
@@ -380,9 +323,8 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         )
 
     def _count_traffic(self, traffic: deque[tuple[int, float]], pages: int, seconds: float) -> None:
-        assert self._layout is not None
         if pages:
-            traffic.append((pages, pages * self._layout.block_bytes[self._rank] / 1e9 / seconds))
+            traffic.append((pages, pages * self._known_layout().block_bytes[self._rank] / 1e9 / seconds))
 
 
 def same_form(tensor: "torch.Tensor", as_: "torch.Tensor") -> "torch.Tensor":

@@ -6,6 +6,7 @@ They run where SGLang is installed; docs/sglang.md says how such an environment 
 import asyncio
 import logging
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import torch
 
 with warnings.catch_warnings():  # SGLang says at its import what a CPU can not do
     warnings.simplefilter("ignore")
+    from sglang.srt.managers.cache_controller import HiCacheController, PrefetchOperation, StorageOperation
     from sglang.srt.mem_cache.device_pool_info import KVBufferLayout, KVBuffers, MHABufferInfo, MLABufferInfo
     from sglang.srt.mem_cache.hicache_storage import (
         HiCacheStorage,
@@ -82,8 +84,10 @@ def server(tmp_path: Path) -> Iterator[ServerProcess]:
     server.stop()
 
 
-def mha_pool(layout: str = "page_first", page: int = PAGE, dtype: torch.dtype = torch.bfloat16) -> Any:
-    layers = tuple(torch.zeros(64, HEADS, DIM, dtype=dtype) for _ in range(LAYERS))
+def mha_pool(
+    layout: str = "page_first", page: int = PAGE, dtype: torch.dtype = torch.bfloat16, tokens: int = 64
+) -> Any:
+    layers = tuple(torch.zeros(tokens, HEADS, DIM, dtype=dtype) for _ in range(LAYERS))
     pointers = torch.zeros(LAYERS, dtype=torch.uint64)
     buffers = KVBuffers(k=layers, v=layers, k_data_ptrs=pointers, v_data_ptrs=pointers, layout=KVBufferLayout.NHD)
     info = MHABufferInfo(
@@ -96,7 +100,7 @@ def mha_pool(layout: str = "page_first", page: int = PAGE, dtype: torch.dtype = 
         device=torch.device("cpu"),
     )
     return filled(MHATokenToKVPoolHost(
-        info, 2.0, 0, page, layout, pin_memory=False, device_capacity_tokens=64, start_layer=0, end_layer=LAYERS
+        info, 2.0, 0, page, layout, pin_memory=False, device_capacity_tokens=tokens, start_layer=0, end_layer=LAYERS
     ))  # fmt: skip
 
 
@@ -179,6 +183,12 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
+def store(backend: Any, keys: list[str], indices: torch.Tensor) -> None:
+    """All of it, and until it can be found over other connections: a commit is in order only with its own."""
+    assert backend.batch_set_v1(keys, indices) == [True] * len(keys)
+    backend.exists(keys[0])
+
+
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.getMessage().startswith(WARNING)]
 
@@ -253,7 +263,7 @@ def test_a_batch_that_begins_in_the_middle_finds_its_pages(make: Make) -> None:
 
 def test_what_another_engine_stored_is_found(make: Make) -> None:
     pool, keys = mha_pool(), keys_of(4)
-    make(pool).batch_set_v1(keys, pages(0, 4))
+    store(make(pool), keys, pages(0, 4))
     other = mha_pool()
     backend = make(other)
     assert backend.batch_exists(keys) == 4
@@ -267,7 +277,7 @@ def test_what_another_engine_stored_is_found(make: Make) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_v1_moves_pages_between_host_pools_of_any_layout(make: Make, layout: str) -> None:
     pool, other, keys = mha_pool(layout), mha_pool(layout), keys_of(6)
-    assert make(pool).batch_set_v1(keys, pages(2, 6)) == [True] * 6
+    store(make(pool), keys, pages(2, 6))
     untouched = bytes_of(other, 0, 10)
     assert make(other).batch_get_v1(keys, pages(10, 6)) == [True] * 6
     assert same(bytes_of(other, 10, 6), bytes_of(pool, 2, 6))
@@ -353,8 +363,8 @@ def test_a_page_is_there_when_all_ranks_have_it_and_each_gets_its_own(make: Make
     assert backends[0].batch_set_v1(keys, pages(0, 4)) == [True] * 4
     assert [backend.batch_exists(keys) for backend in backends] == [0, 0]
     assert backends[0].batch_get_v1(keys, pages(8, 4)) == [False] * 4
-    assert backends[1].batch_set_v1(keys[:3], pages(0, 3)) == [True] * 3
-    wait_until(lambda: [backend.batch_exists(keys) for backend in backends] == [3, 3])
+    store(backends[1], keys[:3], pages(0, 3))
+    assert [backend.batch_exists(keys) for backend in backends] == [3, 3]
     for backend, pool in zip(backends, pools, strict=True):
         assert backend.batch_get_v1(keys, pages(8, 4)) == [True] * 3 + [False]
         assert same(bytes_of(pool, 8, 3), bytes_of(pool, 0, 3))
@@ -365,8 +375,8 @@ def test_a_page_is_there_when_all_ranks_have_it_and_each_gets_its_own(make: Make
 def test_all_ranks_of_an_mla_model_share_one_copy(make: Make, server: ServerProcess, layout: str) -> None:
     pools, keys = [mla_pool(layout), mla_pool(layout)], keys_of(4)
     writer, reader = (make(pool, rank, 2, mla=True) for rank, pool in enumerate(pools))
-    assert writer.batch_set_v1(keys, pages(0, 4)) == [True] * 4
-    wait_until(lambda: reader.batch_exists(keys) == 4)
+    store(writer, keys, pages(0, 4))
+    assert reader.batch_exists(keys) == 4
     assert reader.batch_get_v1(keys, pages(8, 4)) == [True] * 4
     assert same(bytes_of(pools[1], 8, 4), bytes_of(pools[0], 0, 4))
     alone = make(mla_pool(layout), mla=True)
@@ -378,7 +388,7 @@ def test_all_ranks_of_an_mla_model_share_one_copy(make: Make, server: ServerProc
 
 def test_other_forms_never_meet(make: Make) -> None:
     pool, keys = mha_pool(), keys_of(4)
-    make(pool).batch_set_v1(keys, pages(0, 4))
+    store(make(pool), keys, pages(0, 4))
     assert make(mha_pool()).batch_exists(keys) == 4
     assert make(mha_pool("layer_first")).batch_exists(keys) == 0
     assert make(mha_pool("page_first_direct")).batch_exists(keys) == 0
@@ -396,7 +406,7 @@ def test_a_pool_of_bytes_needs_the_name_of_their_type(make: Make, caplog: pytest
     assert [backend.batch_exists(keys), backend.batch_set_v1(keys, pages(0, 2))] == [0, [False, False]]
     assert len(warnings_in(caplog)) == 1
     assert "--kv-cache-dtype" in warnings_in(caplog)[0]
-    assert make(pool, kv_cache_dtype="fp8_e4m3").batch_set_v1(keys, pages(0, 2)) == [True, True]
+    store(make(pool, kv_cache_dtype="fp8_e4m3"), keys, pages(0, 2))
     assert make(pool, kv_cache_dtype="fp8_e4m3").batch_exists(keys) == 2
     assert make(pool, kv_cache_dtype="fp8_e5m2").batch_exists(keys) == 0
 
@@ -605,3 +615,34 @@ def test_after_close_all_is_a_miss(make: Make) -> None:
     backend.close()
     backend.close()
     assert misses(backend, pool, keys)
+
+
+# As SGLang's controller calls it, in batches of 128 pages.
+
+
+@pytest.mark.parametrize("interface", ["v0", "v1"])
+def test_sglangs_controller_backs_up_and_prefetches_through_it(make: Make, interface: str) -> None:
+    pool, other, keys = mha_pool(page=1, tokens=320), mha_pool(page=1, tokens=320), keys_of(300)
+    operation = StorageOperation(torch.arange(300), list(range(300)), hash_value=keys)
+    writer = make(pool)
+    controller_of(writer, pool, interface)._page_backup(operation)
+    assert operation.completed_tokens == 300
+    assert writer.batch_exists(keys) == 300
+
+    backend = make(other)
+    assert backend.batch_exists(keys) == 300
+    prefetch = PrefetchOperation("request", list(range(300)))
+    prefetch.hash_value, prefetch.host_indices = keys, torch.arange(300).flip(0)
+    assert controller_of(backend, other, interface)._page_transfer(prefetch) == 300
+    assert same(bytes_of(other, 0, 300)[::-1], bytes_of(pool, 0, 300))
+
+
+def controller_of(backend: Any, pool: Any, interface: str) -> Any:
+    """One that has what moves pages, and no device."""
+    controller = object.__new__(HiCacheController)
+    controller.storage_backend, controller.storage_host_pool = backend, pool
+    controller.page_size, controller.prefetch_sync_queue = pool.page_size, queue.Queue()
+    v1 = interface == "v1"
+    controller.page_get_func = controller._page_get_zero_copy if v1 else controller._generic_page_get
+    controller.page_set_func = controller._page_set_zero_copy if v1 else controller._generic_page_set
+    return controller
