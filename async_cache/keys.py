@@ -177,6 +177,11 @@ def chain_blocks(start: bytes, blocks: Sequence[bytes], blocks_per_chunk: int) -
     return hashes
 
 
+def hash_each(start: bytes, digests: Sequence[bytes]) -> list[bytes]:
+    """Chunk hashes of an engine's digests of chunks, each on its own: hash(start || length-prefixed digest)."""
+    return [blake3(start + pack("<I", len(digest)) + digest).digest() for digest in digests]
+
+
 def check_blocks(blocks: Sequence[bytes]) -> tuple[bytes, ...]:
     """An engine's chained block hashes: bytes of 8 to 64 each."""
     if isinstance(blocks, (str, bytes, bytearray)):

@@ -127,6 +127,19 @@ class ModelLayout:
             block_tokens=block_tokens,
         )
 
+    def prompt_from_digests(self, digests: Sequence[bytes], *, salt: str = "", adapter: str = "") -> "Prompt":
+        """A run of chunks known by an engine's own digests, one for each, that cover all tokens up to its end.
+
+        For engines whose blocks are chunks, and that ask for runs which begin anywhere: what a chunk is found by does
+        not depend on the chunks that are asked for before it. It never meets a prompt made otherwise.
+        """
+        checked = keys.check_blocks(digests)
+        if len(set(checked)) != len(checked):
+            raise ValueError("a digest is there twice: each has to cover all tokens up to the end of its chunk")
+        root = self._root("digests", salt, adapter)
+        hashes = keys.hash_each(root, checked)
+        return Prompt(self, root, len(checked) * self.chunk_tokens, salt, adapter, hashes=hashes, digests=checked)
+
     def _root(self, domain: str, salt: str, adapter: str) -> bytes:
         fields = [domain, self.model, self.revision, keys.check_label("adapter", adapter)]
         fields += [keys.check_label("salt", salt), str(self.chunk_tokens), str(self.world_size)]
@@ -255,11 +268,12 @@ class Prompt:
 
     `tokens` counts the prompt's tokens, the tail that is not cached included. `len(prompt)` counts its whole chunks.
     What the hashes were made from is kept for whoever has to make them again: `packed` ids of the whole chunks and the
-    `media` in them, or an engine's `blocks` of `block_tokens` each.
+    `media` in them, or an engine's `blocks` of `block_tokens` each, or its `digests` of chunks.
     """
 
     __slots__ = (
-        "_hashes", "adapter", "block_tokens", "blocks", "layout", "media", "packed", "root", "salt", "tokens",
+        "_hashes", "adapter", "block_tokens", "blocks", "digests", "layout", "media", "packed", "root", "salt",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -274,10 +288,11 @@ class Prompt:
         hashes: list[bytes] | None = None,
         blocks: tuple[bytes, ...] = (),
         block_tokens: int = 0,
+        digests: tuple[bytes, ...] = (),
     ):
         self.layout, self.root, self.tokens, self.salt, self.adapter = layout, root, tokens, salt, adapter
         self.packed, self.media, self._hashes = packed, media, hashes
-        self.blocks, self.block_tokens = blocks, block_tokens
+        self.blocks, self.block_tokens, self.digests = blocks, block_tokens, digests
         if tokens <= HASH_AT_ONCE_TOKENS:
             self.hash()
 
@@ -303,14 +318,14 @@ class Prompt:
         return self.tokens // self.layout.chunk_tokens
 
     def same_as(self, other: "Prompt") -> bool:
-        """Whether both have the same chunks: the last digest says it all, or before either is known, the ids."""
+        """Whether both have the same chunks, by their hashes, or before either is known, by the ids."""
         if self is other:
             return True
         if self.root != other.root or self.tokens != other.tokens:
             return False
         if self._hashes is None and other._hashes is None:
             return self.packed == other.packed and self.media == other.media
-        return self.chunk_hashes[-1:] == other.chunk_hashes[-1:]
+        return self.chunk_hashes == other.chunk_hashes  # all: an engine's digests are not chained
 
     def __repr__(self) -> str:
         return f"<Prompt of {self.tokens} tokens, {len(self)} chunks, model {self.layout.model!r}>"

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
+from struct import pack
 from typing import Any
 
 import numpy as np
@@ -360,8 +361,9 @@ VECTORS: list[dict[str, Any]] = json.loads(
 )
 
 
-def test_there_are_vectors_of_both_domains() -> None:
-    assert {"tokens", "blocks"} == {kind for kind in ("tokens", "blocks") for vector in VECTORS if kind in vector}
+def test_there_are_vectors_of_all_domains() -> None:
+    kinds = {"tokens", "blocks", "digests"}
+    assert kinds == {kind for kind in kinds for vector in VECTORS if kind in vector}
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=[vector["name"] for vector in VECTORS])
@@ -371,6 +373,9 @@ def test_the_reference_has_the_keys_of_the_document(vector: dict[str, Any]) -> N
     if "tokens" in vector:
         media = [(offset, bytes.fromhex(digest)) for offset, digest in vector["media"]]
         hashes = reference_tokens(root, vector["tokens"], chunk_tokens, media)
+    elif "digests" in vector:
+        digests = [bytes.fromhex(digest) for digest in vector["digests"]]
+        hashes = [blake3(root + pack("<I", len(digest)) + digest).digest() for digest in digests]
     else:
         blocks = [bytes.fromhex(block) for block in vector["blocks"]]
         hashes = reference_blocks(root, blocks, chunk_tokens // vector["block_tokens"])
@@ -386,6 +391,8 @@ def test_a_prompt_has_the_keys_of_the_document(vector: dict[str, Any]) -> None:
     if "tokens" in vector:
         media = [(offset, bytes.fromhex(digest)) for offset, digest in vector["media"]]
         prompt = layout.prompt(vector["tokens"], media=media, **labels)
+    elif "digests" in vector:
+        prompt = layout.prompt_from_digests([bytes.fromhex(digest) for digest in vector["digests"]], **labels)
     else:
         blocks = [bytes.fromhex(block) for block in vector["blocks"]]
         prompt = layout.prompt_from_hashes(blocks, vector["block_tokens"], **labels)

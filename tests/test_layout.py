@@ -40,6 +40,7 @@ SEPARATED: dict[str, Callable[[], Prompt]] = {
     "itself": lambda: LAYOUT.prompt(IDS),
     "domain": lambda: LAYOUT.prompt_from_hashes(BLOCKS, 2),
     "block_tokens": lambda: LAYOUT.prompt_from_hashes(BLOCKS, 4),
+    "digests": lambda: LAYOUT.prompt_from_digests(BLOCKS),
     "model": lambda: replace(LAYOUT, model="other").prompt(IDS),
     "revision": lambda: replace(LAYOUT, revision="other").prompt(IDS),
     "adapter": lambda: LAYOUT.prompt(IDS, adapter="a"),
@@ -188,6 +189,25 @@ def test_blocks_that_fill_no_chunk_have_no_hash(blocks: int, block_tokens: int, 
     prompt = LAYOUT.prompt_from_hashes(BLOCKS[:blocks], block_tokens)
     assert (prompt.tokens, len(prompt), len(prompt.chunk_hashes)) == (blocks * block_tokens, chunks, chunks)
     assert prompt.hashed
+
+
+def test_a_run_of_digests_has_the_hashes_of_its_chunks_wherever_it_begins() -> None:
+    whole = LAYOUT.prompt_from_digests(BLOCKS)
+    assert (whole.tokens, len(whole), whole.hashed) == (16, 4, True)
+    assert LAYOUT.prompt_from_digests(BLOCKS[2:]).chunk_hashes == whole.chunk_hashes[2:]
+    assert LAYOUT.prompt_from_digests(BLOCKS[:1], salt="x").chunk_hashes != whole.chunk_hashes[:1]
+    assert len(LAYOUT.prompt_from_digests([])) == 0
+
+
+def test_runs_of_digests_are_the_same_only_if_all_digests_are() -> None:
+    one, other = LAYOUT.prompt_from_digests(BLOCKS[:2]), LAYOUT.prompt_from_digests([BLOCKS[3], BLOCKS[1]])
+    assert one.same_as(LAYOUT.prompt_from_digests(BLOCKS[:2]))
+    assert not one.same_as(other)
+
+
+def test_a_digest_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="a digest is there twice"):
+        LAYOUT.prompt_from_digests(BLOCKS + BLOCKS[:1])
 
 
 @pytest.mark.parametrize("block_tokens", [3, 8])

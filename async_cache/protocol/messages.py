@@ -119,7 +119,16 @@ class Blocks(Message):
     blocks: Annotated[list[bytes], Meta(max_length=2**17)]
 
 
-WirePrompt = Digests | TokenIds | Blocks
+class EngineDigests(Message):
+    """A run of chunks by an engine's own digests of them."""
+
+    layout: Index
+    salt: Label
+    adapter: Label
+    digests: Annotated[list[bytes], Meta(max_length=2**15)]
+
+
+WirePrompt = Digests | TokenIds | Blocks | EngineDigests
 
 
 # Requests.

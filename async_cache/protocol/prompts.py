@@ -1,7 +1,16 @@
 """Prompts and layouts as they travel."""
 
 from async_cache.layout import ModelLayout, ObjectGroup, Prompt
-from async_cache.protocol.messages import DIGEST_BYTES, Blocks, Digests, Group, Layout, TokenIds, WirePrompt
+from async_cache.protocol.messages import (
+    DIGEST_BYTES,
+    Blocks,
+    Digests,
+    EngineDigests,
+    Group,
+    Layout,
+    TokenIds,
+    WirePrompt,
+)
 
 
 def describe(layout: ModelLayout) -> Layout:
@@ -42,6 +51,8 @@ def pack(prompt: Prompt, layout: int, *, trusted: bool) -> WirePrompt:
         return Digests(layout, prompt.root, prompt.tokens, prompt.salt, b"".join(prompt.chunk_hashes))
     if prompt.block_tokens:
         return Blocks(layout, prompt.salt, prompt.adapter, prompt.block_tokens, list(prompt.blocks))
+    if prompt.digests:
+        return EngineDigests(layout, prompt.salt, prompt.adapter, list(prompt.digests))
     return TokenIds(layout, prompt.salt, prompt.adapter, prompt.packed, list(prompt.media))
 
 
@@ -54,6 +65,8 @@ def unpack(wire: WirePrompt, layout: ModelLayout) -> Prompt:
         return Prompt(layout, wire.root, wire.tokens, wire.salt, "", hashes=hashes)
     if isinstance(wire, Blocks):
         return layout.prompt_from_hashes(wire.blocks, wire.block_tokens, salt=wire.salt, adapter=wire.adapter)
+    if isinstance(wire, EngineDigests):
+        return layout.prompt_from_digests(wire.digests, salt=wire.salt, adapter=wire.adapter)
     if len(wire.ids) % 4:
         raise ValueError(f"{len(wire.ids)} bytes are no token ids of 4 bytes each")
     ids = memoryview(wire.ids).cast("I")

@@ -216,6 +216,15 @@ async def test_prompts_from_an_engines_hashes_are_stored_and_found():
         assert await count_hits(cache, LAYOUT.prompt_from_hashes(blocks, 2, salt="x")) == 0
 
 
+async def test_a_run_of_an_engines_digests_is_found_wherever_it_begins():
+    digests = [bytes([number]) * 32 for number in range(6)]
+    async with open_cache(MemoryBackend()) as cache:
+        await fill_l2(cache, LAYOUT.prompt_from_digests(digests[:4]))
+        assert await read_back(cache, LAYOUT.prompt_from_digests(digests[2:])) == 2
+        assert await count_hits(cache, LAYOUT.prompt_from_digests(digests[1:])) == 3
+        assert await count_hits(cache, LAYOUT.prompt_from_digests(digests, salt="x")) == 0
+
+
 async def test_a_tail_shorter_than_a_chunk_is_not_cached():
     prompt = LAYOUT.prompt(make_tokens(2) + [1, 2, 3])
     async with open_cache() as cache:

@@ -99,7 +99,8 @@ class Peer:
         self._frames = FrameReader()
         self._numbers = iter(range(10**9, 2 * 10**9))
         if hello is not None:
-            self.greet(hello, segment)
+            welcome = self.greet(hello, segment)
+            assert isinstance(welcome, m.Welcome), welcome
 
     def __enter__(self) -> Self:
         return self
@@ -113,8 +114,8 @@ class Peer:
         if self.arena is not None:
             os.close(self.arena)
 
-    def greet(self, hello: m.Hello, segment: int | None = None) -> None:
-        """Say hello, with the file descriptor of a segment beside it, and hear welcome."""
+    def greet(self, hello: m.Hello, segment: int | None = None) -> m.Welcome | m.Failed:
+        """Say hello, with the file descriptor of a segment beside it; what the server says."""
         data = frame(encode(hello))
         if segment is None:
             self.sock.sendall(data)
@@ -122,8 +123,10 @@ class Peer:
             socket.send_fds(self.sock, [data], [segment])
         header, descriptors, _, _ = socket.recv_fds(self.sock, 4, 1)
         self.arena = descriptors[0] if descriptors else None
-        welcome = _greetings.decode(self.sock.recv(int.from_bytes(header, "little"), socket.MSG_WAITALL))
-        assert isinstance(welcome, m.Welcome), welcome
+        answer: m.Welcome | m.Failed = _greetings.decode(
+            self.sock.recv(int.from_bytes(header, "little"), socket.MSG_WAITALL)
+        )
+        return answer
 
     def send(self, *parts: Any) -> None:
         """Send messages, or bytes as they are. Where the server has closed, nothing is sent."""

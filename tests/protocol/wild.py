@@ -120,7 +120,10 @@ class Wild:
             ids = b"".join(rng.choice((1, 2, 2**31 - 1)).to_bytes(4, "little") for _ in range(rng.randrange(12)))
             media = [(n, b"image") for n in range(len(ids) // 4) if rng.random() < 0.1]
             return m.TokenIds(layout, rng.choice(("", "salt")), "", ids, media)
-        return m.Blocks(layout, "", "", rng.choice((1, 2, 4)), [rng.choice(_POOL) for _ in range(rng.randrange(6))])
+        digests = [rng.choice(_POOL) for _ in range(rng.randrange(6))]
+        if rng.random() < 0.3:
+            return m.EngineDigests(layout, "", "", digests)
+        return m.Blocks(layout, "", "", rng.choice((1, 2, 4)), digests)
 
     def message(self, kind: type[Any]) -> Any:
         """A message whose fields are of the right types."""
