@@ -213,9 +213,9 @@ class CacheClient:
         self._waiting.append(future)
         return await future
 
-    async def _ask(self, answer: type[A], make: Callable[[Link, int], Any]) -> A:
+    async def _ask(self, answer: type[A], make: Callable[[int], Any]) -> A:
         link = await self._ready()
-        return await link.ask(answer, make(link, link.number()))
+        return await link.ask(answer, make(link.number()))
 
     # Prefetching.
 
@@ -262,13 +262,15 @@ class CacheClient:
     async def lookup(self, prompt: Prompt) -> LookupHits:
         """As `AsyncCache.lookup`."""
         check_prompt(prompt)
-        return (await self._ask(messages.Hits, lambda link, number: messages.Lookup(number, link.prompt(prompt)))).hits
+        link = await self._ready()
+        wire = await link.hashed(prompt)
+        return (await link.ask(messages.Hits, messages.Lookup(link.number(), wire))).hits
 
     async def query_lookup_hits(self, request_id: str) -> LookupHits:
         """As `AsyncCache.query_lookup_hits`; the request may be one of any client of this tenant and namespace."""
         check_request_id(request_id, MAX_REQUEST_ID)
         return (
-            await self._ask(messages.Hits, lambda _, number: messages.QueryPrefetchLookupHits(number, request_id))
+            await self._ask(messages.Hits, lambda number: messages.QueryPrefetchLookupHits(number, request_id))
         ).hits
 
     async def query_status(self, request_id: str) -> LoadResult:
@@ -284,7 +286,7 @@ class CacheClient:
     async def renew(self, request_id: str) -> None:
         """As `AsyncCache.renew`."""
         check_request_id(request_id, MAX_REQUEST_ID)
-        await self._ask(messages.Done, lambda _, number: messages.Renew(number, request_id))
+        await self._ask(messages.Done, lambda number: messages.Renew(number, request_id))
 
     async def end_request(self, request_id: str) -> None:
         """As `AsyncCache.end_request`. Without a connection, nothing is held that could be given back."""
@@ -292,7 +294,7 @@ class CacheClient:
         check_request_id(request_id, MAX_REQUEST_ID)
         if self._link is not None:
             self._link.requests.pop(request_id, None)
-            await self._ask(messages.Done, lambda _, number: messages.EndRequest(number, request_id))
+            await self._ask(messages.Done, lambda number: messages.EndRequest(number, request_id))
 
     # Reading and writing.
 
@@ -343,32 +345,32 @@ class CacheClient:
     async def flush(self, deadline_seconds: float | None = None) -> FlushResult:
         """As `AsyncCache.flush`."""
         check_seconds("deadline_seconds", deadline_seconds)
-        return (await self._ask(messages.Flushed, lambda _, number: messages.Flush(number, deadline_seconds))).result
+        return (await self._ask(messages.Flushed, lambda number: messages.Flush(number, deadline_seconds))).result
 
     # Removing.
 
     async def delete(self, prompt: Prompt) -> Deleted:
         """As `AsyncCache.delete`."""
         check_prompt(prompt)
-        return (
-            await self._ask(messages.Removed, lambda link, number: messages.Delete(number, link.prompt(prompt)))
-        ).deleted
+        link = await self._ready()
+        wire = await link.hashed(prompt)
+        return (await link.ask(messages.Removed, messages.Delete(link.number(), wire))).deleted
 
     async def clear(self, tier: Literal["l1", "all"] = "l1") -> Deleted:
         """As `AsyncCache.clear`. Raises AccessDeniedError for a token that is bound to salts."""
         check_tier(tier)
-        return (await self._ask(messages.Removed, lambda _, number: messages.Clear(number, tier))).deleted
+        return (await self._ask(messages.Removed, lambda number: messages.Clear(number, tier))).deleted
 
     # Looking at it.
 
     async def stats(self) -> CacheStats:
         """As `AsyncCache.stats`."""
-        return (await self._ask(messages.Counted, lambda _, number: messages.Stats(number))).stats
+        return (await self._ask(messages.Counted, lambda number: messages.Stats(number))).stats
 
     async def ping(self) -> float:
         """The seconds that the server takes to answer."""
         began = time.perf_counter()
-        await self._ask(messages.Done, lambda _, number: messages.Ping(number))
+        await self._ask(messages.Done, lambda number: messages.Ping(number))
         return time.perf_counter() - began
 
     @property

@@ -127,6 +127,12 @@ class Link:
             self.connection.send(messages.RegisterLayout(self.number(), number, describe(prompt.layout)))
         return pack(prompt, number, trusted=self._trusted and prompt.hashed)
 
+    async def hashed(self, prompt: Prompt) -> messages.WirePrompt:
+        """The same, hashed here: whoever waits anyway spares the server that, and itself the next time."""
+        if self._trusted and not prompt.hashed:
+            await asyncio.to_thread(prompt.hash)
+        return self.prompt(prompt)
+
     def send(self, message: Any) -> "asyncio.Future[Any]":
         """Send a request; the future of its answer. Raises ConnectionLostError."""
         if not self.connection.is_open:

@@ -106,6 +106,7 @@ class RemoteWriter(Scoped[RemoteChunk]):
         self._post = post
         self._prompt, self._rank, self._start_chunk = prompt, rank, start_chunk
         self._link: Link | None = None
+        self._entering = asyncio.Lock()
         self._number = 0
         self._is_open = False
         self._commits: set[asyncio.Future[Any]] = set()
@@ -123,18 +124,21 @@ class RemoteWriter(Scoped[RemoteChunk]):
         self._is_open = False
 
     async def _enter(self) -> None:
-        if self._link is not None:
-            return
-        self._link = link = await self._ready()
+        async with self._entering:
+            if self._link is None:
+                await self._reserve(await self._ready())
+
+    async def _reserve(self, link: Link) -> None:
+        wire = await link.hashed(self._prompt)
         self._number = number = link.number()
-        message = messages.ReserveStore(number, link.prompt(self._prompt), self._rank, self._start_chunk)
+        message = messages.ReserveStore(number, wire, self._rank, self._start_chunk)
         reserved = await link.ask(messages.StoreReserved, message)
+        self._link = link
         self.shortfall = reserved.shortfall
+        blocks = self._blocks(link, len(reserved.chunks))
         self._chunks = tuple(
             RemoteChunk(self, index, position, offset, block, self._prompt.layout, self._rank)
-            for position, (index, (offset, block)) in enumerate(
-                zip(reserved.chunks, self._blocks(link, len(reserved.chunks)), strict=True)
-            )
+            for position, (index, (offset, block)) in enumerate(zip(reserved.chunks, blocks, strict=True))
         )
         self._is_open = True
         link.stores[number] = self
