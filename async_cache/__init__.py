@@ -22,6 +22,7 @@ The modules, in the order the data flows; a module imports only what is listed b
 - `protocol`: what a client and a server say to each other
 - `server`: one cache for all the processes of a machine
 - `client`: `CacheClient` and `BlockingClient`, the same cache from another process
+- `integrations`: serving engines, each imported by its engine only
 - `cli`, `__main__`: the command line
 - `testing`: for the tests of those who use it
 """
