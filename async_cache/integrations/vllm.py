@@ -176,7 +176,7 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
     # The worker's side.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Connect to the server, now that there is something to copy from and to."""
+        """There is something to copy from and to."""
         if self._geometry is None:
             return
         blocks = self._kv_cache_config.num_blocks
@@ -190,10 +190,6 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
             rank=rank,
             reader=reader,
         )
-        try:
-            self._worker.open()
-        except AsyncCacheError as error:
-            log.error("rank %d neither loads nor saves: %s", rank, error)
 
     def _orders(self) -> Orders:
         metadata = self._get_connector_metadata()
@@ -356,6 +352,6 @@ def _digest(identifiers: Iterable[bytes]) -> bytes:
 def _log_as_vllm() -> None:
     """Show the project's lines where vLLM shows its own."""
     ours, theirs = logging.getLogger("async_cache"), logging.getLogger("vllm")
-    if not ours.handlers:
-        ours.handlers, ours.propagate = theirs.handlers, False
+    if not ours.hasHandlers():
+        ours.handlers = list(theirs.handlers)
         ours.setLevel(theirs.level)

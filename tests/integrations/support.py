@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from async_cache import AsyncCache, CacheConfig, CacheStats, ModelLayout, ObjectGroup, ServerConfig
+from async_cache import AsyncCache, CacheConfig, CacheStats, ModelLayout, ObjectGroup, ServerConfig, TenantConfig
 from async_cache.integrations.paged import Geometry, Pages
 from async_cache.l2.memory import MemoryBackend
 from async_cache.server import Server
 from async_cache.testing.backends import GatedBackend
 
+BOUND_TOKEN = "only for the salt one"
 CHUNK, BLOCK, LAYERS, NUMBERS = 8, 4, 3, 10
 
 
@@ -33,7 +34,8 @@ class Served:
 
     async def serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        config = ServerConfig(listen=[self.url])
+        bound = TenantConfig(tokens=(BOUND_TOKEN,), salts=("one",))
+        config = ServerConfig(listen=(self.url,), tenants={"bound": bound})
         async with AsyncCache(CacheConfig(l1_bytes=2**22), backends=[self.storage]) as cache, Server(cache, config):
             self.cache = cache
             self.ready.set()

@@ -28,8 +28,6 @@ class Engine:
         self.workers = [
             PagedWorker(lambda: connect(server.url), where, pages, rank=rank) for rank, pages in enumerate(self.caches)
         ]
-        for worker in self.workers:
-            worker.open()
         self.failed: set[int] = set()
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from async_cache.client.client import CacheClient
-from async_cache.errors import AsyncCacheError, CacheClosedError
+from async_cache.errors import AsyncCacheError
 from async_cache.integrations.paged.orders import NO_BLOCK, Complaint, Geometry, LoadOrder, SaveOrder
 from async_cache.reading import ReadLease
 
@@ -32,7 +32,7 @@ class Received:
 
 
 class PagedWorker:
-    """One rank of an engine: NEW -> OPEN -> CLOSED. `caches` are the pages by layer, block numbers first.
+    """One rank of an engine, until it is closed. `caches` are the pages by layer, block numbers first.
 
     A loop in a thread of its own waits for the server, and a second thread copies. The methods are for the engine's
     thread; none waits but `preempted`.
@@ -57,52 +57,44 @@ class PagedWorker:
         self._finished: set[str] = set()
         self._complaint = Complaint()
         self._client: CacheClient | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = asyncio.new_event_loop()
+        self._opening = asyncio.Lock()
         self._closing = asyncio.Event()
         self._copier = ThreadPoolExecutor(1, "async_cache copy", initializer=_leave_the_engines_core)
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._run, name="async_cache worker", daemon=True)
 
     # Life.
 
-    def open(self) -> None:
-        """Connect. Raises as `CacheClient.open`; what is ordered then fails at once."""
-        opened: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(opened,), name="async_cache worker", daemon=True)
-        self._thread.start()
-        opened.result()
-
     def close(self) -> None:
         """Let the copies end, and close the client; idempotent."""
-        if self._thread is not None and self._loop is not None and self._thread.is_alive():
+        if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join()
+        elif not self._loop.is_closed():
+            self._loop.close()
 
-    def _run(self, opened: "Future[None]") -> None:
+    def _run(self) -> None:
         _leave_the_engines_core()
-        asyncio.run(self._serve(opened))
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
 
-    async def _serve(self, opened: "Future[None]") -> None:
-        try:
-            client = await self._connect().open()
-        except Exception as error:
-            opened.set_exception(error)
-            return
-        self._loop, self._client = asyncio.get_running_loop(), client
-        opened.set_result(None)
-        try:
-            await self._closing.wait()
-        finally:
-            self._client = None
-            await asyncio.to_thread(self._copier.shutdown)
-            await client.close()
+    async def _serve(self) -> None:
+        await self._closing.wait()
+        await asyncio.to_thread(self._copier.shutdown)
+        if self._client is not None:
+            await self._client.close()
 
-    def _start(self, call: Callable[[CacheClient, Order], Coroutine[Any, Any, T]], order: Order) -> "Future[T]":
-        client, loop = self._client, self._loop
-        if client is None or loop is None:
-            failed: Future[T] = Future()
-            failed.set_exception(CacheClosedError("there is no connection to the server"))
-            return failed
-        return asyncio.run_coroutine_threadsafe(call(client, order), loop)
+    async def _opened(self) -> CacheClient:
+        """The client, which connects for the first order: where there is no server, for the next one again."""
+        async with self._opening:
+            if self._client is None:
+                self._client = await self._connect().open()
+            return self._client
+
+    def _start(self, call: Callable[[Order], Coroutine[Any, Any, T]], order: Order) -> "Future[T]":
+        if self._thread.ident is None:
+            self._thread.start()
+        return asyncio.run_coroutine_threadsafe(call(order), self._loop)
 
     # Orders, and what became of them.
 
@@ -159,9 +151,10 @@ class PagedWorker:
 
     # Loading.
 
-    async def _load(self, client: CacheClient, order: LoadOrder) -> int:
+    async def _load(self, order: LoadOrder) -> int:
         """The token up to which the blocks are filled."""
         try:
+            client = await self._opened()
             async with client.read(order.read_id, rank=self._rank, reader=self._reader) as lease:
                 return await self._copy(self._fill, lease, order)
         except AsyncCacheError as error:
@@ -184,9 +177,10 @@ class PagedWorker:
 
     # Saving.
 
-    async def _save(self, client: CacheClient, order: SaveOrder) -> None:
+    async def _save(self, order: SaveOrder) -> None:
         try:
             async with asyncio.timeout(_RESERVE_SECONDS):
+                client = await self._opened()
                 writer = await client.store(order.prompt, rank=self._rank, start_chunk=order.start_chunk)
             with writer:
                 for chunk in writer:
@@ -208,8 +202,7 @@ class PagedWorker:
         return True
 
     async def _copy(self, copy: Callable[..., T], *args: Any) -> T:
-        """In the copier's thread. The caller's cancellation comes after its end: it reads or writes blocks."""
-        assert self._loop is not None
+        """In the copier's thread."""
         return await self._loop.run_in_executor(self._copier, copy, *args)
 
 
