@@ -12,7 +12,7 @@ from async_cache import AsyncCache, BackendError, CacheConfig, ServerConfig
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.registry import from_url
 from async_cache.server import Server
-from async_cache.testing.backends import ThrottledBackend, WrappedBackend
+from async_cache.testing.backends import WrappedBackend
 
 
 class DyingBackend(WrappedBackend):
@@ -30,12 +30,24 @@ class DyingBackend(WrappedBackend):
         return outcomes + [LoadOutcome.GONE] * (len(keys) - alive)
 
 
+class SlowBackend(WrappedBackend):
+    """Loads take that long, however many there are at a time."""
+
+    def __init__(self, inner, seconds):
+        super().__init__(inner)
+        self._seconds = seconds
+
+    async def before(self, verb, keys, buffers):
+        if verb == "load":
+            await asyncio.sleep(self._seconds)
+
+
 async def serve(options):
     backend = from_url(f"fs://{options.directory}?capacity=4GiB")
     if options.fail_after is not None:
         backend = DyingBackend(backend, options.fail_after)
     if options.latency:
-        backend = ThrottledBackend(backend, latency_seconds=options.latency)
+        backend = SlowBackend(backend, options.latency)
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     async with (
