@@ -131,6 +131,7 @@ def make_engine(url=None):
             max_model_len=4096,
             max_num_seqs=8,
             enforce_eager=True,
+            gpu_memory_utilization=0.3,  # of the memory of this machine, which has other users
             kv_transfer_config=transfer if url else None,
         )
     )
