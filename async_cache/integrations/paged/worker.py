@@ -129,6 +129,8 @@ class PagedWorker:
         for request_id, futures in list(self._saves.items()):
             if all(future.done() for future in futures):
                 del self._saves[request_id]
+                for error in filter(None, (future.exception() for future in futures)):
+                    self._complaint.tell(error)
         sent = {request_id for request_id in self._finished if request_id not in self._saves}
         self._finished -= sent
         return sent
@@ -141,7 +143,11 @@ class PagedWorker:
                 continue
             del self._loads[request_id]
             received.request_ids.add(request_id)
-            filled = order.first_token if future.exception() is not None else future.result()
+            filled = order.first_token
+            if (error := future.exception()) is not None:
+                self._complaint.tell(error)
+            else:
+                filled = future.result()
             if filled < order.end_token:
                 received.short.add(request_id)
                 for pages in self._geometry.pages:
