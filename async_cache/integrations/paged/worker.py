@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from async_cache.client.client import CacheClient
-from async_cache.errors import AsyncCacheError
+from async_cache.errors import AsyncCacheError, CacheClosedError
 from async_cache.integrations.paged.orders import NO_BLOCK, Complaint, Geometry, LoadOrder, SaveOrder
 from async_cache.reading import ReadLease
 
@@ -81,12 +81,15 @@ class PagedWorker:
     async def _serve(self) -> None:
         await self._closing.wait()
         await asyncio.to_thread(self._copier.shutdown)
-        if self._client is not None:
-            await self._client.close()
+        async with self._opening:
+            if self._client is not None:
+                await self._client.close()
 
     async def _opened(self) -> CacheClient:
         """The client, which connects for the first order: where there is no server, for the next one again."""
         async with self._opening:
+            if self._closing.is_set():
+                raise CacheClosedError("the worker is closed")
             if self._client is None:
                 self._client = await self._connect().open()
             return self._client
