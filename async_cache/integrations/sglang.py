@@ -202,12 +202,13 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
             pool.set_from_flat_data_page(starts[number], page.view(-1))
             taken[number] = True
 
-        def load() -> None:
+        def load() -> bool:
             starts.extend(self._starts(keys, host_indices))
-            self._load(keys, take)
+            return self._load(keys, take)
 
         starts: list[int] = []
-        self._or_miss(load, None)
+        if not self._or_miss(load, False):
+            return [False] * len(keys)
         return taken
 
     def batch_get(
@@ -224,14 +225,14 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
             target.view(-1).copy_(same_form(page, target).view(-1))
             taken[number] = target
 
-        self._or_miss(lambda: self._load(keys, take), None)
-        return taken
+        return taken if self._or_miss(lambda: self._load(keys, take), False) else [None] * len(keys)
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> "torch.Tensor | None":
         """As `batch_get`, of one."""
         return self.batch_get([key], None if target_location is None else [target_location])[0]
 
-    def _load(self, keys: Sequence[str], take: "Callable[[int, torch.Tensor], None]") -> None:
+    def _load(self, keys: Sequence[str], take: "Callable[[int, torch.Tensor], None]") -> bool:
+        """True once every page that there is was taken. What is copied while the connection is lost may be anything."""
         prompt, client, seconds = self._prompt(keys), self._connection.client(), self._options.timeout_seconds
         began = time.perf_counter()
         prefetch = client.prefetch(prompt, ranks=[self._rank], deadline_seconds=seconds)
@@ -242,7 +243,10 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
                     page = chunk.tensors()[0]
                     assert page is not None
                     take(number, page)
+                if not lease.held:
+                    raise ConnectionLostError("the connection was lost while pages were copied")
                 self._count_traffic(self._loads, len(lease), time.perf_counter() - began)
+            return True
         finally:
             prefetch.cancel()  # does nothing where it has loaded
 

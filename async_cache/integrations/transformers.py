@@ -24,7 +24,13 @@ from transformers.cache_utils import DynamicLayer
 
 from async_cache.cache import AsyncCache
 from async_cache.client import CacheClient
-from async_cache.errors import AsyncCacheError, ServiceError, UnknownRequestError, WriterClosedError
+from async_cache.errors import (
+    AsyncCacheError,
+    ConnectionLostError,
+    ServiceError,
+    UnknownRequestError,
+    WriterClosedError,
+)
 from async_cache.keys import pack_tokens
 from async_cache.layout import ModelLayout, ObjectGroup, Prompt
 from async_cache.promise import Prefetch
@@ -133,6 +139,8 @@ class CachedPrefix:
         try:
             async with self._cache.read(request_id) as lease:
                 kv = await _to_its_end(self._rebuild, [chunk.tensors()[0] for chunk in lease])
+                if not lease.held:
+                    raise ConnectionLostError("the connection was lost while the KV was copied")
                 return Loaded(kv, lease.result)
         except asyncio.CancelledError:
             with suppress(AsyncCacheError):

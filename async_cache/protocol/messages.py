@@ -96,7 +96,7 @@ class Digests(Message):
     root: Digest
     tokens: Count
     salt: Label
-    chunk_hashes: Annotated[bytes, Meta(max_length=DIGEST_BYTES * 2**15)]
+    chunk_hashes: Annotated[bytes, Meta(max_length=DIGEST_BYTES * 2**17)]
 
 
 class TokenIds(Message):

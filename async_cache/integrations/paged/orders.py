@@ -1,0 +1,82 @@
+"""What the scheduler's process tells the workers', and where a chunk lies in pages."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from async_cache.layout import ModelLayout, Prompt
+
+Tables = tuple[list[int], ...]
+"""By block table of the engine, block numbers in the order of the tokens. `NO_BLOCK` is where a window has passed."""
+
+NO_BLOCK = 0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where one `ObjectGroup` is in the engine: these `layers`, found through block table number `table`."""
+
+    table: int
+    block_tokens: int
+    layers: tuple[str, ...]
+
+    def blocks(self, tables: Tables, first_token: int, end_token: int) -> list[int]:
+        """The blocks of the tokens between two bounds, which are bounds of blocks."""
+        return tables[self.table][first_token // self.block_tokens : end_token // self.block_tokens]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A layout, and by group where it is in the engine. An object is (layers, blocks, bytes or numbers of a block)."""
+
+    layout: ModelLayout
+    pages: tuple[Pages, ...]
+
+
+@dataclass(frozen=True)
+class LoadOrder:
+    """Copy what `read_id` has prefetched into the blocks of the tokens from `first_token` to `end_token`."""
+
+    request_id: str
+    read_id: str
+    first_token: int
+    end_token: int
+    tables: Tables
+
+
+@dataclass(frozen=True)
+class SaveOrder:
+    """Store the chunks of `prompt` from `start_chunk` on, once this step is computed."""
+
+    request_id: str
+    prompt: Prompt
+    start_chunk: int
+    tables: Tables
+
+
+@dataclass
+class Orders:
+    """Those of one step. `preempted` requests lose their blocks in it; `finished` ones wait for their saves."""
+
+    loads: list[LoadOrder] = field(default_factory=list)
+    saves: list[SaveOrder] = field(default_factory=list)
+    preempted: Sequence[str] = ()
+    finished: Sequence[str] = ()
+
+
+class Complaint:
+    """Tells why the cache is not used: one line, not one for each request."""
+
+    def __init__(self, interval_seconds: float = 60.0):
+        self._interval_seconds = interval_seconds
+        self._told: dict[str, float] = {}
+
+    def tell(self, error: BaseException) -> None:
+        """Log it, unless an error of its kind was logged a moment ago."""
+        kind, now = type(error).__name__, time.monotonic()
+        if now - self._told.get(kind, -self._interval_seconds) >= self._interval_seconds:
+            self._told[kind] = now
+            log.warning("a request is served without the cache: %s (%s)", error, kind)

@@ -1,0 +1,233 @@
+"""`PagedWorker`: copies between leases and pages, behind the forward pass."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from async_cache.client.client import CacheClient
+from async_cache.errors import AsyncCacheError, CacheClosedError
+from async_cache.integrations.paged.orders import NO_BLOCK, Complaint, Geometry, LoadOrder, SaveOrder
+from async_cache.reading import ReadLease
+
+Order = TypeVar("Order", LoadOrder, SaveOrder)
+T = TypeVar("T")
+
+_RESERVE_SECONDS = 1.0  # a save that has no room by then is given up: it holds blocks of the engine
+
+
+@dataclass
+class Received:
+    """Loads that have ended: all of them, those that fell short, and the blocks that these did not fill."""
+
+    request_ids: set[str] = field(default_factory=set)
+    short: set[str] = field(default_factory=set)
+    failed_blocks: set[int] = field(default_factory=set)
+
+
+class PagedWorker:
+    """One rank of an engine, until it is closed. `caches` are the pages by layer, block numbers first.
+
+    A loop in a thread of its own waits for the server, and a second thread copies. The methods are for the engine's
+    thread; none waits but `preempted`.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], CacheClient],
+        geometry: Geometry,
+        caches: Mapping[str, torch.Tensor],
+        *,
+        rank: int = 0,
+        reader: int = 0,
+    ):
+        self._connect = connect
+        self._geometry = geometry
+        self._chunk_tokens = geometry.layout.chunk_tokens
+        self._caches = [[caches[layer] for layer in pages.layers] for pages in geometry.pages]
+        self._rank, self._reader = rank, reader
+        self._loads: dict[str, tuple[LoadOrder, Future[int]]] = {}
+        self._saves: dict[str, list[Future[None]]] = {}
+        self._finished: set[str] = set()
+        self._complaint = Complaint()
+        self._client: CacheClient | None = None
+        self._loop = asyncio.new_event_loop()
+        self._opening = asyncio.Lock()
+        self._closing = asyncio.Event()
+        self._copier = ThreadPoolExecutor(1, "async_cache copy", initializer=_leave_the_engines_core)
+        self._thread = threading.Thread(target=self._run, name="async_cache worker", daemon=True)
+
+    # Life.
+
+    def close(self) -> None:
+        """Let the copies end, and close the client; idempotent."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._closing.set)
+            self._thread.join()
+        elif not self._loop.is_closed():
+            self._loop.close()
+
+    def _run(self) -> None:
+        _leave_the_engines_core()
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        await self._closing.wait()
+        await asyncio.to_thread(self._copier.shutdown)
+        async with self._opening:
+            if self._client is not None:
+                await self._client.close()
+
+    async def _opened(self) -> CacheClient:
+        """The client, which connects for the first order: where there is no server, for the next one again."""
+        async with self._opening:
+            if self._closing.is_set():
+                raise CacheClosedError("the worker is closed")
+            if self._client is None:
+                self._client = await self._connect().open()
+            return self._client
+
+    def _start(self, call: Callable[[Order], Coroutine[Any, Any, T]], order: Order) -> "Future[T]":
+        if self._thread.ident is None:
+            self._thread.start()
+        return asyncio.run_coroutine_threadsafe(call(order), self._loop)
+
+    # Orders, and what became of them.
+
+    def load(self, orders: Iterable[LoadOrder]) -> None:
+        """Begin to fill blocks."""
+        for order in orders:
+            self._loads[order.request_id] = (order, self._start(self._load, order))
+
+    def save(self, orders: Iterable[SaveOrder]) -> None:
+        """Begin to store blocks, which are computed now, and stay as they are until the save has ended."""
+        if self._reader:  # another worker has the same bytes
+            return
+        for order in orders:
+            self._saves.setdefault(order.request_id, []).append(self._start(self._save, order))
+
+    def preempted(self, request_ids: Iterable[str]) -> None:
+        """Wait until nothing reads the blocks of these requests."""
+        for request_id in request_ids:
+            wait(self._saves.pop(request_id, ()))
+
+    def settle(self) -> None:
+        """Wait for all saves, where blocks can be taken away before their request has ended."""
+        for futures in self._saves.values():
+            wait(futures)
+
+    def finish(self, request_ids: Iterable[str]) -> None:
+        """These requests have ended, and wait for their saves."""
+        self._finished.update(request_ids)
+
+    def sent(self) -> set[str]:
+        """Of the finished requests, those whose saves have ended since it was last asked."""
+        for request_id, futures in list(self._saves.items()):
+            if all(future.done() for future in futures):
+                del self._saves[request_id]
+                for error in filter(None, (future.exception() for future in futures)):
+                    self._complaint.tell(error)
+        sent = {request_id for request_id in self._finished if request_id not in self._saves}
+        self._finished -= sent
+        return sent
+
+    def received(self) -> Received:
+        """The loads that have ended since it was last asked."""
+        received = Received()
+        for request_id, (order, future) in list(self._loads.items()):
+            if not future.done():
+                continue
+            del self._loads[request_id]
+            received.request_ids.add(request_id)
+            filled = order.first_token
+            if (error := future.exception()) is not None:
+                self._complaint.tell(error)
+            else:
+                filled = future.result()
+            if filled < order.end_token:
+                received.short.add(request_id)
+                for pages in self._geometry.pages:
+                    received.failed_blocks.update(pages.blocks(order.tables, filled, order.end_token))
+        received.failed_blocks.discard(NO_BLOCK)
+        return received
+
+    # Loading.
+
+    async def _load(self, order: LoadOrder) -> int:
+        """The token up to which the blocks are filled."""
+        try:
+            client = await self._opened()
+            async with client.read(order.read_id, rank=self._rank, reader=self._reader) as lease:
+                filled = await self._copy(self._fill, lease, order)
+                return filled if lease.held else order.first_token
+        except AsyncCacheError as error:
+            self._complaint.tell(error)
+            return order.first_token
+
+    def _fill(self, lease: ReadLease, order: LoadOrder) -> int:
+        filled = order.first_token
+        for chunk in lease:
+            begin = chunk.index * self._chunk_tokens
+            first, end = max(begin, order.first_token), min(begin + self._chunk_tokens, order.end_token)
+            if first != filled or end <= first:
+                continue
+            for pages, caches, stored in zip(self._geometry.pages, self._caches, chunk.tensors(), strict=True):
+                if stored is not None:
+                    skipped = (first - begin) // pages.block_tokens
+                    _scatter(caches, pages.blocks(order.tables, first, end), stored[:, skipped:])
+            filled = end
+        return filled
+
+    # Saving.
+
+    async def _save(self, order: SaveOrder) -> None:
+        try:
+            async with asyncio.timeout(_RESERVE_SECONDS):
+                client = await self._opened()
+                writer = await client.store(order.prompt, rank=self._rank, start_chunk=order.start_chunk)
+            with writer:
+                for chunk in writer:
+                    if await self._copy(self._gather, chunk.index, chunk.tensors(), order):
+                        chunk.commit()
+        except (AsyncCacheError, TimeoutError) as error:
+            self._complaint.tell(error)
+
+    def _gather(self, index: int, stored: Sequence[torch.Tensor | None], order: SaveOrder) -> bool:
+        begin, end = index * self._chunk_tokens, (index + 1) * self._chunk_tokens
+        numbers = [pages.blocks(order.tables, begin, end) for pages in self._geometry.pages]
+        if any(NO_BLOCK in blocks for blocks in numbers):  # a window has passed: the chunk is not whole
+            return False
+        for caches, blocks, out in zip(self._caches, numbers, stored, strict=True):
+            if out is not None:
+                rows = torch.tensor(blocks)
+                for cache, part in zip(caches, out, strict=True):
+                    torch.index_select(cache, 0, rows, out=part.view(-1, *cache.shape[1:]))
+        return True
+
+    async def _copy(self, copy: Callable[..., T], *args: Any) -> T:
+        """In the copier's thread."""
+        return await self._loop.run_in_executor(self._copier, copy, *args)
+
+
+def _scatter(caches: Sequence[torch.Tensor], blocks: Sequence[int], stored: torch.Tensor) -> None:
+    """Copy (layers, blocks, ...) into the blocks of each layer, but for those that a window has passed."""
+    kept = [n for n, block in enumerate(blocks) if block != NO_BLOCK]
+    if not kept:
+        return
+    rows = torch.tensor([blocks[n] for n in kept])
+    stored = stored[:, : len(blocks)] if len(kept) == len(blocks) else stored[:, kept]
+    for cache, part in zip(caches, stored, strict=True):
+        cache.index_copy_(0, rows, part.reshape(-1, *cache.shape[1:]))
+
+
+def _leave_the_engines_core() -> None:
+    """An engine on a CPU binds its threads to cores, and those that it starts: these are not to compete with it."""
+    with suppress(OSError, AttributeError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))

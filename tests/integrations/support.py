@@ -1,0 +1,128 @@
+"""A served cache in a thread, and what an engine with pages would bring."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from async_cache import AsyncCache, CacheConfig, CacheStats, ModelLayout, ObjectGroup, ServerConfig, TenantConfig
+from async_cache.integrations.paged import Geometry, Pages
+from async_cache.l2.memory import MemoryBackend
+from async_cache.server import Server
+from async_cache.testing.backends import GatedBackend
+
+BOUND_TOKEN = "only for the salt one"
+CHUNK, BLOCK, LAYERS, NUMBERS = 8, 4, 3, 10
+
+
+class Served:
+    """A server at `url`, whose storage can be held up."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.storage = GatedBackend(MemoryBackend())
+        self.cache: AsyncCache | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.stopped = asyncio.Event()
+        self.ready = threading.Event()
+
+    async def serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        bound = TenantConfig(tokens=(BOUND_TOKEN,), salts=("one",))
+        config = ServerConfig(listen=(self.url,), tenants={"bound": bound})
+        async with AsyncCache(CacheConfig(l1_bytes=2**22), backends=[self.storage]) as cache, Server(cache, config):
+            self.cache = cache
+            self.ready.set()
+            await self.stopped.wait()
+
+    def stop(self) -> None:
+        assert self.loop is not None
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.stopped.set)
+
+    def run(self, call: Callable[[AsyncCache], Coroutine[Any, Any, Any]]) -> Any:
+        """Run something in the server's loop."""
+        assert self.loop is not None and self.cache is not None
+        return asyncio.run_coroutine_threadsafe(call(self.cache), self.loop).result(10)
+
+    def hold(self, *verbs: Any) -> None:
+        async def hold(_: AsyncCache) -> None:
+            self.storage.hold(*verbs)
+
+        self.run(hold)
+
+    def release(self) -> None:
+        async def release(_: AsyncCache) -> None:
+            self.storage.release()
+
+        self.run(release)
+
+    def forget(self) -> None:
+        """What is in memory; storage keeps it."""
+
+        async def forget(cache: AsyncCache) -> None:
+            await cache.flush()
+            await cache.clear("l1")
+
+        self.run(forget)
+
+    def stats(self) -> CacheStats:
+        stats: CacheStats = self.run(lambda cache: cache.stats())
+        return stats
+
+
+@contextmanager
+def served(directory: Path) -> Iterator[Served]:
+    server = Served(f"unix://{directory}/s")
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    assert server.ready.wait(10)
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join()
+
+
+@dataclass
+class Request:
+    """What an engine knows of a request."""
+
+    request_id: str
+    all_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+
+def geometry(world_size: int = 1, windows: tuple[int | None, ...] = (None,)) -> Geometry:
+    """One group for each window, each with a block table and layers of its own."""
+    groups = tuple(ObjectGroup((LAYERS, CHUNK // BLOCK, NUMBERS), "float32", window_chunks=w) for w in windows)
+    pages = tuple(
+        Pages(table, BLOCK, tuple(f"{table}.{layer}" for layer in range(LAYERS))) for table in range(len(windows))
+    )
+    return Geometry(ModelLayout("toy", groups, chunk_tokens=CHUNK, world_size=world_size), pages)
+
+
+def caches(where: Geometry, blocks: int = 16, *, filled: bool) -> dict[str, torch.Tensor]:
+    """The pages of all layers; a block is (2, 5)."""
+    make = torch.rand if filled else torch.zeros
+    return {layer: make(blocks, 2, NUMBERS // 2) for pages in where.pages for layer in pages.layers}
+
+
+def until(holds: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """What it returns, once it is something: an engine asks in every step."""
+    end = time.monotonic() + seconds
+    while not (value := holds()):
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.001)
+    return value

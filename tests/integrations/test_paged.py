@@ -1,0 +1,328 @@
+"""The two sides of an engine with pages, against a real server."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from async_cache import BlockingClient, LoadResult, LookupHits, connect
+from async_cache.client.blocking import BlockingPrefetch
+from async_cache.integrations.paged import Geometry, Orders, PagedScheduler, PagedWorker
+from async_cache.integrations.paged.orders import NO_BLOCK, Tables
+from tests.integrations.support import CHUNK, Request, Served, caches, geometry, until
+
+TOKENS = list(range(3 * CHUNK + 2))
+BLOCKS = [3, 4, 7, 2, 9, 11, 1]
+OTHER_BLOCKS = [12, 2, 5, 6, 1, 8, 3]
+
+
+class Engine:
+    """One scheduler, a worker for each rank, and steps."""
+
+    def __init__(self, server: Served, where: Geometry, *, filled: bool, saves: bool = True):
+        self.where = where
+        self.scheduler = PagedScheduler(BlockingClient(server.url).open(), where, saves=saves)
+        self.caches = [caches(where, filled=filled) for _ in range(where.layout.world_size)]
+        self.workers = [
+            PagedWorker(lambda: connect(server.url), where, pages, rank=rank) for rank, pages in enumerate(self.caches)
+        ]
+        self.failed: set[int] = set()
+
+    def close(self) -> None:
+        self.scheduler.close()
+        for worker in self.workers:
+            worker.close()
+
+    def step(self, scheduled: dict[str, int], tables: Tables, preempted: tuple[str, ...] = ()) -> Orders:
+        orders = self.scheduler.step(scheduled, lambda _: tables, preempted)
+        for worker in self.workers:
+            worker.preempted(orders.preempted)
+            worker.load(orders.loads)
+            worker.save(orders.saves)
+            worker.finish(orders.finished)
+        return orders
+
+    def save(self, request: Request, tables: Tables) -> None:
+        """Compute and save all of it, and finish it."""
+        self.scheduler.add(request, {}, 0, load=False)
+        self.step({request.request_id: request.num_tokens}, tables)
+        assert self.scheduler.finish(request.request_id)
+        self.step({}, tables)
+        for worker in self.workers:
+            assert until(worker.sent) == {request.request_id}
+
+    def match(self, request: Request, computed_tokens: int = 0) -> int:
+        answer = until(lambda: self.answered(request, computed_tokens))
+        assert answer[1] == bool(answer[0])
+        tokens: int = answer[0]
+        return tokens
+
+    def answered(self, request: Request, computed_tokens: int) -> tuple[int, bool] | None:
+        tokens, is_async = self.scheduler.match(request, computed_tokens)
+        return None if tokens is None else (tokens, is_async)
+
+    def load(self, request: Request, tables: Tables, tokens: int) -> None:
+        self.scheduler.place(request, lambda: tables, tokens)
+        self.step({}, tables)
+        for worker in self.workers:
+            received = until(lambda worker=worker: (r := worker.received()).request_ids and r)
+            assert received.request_ids == {request.request_id}
+            self.failed |= received.failed_blocks
+        self.scheduler.loaded([request.request_id])
+
+
+@pytest.fixture
+def engine(server: Served) -> Iterator[Callable[..., Engine]]:
+    with ExitStack() as stack:
+
+        def make(where: Geometry, *, filled: bool = False, saves: bool = True) -> Engine:
+            made = Engine(server, where, filled=filled, saves=saves)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def holds_nothing(server: Served) -> bool:
+    stats = server.stats()
+    return not (stats.requests or stats.leases or stats.reserved_bytes)
+
+
+def test_what_one_engine_saved_another_loads_into_other_blocks(server: Served, engine: Callable[..., Engine]) -> None:
+    where = geometry(world_size=2)
+    first, second = engine(where, filled=True), engine(where)
+    first.save(Request("a", TOKENS), (BLOCKS,))
+    server.forget()
+    request = Request("b", TOKENS)
+    second.scheduler.add(request, {}, 0, load=True)
+    assert second.match(request) == 3 * CHUNK
+    second.load(request, (OTHER_BLOCKS,), 3 * CHUNK)
+    assert not second.failed
+    for ours, theirs in zip(first.caches, second.caches, strict=True):
+        for layer in ours:
+            assert torch.equal(ours[layer][BLOCKS[:6]], theirs[layer][OTHER_BLOCKS[:6]])
+            assert not theirs[layer][OTHER_BLOCKS[6]].any()
+    until(lambda: holds_nothing(server))
+
+
+def test_what_the_engine_has_is_not_loaded_again(server: Served, engine: Callable[..., Engine]) -> None:
+    where = geometry()
+    first, second = engine(where, filled=True), engine(where)
+    first.save(Request("a", TOKENS), (BLOCKS,))
+    request = Request("b", TOKENS)
+    second.scheduler.add(request, {}, CHUNK + 4, load=True)
+    assert second.match(request, CHUNK + 4) == 2 * CHUNK - 4
+    second.load(request, (OTHER_BLOCKS,), 2 * CHUNK - 4)
+    for layer, pages in second.caches[0].items():
+        assert torch.equal(first.caches[0][layer][BLOCKS[3:6]], pages[OTHER_BLOCKS[3:6]])
+        assert not pages[OTHER_BLOCKS[:3]].any()
+
+
+def test_what_the_engine_has_lost_since_is_looked_up_again(server: Served, engine: Callable[..., Engine]) -> None:
+    where = geometry()
+    engine(where, filled=True).save(Request("a", TOKENS), (BLOCKS,))
+    second, request = engine(where), Request("b", TOKENS)
+    second.scheduler.add(request, {}, 2 * CHUNK, load=True)
+    assert second.match(request, 0) == 3 * CHUNK
+
+
+def test_a_window_is_saved_while_it_is_there_and_loaded_where_it_is_needed(
+    server: Served, engine: Callable[..., Engine]
+) -> None:
+    where = geometry(windows=(None, 1))
+    first, second = engine(where, filled=True), engine(where)
+    first.save(Request("a", TOKENS), (BLOCKS, BLOCKS))
+    first.save(Request("c", [9, *TOKENS]), (BLOCKS, [NO_BLOCK, *BLOCKS[1:]]))
+    assert server.stats().l1_chunks == 3 + 2
+    request = Request("b", TOKENS)
+    second.scheduler.add(request, {}, 0, load=True)
+    tables = (OTHER_BLOCKS, [NO_BLOCK] * 4 + OTHER_BLOCKS[4:])
+    second.load(request, tables, second.match(request))
+    pages = second.caches[0]
+    assert torch.equal(pages["0.0"][OTHER_BLOCKS[:6]], first.caches[0]["0.0"][BLOCKS[:6]])
+    assert torch.equal(pages["1.0"][OTHER_BLOCKS[4:6]], first.caches[0]["1.0"][BLOCKS[4:6]])
+    assert not pages["1.0"][[NO_BLOCK, *OTHER_BLOCKS[:4]]].any()
+
+
+def test_the_answer_waits_for_nothing(server: Served, engine: Callable[..., Engine]) -> None:
+    where = geometry()
+    engine(where, filled=True).save(Request("a", TOKENS), (BLOCKS,))
+    server.forget()
+    server.hold("lookup", "load")
+    second, request = engine(where), Request("b", TOKENS)
+    second.scheduler.add(request, {}, 0, load=True)
+    assert second.scheduler.match(request, 0) == (None, False)
+    server.release()
+    assert second.match(request) == 3 * CHUNK
+
+
+def test_a_miss_and_a_prompt_without_a_whole_chunk_hold_nothing(server: Served, engine: Callable[..., Engine]) -> None:
+    only = engine(geometry())
+    for tokens in (TOKENS, TOKENS[:CHUNK]):
+        request = Request(str(len(tokens)), tokens)
+        only.scheduler.add(request, {}, 0, load=True)
+        assert only.match(request) == 0
+    until(lambda: holds_nothing(server))
+
+
+def test_each_chunk_is_saved_once_also_of_what_is_generated(server: Served, engine: Callable[..., Engine]) -> None:
+    only, request = engine(geometry(), filled=True), Request("a", TOKENS[:10])
+    only.scheduler.add(request, {}, 0, load=False)
+    saved = []
+    for step in (6, 4, *[1] * 14):
+        orders = only.step({"a": step}, (BLOCKS,))
+        saved += [(order.start_chunk, len(order.prompt)) for order in orders.saves]
+        request.num_computed_tokens += step
+        if request.num_computed_tokens == request.num_tokens:
+            request.all_token_ids.append(TOKENS[request.num_tokens])
+    assert saved == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_a_preempted_request_is_looked_up_with_what_it_generated(server: Served, engine: Callable[..., Engine]) -> None:
+    only, request = engine(geometry(), filled=True), Request("a", TOKENS[:-CHUNK])
+    only.scheduler.add(request, {}, 0, load=True)
+    assert only.match(request) == 0
+    only.scheduler.place(request, lambda: (BLOCKS,), 0)
+    request.all_token_ids = TOKENS
+    only.step({"a": len(TOKENS)}, (BLOCKS,))
+    only.step({}, (BLOCKS,), preempted=("a",))
+    assert not only.workers[0].sent()
+    request.num_preemptions, request.num_computed_tokens = 1, 0
+    assert only.match(request) == 3 * CHUNK
+    only.load(request, (OTHER_BLOCKS,), 3 * CHUNK)
+    assert torch.equal(only.caches[0]["0.0"][BLOCKS[5]], only.caches[0]["0.0"][OTHER_BLOCKS[5]])
+    assert not only.scheduler.finish("a")  # its saves ended with the preemption
+    until(lambda: holds_nothing(server))
+
+
+@pytest.mark.parametrize("stage", ["lookup", "load", "loaded", "placed"])
+def test_an_abort_gives_back_everything_in_every_stage(
+    server: Served, engine: Callable[..., Engine], stage: str
+) -> None:
+    where = geometry()
+    engine(where, filled=True).save(Request("a", TOKENS), (BLOCKS,))
+    server.forget()
+    if stage in ("lookup", "load"):
+        server.hold(stage)
+    second, request = engine(where, saves=False), Request("b", TOKENS)
+    second.scheduler.add(request, {}, 0, load=True)
+    if stage in ("loaded", "placed"):
+        assert second.match(request) == 3 * CHUNK
+    if stage == "placed":
+        second.scheduler.place(request, lambda: (OTHER_BLOCKS,), 3 * CHUNK)
+        second.scheduler.finish("b")
+        second.step({}, (OTHER_BLOCKS,))
+        assert until(lambda: second.workers[0].received().request_ids) == {"b"}  # for the engine waits for it
+    else:
+        assert not second.scheduler.finish("b")
+    server.release()
+    until(lambda: holds_nothing(server))
+
+
+def test_blocks_that_a_load_does_not_fill_are_told(server: Served, engine: Callable[..., Engine]) -> None:
+    where = geometry()
+    engine(where, filled=True).save(Request("a", TOKENS), (BLOCKS,))
+    second, request = engine(where), Request("b", TOKENS)
+    second.scheduler.add(request, {}, 0, load=True)
+    tokens = second.match(request)
+    assert second.scheduler._records["b"].prefetch is not None
+    second.scheduler._client.end_request(second.scheduler._records["b"].prefetch.request_id)
+    second.load(request, (OTHER_BLOCKS,), tokens)
+    assert second.failed == set(OTHER_BLOCKS[:6])
+    assert second.scheduler.match(request, 0) == (0, False), "what failed is computed"
+
+
+def test_a_server_that_goes_away_is_one_line_and_a_miss(
+    server: Served, engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    only = engine(geometry())
+    server.stop()
+    until(lambda: only.scheduler._client._client._link is None)  # type: ignore[union-attr]
+    with caplog.at_level(logging.WARNING):
+        for n in range(3):
+            request = Request(str(n), TOKENS)
+            only.scheduler.add(request, {}, 0, load=True)
+            assert only.match(request) == 0
+    assert [record.message for record in caplog.records if "without the cache" in record.message][1:] == []
+
+
+class Scripted:
+    """A client whose futures are resolved by the test."""
+
+    def __init__(self) -> None:
+        self.prefetches: list[BlockingPrefetch] = []
+        self.ended: list[str] = []
+
+    def prefetch(self, prompt: object, *, skip_tokens: int) -> BlockingPrefetch:
+        self.prefetches.append(BlockingPrefetch(f"read-{len(self.prefetches)}", lambda _: None))
+        return self.prefetches[-1]
+
+    def end_request_nowait(self, request_id: str) -> None:
+        self.ended.append(request_id)
+
+    def close(self) -> None:
+        pass
+
+
+def hits(expected: float | None) -> LookupHits:
+    return LookupHits(
+        request_id="", start_chunk=0, chunks=3, tokens=24, l1_chunks=0, l2_chunks=3, found_chunks=3,
+        expected_load_seconds=expected,
+    )  # fmt: skip
+
+
+def result(chunks: int, seconds: float) -> LoadResult:
+    return LoadResult(request_id="", start_chunk=0, chunks=chunks, tokens=0, l1_chunks=0, l2_chunks=0, seconds=seconds)
+
+
+@pytest.fixture
+def scripted() -> Iterator[tuple[PagedScheduler, Scripted, list[float]]]:
+    client, now = Scripted(), [100.0]
+    scheduler = PagedScheduler(client, geometry(), threshold_seconds=0.1, clock=lambda: now[0])  # type: ignore[arg-type]
+    yield scheduler, client, now
+    scheduler.close()
+
+
+def test_a_load_gets_blocks_when_it_is_expected_to_end_within_the_threshold(
+    scripted: tuple[PagedScheduler, Scripted, list[float]],
+) -> None:
+    scheduler, client, now = scripted
+    request = Request("a", TOKENS)
+    scheduler.add(request, {}, 0, load=True)
+    client.prefetches[0].lookup_done.set_result(hits(expected=0.5))
+    answers = []
+    for _ in range(8):
+        answers.append(scheduler.match(request, 0)[0])
+        now[0] += 0.1
+    assert answers[:4] == [None] * 4 and answers[5] == 24
+    assert answers[7] is None, "the expectation has failed: the load may take any time"
+    client.prefetches[0].load_done.set_result(result(2, 0.8))
+    assert scheduler.match(request, 0) == (16, True)
+
+
+def test_a_load_of_which_nothing_is_known_gets_blocks_when_it_has_ended(
+    scripted: tuple[PagedScheduler, Scripted, list[float]],
+) -> None:
+    scheduler, client, _ = scripted
+    request = Request("a", TOKENS)
+    scheduler.add(request, {}, 0, load=True)
+    client.prefetches[0].lookup_done.set_result(hits(expected=None))
+    assert scheduler.match(request, 0) == (None, False)
+    client.prefetches[0].load_done.set_result(result(3, 1.0))
+    assert scheduler.match(request, 0) == scheduler.match(request, 0) == (24, True)
+
+
+def test_what_was_loaded_long_ago_is_asked_for_anew(scripted: tuple[PagedScheduler, Scripted, list[float]]) -> None:
+    scheduler, client, now = scripted
+    request = Request("a", TOKENS)
+    scheduler.add(request, {}, 0, load=True)
+    client.prefetches[0].lookup_done.set_result(hits(expected=0.0))
+    client.prefetches[0].load_done.set_result(result(3, 1.0))
+    now[0] += 40
+    assert scheduler.match(request, 0) == (None, False)
+    until(lambda: client.ended == ["read-0"])
+    client.prefetches[1].lookup_done.set_result(hits(expected=0.0))
+    client.prefetches[1].load_done.set_result(result(3, 0.0))
+    assert scheduler.match(request, 0) == (24, True)

@@ -1,0 +1,164 @@
+"""The part that knows vLLM; the rest is in `test_paged.py`, and `make e2e` runs the real engine."""
+
+import logging
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+torch = pytest.importorskip("torch")
+
+from vllm.config import KVTransferConfig  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole  # noqa: E402
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
+
+from async_cache import ConfigError  # noqa: E402
+from async_cache.integrations import vllm as connector  # noqa: E402
+from tests.integrations.support import BOUND_TOKEN, Request, Served, until  # noqa: E402
+
+FULL = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+WINDOW = SlidingWindowSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=300)
+
+
+def config(**parallel: int) -> Any:
+    sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "decode_context_parallel_size": 1}
+    sizes |= {"prefill_context_parallel_size": 1}
+    model = SimpleNamespace(
+        model="m", revision=None, dtype=torch.bfloat16, quantization=None, hf_overrides={}, get_head_size=lambda: 64
+    )
+    return SimpleNamespace(
+        model_config=model,
+        parallel_config=SimpleNamespace(**(sizes | parallel)),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        speculative_config=None,
+    )
+
+
+def cached(*specs: Any, replicas: int = 1) -> KVCacheConfig:
+    groups = [KVCacheGroupSpec([f"{n}.0", f"{n}.1"], spec) for n, spec in enumerate(specs)]
+    return KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups, kv_tp_replicas=replicas)
+
+
+def request(**more: Any) -> Any:
+    return SimpleNamespace(**({"mm_features": [], "lora_request": None, "cache_salt": None} | more))
+
+
+def test_groups_become_object_groups_with_their_windows() -> None:
+    where = connector.geometry(config(), cached(FULL, WINDOW), connector.Options())
+    full, window = where.layout.groups
+    assert full.shape == window.shape == (2, 2, 2 * 128 * 128)
+    assert (full.window_chunks, window.window_chunks) == (None, 2)
+    assert [pages.table for pages in where.pages] == [0, 1]
+
+
+def test_ranks_that_hold_the_same_are_readers_of_one() -> None:
+    layout = connector.geometry(config(tensor_parallel_size=8), cached(FULL, replicas=4), connector.Options()).layout
+    assert (layout.world_size, layout.readers_per_rank) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "says"),
+    [
+        (config(), {"chunk_tokens": 200}, "multiple of vLLM's block size 128"),
+        (config(pipeline_parallel_size=2), {}, "tensor parallelism only"),
+    ],
+)
+def test_what_is_not_supported_says_what_to_change(made: Any, options: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        connector.geometry(made, cached(FULL), connector.Options(**options))
+
+
+def test_layers_that_are_no_attention_are_not_supported() -> None:
+    state = MambaSpec(block_size=128, shapes=((2, 2),), dtypes=(torch.float32,))
+    with pytest.raises(ConfigError, match="MambaSpec"):
+        connector.geometry(config(), cached(FULL, state), connector.Options())
+
+
+def test_salt_lora_and_images_are_part_of_the_identity() -> None:
+    image = SimpleNamespace(mm_position=SimpleNamespace(offset=5), identifier="h" * 100)
+    other = SimpleNamespace(mm_position=SimpleNamespace(offset=2), identifier="hash")
+    lora = SimpleNamespace(lora_name="a\n" * 100)
+    made = connector.identity(request(mm_features=[image, other], lora_request=lora, cache_salt="tenant"))
+    layout = connector.geometry(config(), cached(FULL), connector.Options(chunk_tokens=128)).layout
+    tokens = list(range(128))
+    prompts = [layout.prompt(tokens, **made), layout.prompt(tokens, **connector.identity(request()))]
+    assert [offset for offset, _ in made["media"]] == [2, 5]
+    assert prompts[0].chunk_hashes != prompts[1].chunk_hashes
+    assert made["salt"] == "tenant"
+
+
+def made(caplog: pytest.LogCaptureFixture, role: KVConnectorRole, **options: Any) -> connector.AsyncCacheConnector:
+    whole = config()
+    whole.kv_transfer_config = KVTransferConfig(
+        kv_connector="AsyncCacheConnector",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config=options,
+    )
+    with caplog.at_level(logging.INFO, "async_cache"):
+        return connector.AsyncCacheConnector(whole, role, cached(FULL))
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Warnings of ours; vLLM's handlers may show them once more."""
+    ours = [r for r in caplog.records if r.name.startswith("async_cache") and r.levelno >= logging.WARNING]
+    return list(dict.fromkeys(record.message for record in ours))
+
+
+def asked(**more: Any) -> Any:
+    plain = {"prompt_embeds": None, "resumable": False, "skip_reading_prefix_cache": False}
+    tokens = Request("a", list(range(600)))
+    return request(
+        **plain, request_id="a", all_token_ids=tokens.all_token_ids, num_tokens=600, num_computed_tokens=0,
+        num_preemptions=0, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"url": "unix:///nowhere/s"}, "there is no server at unix:///nowhere/s"),
+        ({"chunk_tokens": 100}, "multiple of vLLM's block size 128"),
+        ({"chunk_size": 256}, "chunk_size"),
+        ({"url": 5}, "Expected `str | null`, got `int` - at `$.url`"),
+    ],
+)
+def test_what_can_not_be_used_is_one_line_and_vllm_serves_on(
+    caplog: pytest.LogCaptureFixture, options: Any, says: str
+) -> None:
+    side = made(caplog, KVConnectorRole.SCHEDULER, **options)
+    assert [says in line for line in lines(caplog)] == [True]
+    side.on_new_request(asked())
+    assert side.get_num_new_matched_tokens(asked(), 0) == (0, False)
+    assert side.build_connector_meta(SimpleNamespace()).orders == connector.Orders()
+    assert side.request_finished_all_groups(asked(), ([],)) == (False, None)
+    side.shutdown()
+    worker = made(caplog, KVConnectorRole.WORKER, **options)
+    worker.bind_connector_metadata(connector.Metadata(connector.Orders()))
+    worker.start_load_kv(None)
+    worker.wait_for_save()
+    assert not worker.get_transfer_results(set()).finished_recving
+    worker.shutdown()
+
+
+def test_a_salt_that_the_token_may_not_use_is_one_line(server: Served, caplog: pytest.LogCaptureFixture) -> None:
+    side = made(caplog, KVConnectorRole.SCHEDULER, url=server.url, token=BOUND_TOKEN)
+    try:
+        for salt, count in (("one", 0), ("other", 1), ("other", 1)):
+            side.on_new_request(asked(cache_salt=salt))
+            match = partial(side.get_num_new_matched_tokens, asked(), 0)
+            answer = until(lambda match=match: (a := match())[0] is not None and a)
+            assert answer == (0, False)
+            side.request_finished_all_groups(asked(), ([],))
+            assert len(lines(caplog)) == count
+    finally:
+        side.shutdown()
+    assert "the token is not for the salt 'other'" in lines(caplog)[0]
