@@ -64,6 +64,27 @@ async def ping(client, count=4000):
     return quantiles([await client.ping() for _ in range(count)])
 
 
+async def pings_beside_waits(client, waits=100, turns=8):
+    """A ping alone, and while others wait for a backend that is stuck, in turns."""
+    alone, beside = [], []
+    for turn in range(turns):
+        alone.append(await ping(client, 500))
+        names = [f"stuck-{turn}-{n}" for n in range(waits)]
+        for n, name in enumerate(names):
+            prompt = LAYOUT.prompt(tokens(turn * waits + n, 1))
+            assert (await client.prefetch(prompt, request_id=name).lookup_done).chunks == 1
+        waiting = [asyncio.ensure_future(client.query_status(name)) for name in names]
+        beside.append(await ping(client, 500))
+        assert not any(wait.done() for wait in waiting)
+        for name, wait in zip(names, waiting, strict=True):
+            wait.cancel()
+            await client.end_request(name)
+    return {
+        name: {figure: statistics.median(some[figure] for some in turns) for figure in turns[0]}
+        for name, turns in (("ping_idle", alone), ("ping_waiting", beside))
+    }
+
+
 async def store(client, prompt):
     async with client.store(prompt) as writer:
         for chunk in writer:
@@ -174,8 +195,8 @@ async def main():
     rows = {}
     with tempfile.TemporaryDirectory(prefix="kv-bench-") as directory:
         async with serving(directory) as (client, url, process, ready):
-            memory = psutil.Process(process.pid).memory_info()
-            rows["idle"] = {"ready_s": ready, "rss_mib_beyond_l1": (memory.rss - memory.shared) / 2**20}
+            beyond_l1 = psutil.Process(process.pid).memory_info().rss - (await client.stats()).l1_capacity_bytes
+            rows["idle"] = {"ready_s": ready, "rss_mib_beyond_l1": beyond_l1 / 2**20}
             rows["ping"] = await ping(client)
             prompts = {count: LAYOUT.prompt(tokens(count, count)) for count in COUNTS}
             for prompt in prompts.values():
@@ -188,14 +209,7 @@ async def main():
             rows["l2"] = [await hits(client, prompts[n], 100 if n <= 32 else 20) for n in COUNTS]
             rows["storing"] = await asyncio.to_thread(storing, url)
         async with serving(directory, STUCK) as (client, *_):
-            rows["ping_idle"] = await ping(client)
-            prefetches = [client.prefetch(LAYOUT.prompt(tokens(n, 1)), request_id=f"stuck-{n}") for n in range(100)]
-            assert all([(await prefetch.lookup_done).chunks == 1 for prefetch in prefetches])
-            waits = [asyncio.ensure_future(client.query_status(f"stuck-{n}")) for n in range(100)]
-            rows["ping_waiting"] = await ping(client)
-            assert not any(wait.done() for wait in waits)
-            for wait in waits:
-                wait.cancel()
+            rows |= await pings_beside_waits(client)
     print(json.dumps(rows))
 
 
