@@ -57,7 +57,7 @@ class Load:
 
     def block(self, url):
         """The same in a thread, with a client that is not asynchronous."""
-        with BlockingClient(url, heartbeat_seconds=None) as cache, suppress(ConnectionLostError):
+        with suppress(ConnectionLostError), BlockingClient(url, heartbeat_seconds=None) as cache:
             number = 0
             while True:
                 with suppress_all_but_loss():
