@@ -62,7 +62,10 @@ class AsyncCache:
         if self._used:
             raise CacheClosedError("a cache is opened once")
         self._used = True
-        arena = Arena(self._config.l1_bytes // PAGE_BYTES * PAGE_BYTES)
+        try:
+            arena = Arena(self._config.l1_bytes // PAGE_BYTES * PAGE_BYTES)
+        except OSError as error:
+            raise ConfigError(f"l1_bytes {self._config.l1_bytes}: {error.strerror}") from error
         try:
             for begin in range(0, arena.size_bytes, _POPULATE_BYTES):
                 await asyncio.to_thread(arena.populate, begin, min(begin + _POPULATE_BYTES, arena.size_bytes))
@@ -157,6 +160,10 @@ class AsyncCache:
     async def query_status(self, request_id: str) -> LoadResult:
         """Await `load_done` and claim the result, which is handed out once. Raises UnknownRequestError."""
         return await self._open.controller.query_status(check_request_id(request_id, _MAX_REQUEST_ID))
+
+    def unclaim(self, request_id: str) -> None:
+        """Give back a result that was claimed for somebody who does not know of it: it is handed out once more."""
+        self._open.controller.unclaim(check_request_id(request_id, _MAX_REQUEST_ID))
 
     async def renew(self, request_id: str) -> None:
         """Let the request's time begin anew. Raises UnknownRequestError."""

@@ -13,7 +13,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from async_cache.address import Address, default_url
+from async_cache.address import Address
 from async_cache.client.client import CacheClient, connect
 from async_cache.config import CacheConfig, Given, ServerConfig
 from async_cache.errors import AsyncCacheError, ConfigError
@@ -176,7 +176,7 @@ def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], 
             raise ConfigError(f"can not read the token in {token_file}: {error}") from error
 
     async def run() -> None:
-        async with connect(url or default_url(), token=token) as client:
+        async with connect(url or ServerConfig.load().listen[0], token=token) as client:
             await use(client)
 
     uvloop.run(run())

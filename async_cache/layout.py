@@ -24,6 +24,8 @@ PAGE_BYTES = 4096
 HASH_AT_ONCE_TOKENS = 32_768  # a quarter of a millisecond; a longer prompt is hashed when it is first used
 MAX_OBJECTS_PER_CHUNK = 4096
 MAX_OBJECT_BYTES = 2**32
+MAX_DIMENSIONS = 32
+MAX_NAME = 1024
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class ObjectGroup:
 
     def __post_init__(self) -> None:
         shape = tuple(self.shape)
-        if not shape or any(type(n) is not int or n < 1 for n in shape):
-            raise ValueError(f"shape must be positive integers, not {self.shape!r}")
+        if not 0 < len(shape) <= MAX_DIMENSIONS or any(type(n) is not int or n < 1 for n in shape):
+            raise ValueError(f"shape must be 1 to {MAX_DIMENSIONS} positive integers, not {self.shape!r}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(sorted(DTYPE_BYTES))}")
         if math.prod(shape) * DTYPE_BYTES[self.dtype] > MAX_OBJECT_BYTES:
@@ -73,7 +75,8 @@ class ModelLayout:
 
     def __post_init__(self) -> None:
         for name in ("model", "revision"):
-            keys.check_text(name, getattr(self, name))
+            if len(keys.check_text(name, getattr(self, name))) > MAX_NAME:
+                raise ValueError(f"{name} has more than {MAX_NAME} bytes")
         if not self.model:
             raise ValueError("model must not be empty")
         for name in ("chunk_tokens", "world_size", "readers_per_rank"):
@@ -354,5 +357,5 @@ def _check_count(name: str, value: int | None, *, optional: bool = False) -> Non
         return
     if type(value) is not int:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}")
+    if not 1 <= value < 2**32:
+        raise ValueError(f"{name} must be at least 1, and less than 2**32, not {value}")

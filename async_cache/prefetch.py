@@ -319,6 +319,12 @@ class PrefetchController:
             self._end(request)
         return result
 
+    def unclaim(self, request_id: str) -> None:
+        """Who has claimed it never came to know of it: it may be claimed again. One that is over stays so."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            request.claimed = False
+
     async def enter(self, request_id: str, rank: int, reader: int) -> Request:
         """Begin to read, once the load is done."""
         request = self._known(request_id)

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -67,6 +68,7 @@ class BlockingClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._prefetches: dict[BlockingPrefetch, Prefetch] = {}
+        self._pid = os.getpid()
         self._ends: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
         self._lock = threading.Lock()
@@ -87,6 +89,8 @@ class BlockingClient:
     def close(self) -> None:
         """As `CacheClient.close`; idempotent."""
         loop, thread = self._loop, self._thread
+        if self._pid != os.getpid():
+            return
         if loop is not None and thread is not None and thread.is_alive():
             self._post(self._closing.set)
             thread.join()
@@ -138,8 +142,12 @@ class BlockingClient:
             return self._accepts
 
     def _open_client(self) -> CacheClient:
+        if self._pid != os.getpid():
+            raise CacheClosedError("the client was opened before a fork: open another one in the child")
         if self._client is None:
-            raise CacheClosedError("the client is not open: use `with`, or `open`")
+            raise CacheClosedError(
+                "the client was closed" if self._thread is not None else "the client is not open: use `with`, or `open`"
+            )
         return self._client
 
     def _wait(
@@ -161,7 +169,7 @@ class BlockingClient:
         except concurrent.futures.CancelledError:
             raise CacheClosedError("the client was closed") from None
         except TimeoutError:
-            if outcome.done():  # with a value, or its own error
+            if not outcome.cancel():  # there is a value after all, or its own error
                 return outcome.result()
             raise
         finally:
@@ -234,7 +242,7 @@ class BlockingClient:
     def query_status(self, request_id: str, *, timeout_seconds: float | None = None) -> LoadResult:
         """As `CacheClient.query_status`."""
         client = self._open_client()
-        return self._wait(client.query_status(request_id), timeout_seconds, client.give_back)
+        return self._wait(client.query_status(request_id), timeout_seconds, client.unclaim)
 
     def read(
         self, request_id: str, *, rank: int = 0, reader: int = 0, timeout_seconds: float | None = None
@@ -246,7 +254,9 @@ class BlockingClient:
     def store(self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0) -> RemoteWriter:
         """As `CacheClient.store`, entered: leave it by `with`, or by `close`. Chunks are committed from any thread."""
         writer = self._open_client().store(prompt, rank=rank, start_chunk=start_chunk)
-        return self._wait(_entered(writer), give_back=RemoteWriter.close)
+        entered = self._wait(_entered(writer), give_back=RemoteWriter.close)
+        entered.on_exit = lambda: self._wait(entered.settled())
+        return entered
 
     def renew(self, request_id: str) -> None:
         """As `CacheClient.renew`."""
@@ -260,7 +270,7 @@ class BlockingClient:
         """The same, without waiting for the server; where there is none, or the client is closed, nothing is held."""
         check_request_id(request_id, MAX_REQUEST_ID)
         client = self._client
-        if client is not None:
+        if client is not None and self._pid == os.getpid():
             self._post(self._end, client, request_id)
 
     def _end(self, client: CacheClient, request_id: str) -> None:

@@ -34,6 +34,7 @@ _FIRST_DELAY_SECONDS = 0.02
 _LONGEST_DELAY_SECONDS = 1.0
 _ATTEMPT_SECONDS = 5.0
 _CLOSE_SECONDS = 5.0
+_LAST_CHANCE_SECONDS = 0.05
 
 A = TypeVar("A")
 
@@ -195,6 +196,8 @@ class CacheClient:
                 continue
             heard = (link, link.connection.received_frames)
             if heard == asked:
+                await asyncio.sleep(_LAST_CHANCE_SECONDS)  # where this loop was held, its answer is there, unread
+            if heard == asked and link.connection.received_frames == heard[1]:
                 link.abort(f"the server has not answered for {seconds} s")
             else:
                 link.tell(messages.Ping(link.number()))
@@ -278,10 +281,10 @@ class CacheClient:
         check_request_id(request_id, MAX_REQUEST_ID)
         return await (await self._ready()).claim(request_id)
 
-    def give_back(self, result: LoadResult) -> None:
-        """It was claimed by somebody who does not wait any more: it is for who asks next."""
+    def unclaim(self, result: LoadResult) -> None:
+        """Give back a result that nobody waits for any more: it is handed out once more."""
         if self._link is not None:
-            self._link.give_back(result)
+            self._link.unclaim(result.request_id)
 
     async def renew(self, request_id: str) -> None:
         """As `AsyncCache.renew`."""
@@ -293,7 +296,7 @@ class CacheClient:
         self._check_open()
         check_request_id(request_id, MAX_REQUEST_ID)
         if self._link is not None:
-            self._link.requests.pop(request_id, None)
+            self._link.freed(request_id)
             await self._ask(messages.Done, lambda number: messages.EndRequest(number, request_id))
 
     # Reading and writing.

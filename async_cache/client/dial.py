@@ -3,12 +3,13 @@
 import asyncio
 import os
 import socket
+import struct
 from contextlib import suppress
 
 from async_cache.address import Address
 from async_cache.client.link import Link, Lost
 from async_cache.client.memory import Segment
-from async_cache.errors import AsyncCacheError, ConnectionLostError
+from async_cache.errors import AccessDeniedError, AsyncCacheError, ConnectionLostError
 from async_cache.l1.arena import map_read_only
 from async_cache.protocol.greeting import greet
 from async_cache.protocol.messages import Hello
@@ -23,17 +24,19 @@ async def dial(address: Address, hello: Hello, lost: Lost, timeout_seconds: floa
         raise ConnectionLostError(f"no answer from {address} within {timeout_seconds:.3g} s") from error
     except AsyncCacheError:
         raise
-    except OSError as error:
-        reason = error.strerror or error
+    except (FileNotFoundError, ConnectionRefusedError) as error:
         raise ConnectionLostError(
-            f"there is no server at {address}: {reason}; `async-cache serve` starts one"
+            f"there is no server at {address}: {error.strerror}; `async-cache serve` starts one"
         ) from error
+    except OSError as error:
+        raise ConnectionLostError(f"can not connect to {address}: {error.strerror or error}") from error
 
 
 async def _dial(address: Address, hello: Hello, lost: Lost) -> Link:
     sock = await _connect(address)
     segment = None
     try:
+        _check_owner(sock)
         segment = Segment() if address.path else None
         welcome, arena_fd = await greet(sock, hello, segment.fd if segment is not None else None)
         arena = None
@@ -77,3 +80,11 @@ async def _connect(address: Address) -> socket.socket:
             raise
         sock.close()
     raise OSError("the host has no address")
+
+
+def _check_owner(sock: socket.socket) -> None:
+    """Whoever makes a socket in a directory that is open to all would be told tokens and prompts."""
+    if sock.family == socket.AF_UNIX:
+        _, owner, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        if owner not in (0, os.getuid()):
+            raise AccessDeniedError(f"the server at this socket runs as another user, number {owner}")

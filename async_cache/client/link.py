@@ -3,27 +3,42 @@
 import asyncio
 import itertools
 import logging
+import os
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from async_cache.client.memory import Segment
-from async_cache.errors import ConnectionLostError, ProtocolError, UnknownRequestError
+from async_cache.errors import ConnectionLostError, LimitError, ProtocolError, UnknownRequestError
 from async_cache.layout import ModelLayout, Prompt
 from async_cache.promise import Prefetch, Promise
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
-from async_cache.protocol.messages import Decoder, Message, encode, error_of
+from async_cache.protocol.messages import MAX_CHUNKS, Decoder, Message, encode, error_of
 from async_cache.protocol.prompts import describe, layout_of, pack
 from async_cache.values import LoadResult, LookupHits
 
 A = TypeVar("A")
 
+_links: "weakref.WeakSet[Link]" = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """A forked child has its parent's sockets, and would keep the connections alive beyond the parent."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for link in _links:
+        for descriptor in link.descriptors():
+            os.dup2(null, descriptor, inheritable=False)  # the number stays taken: who closes it closes nothing else
+    os.close(null)
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
 log = logging.getLogger(__name__)
 
 Lost = Callable[[Exception], None]
 
-_MAX_UNCLAIMED = 1024
 _decoder = Decoder(messages.Answer)
 
 
@@ -67,13 +82,25 @@ class RemoteRequest:
 
 
 class StatusQuery:
-    """Those of one client who wait for one result: the first of them takes it, and the others hear at once."""
+    """Those of one client who wait for one result: the first of them takes it, and then the others hear of it.
 
-    __slots__ = ("number", "waiters")
+    Who is cancelled when it has come passes it on; the last one gives it back to the server.
+    """
 
-    def __init__(self, number: int):
-        self.number = number
-        self.waiters: list[asyncio.Future[None]] = []
+    __slots__ = ("result", "waiters")
+
+    def __init__(self) -> None:
+        self.result: LoadResult | None = None
+        self.waiters: list[asyncio.Future[LoadResult]] = []
+
+    def pass_on(self) -> bool:
+        """Give the result to the first who still waits. False if there is none."""
+        assert self.result is not None
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(self.result)
+                return True
+        return False
 
 
 class Incoming:
@@ -103,7 +130,9 @@ class Link:
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._prefetches: dict[int, RemoteRequest] = {}
         self._queries: dict[str, StatusQuery] = {}
-        self._unclaimed: dict[str, LoadResult] = {}
+        self._query_numbers: dict[StatusQuery, int] = {}
+        self._refused: dict[int, Exception] = {}  # layouts that the server did not register
+        self._registrations: dict[int, int] = {}  # of layouts, by the number of the message
         self._incoming: dict[int, Incoming] = {}
         self._layouts: list[ModelLayout] = []
         self._layout_numbers: dict[ModelLayout, int] = {}
@@ -111,8 +140,14 @@ class Link:
         self._reason: Exception | None = None
         self._gone = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        _links.add(self)
 
     # Asking.
+
+    def descriptors(self) -> list[int]:
+        """Of the socket and the segment, as long as they are open."""
+        segment = [self.segment.fd] if self.segment is not None and not self._gone.is_set() else []
+        return self.connection.descriptors() + segment
 
     def number(self) -> int:
         """Of the next request."""
@@ -124,7 +159,13 @@ class Link:
         if number is None:
             number = self._layout_numbers[prompt.layout] = len(self._layouts)
             self._layouts.append(prompt.layout)
-            self.connection.send(messages.RegisterLayout(self.number(), number, describe(prompt.layout)))
+            registration = messages.RegisterLayout(self.number(), number, describe(prompt.layout))
+            self._registrations[registration.number] = number
+            self.connection.send(registration)
+        if number in self._refused:
+            raise self._refused[number].with_traceback(None)
+        if len(prompt) > MAX_CHUNKS:
+            raise LimitError(f"a prompt has at most {MAX_CHUNKS} chunks, not {len(prompt)}")
         return pack(prompt, number, trusted=self._trusted and prompt.hashed)
 
     async def hashed(self, prompt: Prompt) -> messages.WirePrompt:
@@ -165,49 +206,55 @@ class Link:
         return acquired, self.arena if self.arena is not None else memoryview(b"")
 
     async def claim(self, request_id: str) -> LoadResult:
-        """Wait for the result of a request, and take it. What comes when nobody waits any more is for who asks next."""
-        if request_id not in self._unclaimed:
-            await self._answered_query(request_id)
-        result = self._unclaimed.pop(request_id, None)
-        if result is None:
-            raise UnknownRequestError(f"request {request_id!r} was claimed or ended")
-        return result
-
-    async def _answered_query(self, request_id: str) -> None:
+        """Wait for the result of a request, and take it."""
         query = self._queries.get(request_id)
         if query is None:
-            query = self._queries[request_id] = StatusQuery(self.number())
-            answer = self.send(messages.QueryPrefetchStatus(query.number, request_id))
+            number = self.number()
+            answer = self.send(messages.QueryPrefetchStatus(number, request_id))
+            query = self._queries[request_id] = StatusQuery()
             answer.add_done_callback(partial(self._claimed, request_id, query))
-        waiter: asyncio.Future[None] = self._loop.create_future()
+            self._query_numbers[query] = number
+        waiter: asyncio.Future[LoadResult] = self._loop.create_future()
         query.waiters.append(waiter)
         try:
-            await waiter
+            result = await waiter
         except asyncio.CancelledError:
-            if self._queries.get(request_id) is query and all(other.done() for other in query.waiters):
-                del self._queries[request_id]
-                self.tell(messages.Cancel(self.number(), query.number))
+            query.waiters.remove(waiter)
+            if query.result is not None:
+                if waiter.done() and not waiter.cancelled() and not query.pass_on():
+                    self.unclaim(request_id)
+            elif not query.waiters:
+                self._forget_query(request_id, query)
+                self.tell(messages.Cancel(self.number(), self._query_numbers.pop(query)))
             raise
+        for other in query.waiters:
+            _break(other, UnknownRequestError(f"request {request_id!r} was claimed or ended"))
+        return result
 
     def _claimed(self, request_id: str, query: StatusQuery, answer: "asyncio.Future[Any]") -> None:
+        self._forget_query(request_id, query)
+        self._query_numbers.pop(query, None)
+        error = answer.exception()
+        if error is not None:
+            for waiter in query.waiters:
+                _break(waiter, error)
+            return
+        query.result = answer.result().result
+        if not query.pass_on():
+            self.unclaim(request_id)
+
+    def _forget_query(self, request_id: str, query: StatusQuery) -> None:
         if self._queries.get(request_id) is query:
             del self._queries[request_id]
-        error = answer.exception()
-        if error is None:
-            self.give_back(answer.result().result)
-            if (request := self.requests.get(request_id)) is not None:
-                request.claimed = True
-        for waiter in query.waiters:
-            if error is not None:
-                _break(waiter, error)
-            elif not waiter.done():
-                waiter.set_result(None)
 
-    def give_back(self, result: LoadResult) -> None:
-        """A result that was claimed: it is for who asks next."""
-        self._unclaimed[result.request_id] = result
-        if len(self._unclaimed) > _MAX_UNCLAIMED:
-            del self._unclaimed[next(iter(self._unclaimed))]
+    def unclaim(self, request_id: str) -> None:
+        """Give back a result that nobody waits for any more: it is for who asks next, through whatever client."""
+        self.tell(messages.Unclaim(self.number(), request_id))
+
+    def freed(self, request_id: str) -> None:
+        """The id is to be used anew: who waits for the old request hears of its end, and of no other's."""
+        self.requests.pop(request_id, None)
+        self._queries.pop(request_id, None)
 
     def tell(self, message: Message) -> None:
         """Send a request of which the answer does not matter."""
@@ -216,7 +263,7 @@ class Link:
     def prefetch(self, request: RemoteRequest, skip_tokens: int, deadline_seconds: float | None) -> None:
         """Begin one; its record is told what comes of it."""
         number = request.number = self.number()
-        self._unclaimed.pop(request.request_id, None)
+        self.freed(request.request_id)
         everywhere = len(request.ranks) == request.prompt.layout.world_size
         ranks = None if everywhere else list(request.ranks)
         prompt = self.prompt(request.prompt)
@@ -250,6 +297,9 @@ class Link:
                 request.result.resolve(answer.result)
         elif kind is messages.RequestOver:
             self._forget(answer.number)
+        elif kind is messages.RequestClaimed:
+            if (request := self._prefetches.get(answer.number)) is not None:
+                request.claimed = answer.claimed
         elif kind is messages.ReadData:
             self._take(answer)
         elif kind is messages.StoreClosed:
@@ -276,6 +326,9 @@ class Link:
         if not answer.number:
             self._reason = ConnectionLostError(f"the server closed the connection: {error}")
             return
+        layout = self._registrations.pop(answer.number, None)
+        if layout is not None:
+            self._refused[layout] = error
         waiting = self._waiting.pop(answer.number, None)
         if waiting is not None:
             _break(waiting, error)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from async_cache.client.link import Link
 from async_cache.client.memory import Block
-from async_cache.errors import ConnectionLostError, WriterClosedError
+from async_cache.errors import AsyncCacheError, ConnectionLostError, WriterClosedError
 from async_cache.layout import ModelLayout, Prompt
 from async_cache.protocol import messages
 from async_cache.protocol.frames import DATA_BYTES
@@ -110,6 +110,8 @@ class RemoteWriter(Scoped[RemoteChunk]):
         self._number = 0
         self._is_open = False
         self._commits: set[asyncio.Future[Any]] = set()
+        self.on_exit: Callable[[], object] = lambda: None
+        """Called where it is left by `with`: a blocking client waits there for what was committed."""
 
     def close(self) -> None:
         """Discard what was not committed. May be called more than once."""
@@ -159,6 +161,16 @@ class RemoteWriter(Scoped[RemoteChunk]):
     ) -> None:
         """Close, and wait for the server: what was committed can then be found over every connection."""
         self.close()
+        await self.settled()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        self.on_exit()
+
+    async def settled(self) -> None:
+        """Return when the server has answered all commits."""
         if self._commits:
             await asyncio.wait(self._commits)
 
@@ -179,7 +191,8 @@ class RemoteWriter(Scoped[RemoteChunk]):
         message = messages.CommitStore(link.number(), self._number, chunk.position, chunk.offset)
         try:
             answer = link.send(message)
-        except ConnectionLostError:
+        except AsyncCacheError as error:  # the connection is lost, or being closed
+            log.warning("a chunk could not be committed: %s", error)
             return
         link.commits.add(answer)
         self._commits.add(answer)

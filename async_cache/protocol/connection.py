@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from async_cache.errors import AsyncCacheError, ConnectionLostError
@@ -10,6 +11,8 @@ from async_cache.protocol.frames import FrameReader, frame
 from async_cache.protocol.messages import Decoder, Message, encode, failed
 
 log = logging.getLogger(__name__)
+
+_MESSAGES_AT_ONCE = 128
 
 
 class Connection(asyncio.Protocol):
@@ -32,6 +35,11 @@ class Connection(asyncio.Protocol):
         self._lost = lost
         self._stall_seconds = stall_seconds
         self._frames = FrameReader()
+        self._arrived: deque[bytes] = deque()  # data that was not looked at yet
+        self._payloads: Iterator[memoryview] = iter(())  # of the data that is looked at now
+        self._reading = True
+        self._held_up = False
+        self._takes_turns = False  # what is left is taken in the loop's next turn
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
         self._closing = False
@@ -44,6 +52,11 @@ class Connection(asyncio.Protocol):
     def is_open(self) -> bool:
         """Whether messages can be sent."""
         return self._transport is not None and not self._closing
+
+    def descriptors(self) -> list[int]:
+        """Of the socket, as long as it is open."""
+        sock = self._transport.get_extra_info("socket") if self._transport is not None else None
+        return [sock.fileno()] if sock is not None else []
 
     def send(self, message: Message) -> None:
         """Send a message with the others of this step of the loop; nothing if the connection is not open."""
@@ -93,28 +106,67 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        self._arrived.append(data)
+        if not self._takes_turns:
+            self._take()
+
+    def _take(self) -> None:
+        """Hand on what has arrived: so much at a time that other connections have their turn."""
+        self._takes_turns = False
+        left = _MESSAGES_AT_ONCE
         try:
-            for payload in self._frames.feed(data):
-                if self._closing:
-                    return
-                self.received_frames += 1
-                self._received(self._decoder.decode(payload))
+            while not self._closing and not self._held_up:
+                if not left:
+                    self._takes_turns = True
+                    self._loop.call_soon(self._take)
+                    break
+                payload = next(self._payloads, None)
+                if payload is not None:
+                    left -= 1
+                    self.received_frames += 1
+                    self._received(self._decoder.decode(payload))
+                elif self._arrived:
+                    self._payloads = self._frames.feed(self._arrived.popleft())
+                else:
+                    break
         except AsyncCacheError as error:
             self.fail(error)
         except Exception as error:
             log.exception("a message could not be handled")
             self.fail(error)
+        self._update_reading()
+
+    def hold_up(self) -> None:
+        """Receive nothing more until `go_on`."""
+        self._held_up = True
+
+    def go_on(self) -> None:
+        """Receive again, beginning with what has arrived already."""
+        if self._held_up:
+            self._held_up = False
+            if not self._takes_turns:
+                self._take()
+
+    def _update_reading(self) -> None:
+        """Read from the peer only what can be handled, and only from one that reads: memory has a bound."""
+        stalled = self._stall_seconds is not None and self._resumed is not None
+        wanted = not (self._held_up or self._takes_turns or stalled)
+        if wanted != self._reading and self._transport is not None and not self._closing:
+            self._reading = wanted
+            if wanted:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
 
     def pause_writing(self) -> None:
         self._resumed = asyncio.Event()
-        if self._stall_seconds is not None and self._transport is not None and not self._closing:
-            self._transport.pause_reading()
+        if self._stall_seconds is not None and not self._closing:
             self._giving_up = self._loop.call_later(self._stall_seconds, self.abort)
+        self._update_reading()
 
     def resume_writing(self) -> None:
         self._end_pause()
-        if self._stall_seconds is not None and self._transport is not None and not self._closing:
-            self._transport.resume_reading()
+        self._update_reading()
 
     def _end_pause(self) -> None:
         resumed, self._resumed = self._resumed, None
@@ -128,6 +180,8 @@ class Connection(asyncio.Protocol):
         self._closing = True
         self._transport = None
         self._out.clear()
+        self._arrived.clear()
+        self._payloads = iter(())
         self._end_pause()
         if self._giving_up is not None:
             self._giving_up.cancel()

@@ -28,6 +28,8 @@ from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, Loo
 
 VERSION = 1
 DIGEST_BYTES = 32
+MAX_CHUNKS = 2**17
+"""Of the prompt in one message."""
 
 Number = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -96,7 +98,7 @@ class Digests(Message):
     root: Digest
     tokens: Count
     salt: Label
-    chunk_hashes: Annotated[bytes, Meta(max_length=DIGEST_BYTES * 2**17)]
+    chunk_hashes: Annotated[bytes, Meta(max_length=DIGEST_BYTES * MAX_CHUNKS)]
 
 
 class TokenIds(Message):
@@ -125,7 +127,7 @@ class EngineDigests(Message):
     layout: Index
     salt: Label
     adapter: Label
-    digests: Annotated[list[bytes], Meta(max_length=2**15)]
+    digests: Annotated[list[bytes], Meta(max_length=MAX_CHUNKS)]
 
 
 WirePrompt = Digests | TokenIds | Blocks | EngineDigests
@@ -172,6 +174,13 @@ class QueryPrefetchLookupHits(Message):
 
 class QueryPrefetchStatus(Message):
     """Wait for the load of a request, and claim it. Answered by Loaded."""
+
+    number: Number
+    request_id: RequestId
+
+
+class Unclaim(Message):
+    """Give back a result that came when nobody waited for it any more: it is for who asks next. Answered by Done."""
 
     number: Number
     request_id: RequestId
@@ -290,6 +299,7 @@ Request = (
     | Cancel
     | QueryPrefetchLookupHits
     | QueryPrefetchStatus
+    | Unclaim
     | Lookup
     | AcquireRead
     | ReleaseRead
@@ -342,6 +352,13 @@ class RequestOver(Message):
     """Pushed: the request of a prefetch is over, and its id is free."""
 
     number: int
+
+
+class RequestClaimed(Message):
+    """Pushed: the result of a prefetch was handed out, to whoever, or given back."""
+
+    number: int
+    claimed: bool
 
 
 class Hits(Message):
@@ -425,6 +442,7 @@ Answer = (
     | LookupDone
     | LoadDone
     | RequestOver
+    | RequestClaimed
     | Hits
     | Loaded
     | ReadAcquired

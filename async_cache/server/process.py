@@ -15,6 +15,7 @@ import msgspec
 from async_cache.address import Address
 from async_cache.cache import AsyncCache
 from async_cache.config import CacheConfig, ServerConfig
+from async_cache.server.listener import Listener
 from async_cache.server.server import Server
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,10 @@ async def serve(
 
 
 async def _open(stack: AsyncExitStack, cache_config: CacheConfig, server_config: ServerConfig) -> Server:
+    for url in server_config.listen:
+        Listener(
+            Address.parse(url)
+        ).close()  # it is known at once where this can not be, and not after the memory is there
     cache = await stack.enter_async_context(AsyncCache(cache_config))
     return await stack.enter_async_context(Server(cache, server_config))
 

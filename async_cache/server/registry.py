@@ -14,6 +14,9 @@ class Holder(Protocol, Hashable):
     def request_over(self, number: int) -> None:
         """The request of its prefetch of that number is over."""
 
+    def request_claimed(self, number: int, *, claimed: bool) -> None:
+        """Its result was handed out, or given back."""
+
 
 class Registry:
     """Requests by their holders: a request ends with the last of them."""
@@ -34,6 +37,16 @@ class Registry:
         if not holders:
             del self._holders[request_id]
         return not holders
+
+    def claimed(self, request_id: str) -> None:
+        """Its result was handed out."""
+        for holder, number in self._holders.get(request_id, ()):
+            holder.request_claimed(number, claimed=True)
+
+    def unclaimed(self, request_id: str) -> None:
+        """It was given back."""
+        for holder, number in self._holders.get(request_id, ()):
+            holder.request_claimed(number, claimed=False)
 
     def _over(self, request_id: str) -> None:
         for holder, number in self._holders.pop(request_id, ()):

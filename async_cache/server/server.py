@@ -1,7 +1,6 @@
 """Accepts connections, and ends them."""
 
 import asyncio
-import errno
 import logging
 import os
 import socket
@@ -27,7 +26,7 @@ from async_cache.server.session import Session
 log = logging.getLogger(__name__)
 
 _COPIERS = 2
-_RETRY_SECONDS = 0.1  # where there are no file descriptors left
+_RETRY_SECONDS = 0.1  # where there are no file descriptors left, for one
 _TELL_SECONDS = 0.5  # for the open connections to take their last message
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
@@ -108,9 +107,7 @@ class Server:
             try:
                 sock, _ = await loop.sock_accept(listener.socket)
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
-                log.warning("no connection can be accepted: %s", error.strerror)
+                log.warning("a connection could not be accepted: %s", error.strerror)
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             self._greeting += 1

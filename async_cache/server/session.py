@@ -1,13 +1,11 @@
 """One connection: what it asks for, what it holds, and what is given back when it ends.
 
 What needs no waiting is answered in the step in which it came, in order; what waits is a task, and holds up nothing
-behind it. Only a commit holds up what came behind it on its connection, until its bytes are copied: whoever commits a
-chunk and then asks for it finds it.
+behind it.
 """
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from functools import partial
@@ -58,7 +56,7 @@ class Session:
         mapped: bool,
         closed: "Callable[[Session], None]",
     ):
-        self.connection = Connection(_decoder, self._received, self._lost, stall_seconds=config.stall_timeout_seconds)
+        self.connection = Connection(_decoder, self._handle, self._lost, stall_seconds=config.stall_timeout_seconds)
         self._cache = cache
         self._registry = registry
         self._max_requests = config.max_requests
@@ -70,22 +68,11 @@ class Session:
         self._layout_objects = 0
         self._prefetches: dict[int, Prefetch] = {}
         self._reads = Reads(self.connection, cache.memory, mapped=mapped)
-        self._stores = Stores(segment, copiers, self.connection.send)
+        self._stores = Stores(segment, copiers, self.connection)
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._held_up: deque[Message] = deque()
         self._left = asyncio.Event()
 
     # Messages, as they come.
-
-    def _received(self, message: Any) -> None:
-        if isinstance(message, messages.Ping):
-            self._done(message)
-        elif self._held_up or (self._stores.copying and not isinstance(message, messages.CommitStore)):
-            if len(self._held_up) >= self._max_requests:
-                raise LimitError("too many messages wait for a commit")
-            self._held_up.append(message)
-        else:
-            self._handle(message)
 
     def _handle(self, message: Any) -> None:
         try:
@@ -198,6 +185,10 @@ class Session:
         del self._prefetches[number]
         self.connection.send(messages.RequestOver(number))
 
+    def request_claimed(self, number: int, *, claimed: bool) -> None:
+        """The result of this prefetch was handed out, or given back, by whoever's doing."""
+        self.connection.send(messages.RequestClaimed(number, claimed))
+
     def _cancel(self, message: messages.Cancel) -> None:
         """Also what was done already, but is not known yet to whoever gives it up."""
         if (prefetch := self._prefetches.get(message.call)) is not None:
@@ -215,7 +206,16 @@ class Session:
 
     def _query_status(self, message: messages.QueryPrefetchStatus) -> None:
         call = self._cache.query_status(self._scope + message.request_id)
-        self._wait_for(message, call, lambda number, result: messages.Loaded(number, self._unscoped(result)))
+        self._wait_for(message, call, self._loaded)
+
+    def _loaded(self, number: int, result: LoadResult) -> Message:
+        self._registry.claimed(result.request_id)
+        return messages.Loaded(number, self._unscoped(result))
+
+    def _unclaim(self, message: messages.Unclaim) -> None:
+        self._cache.unclaim(self._scope + message.request_id)
+        self._registry.unclaimed(self._scope + message.request_id)
+        self._done(message)
 
     def _lookup(self, message: messages.Lookup) -> None:
         self._wait_for(message, self._cache.lookup(self._prompt(message.prompt)), messages.Hits)
@@ -263,15 +263,10 @@ class Session:
         self._stores.commit(message, partial(self._committed, message))
 
     def _committed(self, message: messages.CommitStore, error: Exception | None) -> None:
-        """Answer, and go on with what waited for it."""
         if error is None:
             self._done(message)
         else:
             self._fail(message, error)
-        while self._held_up and self.connection.is_open:
-            if self._stores.copying and not isinstance(self._held_up[0], messages.CommitStore):
-                return
-            self._handle(self._held_up.popleft())
 
     def _close_store(self, message: messages.CloseStore) -> None:
         self._stores.close(message.store)
@@ -301,7 +296,6 @@ class Session:
         try:
             self._give_back()
         finally:
-            self._held_up.clear()
             self._left.set()
             self._closed(self)
 
@@ -341,6 +335,8 @@ _HANDLERS: dict[type[Message], Callable[[Session, Any], None]] = {
     messages.Clear: Session._clear,
     messages.Flush: Session._flush,
     messages.Stats: Session._stats,
+    messages.Ping: Session._done,
+    messages.Unclaim: Session._unclaim,
 }
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from async_cache.errors import ProtocolError, WriterClosedError
 from async_cache.protocol import messages
-from async_cache.protocol.messages import Message
+from async_cache.protocol.connection import Connection
 from async_cache.server.segment import ClientSegment
 from async_cache.writing import WriteChunk, Writer
 
@@ -15,14 +15,17 @@ _COPIED_AT_ONCE = 8 * 2**20  # bytes that are copied in a step of the loop, in a
 
 
 class Stores:
-    """By the number of the message that opened them. `copying` are the chunks that threads copy now."""
+    """By the number of the message that opened them. `copying` are the chunks that a thread copies now.
 
-    def __init__(self, segment: ClientSegment | None, copiers: Executor, send: Callable[[Message], None]):
+    While it does, nothing more is received from the client: whoever commits a chunk and then asks for it finds it.
+    """
+
+    def __init__(self, segment: ClientSegment | None, copiers: Executor, connection: Connection):
         self.writers: dict[int, Writer] = {}
         self.copying: dict[WriteChunk, asyncio.Future[None]] = {}
         self._segment = segment
         self._copiers = copiers
-        self._send = send
+        self._connection = connection
         self._closed = False
         self._received_bytes: dict[WriteChunk, int] = {}
         self._copied_bytes = 0  # in this step of the loop
@@ -37,7 +40,7 @@ class Stores:
 
     def _expired(self, number: int) -> None:
         if self._forget(number) is not None:
-            self._send(messages.StoreClosed(number))
+            self._connection.send(messages.StoreClosed(number))
 
     def data(self, message: messages.StoreData) -> None:
         """Take bytes of a chunk, one piece behind the other. For a store that has expired they are too late.
@@ -50,7 +53,7 @@ class Stores:
         data, begin = message.data, message.offset
         views = _views(chunk)
         in_order = begin == self._received_bytes.get(chunk, 0)
-        if chunk.committed or chunk in self.copying or not in_order or begin + len(data) > _size(views):
+        if chunk.committed or not in_order or begin + len(data) > _size(views):
             raise ProtocolError("these bytes do not continue those of the chunk")
         self._received_bytes[chunk] = begin + len(data)
         for view in views:
@@ -61,8 +64,6 @@ class Stores:
     def commit(self, message: messages.CommitStore, done: Callable[[Exception | None], None]) -> None:
         """Publish a chunk, now or when a thread has copied it, and say so. What was there before is never published."""
         chunk = self._chunk(message.store, message.position)
-        if chunk in self.copying:
-            raise ValueError(f"the chunk at position {message.position} is being committed")
         if not chunk.committed:
             views = _views(chunk)
             if message.offset is None:
@@ -76,6 +77,7 @@ class Stores:
                 copying = self._loop.run_in_executor(self._copiers, self._segment.copy, message.offset, views)
                 self.copying[chunk] = copying = asyncio.ensure_future(copying)
                 copying.add_done_callback(partial(self._copied, chunk, done))
+                self._connection.hold_up()
                 return
         chunk.commit()
         done(None)
@@ -84,7 +86,7 @@ class Stores:
         if not self._copied_bytes:
             self._loop.call_soon(self._forget_copied)
         self._copied_bytes += size_bytes
-        return self._copied_bytes <= _COPIED_AT_ONCE and not self.copying
+        return self._copied_bytes <= _COPIED_AT_ONCE
 
     def _forget_copied(self) -> None:
         self._copied_bytes = 0
@@ -101,6 +103,7 @@ class Stores:
             error = failure
         self._close_segment()
         done(error)
+        self._connection.go_on()
 
     def _chunk(self, store: int, position: int) -> WriteChunk:
         writer = self.writers.get(store)
