@@ -54,7 +54,7 @@ ABORTED_REQUESTS = 200
 SLOW_SECONDS = 1.0
 SLOW_REQUESTS = (4, 8, 16)
 SLOW_CHUNKS = 2
-SLOW_ROUNDS = int(os.environ.get("ROUNDS", 5))
+SLOW_ROUNDS = 3
 OTHER_REQUESTS = 12
 TIMED_ROUNDS = 3
 BLOCKS = 110  # of 128 tokens
@@ -253,6 +253,7 @@ class Report:
     def figure(self, what, name, value, aim=""):
         row = self.figures.setdefault(what, {"aim": aim})
         row[name] = value
+        print(f"{name}: {what}: {value}", flush=True)
 
     def print(self, missing=None):
         print("\n| first token after (medians) | ours | LMCache 0.5.6 | aim |\n|---|---|---|---|")
@@ -415,8 +416,9 @@ async def measure_slow(subject, prompts, holders):
     for held in ((), holders):
         rows = {count: ([], [], [], []) for count in SLOW_REQUESTS}
         for _ in range(SLOW_ROUNDS):
+            without = (await beside(0, held))[0]
             for count, (alone, means, ratios, own) in rows.items():
-                alone.append((await beside(0, held))[0])
+                alone.append(without)
                 mean, seconds = await beside(count, held)
                 means.append(mean)
                 ratios.append(mean / alone[-1])
@@ -427,7 +429,7 @@ async def measure_slow(subject, prompts, holders):
             ratio = statistics.median(ratios)
             report.figure(f"others, {what}", subject.name, f"{ratio:.2f} of alone ({mean}, {before})", "1.10")
             report.figure(f"the slow ones, {what}", subject.name, in_ms(statistics.median(own)))
-            print(f"{subject.name}: {what}: {ratio:.2f}, by turn {[round(r, 2) for r in ratios]}", flush=True)
+            print(f"by turn: {[round(r, 2) for r in ratios]}", flush=True)
 
 
 async def measure_scheduler(client, url):
