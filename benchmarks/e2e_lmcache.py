@@ -1,6 +1,7 @@
 """LMCache 0.5.6 in vLLM, for `e2e_vllm.py`: its multiprocess server, its own connector, and storage that can be slow.
 
-What it has is switched on: the look-up when a request arrives, and as many loads at a time as there are slow requests.
+What it has is switched on: shared memory, the look-up when a request arrives, and as many loads at a time as there are
+slow requests.
 """
 
 import asyncio
@@ -99,6 +100,7 @@ class Peer:
             "l1-size-gb": l1_gib,
             "eviction-policy": "LRU",
             "supported-transfer-mode": "engine_driven",
+            "shm-name": f"lmcache-e2e-{self._port}",  # without it, all bytes go through its socket
             "l2-prefetch-max-in-flight": loads,
             "l2-adapter": json.dumps(adapter),
         }

@@ -2,7 +2,8 @@
 
 Makes an environment of its own in `.e2e/` (some minutes, once), and runs itself in it. It fails unless outputs are the
 same with and without the cache, a second request reuses all whole chunks, a backend that fails in the middle of a load
-changes nothing, and after 200 requests with random aborts the server holds nothing. Then it measures.
+changes nothing, and after 200 requests with random aborts the server holds nothing. It measures beside LMCache, and
+ends with a table of all that.
 """
 
 import argparse
