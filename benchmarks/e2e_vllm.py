@@ -451,7 +451,7 @@ async def measure_scheduler(client, url):
     ]
 
     def run():
-        scheduler = PagedScheduler(BlockingClient(url).open(), Geometry(layout, ()))
+        scheduler = PagedScheduler(BlockingClient(url).open(), Geometry(layout, ()), threshold_seconds=0.0)
         for request in requests:
             scheduler.add(request, {}, 0, load=True)
         time.sleep(0.3)
