@@ -151,7 +151,9 @@ class CacheClient:
     # Connections.
 
     async def _attempt(self, timeout_seconds: float) -> Link:
-        return await self._dial(self._connection_lost, timeout_seconds)
+        link = await self._dial(self._connection_lost, timeout_seconds)
+        link.check_open()  # it may be lost already, and `_connection_lost` not know of whom it is told
+        return link
 
     def _connection_lost(self, error: Exception) -> None:
         if self._link is not None:
@@ -160,20 +162,26 @@ class CacheClient:
             self._lost.set()
 
     async def _stay_connected(self) -> None:
+        clock = asyncio.get_running_loop().time
+        delay, connected = _FIRST_DELAY_SECONDS, clock()
         while True:
             await self._lost.wait()
             self._lost.clear()
-            delay = _FIRST_DELAY_SECONDS
+            waits = clock() - connected < _LONGEST_DELAY_SECONDS  # it was welcomed, and sent away
             while self._link is None:
+                if waits:
+                    await asyncio.sleep(delay * random.uniform(0.5, 1))
+                    delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
+                else:
+                    waits, delay = True, _FIRST_DELAY_SECONDS
                 try:
                     self._link = link = await self._attempt(_ATTEMPT_SECONDS)
                 except Exception as error:
                     self._error = error
                     self._tell(error)
-                    await asyncio.sleep(delay * random.uniform(0.5, 1))
-                    delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
                 else:
                     self._tell(link)
+            connected = clock()
 
     def _tell(self, outcome: Link | Exception) -> None:
         """Those who wait for an attempt."""

@@ -174,11 +174,15 @@ class Link:
             await asyncio.to_thread(prompt.hash)
         return self.prompt(prompt)
 
-    def send(self, message: Any) -> "asyncio.Future[Any]":
-        """Send a request; the future of its answer. Raises ConnectionLostError."""
+    def check_open(self) -> None:
+        """Raises why the connection is closed, if it is."""
         if not self.connection.is_open:
             reason = self._reason or ConnectionLostError("the connection to the server was lost")
             raise reason.with_traceback(None)
+
+    def send(self, message: Any) -> "asyncio.Future[Any]":
+        """Send a request; the future of its answer. Raises ConnectionLostError."""
+        self.check_open()
         self.connection.send(message)
         self._waiting[message.number] = answer = self._loop.create_future()
         return answer

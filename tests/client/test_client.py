@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -32,7 +34,9 @@ from async_cache import (
 )
 from async_cache.client.link import Link, Lost
 from async_cache.l2.memory import MemoryBackend
+from async_cache.protocol import messages
 from async_cache.protocol.frames import frame
+from async_cache.protocol.messages import encode
 from async_cache.server import Server
 from async_cache.testing import GatedBackend
 
@@ -462,6 +466,7 @@ def test_it_tries_again_at_ever_longer_intervals() -> None:
 
             client._dial = absent
             assert client._link is not None
+            await asyncio.sleep(2)  # what was connected for so long was not sent away
             client._link.abort("for the test")
             lost = loop.time()
             await asyncio.sleep(60)
@@ -584,3 +589,52 @@ async def test_a_number_that_the_embedded_cache_takes_breaks_no_connection(optio
         assert await client.prefetch(PROMPT, **options).load_done
         await client.ping()
         assert client._link is link
+
+
+async def test_a_server_that_welcomes_and_closes_is_not_asked_all_the_time() -> None:
+    accepted = 0
+
+    async def turn_away(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        await reader.readexactly(int.from_bytes(await reader.readexactly(4), "little"))
+        writer.write(frame(encode(messages.Welcome(messages.VERSION, 4096, False, True))))
+        await writer.drain()
+        writer.close()
+
+    with short_directory() as directory:
+        listening = await asyncio.start_unix_server(turn_away, str(directory / "s"))
+        async with listening, connect(f"unix://{directory}/s"):
+            await asyncio.sleep(1)
+    assert 1 < accepted < 20
+
+
+async def test_a_forked_child_keeps_no_connection_of_its_parent() -> None:
+    with short_directory() as directory:
+        url = f"unix://{directory}/s"
+        async with serve(url) as (cache, _):
+            code = f"""
+import asyncio, os, signal, sys, time
+from async_cache import ModelLayout, ObjectGroup, connect
+async def main():
+    client = await connect({url!r}).open()
+    prompt = ModelLayout("m", (ObjectGroup((8,), "uint8"),), chunk_tokens=1).prompt([1])
+    writer = await client.store(prompt)
+    if not os.fork():
+        time.sleep(60)
+    print("forked", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE, start_new_session=True
+            )
+            try:
+                assert process.stdout is not None
+                assert await process.stdout.readline() == b"forked\n"
+                await process.wait()
+                async with asyncio.timeout(SECONDS):
+                    while (await cache.stats()).reserved_bytes:  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)

@@ -254,3 +254,34 @@ async def test_an_unknown_request_error_is_a_key_error_with_a_message():
     async with open_cache() as cache:
         with pytest.raises(KeyError, match="nobody"):
             await cache.query_status("nobody")
+
+
+async def test_who_still_waits_for_an_ended_request_has_nothing_to_do_with_the_next_of_that_id():
+    prompt = make_prompt(2)
+    gate = GatedBackend(MemoryBackend())
+    await seed(gate, prompt)
+    async with open_cache(gate) as cache:
+        gate.hold("load")
+        cache.prefetch(prompt, request_id="a")
+        old = asyncio.ensure_future(cache.query_status("a"))
+        await gate.reached("load")
+        await settle()
+        await cache.end_request("a")
+        cache.prefetch(prompt, request_id="a")
+        new = asyncio.ensure_future(cache.query_status("a"))
+        gate.release("load")
+        assert (await new).chunks == 2
+        with pytest.raises(UnknownRequestError):
+            await old
+
+
+async def test_however_many_results_come_at_once_each_waiter_gets_its_own():
+    prompt = make_prompt(1)
+    async with open_cache() as cache:
+        await fill(cache, prompt)
+        for number in range(2000):
+            cache.prefetch(prompt, request_id=f"r{number}")
+        results = await asyncio.gather(*(cache.query_status(f"r{number}") for number in range(2000)))
+        assert [result.request_id for result in results] == [f"r{number}" for number in range(2000)]
+        for number in range(2000):
+            await cache.end_request(f"r{number}")

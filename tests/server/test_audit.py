@@ -48,7 +48,7 @@ async def use_all(cache, number):
     prefetch = cache.prefetch(poisoned, request_id=POISON.decode("latin-1"), ranks=[0])
     await cache.query_lookup_hits(prefetch.request_id)
     await cache.renew(prefetch.request_id)
-    await cache.query_status(prefetch.request_id)
+    cache.unclaim(await cache.query_status(prefetch.request_id))
     await cache.end_request(prefetch.request_id)
     cache.prefetch(poisoned).cancel()
     await cache.delete(poisoned)
