@@ -241,7 +241,7 @@ class Loader:
                 await self._try_next_holder(failed, batch.tried)
         except Exception:
             log.exception("a batch of loads from %s failed", batch.guard.backend.name)
-            self._end(batch, loaded=False)
+            self._end(batch)
             dead = [load for load in parts if self.table.get(load.chunk_hash) is load]
             self._drop(dead)  # another backend may be writing to their memory
             for load in dead:
@@ -254,6 +254,7 @@ class Loader:
         keys, buffers = self._objects(parts)
         outcomes: list[LoadOutcome] = []
         failure = Shortfall.BACKEND_ERROR
+        began = self._loop.time()
         if keys and guard.allows():
             self.loads += len(keys)
             batch.given = parts
@@ -266,13 +267,17 @@ class Loader:
                 self._quarantine(parts.keys())
             except BackendError:
                 pass  # nothing was loaded
-        self._end(batch, loaded=bool(outcomes), keys=keys if parts.keys() == batch.parts.keys() else None)
+        seconds = self._loop.time() - began
+        self._end(batch, seconds if outcomes else None, keys=keys if parts.keys() == batch.parts.keys() else None)
         return await self._publish(parts, outcomes, failure)
 
-    def _end(self, batch: Batch, *, loaded: bool, keys: Sequence[ObjectKey] | None = None) -> None:
-        """Its bytes are in flight no more, and its pins go; once is enough. `keys`: of its parts, if they are known."""
+    def _end(self, batch: Batch, seconds: float | None = None, *, keys: Sequence[ObjectKey] | None = None) -> None:
+        """Its bytes are in flight no more, and its pins go; once is enough. `keys`: of its parts, if they are known.
+
+        `seconds`: what its call took, if it loaded.
+        """
         size, batch.size_bytes = batch.size_bytes, 0
-        batch.guard.load_ended(size, loaded=loaded)
+        batch.guard.load_ended(size, seconds is not None, seconds or 0.0)
         self._running_bytes[batch.guard] -= size
         if keys is None:
             batch.unpin(list(batch.parts))

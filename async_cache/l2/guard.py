@@ -17,6 +17,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _DECAY = 0.8  # weight of what was measured before, at each new measurement
+_FORGET = 1.1  # by which the fastest call grows with each: a backend may become slower
 
 
 class CallTimeoutError(BackendError):
@@ -81,6 +82,7 @@ class Guard:
         self._loop = asyncio.get_running_loop()
         self._bytes = self._seconds = 0.0
         self._measured_at = 0.0
+        self._fastest_call_seconds: float | None = None  # of late: no load takes less
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -239,11 +241,16 @@ class Guard:
             self._idle.clear()
         self.queued_bytes += size_bytes
 
-    def load_ended(self, size_bytes: int, loaded: bool) -> None:
-        """So many bytes are no longer to be loaded; if they were, it took the time since the last that were."""
+    def load_ended(self, size_bytes: int, loaded: bool, call_seconds: float = 0.0) -> None:
+        """So many bytes are no longer to be loaded; if they were, it took the time since the last that were.
+
+        `call_seconds`: what its call took: where many are out at a time, all together may take no longer than one.
+        """
         now = self._loop.time()
         self.queued_bytes -= size_bytes
         if loaded:
+            fastest = self._fastest_call_seconds
+            self._fastest_call_seconds = min(call_seconds, fastest * _FORGET) if fastest is not None else call_seconds
             self._bytes = self._bytes * _DECAY + size_bytes
             self._seconds = self._seconds * _DECAY + now - self._measured_at
         self._measured_at = now
@@ -254,7 +261,7 @@ class Guard:
         """How long it should take until so many more bytes are loaded; None before the first measurement."""
         if not self._bytes:
             return None
-        return (self.queued_bytes + size_bytes) * self._seconds / self._bytes
+        return max((self.queued_bytes + size_bytes) * self._seconds / self._bytes, self._fastest_call_seconds or 0.0)
 
     async def wait_for_loads(self, timeout_seconds: float) -> None:
         """Until no load is queued or under way, or the time is over."""

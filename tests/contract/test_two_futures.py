@@ -271,6 +271,20 @@ async def test_the_load_time_is_expected_from_the_throughput_measured():
         assert hits.expected_load_seconds == pytest.approx(taken, rel=0.6)
 
 
+async def test_no_load_is_expected_sooner_than_the_fastest_call_of_late():
+    backend = ThrottledBackend(MemoryBackend(), latency_seconds=0.5)
+    for number in range(20):
+        await seed(backend, make_prompt(8, number))
+    async with open_cache(backend, pages=512) as cache:
+        at_once = [cache.prefetch(make_prompt(8, number)) for number in range(16)]
+        for prefetch in at_once:
+            await prefetch.load_done
+        for number in range(16, 20):
+            hits = await cache.prefetch(make_prompt(8, number)).lookup_done
+            assert hits.expected_load_seconds == pytest.approx(0.5, rel=0.2)
+            await settle()
+
+
 async def test_the_load_time_counts_what_is_queued_before_it():
     gate = GatedBackend(ThrottledBackend(MemoryBackend(), latency_seconds=0.0, bytes_per_second=64))
     for number in (1, 2, 3):
