@@ -53,6 +53,7 @@ PROMPT_TOKENS = PROMPT_CHUNKS * CHUNK_TOKENS + 20
 ANSWER_TOKENS = 16
 ABORTED_REQUESTS = 200
 SLOW_SECONDS = 1.0
+RECONNECT_SECONDS = 3.0  # an engine's clients look for a new server at least once a second
 SLOW_REQUESTS = (4, 8, 16)
 SLOW_CHUNKS = 2
 SLOW_ROUNDS = 3
@@ -158,6 +159,7 @@ class Servers:
                 [sys.executable, "-m", "async_cache", "ping", "--url", self.url], capture_output=True
             ).returncode:
                 assert time.monotonic() < until and process.poll() is None, "the server does not come up"
+            time.sleep(RECONNECT_SECONDS)
             yield
         finally:
             process.terminate()

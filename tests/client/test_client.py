@@ -621,6 +621,7 @@ async def main():
     prompt = ModelLayout("m", (ObjectGroup((8,), "uint8"),), chunk_tokens=1).prompt([1])
     writer = await client.store(prompt)
     if not os.fork():
+        os.close(1)  # who waits for the parent waits for its pipe, too
         time.sleep(60)
     print("forked", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
