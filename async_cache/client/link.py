@@ -239,6 +239,8 @@ class Link:
         self._forget_query(request_id, query)
         self._query_numbers.pop(query, None)
         error = answer.exception()
+        if error is None and not isinstance(answer.result(), messages.Loaded):
+            error = ProtocolError(f"the server answered with {type(answer.result()).__name__}, not Loaded")
         if error is not None:
             for waiter in query.waiters:
                 _break(waiter, error)

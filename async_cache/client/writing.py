@@ -59,15 +59,18 @@ class RemoteChunk:
     def views(self) -> tuple[memoryview | None, ...]:
         """By group, the bytes to fill; None where the rank lacks the group."""
         if not self._views:
-            whole = memoryview(self._open_block()).cast("B")
-            spans = self._layout.spans[self._rank]
-            self._views = tuple(whole[span[0] : span[1]] if span is not None else None for span in spans)
+            self._views = self._new_views()
         return self._views
 
+    def _new_views(self) -> tuple[memoryview | None, ...]:
+        whole = memoryview(self._open_block()).cast("B")
+        spans = self._layout.spans[self._rank]
+        return tuple(whole[span[0] : span[1]] if span is not None else None for span in spans)
+
     def tensors(self) -> "tuple[torch.Tensor | None, ...]":
-        """By group, a tensor over the bytes to fill, without a copy."""
+        """By group, a tensor over the bytes to fill, without a copy: it keeps them, also when the writer leaves."""
         tensors: tuple[torch.Tensor | None, ...] = importlib.import_module("async_cache.tensors").over(
-            self.views, self._layout.groups
+            self._new_views(), self._layout.groups
         )
         return tensors
 
@@ -142,8 +145,9 @@ class RemoteWriter(Scoped[RemoteChunk]):
             RemoteChunk(self, index, position, offset, block, self._prompt.layout, self._rank)
             for position, (index, (offset, block)) in enumerate(zip(reserved.chunks, blocks, strict=True))
         )
-        self._is_open = True
-        link.stores[number] = self
+        if link.connection.is_open:  # else it was lost with the answer
+            self._is_open = True
+            link.stores[number] = self
 
     def _blocks(self, link: Link, count: int) -> list[tuple[int | None, Block]]:
         """Room to write to: in the segment, and where there is none, in this process's own memory."""

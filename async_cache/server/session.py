@@ -135,9 +135,10 @@ class Session:
         if len(self._layouts) >= _MAX_LAYOUTS:
             raise LimitError(f"a connection registers up to {_MAX_LAYOUTS} layouts")
         layout = layout_of(message.description)
-        self._layout_objects += layout.full_mask.bit_count()
-        if self._layout_objects > _MAX_LAYOUT_OBJECTS:
+        objects = self._layout_objects + layout.full_mask.bit_count()
+        if objects > _MAX_LAYOUT_OBJECTS:
             raise LimitError(f"the layouts of a connection have up to {_MAX_LAYOUT_OBJECTS} objects in a chunk")
+        self._layout_objects = objects
         layout = self._registry.same(layout)
         self._layouts[message.layout] = layout
         self._layout_numbers[id(layout)] = message.layout

@@ -639,3 +639,51 @@ asyncio.run(main())
                         await asyncio.sleep(0.01)
             finally:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+async def test_a_tensor_keeps_its_block_of_the_segment_when_its_writer_has_left() -> None:
+    with short_directory() as directory:
+        url = f"unix://{directory}/s"
+        async with serve(url), connect(url) as client:
+            async with client.store(make_prompt(1, 1)) as writer:
+                left, offset = writer[0].tensors()[0], writer[0].offset
+                assert len(writer[0].views) == 1
+            async with client.store(make_prompt(1, 2)) as writer:
+                assert writer[0].offset != offset
+                writer[0].views[0][:] = bytes(16)
+                left.fill_(255)
+                assert bytes(writer[0].views[0]) == bytes(16)
+            del left
+            async with client.store(make_prompt(1, 3)) as writer:
+                assert writer[0].offset == offset
+
+
+async def test_a_request_that_another_client_has_claimed_is_in_use() -> None:
+    with short_directory() as directory:
+        url = f"unix://{directory}/s"
+        async with serve(url), connect(url) as first, connect(url) as second:
+            await fill(first, PROMPT)
+            first.prefetch(PROMPT, request_id="a")
+            result = await second.query_status("a")
+            await first.ping()
+            with pytest.raises(RequestConflictError):
+                first.prefetch(PROMPT, request_id="a")
+            second.unclaim(result)
+            await second.ping()
+            await first.ping()
+            assert (await first.prefetch(PROMPT, request_id="a").load_done).chunks == len(PROMPT)
+            assert (await first.query_status("a")).chunks == len(PROMPT)
+
+
+async def test_a_lease_says_that_its_memory_is_not_kept_when_the_connection_is_lost() -> None:
+    with short_directory() as directory:
+        url = f"unix://{directory}/s"
+        async with serve(url), connect(url) as client:
+            await fill(client, PROMPT)
+            client.prefetch(PROMPT, request_id="a")
+            lease = await client.read("a")
+            assert lease.held
+            assert client._link is not None
+            client._link.abort("for the test")
+            assert not lease.held
+            lease.release()
