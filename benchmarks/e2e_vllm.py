@@ -36,6 +36,7 @@ PEER = (
     "sortedcontainers==2.4.0",
 )
 OURS = ("aiofiles", "blake3", "msgspec", "uvloop", "xxhash", "typer", "rich", "gguf", "accelerate")
+TESTS = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis")
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -56,7 +57,7 @@ SLOW_SECONDS = 1.0
 RECONNECT_SECONDS = 3.0  # an engine's clients look for a new server at least once a second
 SLOW_REQUESTS = (4, 8, 16)
 SLOW_CHUNKS = 2
-SLOW_ROUNDS = 3
+SLOW_ROUNDS = 5
 OTHER_REQUESTS = 12
 TIMED_ROUNDS = 3
 BLOCKS = 110  # of 128 tokens
@@ -65,7 +66,7 @@ HOLDER_TOKENS = 3610
 HELD_ANSWER_TOKENS = 480
 WAITING_REQUESTS = 200
 L1_GIB = 2
-PARTS = ["outputs", "failure", "aborts", "slow"]
+PARTS = ["tests", "outputs", "failure", "aborts", "slow"]
 
 
 @dataclass
@@ -101,7 +102,7 @@ def prepare():
         subprocess.run([*pip, "install", "-q", "torch==2.13.0"], check=True)
         subprocess.run([*pip, "install", "-q", VLLM], check=True)
         subprocess.run([*pip, "uninstall", "-q", "-y", *UNWANTED], check=True)
-        subprocess.run([*pip, "install", "-q", *OURS], check=True)
+        subprocess.run([*pip, "install", "-q", *OURS, *TESTS], check=True)
         subprocess.run([*pip, "install", "-q", "--no-deps", "-e", ROOT], check=True)
         stamp.touch()
     if not (place.peer / ".installed").exists():
@@ -438,6 +439,7 @@ async def measure_slow(subject, prompts, holders):
 async def measure_scheduler(client, url):
     """What a step costs the scheduler for each request whose load has not ended."""
     from async_cache import BlockingClient, ModelLayout, ObjectGroup
+    from async_cache.integrations.optional import OptionalClient
     from async_cache.integrations.paged import Geometry, PagedScheduler
 
     layout = ModelLayout("toy", (ObjectGroup((2, 8, 4), "float16"),), chunk_tokens=4)
@@ -453,7 +455,9 @@ async def measure_scheduler(client, url):
     ]
 
     def run():
-        scheduler = PagedScheduler(BlockingClient(url).open(), Geometry(layout, ()), threshold_seconds=0.0)
+        scheduler = PagedScheduler(
+            OptionalClient(lambda: BlockingClient(url)), Geometry(layout, ()), threshold_seconds=0.0
+        )
         for request in requests:
             scheduler.add(request, {}, 0, load=True)
         time.sleep(0.3)
@@ -521,6 +525,10 @@ async def with_peer(engine, servers, parts, directory, prompts, expected, holder
 async def inside(parts):
     from async_cache import connect
 
+    if "tests" in parts:
+        tests = ["-q", "-W", "ignore::DeprecationWarning", ROOT / "tests" / "integrations" / "test_vllm.py"]
+        outcome = await asyncio.to_thread(subprocess.run, [sys.executable, "-m", "pytest", *tests], cwd=ROOT)
+        check(outcome.returncode == 0, "the connector's own tests pass")
     prompts, holders = await asyncio.to_thread(read_prompts, max(SLOW_REQUESTS))
     few = prompts[:4]
     kept = place.work / "expected.json"
@@ -540,6 +548,11 @@ async def inside(parts):
         try:
             with servers.sound():
                 engine = make_engine(transfer(servers.url))
+                if "outputs" not in parts:  # which stores these
+                    async with connect(servers.url) as client:
+                        for prompt in few:
+                            await ask(engine, prompt)
+                        await forget(engine, client)
             if {"outputs", "slow"} & set(parts):
                 missing = await with_peer(engine, servers, parts, Path(name), prompts, expected, holders)
             for step, (server, run, *arguments) in steps.items():
@@ -563,7 +576,7 @@ def main():
     parser.add_argument("--work", type=Path, default=place.work, help="where all of it is kept, and made at first")
     parser.add_argument("--model", action="store_true", help="make the model, in the environment")
     parser.add_argument("--inside", action="store_true", help="run in the environment")
-    parser.add_argument("parts", nargs="*", help="of outputs, failure, aborts, slow: only these; all if none is named")
+    parser.add_argument("parts", nargs="*", help=f"of these only: {', '.join(PARTS)}")
     options = parser.parse_args()
     place.work = options.work.absolute()
     if options.model:

@@ -2,6 +2,7 @@
 
 memory    the arena, mapped read-only; a segment to write into
 dial      from an address to a connection whose server has said welcome
+claims    who waits for results: each is handed out once
 link      one connection: what is under way on it, and breaks with it
 writing   a writer of chunks, into the client's segment
 client    `CacheClient`: one link after the other

@@ -287,12 +287,12 @@ class CacheClient:
     async def query_status(self, request_id: str) -> LoadResult:
         """As `AsyncCache.query_status`; the request may be one of any client of this tenant and namespace."""
         check_request_id(request_id, MAX_REQUEST_ID)
-        return await (await self._ready()).claim(request_id)
+        return await (await self._ready()).claims.claim(request_id)
 
     def unclaim(self, result: LoadResult) -> None:
         """Give back a result that nobody waits for any more: it is handed out once more."""
         if self._link is not None:
-            self._link.unclaim(result.request_id)
+            self._link.claims.unclaim(result.request_id)
 
     async def renew(self, request_id: str) -> None:
         """As `AsyncCache.renew`."""

@@ -2,15 +2,15 @@
 
 import asyncio
 import itertools
-import logging
 import os
 import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from async_cache.client.claims import Claims, fail
 from async_cache.client.memory import Segment
-from async_cache.errors import ConnectionLostError, LimitError, ProtocolError, UnknownRequestError
+from async_cache.errors import ConnectionLostError, LimitError, ProtocolError
 from async_cache.layout import ModelLayout, Prompt
 from async_cache.promise import Prefetch, Promise
 from async_cache.protocol import messages
@@ -34,8 +34,6 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
-
-log = logging.getLogger(__name__)
 
 Lost = Callable[[Exception], None]
 
@@ -81,28 +79,6 @@ class RemoteRequest:
         self.result.break_with(error)
 
 
-class StatusQuery:
-    """Those of one client who wait for one result: the first of them takes it, and then the others hear of it.
-
-    Who is cancelled when it has come passes it on; the last one gives it back to the server.
-    """
-
-    __slots__ = ("result", "waiters")
-
-    def __init__(self) -> None:
-        self.result: LoadResult | None = None
-        self.waiters: list[asyncio.Future[LoadResult]] = []
-
-    def pass_on(self) -> bool:
-        """Give the result to the first who still waits. False if there is none."""
-        assert self.result is not None
-        for waiter in self.waiters:
-            if not waiter.done():
-                waiter.set_result(self.result)
-                return True
-        return False
-
-
 class Incoming:
     """The bytes of a read that come in pieces: the answer that announced them waits for the last."""
 
@@ -124,13 +100,12 @@ class Link:
         self.requests: dict[str, RemoteRequest] = {}
         self.stores: dict[int, Store] = {}
         self.commits: set[asyncio.Future[Any]] = set()
+        self.claims = Claims(self)
         self._trusted = trusted
         self._lost = lost
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._prefetches: dict[int, RemoteRequest] = {}
-        self._queries: dict[str, StatusQuery] = {}
-        self._query_numbers: dict[StatusQuery, int] = {}
         self._refused: dict[int, Exception] = {}  # layouts that the server did not register
         self._registrations: dict[int, int] = {}  # of layouts, by the number of the message
         self._incoming: dict[int, Incoming] = {}
@@ -209,58 +184,10 @@ class Link:
             return acquired, incoming.buffer
         return acquired, self.arena if self.arena is not None else memoryview(b"")
 
-    async def claim(self, request_id: str) -> LoadResult:
-        """Wait for the result of a request, and take it."""
-        query = self._queries.get(request_id)
-        if query is None:
-            number = self.number()
-            answer = self.send(messages.QueryPrefetchStatus(number, request_id))
-            query = self._queries[request_id] = StatusQuery()
-            answer.add_done_callback(partial(self._claimed, request_id, query))
-            self._query_numbers[query] = number
-        waiter: asyncio.Future[LoadResult] = self._loop.create_future()
-        query.waiters.append(waiter)
-        try:
-            result = await waiter
-        except asyncio.CancelledError:
-            query.waiters.remove(waiter)
-            if query.result is not None:
-                if waiter.done() and not waiter.cancelled() and not query.pass_on():
-                    self.unclaim(request_id)
-            elif not query.waiters:
-                self._forget_query(request_id, query)
-                self.tell(messages.Cancel(self.number(), self._query_numbers.pop(query)))
-            raise
-        for other in query.waiters:
-            _break(other, UnknownRequestError(f"request {request_id!r} was claimed or ended"))
-        return result
-
-    def _claimed(self, request_id: str, query: StatusQuery, answer: "asyncio.Future[Any]") -> None:
-        self._forget_query(request_id, query)
-        self._query_numbers.pop(query, None)
-        error = answer.exception()
-        if error is None and not isinstance(answer.result(), messages.Loaded):
-            error = ProtocolError(f"the server answered with {type(answer.result()).__name__}, not Loaded")
-        if error is not None:
-            for waiter in query.waiters:
-                _break(waiter, error)
-            return
-        query.result = answer.result().result
-        if not query.pass_on():
-            self.unclaim(request_id)
-
-    def _forget_query(self, request_id: str, query: StatusQuery) -> None:
-        if self._queries.get(request_id) is query:
-            del self._queries[request_id]
-
-    def unclaim(self, request_id: str) -> None:
-        """Give back a result that nobody waits for any more: it is for who asks next, through whatever client."""
-        self.tell(messages.Unclaim(self.number(), request_id))
-
     def freed(self, request_id: str) -> None:
         """The id is to be used anew: who waits for the old request hears of its end, and of no other's."""
         self.requests.pop(request_id, None)
-        self._queries.pop(request_id, None)
+        self.claims.freed(request_id)
 
     def tell(self, message: Message) -> None:
         """Send a request of which the answer does not matter."""
@@ -337,7 +264,7 @@ class Link:
             self._refused[layout] = error
         waiting = self._waiting.pop(answer.number, None)
         if waiting is not None:
-            _break(waiting, error)
+            fail(waiting, error)
         if (request := self._forget(answer.number)) is not None:
             request.break_with(error)
 
@@ -365,7 +292,7 @@ class Link:
         """Wait for what was committed, and close; whoever waits for something else gets the error."""
         for waiting in self._waiting.values():
             if waiting not in self.commits:
-                _break(waiting, error)
+                fail(waiting, error)
         for request in self._prefetches.values():
             request.break_with(error)
         self._reason = error
@@ -387,7 +314,7 @@ class Link:
         reason = self._reason or ConnectionLostError(f"the connection to the server was lost: {error or 'it is gone'}")
         self._reason = reason
         for waiting in self._waiting.values():
-            _break(waiting, reason)
+            fail(waiting, reason)
         for request in self._prefetches.values():
             request.break_with(reason)
         for store in self.stores.values():
@@ -398,9 +325,3 @@ class Link:
             self.segment.close()
         self._gone.set()
         self._lost(reason)
-
-
-def _break(waiting: "asyncio.Future[Any]", error: BaseException) -> None:
-    if not waiting.done():
-        waiting.set_exception(error)
-        waiting.exception()  # looked at: who waits is told by it all the same

@@ -20,7 +20,7 @@ from sglang.srt.observability.metrics_collector import StorageMetrics
 from async_cache.client.blocking import BlockingClient
 from async_cache.client.client import connect
 from async_cache.errors import AsyncCacheError, ConfigError, ConnectionLostError
-from async_cache.integrations.connection import Connection
+from async_cache.integrations.optional import OptionalClient
 from async_cache.keys import check_label
 from async_cache.layout import ModelLayout, ObjectGroup, Prompt
 
@@ -119,12 +119,12 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         self._told: str | None = None
         self._loads: deque[tuple[int, float]] = deque(maxlen=1000)  # (pages, GB/s) since the last `get_stats`
         self._saves: deque[tuple[int, float]] = deque(maxlen=1000)
-        self._connection = Connection(self._options.client, self._options.retry_seconds)
-        self._or_miss(self._connection.client, None)  # to tell at once
+        self._client = OptionalClient(self._options.client, self._options.retry_seconds)
+        self._or_miss(self._client.get, None)  # to tell at once
 
     def close(self) -> None:
         """SGLang calls it when the backend is detached."""
-        self._connection.close()
+        self._client.close()
 
     # The host pools.
 
@@ -154,7 +154,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
             value = call()
         except Exception as error:
             if isinstance(error, ConnectionLostError | TimeoutError):
-                self._connection.failed(error)
+                self._client.failed(error)
             self._tell(error)
             return miss
         if self._told is not None and self._layout is not None:
@@ -189,7 +189,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         return self.batch_exists([key]) == 1
 
     def _count(self, keys: Sequence[str]) -> int:
-        prompt, client = self._prompt(keys), self._connection.client()
+        prompt, client = self._prompt(keys), self._client.get()
         return client.lookup(prompt, timeout_seconds=self._options.timeout_seconds).chunks
 
     # Reading.
@@ -233,7 +233,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
 
     def _load(self, keys: Sequence[str], take: "Callable[[int, torch.Tensor], None]") -> bool:
         """True once every page that there is was taken. What is copied while the connection is lost may be anything."""
-        prompt, client, seconds = self._prompt(keys), self._connection.client(), self._options.timeout_seconds
+        prompt, client, seconds = self._prompt(keys), self._client.get(), self._options.timeout_seconds
         began = time.perf_counter()
         prefetch = client.prefetch(prompt, ranks=[self._rank], deadline_seconds=seconds)
         try:
@@ -273,7 +273,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         return self.batch_set([key], [value])
 
     def _save(self, keys: Sequence[str], page_of: "Callable[[int], torch.Tensor]") -> list[bool]:
-        prompt, client = self._prompt(keys), self._connection.client()
+        prompt, client = self._prompt(keys), self._client.get()
         began = time.perf_counter()
         with client.store(prompt, rank=self._rank) as writer:  # it has the chunks that are not in memory yet
             for chunk in writer:
@@ -310,7 +310,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
 
     def clear(self) -> None:
         """Empty the server, of all engines that use it. A token that is bound to salts may not."""
-        deleted = self._or_miss(lambda: self._connection.client().clear("all"), None)
+        deleted = self._or_miss(lambda: self._client.get().clear("all"), None)
         if deleted is not None:
             log.info("SGLang has emptied the cache: %d chunks", deleted.chunks)
 

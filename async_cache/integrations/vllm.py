@@ -8,6 +8,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from vllm.version import __version__ as vllm_version
 from async_cache.client.blocking import BlockingClient
 from async_cache.client.client import connect
 from async_cache.errors import AsyncCacheError, ConfigError
+from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged import Geometry, Orders, PagedScheduler, PagedWorker, Pages
 from async_cache.keys import MAX_DIGEST_BYTES, check_label
 from async_cache.layout import ModelLayout, ObjectGroup
@@ -109,7 +111,7 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
     def _open_scheduler(self, where: Geometry) -> PagedScheduler:
         transfer, options = self._kv_transfer_config, self._options
-        client = BlockingClient(options.url, options.namespace, token=options.token).open()
+        client = OptionalClient(lambda: BlockingClient(options.url, options.namespace, token=options.token))
         layout = where.layout
         log.info(
             "chunks of %d tokens, %d bytes a rank, revision %s",
@@ -127,7 +129,12 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
             loads=transfer.is_kv_consumer,
             saves=transfer.is_kv_producer,
             threshold_seconds=options.load_threshold_seconds,
+            free_blocks=self._free_blocks,
         )
+
+    def _free_blocks(self) -> float:
+        manager = self._kv_cache_manager
+        return math.inf if manager is None else manager.block_pool.get_num_free_blocks()
 
     def on_new_request(self, request: "Request") -> None:
         """Start the prefetch, before the request is anywhere near its turn."""

@@ -3,15 +3,17 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
 
 from async_cache import BlockingClient, LoadResult, LookupHits, connect
 from async_cache.client.blocking import BlockingPrefetch
-from async_cache.integrations.paged import Geometry, Orders, PagedScheduler, PagedWorker
+from async_cache.integrations.optional import OptionalClient
+from async_cache.integrations.paged import Geometry, Orders, PagedScheduler, PagedWorker, Pages
 from async_cache.integrations.paged.orders import NO_BLOCK, Tables
-from tests.integrations.support import CHUNK, Request, Served, caches, geometry, until
+from tests.integrations.support import BLOCK, CHUNK, Request, Served, caches, geometry, served, until
 
 TOKENS = list(range(3 * CHUNK + 2))
 BLOCKS = [3, 4, 7, 2, 9, 11, 1]
@@ -23,7 +25,8 @@ class Engine:
 
     def __init__(self, server: Served, where: Geometry, *, filled: bool, saves: bool = True):
         self.where = where
-        self.scheduler = PagedScheduler(BlockingClient(server.url).open(), where, saves=saves)
+        self.client = BlockingClient(server.url)
+        self.scheduler = PagedScheduler(OptionalClient(lambda: self.client), where, saves=saves)
         self.caches = [caches(where, filled=filled) for _ in range(where.layout.world_size)]
         self.workers = [
             PagedWorker(lambda: connect(server.url), where, pages, rank=rank) for rank, pages in enumerate(self.caches)
@@ -228,7 +231,7 @@ def test_blocks_that_a_load_does_not_fill_are_told(server: Served, engine: Calla
     second.scheduler.add(request, {}, 0, load=True)
     tokens = second.match(request)
     assert second.scheduler._records["b"].prefetch is not None
-    second.scheduler._client.end_request(second.scheduler._records["b"].prefetch.request_id)
+    second.client.end_request(second.scheduler._records["b"].prefetch.request_id)
     second.load(request, (OTHER_BLOCKS,), tokens)
     assert second.failed == set(OTHER_BLOCKS[:6])
     assert second.scheduler.match(request, 0) == (0, False), "what failed is computed"
@@ -239,7 +242,7 @@ def test_a_server_that_goes_away_is_one_line_and_a_miss(
 ) -> None:
     only = engine(geometry())
     server.stop()
-    until(lambda: only.scheduler._client._client._link is None)  # type: ignore[union-attr]
+    until(lambda: only.client._client._link is None)  # type: ignore[union-attr]
     with caplog.at_level(logging.WARNING):
         for n in range(3):
             request = Request(str(n), TOKENS)
@@ -248,12 +251,39 @@ def test_a_server_that_goes_away_is_one_line_and_a_miss(
     assert [record.message for record in caplog.records if "without the cache" in record.message][1:] == []
 
 
+def test_a_server_that_comes_later_is_used_from_then_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url, where = f"unix://{tmp_path}/s", geometry()
+    scheduler = PagedScheduler(OptionalClient(lambda: BlockingClient(url), retry_seconds=0.01), where)
+    request, early = Request("a", TOKENS), Request("early", TOKENS)
+    try:
+        scheduler.add(early, {}, 0, load=True)
+        assert scheduler.match(early, 0) == (0, False)
+        assert not scheduler.step({"early": len(TOKENS)}, lambda _: (BLOCKS,)).saves
+        assert not scheduler.finish("early"), "no worker has to save anything"
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        with served(tmp_path):
+
+            def is_asked() -> bool:
+                scheduler.add(request, {}, 0, load=True)
+                return scheduler.match(request, 0) == (None, False)
+
+            until(is_asked)
+            until(lambda: scheduler.match(request, 0) == (0, False))
+            assert [order.start_chunk for order in scheduler.step({"a": len(TOKENS)}, lambda _: (BLOCKS,)).saves] == [0]
+            scheduler.close()
+    finally:
+        scheduler.close()
+
+
 class Scripted:
     """A client whose futures are resolved by the test."""
 
     def __init__(self) -> None:
         self.prefetches: list[BlockingPrefetch] = []
         self.ended: list[str] = []
+
+    def get(self) -> "Scripted":
+        return self
 
     def prefetch(self, prompt: object, *, skip_tokens: int) -> BlockingPrefetch:
         self.prefetches.append(BlockingPrefetch(f"read-{len(self.prefetches)}", lambda _: None))
@@ -312,6 +342,40 @@ def test_a_load_of_which_nothing_is_known_gets_blocks_when_it_has_ended(
     assert scheduler.match(request, 0) == (None, False)
     client.prefetches[0].load_done.set_result(result(3, 1.0))
     assert scheduler.match(request, 0) == scheduler.match(request, 0) == (24, True)
+
+
+def test_who_finds_too_few_blocks_lets_others_go_first_but_not_for_ever() -> None:
+    client, now, free = Scripted(), [100.0], [12]
+    where = Geometry(geometry().layout, (Pages(0, BLOCK, ("0",)), Pages(0, BLOCK, ("1",)), Pages(1, BLOCK, ("2",))))
+    scheduler = PagedScheduler(client, where, free_blocks=lambda: free[0], clock=lambda: now[0])  # type: ignore[arg-type]
+    requests = [Request(name, TOKENS) for name in "abc"]  # of 26 tokens, that is 7 blocks in each of two tables
+    for request in requests:
+        scheduler.add(request, {}, 0, load=True)
+        prefetch = client.prefetches[-1]
+        prefetch.lookup_done.set_result(hits(expected=0.0))
+        prefetch.load_done.set_result(result(3, 0.0))
+    first, second, third = requests
+    assert scheduler.match(first, 0) == (None, False)
+    assert scheduler.match(first, BLOCK) == (20, True), "the engine has a block of each table already"
+    free[0] = 30
+    assert scheduler.match(first, 0) == (24, True)
+    scheduler.place(first, lambda: (BLOCKS, BLOCKS), 24)
+    free[0] -= 12
+    assert scheduler.match(second, 0) == (24, True)
+    scheduler.place(second, lambda: (BLOCKS, BLOCKS), 24)
+    free[0] = 14 + 3
+    assert scheduler.match(third, 0) == (None, False), "the two that load need two blocks each for what they compute"
+    scheduler.finish("a")
+    assert scheduler.match(third, 0) == (24, True)
+    free[0] = 15
+    assert scheduler.match(third, 0) == (None, False)
+    scheduler.loaded(["b"])
+    assert scheduler.match(third, 0) == (24, True)
+    free[0] = 0
+    for seconds, answer in ((0.0, (None, False)), (4.9, (None, False)), (0.2, (24, True)), (0.0, (24, True))):
+        now[0] += seconds
+        assert scheduler.match(third, 0) == answer
+    scheduler.close()
 
 
 def test_what_was_loaded_long_ago_is_asked_for_anew(scripted: tuple[PagedScheduler, Scripted, list[float]]) -> None:

@@ -453,7 +453,7 @@ def test_a_server_that_is_killed_is_a_miss_until_it_is_back(
     pool, keys = mha_pool(), keys_of(3)
     backend = make(pool, retry_seconds=1)
     assert backend.batch_set_v1(keys, pages(0, 3)) == [True] * 3
-    assert backend._connection.client().flush(10).pending == 0
+    assert backend._client.get().flush(10).pending == 0
     server.stop(signal.SIGKILL)
     assert misses(backend, pool, keys)
     began = time.monotonic()

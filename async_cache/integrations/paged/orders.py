@@ -79,4 +79,4 @@ class Complaint:
         kind, now = type(error).__name__, time.monotonic()
         if now - self._told.get(kind, -self._interval_seconds) >= self._interval_seconds:
             self._told[kind] = now
-            log.warning("a request is served without the cache: %s (%s)", error, kind)
+            log.warning("requests are served without the cache: %s (%s)", error, kind)

@@ -1,12 +1,14 @@
 """`PagedScheduler`: looks prompts up, decides when a load is worth its blocks, says what is to be saved."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from async_cache.client.blocking import BlockingClient, BlockingPrefetch
 from async_cache.errors import AsyncCacheError
+from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged.orders import Complaint, Geometry, LoadOrder, Orders, SaveOrder, Tables
 from async_cache.values import LoadResult
 
@@ -18,6 +20,7 @@ Answer = tuple[int | None, bool]
 NOT_YET: Answer = (None, False)
 NOTHING: Answer = (0, False)
 
+_PATIENCE_SECONDS = 5.0  # so long others may take the blocks that a request is too large for
 _FRESH_SECONDS = 30.0  # what was loaded longer ago is asked for anew: a server drops what nobody comes for
 
 
@@ -38,8 +41,8 @@ class Record:
     """A request: LOOKING (it has a `prefetch`) -> LOADING -> DONE, and back to LOOKING by a preemption."""
 
     __slots__ = (
-        "asked_at", "first_token", "identity", "is_loading", "offer_from", "offer_until", "preemptions", "prefetch",
-        "request", "saved_chunks", "saves",
+        "asked_at", "first_token", "identity", "is_loading", "no_room_since", "offer_from", "offer_until",
+        "preemptions", "prefetch", "request", "reserved_blocks", "saved_chunks", "saves",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, identity: Mapping[str, Any]):
@@ -52,6 +55,8 @@ class Record:
         self.offer_from: float | None = None  # None until the hits are known
         self.offer_until = 0.0
         self.first_token = 0
+        self.no_room_since: float | None = None
+        self.reserved_blocks = 0  # that the engine will need for it when it has loaded
         self.saved_chunks: int | None = None  # None until it is computed
         self.saves = False
 
@@ -60,16 +65,18 @@ class PagedScheduler:
     """The scheduler's side of one engine. No call waits: each looks at futures, or leaves work to a thread.
 
     `threshold_seconds`: a load that is expected to end within it gets its blocks before it has ended.
+    `free_blocks`: how many the engine has now. Whoever is offered a place and does not fit holds up all behind it.
     """
 
     def __init__(
         self,
-        client: BlockingClient,
+        client: OptionalClient,
         geometry: Geometry,
         *,
         loads: bool = True,
         saves: bool = True,
         threshold_seconds: float = 0.1,
+        free_blocks: Callable[[], float] = lambda: math.inf,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._client = client
@@ -78,15 +85,27 @@ class PagedScheduler:
         self._chunk_tokens = geometry.layout.chunk_tokens
         self._loads, self._saves = loads, saves
         self._threshold_seconds = threshold_seconds
+        self._free_blocks = free_blocks
+        self._reserved_blocks = 0
+        self._block_tokens = [*{pages.table: pages.block_tokens for pages in geometry.pages}.values()]
         self._clock = clock
         self._records: dict[str, Record] = {}
         self._orders = Orders()
         self._finished: list[str] = []
         self._complaint = Complaint()
+        self._opened()  # where there is no server, that is told now, and not with the first request
 
     def close(self) -> None:
         """Give back what is held, and close the client."""
         self._client.close()
+
+    def _opened(self) -> BlockingClient | None:
+        """The client, if there is one now: whatever the reason is that there is none, the engine goes on."""
+        try:
+            return self._client.get()
+        except Exception as error:
+            self._complaint.tell(error)
+            return None
 
     # Looking up.
 
@@ -101,11 +120,11 @@ class PagedScheduler:
         record.offer_from, record.asked_at = None, self._clock()
         chunk_tokens = self._chunk_tokens
         tokens = record.request.num_tokens - 1  # the last is computed, for what comes after it
-        if tokens // chunk_tokens <= computed_tokens // chunk_tokens:
+        if tokens // chunk_tokens <= computed_tokens // chunk_tokens or (client := self._opened()) is None:
             return
         try:
             prompt = self._layout.prompt(record.request.all_token_ids[:tokens], **record.identity)
-            record.prefetch = self._client.prefetch(prompt, skip_tokens=computed_tokens)
+            record.prefetch = client.prefetch(prompt, skip_tokens=computed_tokens)
         except (AsyncCacheError, ValueError) as error:
             self._complaint.tell(error)
 
@@ -164,8 +183,28 @@ class PagedScheduler:
         if tokens <= 0 or not found.chunks:
             self._end(record)
             return NOTHING
+        if not self._has_room(record, computed_tokens):
+            return NOT_YET
         record.first_token = computed_tokens
         return tokens, True
+
+    def _has_room(self, record: Record, computed_tokens: int) -> bool:
+        """Whether the engine has blocks for all of it, or has given them to others for long enough."""
+        needed = self._blocks(record.request.num_tokens) - self._blocks(computed_tokens)
+        if needed <= self._free_blocks() - self._reserved_blocks:
+            record.no_room_since = None
+            return True
+        now = self._clock()
+        if record.no_room_since is None:
+            record.no_room_since = now
+        return now - record.no_room_since >= _PATIENCE_SECONDS
+
+    def _blocks(self, tokens: int) -> int:
+        return sum(-(-tokens // block_tokens) for block_tokens in self._block_tokens)
+
+    def _reserve(self, record: Record, blocks: int) -> None:
+        self._reserved_blocks += blocks - record.reserved_blocks
+        record.reserved_blocks = blocks
 
     def place(self, request: EngineRequest, tables: Callable[[], Tables], tokens: int) -> None:
         """The request has got blocks, `tokens` of them to be loaded."""
@@ -176,12 +215,14 @@ class PagedScheduler:
             self._end(record)
             return
         record.is_loading = True
+        end_token = record.first_token + tokens
+        self._reserve(record, self._blocks(request.num_tokens) - self._blocks(end_token))
         self._orders.loads.append(
             LoadOrder(
                 request.request_id,
                 record.prefetch.request_id,
                 record.first_token,
-                record.first_token + tokens,
+                end_token,
                 tables(),
             )
         )
@@ -207,9 +248,10 @@ class PagedScheduler:
 
     def _end(self, record: Record) -> None:
         """Give back all that the prefetch holds, whatever its stage."""
+        self._reserve(record, 0)
         prefetch, record.prefetch = record.prefetch, None
-        if prefetch is not None:
-            self._client.end_request_nowait(prefetch.request_id)
+        if prefetch is not None and (client := self._opened()) is not None:
+            client.end_request_nowait(prefetch.request_id)
 
     # Saving.
 
@@ -241,7 +283,7 @@ class PagedScheduler:
             record.saved_chunks = computed // self._chunk_tokens  # what the engine had, it has saved
         end_chunk = min(computed + tokens, request.num_tokens) // self._chunk_tokens
         start_chunk = record.saved_chunks
-        if end_chunk <= start_chunk:
+        if end_chunk <= start_chunk or self._opened() is None:  # once there is a server, all of them
             return
         record.saved_chunks = end_chunk
         blocks = tables(request.request_id)

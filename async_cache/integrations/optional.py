@@ -9,13 +9,13 @@ from async_cache.client.blocking import BlockingClient
 from async_cache.errors import CacheClosedError
 
 
-class Connection:
+class OptionalClient:
     """A client that is opened at once, or else in the background when it is needed. NEW -> CLOSED.
 
     It is not asked for during `retry_seconds` after a failure. `make` makes a new client, which is not open.
     """
 
-    def __init__(self, make: Callable[[], BlockingClient], retry_seconds: float):
+    def __init__(self, make: Callable[[], BlockingClient], retry_seconds: float = 5.0):
         self._make = make
         self._retry_seconds = retry_seconds
         self._lock = threading.Lock()
@@ -26,7 +26,7 @@ class Connection:
         self._closed = False
         self._open()
 
-    def client(self) -> BlockingClient:
+    def get(self) -> BlockingClient:
         """The client, which reconnects by itself once it was open. Raises why there is none."""
         with self._lock:
             if time.monotonic() >= self._retry_at:
@@ -64,7 +64,7 @@ class Connection:
         """Idempotent."""
         with self._lock:
             self._closed, self._retry_at = True, math.inf
-            self._error = CacheClosedError("the connection to the cache was closed")
+            self._error = CacheClosedError("the client was closed")
             client, self._client = self._client, None
         if client is not None:
             client.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from async_cache import BlockingClient, CacheClosedError, ConnectionLostError
-from async_cache.integrations.connection import Connection
+from async_cache.integrations.optional import OptionalClient
 
 
 @pytest.fixture
@@ -23,32 +23,32 @@ def depth(error: BaseException) -> int:
 
 def test_a_server_that_is_not_there_is_not_waited_for_again(make: Callable[[], BlockingClient]) -> None:
     made = []
-    connection = Connection(lambda: made.append(make()) or made[-1], retry_seconds=60)
+    client = OptionalClient(lambda: made.append(make()) or made[-1], retry_seconds=60)
     errors = []
     for _ in range(5):
         with pytest.raises(ConnectionLostError, match="there is no server at") as raised:
-            connection.client()
+            client.get()
         errors.append(raised.value)
     assert len(made) == 1
     assert depth(errors[-1]) <= 2, "the error does not grow by being raised"
-    connection.close()
+    client.close()
 
 
 def test_it_is_tried_again_in_the_background(make: Callable[[], BlockingClient]) -> None:
     made = []
-    connection = Connection(lambda: made.append(make()) or made[-1], retry_seconds=1e-9)
+    client = OptionalClient(lambda: made.append(make()) or made[-1], retry_seconds=1e-9)
     with pytest.raises(ConnectionLostError):
-        connection.client()
-    assert connection._opening is not None
-    connection._opening.join(10)
+        client.get()
+    assert client._opening is not None
+    client._opening.join(10)
     assert len(made) == 2
-    connection.close()
+    client.close()
 
 
 def test_after_close_there_is_none(make: Callable[[], BlockingClient]) -> None:
-    connection = Connection(make, retry_seconds=1e-9)
-    connection.close()
-    connection.close()
-    connection.failed(ConnectionLostError("late"))
+    client = OptionalClient(make, retry_seconds=1e-9)
+    client.close()
+    client.close()
+    client.failed(ConnectionLostError("late"))
     with pytest.raises(CacheClosedError):
-        connection.client()
+        client.get()
