@@ -18,6 +18,7 @@ The modules, in the order the data flows; a module imports only what is listed b
 - `request`, `plan`, `prefetch`: the record of a request, what it can be promised, the whole way
 - `counting`: how much is cached, for whoever only wants to know
 - `writing`: a writer of chunks
+- `core`: the parts, wired up
 - `cache`: `AsyncCache`, which owns all of it
 - `protocol`: what a client and a server say to each other
 - `server`: one cache for all the processes of a machine

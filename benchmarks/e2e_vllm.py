@@ -8,6 +8,7 @@ ends with a table of all that.
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
@@ -260,7 +261,8 @@ class Report:
         print(f"{name}: {what}: {value}", flush=True)
 
     def print(self, missing=None):
-        print("\n| first token after (medians) | ours | LMCache 0.5.6 | aim |\n|---|---|---|---|")
+        if self.figures:
+            print("\n| first token after (medians) | ours | LMCache 0.5.6 | aim |\n|---|---|---|---|")
         for what, row in self.figures.items():
             print(f"| {what} | {row.get('ours', '')} | {row.get('LMCache', '')} | {row['aim']} |")
         if missing:
@@ -583,6 +585,7 @@ def main():
         make_model()
     elif options.inside:
         asyncio.run(inside(options.parts or PARTS))
+        gc.collect()  # what vLLM's engine leaves can not be ended any more when the interpreter ends
     else:
         prepare()
         command = [place.python, __file__, "--work", place.work, "--inside", *options.parts]

@@ -94,7 +94,7 @@ class Ours:
 
     def forget(self, hashes):
         """Have them in L2 only, so that the next request of the same keys loads them again."""
-        l1 = self.cache._open.l1
+        l1 = self.cache.core.l1
         for chunk_hash in hashes:
             entry = l1.index.get(chunk_hash)
             if entry is not None and not entry.leases:

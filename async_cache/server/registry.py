@@ -24,7 +24,7 @@ class Registry:
     def __init__(self, cache: AsyncCache):
         self._holders: dict[str, dict[tuple[Holder, int], None]] = {}
         self._layouts: weakref.WeakKeyDictionary[ModelLayout, weakref.ref[ModelLayout]] = weakref.WeakKeyDictionary()
-        cache.tell_over(self._over)
+        cache.core.controller.on_over = self._over
 
     def hold(self, request_id: str, holder: Holder, number: int) -> None:
         """A holder has prefetched this."""

@@ -44,7 +44,7 @@ class Server:
         self._sessions: set[Session] = set()
         self._greeting = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._readable = os.open(f"/proc/self/fd/{cache.memory_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        self._readable = os.open(f"/proc/self/fd/{cache.core.arena.fd}", os.O_RDONLY | os.O_CLOEXEC)
         self._closing: asyncio.Task[None] | None = None
 
     @property

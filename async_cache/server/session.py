@@ -155,7 +155,7 @@ class Session:
         prompt = unpack(wire, layout)
         if len(prompt) * layout.full_mask.bit_count() > _MAX_OBJECTS:
             raise LimitError(f"the prompt of a message has up to {_MAX_OBJECTS} objects")
-        if isinstance(wire, messages.Digests) and not self._cache.fits(prompt):
+        if isinstance(wire, messages.Digests) and not self._cache.core.fits(prompt):
             raise ValueError("the chunk hashes of the prompt belong to another layout")
         return prompt
 
@@ -214,7 +214,7 @@ class Session:
         return messages.Loaded(number, self._unscoped(result))
 
     def _unclaim(self, message: messages.Unclaim) -> None:
-        self._cache.unclaim(self._scope + message.request_id)
+        self._cache.core.controller.unclaim(self._scope + message.request_id)
         self._registry.unclaimed(self._scope + message.request_id)
         self._done(message)
 
@@ -313,7 +313,7 @@ class Session:
     async def ended(self) -> None:
         """Return when the connection is gone, and nothing runs for it any more."""
         await self._left.wait()
-        if running := {*self._tasks.values(), *self._stores.copying.values()}:
+        if running := {*self._tasks.values(), *filter(None, [self._stores.copying])}:
             await asyncio.wait(running)
 
 

@@ -15,14 +15,14 @@ _COPIED_AT_ONCE = 8 * 2**20  # bytes that are copied in a step of the loop, in a
 
 
 class Stores:
-    """By the number of the message that opened them. `copying` are the chunks that a thread copies now.
+    """By the number of the message that opened them. `copying` is there while a thread copies a chunk.
 
-    While it does, nothing more is received from the client: whoever commits a chunk and then asks for it finds it.
+    Until it has, nothing more is received from the client: whoever commits a chunk and then asks for it finds it.
     """
 
     def __init__(self, segment: ClientSegment | None, copiers: Executor, connection: Connection):
         self.writers: dict[int, Writer] = {}
-        self.copying: dict[WriteChunk, asyncio.Future[None]] = {}
+        self.copying: asyncio.Future[None] | None = None
         self._segment = segment
         self._copiers = copiers
         self._connection = connection
@@ -74,9 +74,8 @@ class Stores:
             elif self._has_time_for(_size(views)):
                 self._segment.copy(message.offset, views)
             else:
-                copying = self._loop.run_in_executor(self._copiers, self._segment.copy, message.offset, views)
-                self.copying[chunk] = copying = asyncio.ensure_future(copying)
-                copying.add_done_callback(partial(self._copied, chunk, done))
+                self.copying = self._loop.run_in_executor(self._copiers, self._segment.copy, message.offset, views)
+                self.copying.add_done_callback(partial(self._copied, chunk, done))
                 self._connection.hold_up()
                 return
         chunk.commit()
@@ -94,7 +93,7 @@ class Stores:
     def _copied(
         self, chunk: WriteChunk, done: Callable[[Exception | None], None], copying: "asyncio.Future[None]"
     ) -> None:
-        del self.copying[chunk]
+        self.copying = None
         error: Exception | None = None
         try:
             copying.result()
@@ -136,7 +135,7 @@ class Stores:
         self._close_segment()
 
     def _close_segment(self) -> None:
-        if self._closed and not self.copying and self._segment is not None:
+        if self._closed and self.copying is None and self._segment is not None:
             self._segment.close()
             self._segment = None
 

@@ -50,7 +50,7 @@ class ServedCache(CacheClient):
         arena = None
         if segment is not None:
             segment.grow(len(self._cache.memory))
-            arena = map_read_only(self._cache.memory_fd, len(self._cache.memory))
+            arena = map_read_only(self._cache.core.arena.fd, len(self._cache.memory))
         link = Link(arena, segment, trusted=tenant.trusted, lost=lost)
         loop = asyncio.get_running_loop()
         ours, theirs = socketpair() if isinstance(loop, async_solipsism.EventLoop) else socket.socketpair()
