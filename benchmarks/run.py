@@ -216,9 +216,9 @@ def service(peers, peer_python):
 
     rows = []
 
-    def add(what, value, other, show=microseconds, aim=""):
-        ratio = f"{max(value, other) / min(value, other):.1f}" if other else ""
-        rows.append((what, show(value), show(other) if other else "", ratio, aim))
+    def add(what, value, other, show=microseconds, aim="", *, is_rate=False):
+        ratio = (value / other if is_rate else other / value) if other else None
+        rows.append((what, show(value), show(other) if other else "", f"{ratio:.1f}" if other else "", aim))
 
     noop = peer("p50_us", "noop (SYNC handler) sequential")
     add("ping (its noop)", mine(lambda r: r["ping"]["p50_us"]), noop, aim="2")
@@ -240,6 +240,7 @@ def service(peers, peer_python):
             rate,
             lambda rate: f"{rate:,.0f}",
             aim="8" * (depth == 64),
+            is_rate=True,
         )
     table(("from another process", "ours", "LMCache's server", "ratio", "aim"), rows)
     table(
