@@ -37,7 +37,7 @@ bench: $(INSTALLED) ## run the benchmarks
 	$(BIN)/python benchmarks/run.py
 
 e2e: $(INSTALLED) $(MODEL) ## vLLM with the cache, end to end; makes an environment of its own in .e2e first
-	$(BIN)/python benchmarks/e2e_vllm.py
+	$(BIN)/python benchmarks/e2e
 
 $(INSTALLED): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

@@ -1,6 +1,6 @@
-"""A server whose storage is slow, or fails in the middle of a load: `e2e_vllm.py` puts it in the place of a sound one.
+"""A server whose storage is slow, or fails in the middle of a load, in the place of a sound one.
 
-python benchmarks/e2e_server.py SOCKET DIRECTORY [--l1-bytes N] [--latency S] [--fail-after N]
+python benchmarks/e2e/faulty_server.py SOCKET DIRECTORY [--l1-bytes N] [--latency S] [--fail-after N]
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""LMCache 0.5.6 in vLLM, for `e2e_vllm.py`: its multiprocess server, its own connector, and storage that can be slow.
+"""LMCache 0.5.6 in vLLM: its multiprocess server, its own connector, and storage that can be slow.
 
 What it has is switched on: shared memory, the look-up when a request arrives, and as many loads at a time as there are
 slow requests.
@@ -89,7 +89,7 @@ class Peer:
     def running(self, chunk_tokens, l1_gib, loads):
         adapter = {
             "type": "plugin",
-            "module_path": "e2e_lmcache",
+            "module_path": "lmcache_peer",
             "class_name": "SlowAdapter",
             "adapter_params": {"base_path": str(self._storage), "latency": str(self._latency)},
         }
