@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 import os
 import weakref
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from async_cache.promise import Prefetch, Promise
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.messages import MAX_CHUNKS, Decoder, Message, encode, error_of
-from async_cache.protocol.prompts import describe, layout_of, pack
+from async_cache.protocol.prompts import describe, difference, layout_of, pack
 from async_cache.values import LoadResult, LookupHits
 
 A = TypeVar("A")
@@ -34,6 +35,8 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
+
+log = logging.getLogger(__name__)
 
 Lost = Callable[[Exception], None]
 
@@ -238,6 +241,8 @@ class Link:
         elif kind is messages.StoreClosed:
             if (store := self.stores.pop(answer.number, None)) is not None:
                 store.closed_from_outside()
+        elif kind is messages.LayoutRegistered:
+            self._layout_registered(answer)
         elif kind is messages.Failed:
             self._failed(answer)
         elif kind is messages.ReadAcquired and answer.data_bytes and self._is_waited_for(answer.number):
@@ -253,6 +258,18 @@ class Link:
         waiting = self._waiting.pop(number, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(answer)
+
+    def _layout_registered(self, answer: messages.LayoutRegistered) -> None:
+        number = self._registrations.pop(answer.number, None)
+        if number is None:
+            return
+        layout = self._layouts[number]
+        for other in answer.others:
+            log.warning(
+                "model %r is cached in another layout too, which shares nothing with this one: %s",
+                layout.model,
+                difference(describe(layout), other),
+            )
 
     def _failed(self, answer: messages.Failed) -> None:
         error = error_of(answer)

@@ -326,6 +326,13 @@ class Done(Message):
     number: int
 
 
+class LayoutRegistered(Message):
+    """The layout may be used. `others` are a few that are in use for the same model, and share nothing with it."""
+
+    number: int
+    others: list[Layout]
+
+
 class Failed(Message):
     """It could not be done. `number` 0: the connection is about to be closed, and this is why."""
 
@@ -438,6 +445,7 @@ class Counted(Message):
 
 Answer = (
     Done
+    | LayoutRegistered
     | Failed
     | LookupDone
     | LoadDone

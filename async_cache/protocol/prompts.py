@@ -45,6 +45,22 @@ def layout_of(description: Layout) -> ModelLayout:
     )
 
 
+def difference(ours: Layout, theirs: Layout) -> str:
+    """In what two layouts of a model differ, for people."""
+    parts = []
+    for name in ("chunk_tokens", "world_size", "readers_per_rank", "revision"):
+        here, there = getattr(ours, name), getattr(theirs, name)
+        if here != there:
+            parts.append(f"{name} is {here!r} here and {there!r} there")
+    if ours.groups != theirs.groups:
+        parts.append(f"its groups are {_shapes(ours)} here and {_shapes(theirs)} there")
+    return ", ".join(parts)
+
+
+def _shapes(layout: Layout) -> str:
+    return " + ".join(f"{'x'.join(map(str, group.shape))} {group.dtype}" for group in layout.groups)
+
+
 def pack(prompt: Prompt, layout: int, *, trusted: bool) -> WirePrompt:
     """A prompt to send: its digests, or where these prove nothing, what they are made from."""
     if trusted:

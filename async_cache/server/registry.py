@@ -2,10 +2,13 @@
 
 import weakref
 from collections.abc import Hashable
+from itertools import islice
 from typing import Protocol
 
 from async_cache.cache import AsyncCache
 from async_cache.layout import ModelLayout
+
+_MAX_OTHERS = 4
 
 
 class Holder(Protocol, Hashable):
@@ -60,3 +63,8 @@ class Registry:
             self._layouts[layout] = weakref.ref(layout)
             return layout
         return shared
+
+    def others(self, layout: ModelLayout) -> list[ModelLayout]:
+        """A few that are in use for the same model."""
+        alike = (other for other in list(self._layouts) if other.model == layout.model and other != layout)
+        return list(islice(alike, _MAX_OTHERS))

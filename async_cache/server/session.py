@@ -142,7 +142,8 @@ class Session:
         layout = self._registry.same(layout)
         self._layouts[message.layout] = layout
         self._layout_numbers[id(layout)] = message.layout
-        self._done(message)
+        others = self._registry.others(layout) if self._tenant.trusted else []
+        self.connection.send(messages.LayoutRegistered(message.number, [describe(other) for other in others]))
 
     def _prompt(self, wire: messages.WirePrompt) -> Prompt:
         """The prompt that a message names, if this tenant may use it."""

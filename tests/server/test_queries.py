@@ -118,7 +118,7 @@ def test_all_in_one_piece_is_taken_in_order(served, kind, trusted):
             answers = peer.answers(7)  # nothing is cached: its claim ends it
             kinds = {answer.number: type(answer) for answer in answers if answer.number != begun.number}
             assert kinds == {
-                sent[0].number: messages.Done,
+                sent[0].number: messages.LayoutRegistered,
                 asked[0].number: messages.Hits,
                 asked[1].number: messages.ReadAcquired,
                 asked[2].number: messages.Loaded,
