@@ -363,14 +363,13 @@ def test_who_finds_too_few_blocks_lets_others_go_first_but_not_for_ever() -> Non
     free[0] -= 12
     assert scheduler.match(second, 0) == (24, True)
     scheduler.place(second, lambda: (BLOCKS, BLOCKS), 24)
-    free[0] = 14 + 3
+    free[0] = 15
     assert scheduler.match(third, 0) == (None, False), "the two that load need two blocks each for what they compute"
     scheduler.finish("a")
     assert scheduler.match(third, 0) == (24, True)
-    free[0] = 15
-    assert scheduler.match(third, 0) == (None, False)
+    free[0] = 13
     scheduler.loaded(["b"])
-    assert scheduler.match(third, 0) == (24, True)
+    assert scheduler.match(third, 0) == (None, False), "it would be loaded, and then wait for its last block"
     free[0] = 0
     for seconds, answer in ((0.0, (None, False)), (4.9, (None, False)), (0.2, (24, True)), (0.0, (24, True))):
         now[0] += seconds

@@ -183,15 +183,19 @@ class PagedScheduler:
         if tokens <= 0 or not found.chunks:
             self._end(record)
             return NOTHING
-        if not self._has_room(record, computed_tokens):
+        if not self._has_room(record, computed_tokens, computed_tokens + tokens):
             return NOT_YET
         record.first_token = computed_tokens
         return tokens, True
 
-    def _has_room(self, record: Record, computed_tokens: int) -> bool:
-        """Whether the engine has blocks for all of it, or has given them to others for long enough."""
-        needed = self._blocks(record.request.num_tokens) - self._blocks(computed_tokens)
-        if needed <= self._free_blocks() - self._reserved_blocks:
+    def _has_room(self, record: Record, computed_tokens: int, end_token: int) -> bool:
+        """Whether the engine has blocks for it, or has given them to others for long enough.
+
+        As vLLM counts: all of it has to fit, and what is loaded has to leave what others that load will need.
+        """
+        held, free = self._blocks(computed_tokens), self._free_blocks()
+        loaded, whole = self._blocks(end_token) - held, self._blocks(record.request.num_tokens) - held
+        if whole <= free and loaded <= free - self._reserved_blocks:
             record.no_room_since = None
             return True
         now = self._clock()
