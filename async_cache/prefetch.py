@@ -448,9 +448,8 @@ class PrefetchController:
     def _release_if_left(self, request: Request) -> None:
         if not request.inside:
             release_unneeded(self._l1, request, ())
-            if (
-                request.start_chunk and request.prompt.hashed
-            ):  # what the engine held comes before what it asked for, and is to stay longer
+            # What the engine held comes before what it asked for, and is to stay longer.
+            if request.start_chunk and request.prompt.hashed:
                 self._l1.touch(reversed(request.prompt.chunk_hashes[: request.start_chunk]))
 
     def _leave_loads(self, request: Request) -> None:
