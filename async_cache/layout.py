@@ -111,7 +111,8 @@ class ModelLayout:
     ) -> "Prompt":
         """A prompt known only by an engine's own chained block hashes, each for `block_tokens` tokens.
 
-        It never meets a prompt made from tokens, nor one of another block size.
+        It never meets a prompt made from tokens, nor one of another block size. Hashes that are seeded at random are
+        found again by nobody else.
         """
         _check_count("block_tokens", block_tokens)
         if self.chunk_tokens % block_tokens:

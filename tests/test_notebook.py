@@ -96,7 +96,7 @@ def test_the_sweeper_gives_everything_back(notebook) -> None:
 
 
 def test_its_plots_are_there_and_of_a_moderate_size(notebook) -> None:
-    assert len(plots(notebook)) == 2
+    assert len(plots(notebook)) == 3
     assert all(len(plot) < PLOT_BYTES for plot in plots(notebook))
 
 

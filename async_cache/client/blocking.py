@@ -251,20 +251,25 @@ class BlockingClient:
         lease = self._open_client().read(request_id, rank=rank, reader=reader)
         return self._wait(_entered(lease), timeout_seconds, ReadLease.undo)
 
-    def store(self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0) -> RemoteWriter:
-        """As `CacheClient.store`, entered: leave it by `with`, or by `close`. Chunks are committed from any thread."""
+    def store(
+        self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0, timeout_seconds: float | None = None
+    ) -> RemoteWriter:
+        """As `CacheClient.store`, entered: leave it by `with`, or by `close`. Chunks are committed from any thread.
+
+        `timeout_seconds` is for entering, and once more for leaving by `with`.
+        """
         writer = self._open_client().store(prompt, rank=rank, start_chunk=start_chunk)
-        entered = self._wait(_entered(writer), give_back=RemoteWriter.close)
-        entered.on_exit = lambda: self._wait(entered.settled())
+        entered = self._wait(_entered(writer), timeout_seconds, RemoteWriter.close)
+        entered.on_exit = lambda: self._wait(entered.settled(), timeout_seconds)
         return entered
 
-    def renew(self, request_id: str) -> None:
+    def renew(self, request_id: str, *, timeout_seconds: float | None = None) -> None:
         """As `CacheClient.renew`."""
-        self._wait(self._open_client().renew(request_id))
+        self._wait(self._open_client().renew(request_id), timeout_seconds)
 
-    def end_request(self, request_id: str) -> None:
+    def end_request(self, request_id: str, *, timeout_seconds: float | None = None) -> None:
         """As `CacheClient.end_request`."""
-        self._wait(self._open_client().end_request(request_id))
+        self._wait(self._open_client().end_request(request_id), timeout_seconds)
 
     def end_request_nowait(self, request_id: str) -> None:
         """The same, without waiting for the server; where there is none, or the client is closed, nothing is held."""
@@ -287,21 +292,21 @@ class BlockingClient:
         """As `CacheClient.flush`."""
         return self._wait(self._open_client().flush(deadline_seconds))
 
-    def delete(self, prompt: Prompt) -> Deleted:
+    def delete(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> Deleted:
         """As `CacheClient.delete`."""
-        return self._wait(self._open_client().delete(prompt))
+        return self._wait(self._open_client().delete(prompt), timeout_seconds)
 
-    def clear(self, tier: Literal["l1", "all"] = "l1") -> Deleted:
+    def clear(self, tier: Literal["l1", "all"] = "l1", *, timeout_seconds: float | None = None) -> Deleted:
         """As `CacheClient.clear`."""
-        return self._wait(self._open_client().clear(tier))
+        return self._wait(self._open_client().clear(tier), timeout_seconds)
 
-    def stats(self) -> CacheStats:
+    def stats(self, *, timeout_seconds: float | None = None) -> CacheStats:
         """As `CacheClient.stats`."""
-        return self._wait(self._open_client().stats())
+        return self._wait(self._open_client().stats(), timeout_seconds)
 
-    def ping(self) -> float:
+    def ping(self, *, timeout_seconds: float | None = None) -> float:
         """As `CacheClient.ping`."""
-        return self._wait(self._open_client().ping())
+        return self._wait(self._open_client().ping(), timeout_seconds)
 
     @property
     def memory(self) -> memoryview:

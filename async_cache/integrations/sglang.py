@@ -31,9 +31,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_LOAD_PART = 0.8  # of the time that a batch may take
+
 OF_SGLANG = {  # what else may be in the extra config: SGLang reads it itself
     "backend_name", "module_path", "class_name", "interface_v1", "allocator", "prefetch_threshold",
     "prefetch_timeout_base", "prefetch_timeout_per_ki_token", "hicache_storage_pass_prefix_keys", "tp_lcm_size",
+    "file_storage_path",
 }  # fmt: skip
 
 
@@ -86,7 +89,7 @@ def layout_of(options: Options, config: HiCacheStorageConfig, pool: Any) -> Mode
     except Exception as error:
         raise ConfigError(
             f"a {type(pool).__name__} of layout {pool.layout!r} has no pages to store ({error}): "
-            "use --hicache-mem-layout page_first, or layer_first"
+            "use --hicache-mem-layout page_first, or where it is that already, another --hicache-storage-backend"
         ) from error
     dtype = str(page.dtype).removeprefix("torch.")
     if dtype == "uint8" and not options.kv_cache_dtype:
@@ -117,6 +120,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         self._layout: ModelLayout | None = None
         self._refusal: Exception = ConfigError("SGLang has not registered its host memory pool yet")
         self._told: str | None = None
+        self._lacks_room = False
         self._loads: deque[tuple[int, float]] = deque(maxlen=1000)  # (pages, GB/s) since the last `get_stats`
         self._saves: deque[tuple[int, float]] = deque(maxlen=1000)
         self._client = OptionalClient(self._options.client, self._options.retry_seconds)
@@ -132,9 +136,19 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         """The pool of the KV: its pages are what is stored."""
         super().register_mem_pool_host(mem_pool_host)
         try:
-            self._layout = layout_of(self._options, self._config, mem_pool_host)
+            self._layout = layout = layout_of(self._options, self._config, mem_pool_host)
         except Exception as error:
             self._refuse(error)
+        else:
+            log.info(
+                "pages of %r: %d tokens, %d bytes a rank, %d ranks, salt %r, %s",
+                layout.model,
+                layout.chunk_tokens,
+                layout.block_bytes[0],
+                layout.world_size,
+                self._options.salt,
+                layout.revision,
+            )
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: str) -> None:
         """Other pools beside it are those of models that this backend does not support."""
@@ -165,10 +179,13 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
     def _tell(self, error: Exception) -> None:
         """One line, until it is another one or all is well."""
         expected = isinstance(error, AsyncCacheError | ValueError | TimeoutError)
-        text = str(error) or f"the cache has not answered for {self._options.timeout_seconds} s"
+        text = self._text_of(error)
         if text != self._told:
             self._told = text
             log.warning("SGLang goes on without the cache: %s", text, exc_info=None if expected else error)
+
+    def _text_of(self, error: Exception) -> str:
+        return str(error) or f"the cache has not answered for {self._options.timeout_seconds} s"
 
     def _prompt(self, keys: Sequence[str]) -> Prompt:
         return self._known_layout().prompt_from_digests([bytes.fromhex(key) for key in keys], salt=self._options.salt)
@@ -235,10 +252,12 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         """True once every page that there is was taken. What is copied while the connection is lost may be anything."""
         prompt, client, seconds = self._prompt(keys), self._client.get(), self._options.timeout_seconds
         began = time.perf_counter()
-        prefetch = client.prefetch(prompt, ranks=[self._rank], deadline_seconds=seconds)
+        # A slow disk gives what it has in time for that to be read: only a silent server gives nothing.
+        prefetch = client.prefetch(prompt, ranks=[self._rank], deadline_seconds=_LOAD_PART * seconds)
         try:
-            prefetch.load_done.result(2 * seconds)  # a silent server is waited for longer than a slow disk
-            with client.read(prefetch.request_id, rank=self._rank, timeout_seconds=seconds) as lease:
+            prefetch.load_done.result(seconds)
+            left = max(began + seconds - time.perf_counter(), 0)
+            with client.read(prefetch.request_id, rank=self._rank, timeout_seconds=left) as lease:
                 for number, chunk in enumerate(lease):
                     page = chunk.tensors()[0]
                     assert page is not None
@@ -275,7 +294,8 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
     def _save(self, keys: Sequence[str], page_of: "Callable[[int], torch.Tensor]") -> list[bool]:
         prompt, client = self._prompt(keys), self._client.get()
         began = time.perf_counter()
-        with client.store(prompt, rank=self._rank) as writer:  # it has the chunks that are not in memory yet
+        seconds = self._options.timeout_seconds
+        with client.store(prompt, rank=self._rank, timeout_seconds=seconds) as writer:  # chunks that memory lacks
             for chunk in writer:
                 room = chunk.tensors()[0]
                 assert room is not None
@@ -283,8 +303,18 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
                 del room
                 chunk.commit()
             stored = len(keys) if writer.shortfall is None else writer[-1].index + 1 if len(writer) else 0
+            self._tell_of_room(prompt, found=stored > 0 or not keys)
             self._count_traffic(self._saves, len(writer), time.perf_counter() - began)
         return [number < stored for number in range(len(keys))]
+
+    def _tell_of_room(self, prompt: Prompt, *, found: bool) -> None:
+        """One line, until a page has found room."""
+        if not found and not self._lacks_room:
+            log.warning(
+                "a page of %d bytes finds no room in the server's memory: if that lasts, give it more --l1-bytes",
+                prompt.layout.room_bytes[self._rank],
+            )
+        self._lacks_room = not found
 
     def _starts(self, keys: Sequence[str], host_indices: "torch.Tensor") -> list[int]:
         """Where the pages begin in the host pool."""
@@ -310,8 +340,11 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
 
     def clear(self) -> None:
         """Empty the server, of all engines that use it. A token that is bound to salts may not."""
-        deleted = self._or_miss(lambda: self._client.get().clear("all"), None)
-        if deleted is not None:
+        try:
+            deleted = self._client.get().clear("all", timeout_seconds=self._options.timeout_seconds)
+        except Exception as error:
+            log.warning("the cache was not emptied: %s", self._text_of(error))
+        else:
             log.info("SGLang has emptied the cache: %d chunks", deleted.chunks)
 
     def get_stats(self) -> StorageMetrics | None:

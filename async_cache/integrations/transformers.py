@@ -7,7 +7,8 @@
 Bit-equal, and not only alike: a sum of floats depends on how the work is cut. So a prompt is always computed in steps
 that end where a chunk ends. Whoever begins where the stored chunks end repeats the last steps of whoever stored them:
 the same shapes over the same bytes. (On one machine, that is, with one version of torch and as many threads.) KV that
-was computed in other steps, such as that of generated tokens, can be stored as well; it is alike.
+was computed in other steps, such as that of generated tokens, can be stored as well; it is alike. A model
+whose positions depend on the length of the whole prompt is refused.
 
 Needs `async_cache[transformers]`.
 """
@@ -24,19 +25,16 @@ from transformers.cache_utils import DynamicLayer
 
 from async_cache.cache import AsyncCache
 from async_cache.client import CacheClient
-from async_cache.errors import (
-    AsyncCacheError,
-    ConnectionLostError,
-    ServiceError,
-    UnknownRequestError,
-    WriterClosedError,
-)
+from async_cache.errors import AsyncCacheError, ConnectionLostError
 from async_cache.keys import pack_tokens
 from async_cache.layout import ModelLayout, ObjectGroup, Prompt
 from async_cache.promise import Prefetch
 from async_cache.values import LoadResult, Shortfall
 
 log = logging.getLogger(__name__)
+
+_READ, _STORED = "computed without the cache", "not stored"
+_LENGTH_DEPENDENT = ("dynamic", "longrope")  # of transformers' `rope_type`
 
 T = TypeVar("T")
 
@@ -57,23 +55,39 @@ class Prefilled(NamedTuple):
 
 
 def kv_layout(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    *,
-    chunk_tokens: int = 256,
-    name: str | None = None,
-    revision: str | None = None,
+    model: PreTrainedModel, *, chunk_tokens: int = 256, name: str | None = None, revision: str | None = None
 ) -> ModelLayout:
     """One object for each chunk, of shape (2, layers, heads, chunk_tokens, head_dim): keys and values.
 
-    `name` and `revision` stand for the weights: two models that share both, and the shape and dtype, share their KV.
-    They are those that the model was loaded by, if they are not given. Raises ValueError for a model without a name,
-    and for one whose KV is more than keys and values of all tokens in every layer.
+    `name` and `revision` stand for the weights: two models that share both, and what follows from their configuration,
+    share their KV. They are those that the model was loaded by, if they are not given. The shape is that of the KV
+    that the model makes of one token. Raises ValueError for a model without a name, and for one that `check_cacheable`
+    refuses, or whose layers differ.
     """
+    config = model.config
     name = name or config.name_or_path
     if not name:
         raise ValueError("the model has no name: pass `name`, which stands for its weights")
-    text = config.get_text_config(decoder=True)
+    check_cacheable(config, name)
+    kv = DynamicCache(config=config)
+    try:
+        _compute(model, torch.zeros(1, dtype=torch.long), kv)
+    except Exception as error:
+        raise ValueError(f"{name!r} can not be cached: it does not compute a token from its id alone") from error
+    kinds = {(part.shape, part.dtype) for layer in kv.layers for part in (layer.keys, layer.values)}
+    if len(kinds) > 1:
+        shapes = ", ".join(sorted(f"{tuple(shape)} of {dtype}" for shape, dtype in kinds))
+        raise ValueError(f"{name!r} can not be cached: keys and values of a token are not all alike, but {shapes}")
+    ((_, heads, _, width), dtype) = kinds.pop()
+    group = ObjectGroup((2, len(kv.layers), heads, chunk_tokens, width), str(dtype).removeprefix("torch."))
+    known = revision if revision is not None else getattr(config, "_commit_hash", None) or ""
+    return ModelLayout(
+        name, (group,), chunk_tokens=chunk_tokens, revision=f"{known} {config._attn_implementation}".strip()
+    )
+
+
+def check_cacheable(config: PreTrainedConfig, name: str) -> None:
+    """Raises ValueError where KV is more than keys and values of all tokens in all layers, or not theirs alone."""
     layers = DynamicCache(config=config).layers
     for number, layer in enumerate(layers):
         if type(layer) is not DynamicLayer:
@@ -81,18 +95,27 @@ def kv_layout(
             raise ValueError(f"{name!r} can not be cached: layer {number} has no full attention, but a {kind}")
     if config.is_encoder_decoder or not layers:
         raise ValueError(f"{name!r} can not be cached: it is not a decoder of which all KV is attention's")
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    group = ObjectGroup((2, len(layers), heads, chunk_tokens, width), str(dtype).removeprefix("torch."))
-    known = revision if revision is not None else getattr(config, "_commit_hash", None) or ""
-    return ModelLayout(name, (group,), chunk_tokens=chunk_tokens, revision=known)
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") in _LENGTH_DEPENDENT:
+            kind = parameters["rope_type"]
+            raise ValueError(f"{name!r} can not be cached: its {kind} positions depend on the length of the prompt")
+
+
+@torch.no_grad()
+def _compute(model: PreTrainedModel, ids: torch.Tensor, kv: DynamicCache) -> torch.Tensor:
+    """The logits after the last of these tokens, which come behind those of `kv`, and are added to it."""
+    output = model(ids[None].to(model.device), cache=kv, use_cache=True, logits_to_keep=1)
+    logits: torch.Tensor = output.logits[0, -1]
+    return logits
 
 
 class CachedPrefix:
     """Prefills prompts of one model through a cache, which is to be open while it is used.
 
-    Whatever fails in the cache, the model computes: a fault makes the prefix shorter, and so does a server that is
-    not there or denies access, which is logged. Tokens are a flat sequence of ids, or a tensor of one dimension.
+    Whatever fails in the cache, the model computes: a fault makes the prefix shorter. A server that is lost or denies
+    access, and a cache that is closed or could not be opened, are told in one line until it works again. Tokens are a
+    flat sequence of ids, or a tensor of one dimension.
     """
 
     def __init__(
@@ -106,15 +129,19 @@ class CachedPrefix:
         salt: str = "",
         adapter: str = "",
     ):
-        """`chunk_tokens`, `name`, `revision`: see `kv_layout`. `salt` separates tenants, `adapter` names a LoRA."""
+        """`chunk_tokens`, `name`, `revision`: see `kv_layout`. `salt` separates tenants, `adapter` names a LoRA.
+
+        The model computes one token. Raises as `kv_layout`.
+        """
         if not isinstance(cache, AsyncCache | CacheClient):
             raise TypeError(f"cache must be an AsyncCache or a CacheClient, not {type(cache).__name__}")
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model must be a transformers model, not {type(model).__name__}")
-        self.layout = kv_layout(model.config, model.dtype, chunk_tokens=chunk_tokens, name=name, revision=revision)
+        self.layout = kv_layout(model, chunk_tokens=chunk_tokens, name=name, revision=revision)
         self._cache = cache
         self._model = model
         self._salt, self._adapter = salt, adapter
+        self._told: dict[str, str] = {}  # by what is not done, why
         self.prompt([])  # a salt or an adapter that can not be used is known now
 
     def prompt(self, tokens: Any) -> Prompt:
@@ -137,22 +164,37 @@ class CachedPrefix:
         """The KV of what was loaded, copied once that is done: the request is over. One that is gone gives none."""
         request_id = prefetch.request_id
         try:
+            await prefetch.load_done  # an error of its own says more than that there is nothing to read
             async with self._cache.read(request_id) as lease:
                 kv = await _to_its_end(self._rebuild, [chunk.tensors()[0] for chunk in lease])
                 if not lease.held:
                     raise ConnectionLostError("the connection was lost while the KV was copied")
+                self._told.pop(_READ, None)
                 return Loaded(kv, lease.result)
         except asyncio.CancelledError:
             with suppress(AsyncCacheError):
                 await self._cache.end_request(request_id)
             raise
-        except (ServiceError, UnknownRequestError) as error:
-            log.warning("the prompt is computed without the cache: %s", error)
-            return Loaded(self._rebuild(()), _nothing(request_id))
+        except AsyncCacheError as error:
+            return self._without_cache(error, request_id)
+
+    def _without_cache(self, error: AsyncCacheError, request_id: str = "") -> Loaded:
+        self._tell(_READ, error)
+        return Loaded(self._rebuild(()), _nothing(request_id))
+
+    def _tell(self, what: str, error: AsyncCacheError) -> None:
+        """One line, until it is another one or all is well."""
+        if self._told.get(what) != str(error):
+            self._told[what] = str(error)
+            log.warning("prompts are %s: %s", what, error)
 
     async def load(self, tokens: Any, *, deadline_seconds: float | None = None) -> Loaded:
         """The KV of the longest prefix that is cached."""
-        return await self.read(self.prefetch(tokens, deadline_seconds=deadline_seconds))
+        try:
+            prefetch = self.prefetch(tokens, deadline_seconds=deadline_seconds)
+        except AsyncCacheError as error:
+            return self._without_cache(error)
+        return await self.read(prefetch)
 
     def _rebuild(self, chunks: Sequence[Any]) -> DynamicCache:
         """The KV of consecutive chunks, the first of the prompt before all. It shares no memory with them."""
@@ -182,14 +224,8 @@ class CachedPrefix:
             raise ValueError(f"kv has {begin} tokens of a prompt of {len(ids)}: nothing is left to be computed")
         while begin < len(ids):
             end = min(begin - begin % chunk + chunk, len(ids))
-            logits = await _to_its_end(self._step, ids[begin:end], kv)
+            logits = await _to_its_end(_compute, self._model, ids[begin:end], kv)
             begin = end
-        return logits
-
-    @torch.no_grad()
-    def _step(self, ids: torch.Tensor, kv: DynamicCache) -> torch.Tensor:
-        output = self._model(ids[None].to(self._model.device), cache=kv, use_cache=True, logits_to_keep=1)
-        logits: torch.Tensor = output.logits[0, -1]
         return logits
 
     # Into the cache.
@@ -210,8 +246,9 @@ class CachedPrefix:
                     await _to_its_end(_copy_chunk, layers, chunk.index, chunk.tensors()[0])
                     chunk.commit()
                     taken += 1
-        except (ServiceError, WriterClosedError) as error:
-            log.warning("the prompt is not stored, but for %d chunks: %s", taken, error)
+            self._told.pop(_STORED, None)
+        except AsyncCacheError as error:
+            self._tell(_STORED, error)
         return taken
 
     # What callers give.
@@ -233,7 +270,10 @@ class CachedPrefix:
         (group,) = self.layout.groups
         _, layers, heads, _, width = group.shape
         if len(kv.layers) != layers:
-            raise ValueError(f"kv has {len(kv.layers)} layers, those of {self.layout.model!r} are {layers}")
+            raise ValueError(
+                f"kv has {len(kv.layers)} layers, those of {self.layout.model!r} are {layers}: "
+                "make an empty one by `DynamicCache(config=model.config)`"
+            )
         tokens = kv.get_seq_length()
         expected = ((1, heads, tokens, width), f"torch.{group.dtype}")
         for layer in kv.layers if tokens else ():
@@ -242,7 +282,7 @@ class CachedPrefix:
                     shape, dtype = expected
                     raise ValueError(
                         f"kv has {tuple(part.shape)} of {part.dtype} in a layer, "
-                        f"where the configuration of {self.layout.model!r} has {shape} of {dtype}"
+                        f"where {self.layout.model!r} has {shape} of {dtype}"
                     )
 
 

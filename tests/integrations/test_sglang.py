@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -476,14 +477,22 @@ def test_a_server_that_is_silent_is_a_miss_after_the_timeout(
     process = server._process
     assert process is not None
     process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
     try:
         assert backend.batch_exists(keys) == 0
         time.sleep(0.1)  # it is asked again
         assert backend.batch_get_v1(keys, pages(8, 3)) == [False] * 3
+        time.sleep(0.1)
+        assert backend.batch_set_v1(keys_of(3, "another"), pages(8, 3)) == [False] * 3
         assert warnings_in(caplog) == [WARNING + "the cache has not answered for 0.1 s"]
+        time.sleep(0.1)
+        backend.clear()
+        assert caplog.messages[-1] == "the cache was not emptied: the cache has not answered for 0.1 s"
+        assert time.monotonic() - began < 3
     finally:
         process.send_signal(signal.SIGCONT)
-    wait_until(lambda: backend.batch_exists(keys) == 3)
+    saved = partial(backend.batch_set_v1, keys, pages(0, 3))  # what it was told last was to clear the cache
+    wait_until(lambda: saved() == [True] * 3 and backend.batch_exists(keys) == 3)
 
 
 TENANTS = '[server.tenants.ours]\ntokens = ["0123456789abcdef"]\nsalts = ["ours"]\n'
@@ -595,6 +604,28 @@ def test_clear_empties_the_server(make: Make) -> None:
     backend.batch_set_v1(keys, pages(0, 3))
     backend.clear()
     assert backend.batch_exists(keys) == 0
+
+
+def test_a_clear_that_is_refused_is_no_outage(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with guarded(tmp_path / "guarded") as server:
+        backend = make(mha_pool(), url=server.url, salt="ours", token="0123456789abcdef")
+        backend.clear()
+        assert "the cache was not emptied: the token is bound to salts" in caplog.messages[-1]
+        assert not warnings_in(caplog)
+        backend.close()
+
+
+def test_a_page_for_which_the_server_is_too_small_is_one_line(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    tokens = 2**24 // (2 * LAYERS * HEADS * DIM * 2) + PAGE  # more than the 16 MiB of the server
+    pool = mha_pool(page=tokens, tokens=tokens)
+    backend = make(pool)
+    for _ in range(3):
+        assert backend.batch_set_v1(keys_of(1), torch.arange(tokens)) == [False]
+    assert [message for message in caplog.messages if "finds no room" in message] == [caplog.messages[-1]]
+
+
+def test_what_sglang_adds_to_the_extra_config_is_no_mistake(make: Make) -> None:
+    assert make(mha_pool(), file_storage_path="/tmp").batch_exists(keys_of(1)) == 0
 
 
 def test_stats_tell_what_was_moved_since_the_last_time(make: Make) -> None:

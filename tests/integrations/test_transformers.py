@@ -227,7 +227,7 @@ async def test_a_flipped_bit_reaches_no_model(model) -> None:
 
 async def test_a_cache_that_is_too_small_keeps_the_head(model) -> None:
     cold = await compute_cold(model)
-    layout = kv_layout(model.config, model.dtype, chunk_tokens=CHUNK)
+    layout = kv_layout(model, chunk_tokens=CHUNK)
     async with open_cache(l1_bytes=2 * layout.room_bytes[0]) as cache:
         prefix = make_prefix(cache, model)
         assert await prefix.store(TOKENS, cold[1]) == 2
@@ -261,8 +261,21 @@ async def test_without_its_server_the_model_computes_and_says_so(model, caplog, 
             assert (warm.result.chunks, warm.result.shortfall) == (0, Shortfall.BACKEND_ERROR)
             assert_bit_equal(warm, cold)
             assert await prefix.store(TOKENS, warm.kv) == 0
+            await prefix.prefill(TOKENS)
+            assert await prefix.store(TOKENS, warm.kv) == 0
     assert "computed without the cache" in caplog.text
     assert "not stored" in caplog.text
+    assert len(caplog.records) <= 3, "it was lost, there is none, and nothing is stored: not once for each prompt"
+
+
+@pytest.mark.parametrize("make", [AsyncCache, lambda: connect("unix:///nowhere/s")])
+async def test_with_a_cache_that_is_not_open_the_model_computes_and_says_so(model, caplog, make) -> None:
+    cold = await compute_cold(model)
+    prefix = make_prefix(make(), model)
+    for _ in range(3):
+        assert_bit_equal(await prefix.prefill(TOKENS), cold)
+        assert await prefix.store(TOKENS, cold[1]) == 0
+    assert len(caplog.records) == 2
 
 
 async def test_with_a_salt_that_its_token_may_not_use_the_model_computes_and_says_so(model, caplog, tmp_path) -> None:
@@ -280,8 +293,8 @@ async def test_with_a_salt_that_its_token_may_not_use_the_model_computes_and_say
         warm = await other.prefill(TOKENS)
         assert warm.result.chunks == 0
         assert_bit_equal(warm, cold)
+        assert "computed without the cache: the token is not for the salt" in caplog.text
         assert await other.store(TOKENS, warm.kv) == 0
-    assert "salt" in caplog.text
 
 
 # Cancelling.
@@ -394,12 +407,12 @@ async def test_a_model_of_another_dtype_or_shape_never_meets(model, sizes) -> No
 
 
 def test_a_model_has_the_name_and_the_commit_that_it_was_loaded_by() -> None:
-    config = transformers.LlamaConfig(**SIZES, name_or_path="owner/model")
-    config._commit_hash = "c0ffee"
-    layout = kv_layout(config, torch.float32)
-    assert (layout.model, layout.revision, layout.chunk_tokens) == ("owner/model", "c0ffee", 256)
+    model = make_model()
+    model.config.name_or_path, model.config._commit_hash = "owner/model", "c0ffee"
+    layout = kv_layout(model)
+    assert (layout.model, layout.revision, layout.chunk_tokens) == ("owner/model", "c0ffee sdpa", 256)
     assert layout.groups[0].shape == (2, 3, 2, 256, 8)
-    assert kv_layout(config, torch.float32, name="mine", revision="7").revision == "7"
+    assert kv_layout(model, name="mine", revision="7").revision == "7 sdpa"
 
 
 # What can not be used.
@@ -408,12 +421,37 @@ def test_a_model_has_the_name_and_the_commit_that_it_was_loaded_by() -> None:
 @pytest.mark.parametrize("kind", ["MistralConfig", "Gemma3TextConfig", "Qwen3NextConfig", "T5Config"])
 def test_a_model_without_full_attention_in_every_layer_is_refused(kind) -> None:
     with pytest.raises(ValueError, match="'m' can not be cached: "):
-        kv_layout(getattr(transformers, kind)(), torch.float32, name="m")
+        integration.check_cacheable(getattr(transformers, kind)(), "m")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_model_whose_positions_depend_on_what_follows_is_refused(kind) -> None:
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = transformers.LlamaConfig(**SIZES)
+    config.rope_parameters = rope
+    with pytest.raises(ValueError, match=f"'m' can not be cached: its {kind} positions"):
+        integration.check_cacheable(config, "m")
+
+
+def test_a_model_with_one_latent_head_is_cached_by_the_shape_that_it_has_or_refused() -> None:
+    """The configuration says something else than what is kept."""
+    config = transformers.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, multi_query=True
+    )
+    falcon = transformers.FalconForCausalLM(config).eval()
+    assert kv_layout(falcon, name="m", chunk_tokens=CHUNK).groups[0].shape == (2, 2, 1, CHUNK, 8)
+    sizes = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = transformers.DeepseekV3Config(**SIZES | sizes | {"num_key_value_heads": 4}, first_k_dense_replace=3)
+    deepseek = transformers.DeepseekV3ForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="'m' can not be cached: keys and values of a token are not all alike"):
+        kv_layout(deepseek, name="m")
 
 
 def test_a_model_without_a_name_is_refused() -> None:
+    nameless = make_model()
+    nameless.config.name_or_path = ""
     with pytest.raises(ValueError, match="pass `name`"):
-        kv_layout(transformers.LlamaConfig(**SIZES), torch.float32)
+        kv_layout(nameless)
 
 
 def test_a_cache_that_does_not_await_is_refused(model) -> None:
