@@ -313,6 +313,15 @@ class BlockingClient:
         """As `CacheClient.memory`."""
         return self._open_client().memory
 
+    @property
+    def result_ttl_seconds(self) -> float:
+        """As `CacheClient.result_ttl_seconds`."""
+        return self._open_client().result_ttl_seconds
+
+    def check_connected(self) -> None:
+        """As `CacheClient.check_connected`."""
+        self._open_client().check_connected()
+
 
 E = TypeVar("E", ReadLease, RemoteWriter)
 

@@ -387,9 +387,19 @@ class CacheClient:
     @property
     def memory(self) -> memoryview:
         """The server's arena, mapped read-only; another one after each reconnect. Raises AccessDeniedError."""
+        arena = self.check_connected().arena
+        if arena is None:
+            raise AccessDeniedError("this client does not see the server's memory: it is elsewhere, or bound to salts")
+        return arena.toreadonly()
+
+    @property
+    def result_ttl_seconds(self) -> float:
+        """How long the server keeps a result that nobody claims. Raises ConnectionLostError while there is none."""
+        return self.check_connected().result_ttl_seconds
+
+    def check_connected(self) -> Link:
+        """The connection. Raises ConnectionLostError while there is none: most calls would wait for the next one."""
         self._check_open()
         if self._link is None:
             raise self._error.with_traceback(None)
-        if self._link.arena is None:
-            raise AccessDeniedError("this client does not see the server's memory: it is elsewhere, or bound to salts")
-        return self._link.arena.toreadonly()
+        return self._link

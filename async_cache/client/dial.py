@@ -47,7 +47,7 @@ async def _dial(address: Address, hello: Hello, lost: Lost) -> Link:
                 os.close(arena_fd)
         if segment is not None:
             segment.grow(welcome.arena_bytes)
-        link = Link(arena, segment, trusted=welcome.trusted, lost=lost)
+        link = Link(welcome, arena, segment, lost)
         loop = asyncio.get_running_loop()
         if address.path:
             await loop.create_unix_connection(lambda: link.connection, sock=sock)

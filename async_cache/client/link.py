@@ -96,7 +96,7 @@ class Incoming:
 class Link:
     """OPEN -> LOST: then all that waits for it gets ConnectionLostError, and what was held through it is gone."""
 
-    def __init__(self, arena: memoryview | None, segment: Segment | None, *, trusted: bool, lost: Lost):
+    def __init__(self, welcome: messages.Welcome, arena: memoryview | None, segment: Segment | None, lost: Lost):
         self.arena = arena
         self.segment = segment
         self.connection = Connection(_decoder, self._received, self._connection_lost)
@@ -104,7 +104,8 @@ class Link:
         self.stores: dict[int, Store] = {}
         self.commits: set[asyncio.Future[Any]] = set()
         self.claims = Claims(self)
-        self._trusted = trusted
+        self.result_ttl_seconds = welcome.result_ttl_seconds
+        self._trusted = welcome.trusted
         self._lost = lost
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {}

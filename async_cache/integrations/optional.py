@@ -27,10 +27,11 @@ class OptionalClient:
         self._open()
 
     def get(self) -> BlockingClient:
-        """The client, which reconnects by itself once it was open. Raises why there is none."""
+        """The client, which reconnects by itself once it was open. Raises why there is none, or no connection now."""
         with self._lock:
             if time.monotonic() >= self._retry_at:
                 if self._client is not None:
+                    self._client.check_connected()
                     return self._client
                 if self._opening is None:
                     self._opening = threading.Thread(target=self._open, name="async_cache connect", daemon=True)
@@ -43,6 +44,12 @@ class OptionalClient:
             if error is not self._error and not self._closed:
                 self._error = error
                 self._retry_at = time.monotonic() + self._retry_seconds
+
+    def end_request_nowait(self, request_id: str) -> None:
+        """As `BlockingClient.end_request_nowait`; without a client there is nothing to end."""
+        client = self._client
+        if client is not None:
+            client.end_request_nowait(request_id)
 
     def _open(self) -> None:
         client, error = self._make(), None

@@ -11,10 +11,11 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import torch
+from msgspec import Meta
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -39,7 +40,7 @@ from async_cache.client.client import connect
 from async_cache.errors import AsyncCacheError, ConfigError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged import Geometry, Orders, PagedScheduler, PagedWorker, Pages
-from async_cache.keys import MAX_DIGEST_BYTES, check_label
+from async_cache.keys import MAX_DIGEST_BYTES
 from async_cache.layout import ModelLayout, ObjectGroup
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUPPORTED = "0.32."
+_SHORT = 200  # characters, of which it can still be read what they are
 
 _SPECS = {FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec}
 
@@ -64,9 +66,9 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     url: str | None = None
     namespace: str = ""
     token: str | None = None
-    model: str | None = None
-    chunk_tokens: int = 256
-    load_threshold_seconds: float = 0.1
+    model: Annotated[str, Meta(min_length=1)] | None = None
+    chunk_tokens: Annotated[int, Meta(ge=1)] = 256
+    load_threshold_seconds: Annotated[float, Meta(ge=0)] = 0.1
 
 
 @dataclass
@@ -91,9 +93,10 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
             self._geometry = geometry(vllm_config, kv_cache_config, self._options)
             if role is KVConnectorRole.SCHEDULER:
                 self._scheduler = self._open_scheduler(self._geometry)
-        except (AsyncCacheError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever it is, vLLM starts
             if role is KVConnectorRole.SCHEDULER:
-                log.error("vLLM serves without the cache: %s", error)
+                expected = isinstance(error, AsyncCacheError | ValueError)
+                log.error("vLLM serves without the cache: %s", error, exc_info=None if expected else error)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -179,6 +182,10 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
     ) -> tuple[bool, dict[str, Any] | None]:
         """Whether the blocks are to stay until they are saved."""
         return self._scheduler is not None and self._scheduler.finish(request.request_id), None
+
+    def reset_cache(self) -> bool | None:
+        """Empty the cache, as after new weights: of all engines that use the server. Whether that was done."""
+        return self._scheduler is not None and self._scheduler.reset()
 
     # The worker's side.
 
@@ -323,12 +330,20 @@ def _revision(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> st
         model.revision or "",
         str(model.dtype),
         str(model.quantization or ""),
-        str(model.hf_overrides or ""),
+        _short(str(model.hf_overrides or "")),
         str(cache.cache_dtype),
         f"blocks of {block_tokens} {kv_cache_config.kv_cache_layout} {isa}",
         f"vllm {SUPPORTED}",
     ]
     return " | ".join(fields)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHORT else _sha256(text)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def identity(request: "Request") -> dict[str, Any]:
@@ -339,16 +354,9 @@ def identity(request: "Request") -> dict[str, Any]:
     lora = request.lora_request
     return {
         "salt": request.cache_salt or "",
-        "adapter": _label(lora.lora_name) if lora is not None else "",
+        "adapter": _sha256(f"{lora.lora_name}\0{lora.lora_path}") if lora is not None else "",
         "media": [(offset, _digest(media[offset])) for offset in sorted(media)],
     }
-
-
-def _label(name: str) -> str:
-    try:
-        return check_label("adapter", name)
-    except ValueError:
-        return hashlib.sha256(name.encode()).hexdigest()
 
 
 def _digest(identifiers: Iterable[bytes]) -> bytes:

@@ -66,6 +66,7 @@ class Welcome(Message):
     arena_bytes: int
     mapped: bool
     trusted: bool
+    result_ttl_seconds: float
 
 
 # What prompts are made of.

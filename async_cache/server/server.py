@@ -124,7 +124,8 @@ class Server:
                     segment = ClientSegment(descriptor, len(self._cache.memory))
                 tenant = self._admit(hello, over_unix=sock.family == socket.AF_UNIX)
                 mapped = tenant.trusted and sock.family == socket.AF_UNIX
-                welcome = Welcome(VERSION, len(self._cache.memory), mapped, tenant.trusted)
+                ttl = self._cache.core.config.result_ttl_seconds
+                welcome = Welcome(VERSION, len(self._cache.memory), mapped, tenant.trusted, ttl)
                 await send(sock, welcome, self._readable if mapped else None)
             _keep_alive(sock)
             session = self.session(tenant, hello.namespace, segment, mapped=mapped)

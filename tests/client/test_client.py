@@ -599,7 +599,7 @@ async def test_a_server_that_welcomes_and_closes_is_not_asked_all_the_time() -> 
         nonlocal accepted
         accepted += 1
         await reader.readexactly(int.from_bytes(await reader.readexactly(4), "little"))
-        writer.write(frame(encode(messages.Welcome(messages.VERSION, 4096, False, True))))
+        writer.write(frame(encode(messages.Welcome(messages.VERSION, 4096, False, True, 60.0))))
         await writer.drain()
         writer.close()
 

@@ -16,6 +16,7 @@ from async_cache.client.memory import Segment
 from async_cache.config import ServerConfig
 from async_cache.l1.arena import map_read_only
 from async_cache.l2 import Backend
+from async_cache.protocol.messages import VERSION, Welcome
 from async_cache.server import Server
 from async_cache.server.access import Tenant
 from async_cache.server.segment import ClientSegment
@@ -51,7 +52,8 @@ class ServedCache(CacheClient):
         if segment is not None:
             segment.grow(len(self._cache.memory))
             arena = map_read_only(self._cache.core.arena.fd, len(self._cache.memory))
-        link = Link(arena, segment, trusted=tenant.trusted, lost=lost)
+        ttl = self._cache.core.config.result_ttl_seconds
+        link = Link(Welcome(VERSION, len(self._cache.memory), mapped, tenant.trusted, ttl), arena, segment, lost)
         loop = asyncio.get_running_loop()
         ours, theirs = socketpair() if isinstance(loop, async_solipsism.EventLoop) else socket.socketpair()
         await loop.connect_accepted_socket(lambda: session.connection, theirs)

@@ -1,6 +1,7 @@
 """The two sides of an engine with pages, against a real server."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from async_cache import BlockingClient, LoadResult, LookupHits, connect
 from async_cache.client.blocking import BlockingPrefetch
 from async_cache.integrations.optional import OptionalClient
-from async_cache.integrations.paged import Geometry, Orders, PagedScheduler, PagedWorker, Pages
+from async_cache.integrations.paged import Geometry, Orders, PagedScheduler, PagedWorker, Pages, SaveOrder
 from async_cache.integrations.paged.orders import NO_BLOCK, Tables
 from tests.integrations.support import BLOCK, CHUNK, Request, Served, caches, geometry, served, until
 
@@ -281,6 +282,11 @@ class Scripted:
     def __init__(self) -> None:
         self.prefetches: list[BlockingPrefetch] = []
         self.ended: list[str] = []
+        self.failures: list[Exception] = []
+        self.result_ttl_seconds = 60.0
+
+    def failed(self, error: Exception) -> None:
+        self.failures.append(error)
 
     def get(self) -> "Scripted":
         return self
@@ -344,9 +350,12 @@ def test_a_load_of_which_nothing_is_known_gets_blocks_when_it_has_ended(
     assert scheduler.match(request, 0) == scheduler.match(request, 0) == (24, True)
 
 
-def test_who_finds_too_few_blocks_lets_others_go_first_but_not_for_ever() -> None:
-    client, now, free = Scripted(), [100.0], [12]
-    where = Geometry(geometry().layout, (Pages(0, BLOCK, ("0",)), Pages(0, BLOCK, ("1",)), Pages(1, BLOCK, ("2",))))
+def test_who_finds_too_few_blocks_lets_others_go_first_while_they_are_on_their_way_to_others() -> None:
+    client, now, free = Scripted(), [100.0], [0]
+    where = Geometry(
+        geometry(windows=(None, None, None)).layout,
+        (Pages(0, BLOCK, ("0",)), Pages(0, BLOCK, ("1",)), Pages(1, BLOCK, ("2",))),
+    )
     scheduler = PagedScheduler(client, where, free_blocks=lambda: free[0], clock=lambda: now[0])  # type: ignore[arg-type]
     requests = [Request(name, TOKENS) for name in "abc"]  # of 26 tokens, that is 7 blocks in each of two tables
     for request in requests:
@@ -355,26 +364,136 @@ def test_who_finds_too_few_blocks_lets_others_go_first_but_not_for_ever() -> Non
         prefetch.lookup_done.set_result(hits(expected=0.0))
         prefetch.load_done.set_result(result(3, 0.0))
     first, second, third = requests
-    assert scheduler.match(first, 0) == (None, False)
-    assert scheduler.match(first, BLOCK) == (20, True), "the engine has a block of each table already"
-    free[0] = 30
-    assert scheduler.match(first, 0) == (24, True)
+    assert scheduler.match(first, 0) == (24, True), "nothing arrives: the engine has its own order"
     scheduler.place(first, lambda: (BLOCKS, BLOCKS), 24)
-    free[0] -= 12
+    free[0] = 13
+    assert scheduler.match(second, 0) == (None, False), "it would be loaded, and then wait for its last blocks"
+    free[0] = 14
     assert scheduler.match(second, 0) == (24, True)
     scheduler.place(second, lambda: (BLOCKS, BLOCKS), 24)
     free[0] = 15
     assert scheduler.match(third, 0) == (None, False), "the two that load need two blocks each for what they compute"
+    assert scheduler.match(third, BLOCK) == (20, True), "the engine has a block of each table already"
     scheduler.finish("a")
     assert scheduler.match(third, 0) == (24, True)
-    free[0] = 13
-    scheduler.loaded(["b"])
-    assert scheduler.match(third, 0) == (None, False), "it would be loaded, and then wait for its last block"
     free[0] = 0
-    for seconds, answer in ((0.0, (None, False)), (4.9, (None, False)), (0.2, (24, True)), (0.0, (24, True))):
+    for seconds, answer in ((0.0, (None, False)), (1.9, (None, False)), (0.2, (24, True)), (0.0, (24, True))):
         now[0] += seconds
-        assert scheduler.match(third, 0) == answer
+        assert scheduler.match(third, 0) == answer, "not for ever"
+    free[0] = 14
+    assert scheduler.match(third, 0) == (24, True)
+    free[0] = 0
+    scheduler.loaded(["b"])
+    scheduler.place(second, lambda: (BLOCKS, BLOCKS), 0)
+    assert scheduler.match(third, 0) == (None, False), "what has loaded is not computed yet"
+    second.num_computed_tokens = 24
+    scheduler.step({"b": 2}, lambda _: (BLOCKS, BLOCKS))
+    assert scheduler.match(third, 0) == (24, True)
     scheduler.close()
+
+
+def test_blocks_that_a_window_has_passed_are_not_needed() -> None:
+    where = geometry(windows=(None, 1))  # two blocks a chunk; a window of one chunk has two chunks of blocks at most
+    assert [where.blocks(tokens) for tokens in (0, 4, 5, 16, 80)] == [0, 2, 4, 8, 24]
+
+
+def test_a_server_that_does_not_answer_is_given_up(scripted: tuple[PagedScheduler, Scripted, list[float]]) -> None:
+    scheduler, client, now = scripted
+    request = Request("a", TOKENS)
+    scheduler.add(request, {}, 0, load=True)
+    for seconds, answer in ((1.9, (None, False)), (0.2, (0, False)), (0.0, (0, False))):
+        now[0] += seconds
+        assert scheduler.match(request, 0) == answer
+    assert client.ended == ["read-0"]
+    assert [type(error) for error in client.failures] == [TimeoutError]
+
+
+def test_what_the_server_keeps_for_a_short_time_is_asked_for_anew_in_time(
+    scripted: tuple[PagedScheduler, Scripted, list[float]],
+) -> None:
+    scheduler, client, now = scripted
+    client.result_ttl_seconds = 2.0
+    request = Request("a", TOKENS)
+    scheduler.add(request, {}, 0, load=True)
+    client.prefetches[0].lookup_done.set_result(hits(expected=0.0))
+    client.prefetches[0].load_done.set_result(result(3, 1.0))
+    now[0] += 1.9
+    assert scheduler.match(request, 0) == (24, True)
+    now[0] += 0.2
+    assert scheduler.match(request, 0) == (None, False)
+    assert len(client.prefetches) == 2
+
+
+def test_who_is_not_to_be_loaded_is_not_loaded_after_a_preemption(
+    scripted: tuple[PagedScheduler, Scripted, list[float]],
+) -> None:
+    scheduler, client, _ = scripted
+    request = Request("a", TOKENS)
+    scheduler.add(request, {}, 0, load=False)
+    request.num_preemptions = 1
+    assert scheduler.match(request, 0) == (0, False)
+    assert not client.prefetches
+
+
+def test_what_the_engine_held_is_saved_too_for_the_server_may_lack_it(
+    scripted: tuple[PagedScheduler, Scripted, list[float]],
+) -> None:
+    scheduler, _, _ = scripted
+    request = Request("a", TOKENS, num_computed_tokens=2 * CHUNK)
+    scheduler.add(request, {}, 2 * CHUNK, load=True)
+    (order,) = scheduler.step({"a": CHUNK + 2}, lambda _: (BLOCKS,)).saves
+    assert (order.start_chunk, len(order.prompt)) == (0, 3)
+
+
+def test_chunks_before_an_image_are_saved(scripted: tuple[PagedScheduler, Scripted, list[float]]) -> None:
+    scheduler, _, _ = scripted
+    media = [(CHUNK + 1, b"first"), (3 * CHUNK + 1, b"in the tail")]
+    request = Request("a", TOKENS)
+    scheduler.add(request, {"media": media}, 0, load=True)
+    saves = []
+    for _ in range(3):
+        saves += scheduler.step({"a": CHUNK}, lambda _: (BLOCKS,)).saves
+        request.num_computed_tokens += CHUNK
+    assert [(order.start_chunk, len(order.prompt)) for order in saves] == [(0, 1), (1, 2), (2, 3)]
+    whole = geometry().layout.prompt(TOKENS, media=media)
+    assert [order.prompt.chunk_hashes[-1] for order in saves] == whole.chunk_hashes
+
+
+def test_a_reset_empties_the_server_and_forgets_what_it_has_said(server: Served, engine: Callable[..., Engine]) -> None:
+    only, request = engine(geometry(), filled=True), Request("b", TOKENS)
+    only.save(Request("a", TOKENS), (BLOCKS,))
+    only.scheduler.add(request, {}, 0, load=True)
+    assert only.match(request) == 3 * CHUNK
+    assert only.scheduler.reset()
+    assert only.match(request) == 0
+    assert server.stats().l1_chunks == 0
+    server.stop()
+    until(lambda: only.client._client._link is None)  # type: ignore[union-attr]
+    assert not only.scheduler.reset()
+
+
+def test_saves_do_not_wait_for_a_server_that_is_gone(server: Served, engine: Callable[..., Engine]) -> None:
+    only = engine(geometry(), filled=True)
+    only.save(Request("a", TOKENS), (BLOCKS,))
+    prompt = geometry().layout.prompt([9, *TOKENS])
+    server.stop()
+    until(lambda: only.client._client._link is None)  # type: ignore[union-attr]
+    worker, began = only.workers[0], time.monotonic()
+    for n in range(20):
+        worker.save([SaveOrder(f"late-{n}", prompt, 0, (BLOCKS,))])
+        worker.settle()
+    assert time.monotonic() - began < 0.5
+
+
+def test_an_engine_whose_two_sides_differ_saves_nothing_and_says_why(
+    server: Served, engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = engine(geometry()).workers[0]
+    prompt = geometry(windows=(None, None)).layout.prompt(TOKENS)
+    worker.save([SaveOrder("a", prompt, 0, (BLOCKS, BLOCKS))])
+    worker.settle()
+    assert "different shapes" in caplog.text
+    assert server.stats().l1_chunks == 0
 
 
 def test_what_was_loaded_long_ago_is_asked_for_anew(scripted: tuple[PagedScheduler, Scripted, list[float]]) -> None:

@@ -85,7 +85,8 @@ def test_layers_that_are_no_attention_are_not_supported() -> None:
 def test_salt_lora_and_images_are_part_of_the_identity() -> None:
     image = SimpleNamespace(mm_position=SimpleNamespace(offset=5), identifier="h" * 100)
     other = SimpleNamespace(mm_position=SimpleNamespace(offset=2), identifier="hash")
-    lora = SimpleNamespace(lora_name="a\n" * 100)
+    lora = SimpleNamespace(lora_name="a\n" * 100, lora_path="/adapters/a")
+    moved = SimpleNamespace(lora_name=lora.lora_name, lora_path="/adapters/b")
     made = connector.identity(request(mm_features=[image, other], lora_request=lora, cache_salt="tenant"))
     layout = connector.geometry(config(), cached(FULL), connector.Options(chunk_tokens=128)).layout
     tokens = list(range(128))
@@ -93,6 +94,8 @@ def test_salt_lora_and_images_are_part_of_the_identity() -> None:
     assert [offset for offset, _ in made["media"]] == [2, 5]
     assert prompts[0].chunk_hashes != prompts[1].chunk_hashes
     assert made["salt"] == "tenant"
+    identities = [connector.identity(request(lora_request=it))["adapter"] for it in (lora, moved)]
+    assert identities[0] == made["adapter"] != identities[1]
 
 
 def made(caplog: pytest.LogCaptureFixture, role: KVConnectorRole, **options: Any) -> connector.AsyncCacheConnector:
@@ -136,6 +139,9 @@ def step() -> Any:
         ({"url": "unix:///nowhere/s"}, "there is no server at unix:///nowhere/s"),
         ({"chunk_tokens": 100}, "multiple of vLLM's block size 128"),
         ({"chunk_size": 256}, "chunk_size"),
+        ({"chunk_tokens": 0}, "Expected `int` >= 1"),
+        ({"load_threshold_seconds": float("nan")}, "Expected `float` >= 0"),
+        ({"model": ""}, "`str` of length >= 1"),
         ({"url": 5}, "Expected `str | null`, got `int` - at `$.url`"),
     ],
 )

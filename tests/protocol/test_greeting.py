@@ -17,7 +17,7 @@ from async_cache.protocol.greeting import greet, receive_hello, send
 from async_cache.protocol.messages import VERSION, Done, Failed, Hello, Ping, Welcome, encode
 
 HELLO = Hello(VERSION, "a token", "namespace")
-WELCOME = Welcome(VERSION, 4096, True, True)
+WELCOME = Welcome(VERSION, 4096, True, True, 60.0)
 
 
 def descriptors() -> int:

@@ -1,9 +1,11 @@
 """What the scheduler's process tells the workers', and where a chunk lies in pages."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from async_cache.layout import ModelLayout, Prompt
 
@@ -34,6 +36,20 @@ class Geometry:
 
     layout: ModelLayout
     pages: tuple[Pages, ...]
+
+    @cached_property
+    def _tables(self) -> list[tuple[int, float]]:
+        """By table, the tokens of a block, and the most tokens that have blocks at a time."""
+        tables: dict[int, tuple[int, float]] = {}
+        for pages, group in zip(self.pages, self.layout.groups, strict=False):
+            window = math.inf if group.window_chunks is None else (group.window_chunks + 1) * self.layout.chunk_tokens
+            _, most = tables.get(pages.table, (0, 0.0))
+            tables[pages.table] = (pages.block_tokens, max(most, window))
+        return list(tables.values())
+
+    def blocks(self, tokens: int) -> int:
+        """That an engine needs for so many."""
+        return sum(math.ceil(min(tokens, most) / block_tokens) for block_tokens, most in self._tables)
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ class Orders:
 
 
 class Complaint:
-    """Tells why the cache is not used: one line, not one for each request."""
+    """Tells why the cache is not used: one line a minute, not one for each request."""
 
     def __init__(self, interval_seconds: float = 60.0):
         self._interval_seconds = interval_seconds

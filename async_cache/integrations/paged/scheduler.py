@@ -4,15 +4,18 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from async_cache.client.blocking import BlockingClient, BlockingPrefetch
+from async_cache.client.blocking import BlockingClient, BlockingFuture, BlockingPrefetch
 from async_cache.errors import AsyncCacheError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged.orders import Complaint, Geometry, LoadOrder, Orders, SaveOrder, Tables
-from async_cache.values import LoadResult
+from async_cache.layout import Prompt
+from async_cache.values import LoadResult, LookupHits
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Answer = tuple[int | None, bool]
 """Tokens to load beyond what the engine has, and whether that happens between steps. None: ask again."""
@@ -20,7 +23,9 @@ Answer = tuple[int | None, bool]
 NOT_YET: Answer = (None, False)
 NOTHING: Answer = (0, False)
 
-_PATIENCE_SECONDS = 5.0  # so long others may take the blocks that a request is too large for
+_LOOKUP_SECONDS = 2.0  # more than a server takes: by default, it gives a backend one second
+_PATIENCE_SECONDS = 2.0  # so long others may take the blocks that a request is too large for
+_RESET_SECONDS = 10.0
 _FRESH_SECONDS = 30.0  # what was loaded longer ago is asked for anew: a server drops what nobody comes for
 
 
@@ -41,23 +46,26 @@ class Record:
     """A request: LOOKING (it has a `prefetch`) -> LOADING -> DONE, and back to LOOKING by a preemption."""
 
     __slots__ = (
-        "asked_at", "first_token", "identity", "is_loading", "no_room_since", "offer_from", "offer_until",
-        "preemptions", "prefetch", "request", "reserved_blocks", "saved_chunks", "saves",
+        "asked_at", "first_token", "fresh_seconds", "hits", "identity", "is_loading", "loads", "needs", "no_room_since",
+        "offer_from", "offer_until", "preemptions", "prefetch", "request", "result", "saved_chunks", "saves",
     )  # fmt: skip
 
-    def __init__(self, request: EngineRequest, identity: Mapping[str, Any]):
+    def __init__(self, request: EngineRequest, identity: Mapping[str, Any], *, loads: bool):
         self.request = request
         self.identity = identity
+        self.loads = loads
+        self.preemptions = request.num_preemptions
         self.prefetch: BlockingPrefetch | None = None
         self.asked_at = 0.0
-        self.preemptions = request.num_preemptions
-        self.is_loading = False
-        self.offer_from: float | None = None  # None until the hits are known
-        self.offer_until = 0.0
-        self.first_token = 0
+        self.fresh_seconds = 0.0
+        self.hits: LookupHits | None = None
+        self.offer_from = self.offer_until = 0.0  # when the load is expected to be short
+        self.result: LoadResult | None = None
+        self.needs = (-1, 0, 0)  # computed tokens, and the blocks that all the rest, and what is loaded, then need
         self.no_room_since: float | None = None
-        self.reserved_blocks = 0  # that the engine will need for it when it has loaded
-        self.saved_chunks: int | None = None  # None until it is computed
+        self.is_loading = False
+        self.first_token = 0
+        self.saved_chunks = 0
         self.saves = False
 
 
@@ -86,10 +94,9 @@ class PagedScheduler:
         self._loads, self._saves = loads, saves
         self._threshold_seconds = threshold_seconds
         self._free_blocks = free_blocks
-        self._reserved_blocks = 0
-        self._block_tokens = [*{pages.table: pages.block_tokens for pages in geometry.pages}.values()]
         self._clock = clock
         self._records: dict[str, Record] = {}
+        self._arriving: dict[Record, int] = {}  # placed and not computed yet, with the blocks that they will need
         self._orders = Orders()
         self._finished: list[str] = []
         self._complaint = Complaint()
@@ -99,34 +106,57 @@ class PagedScheduler:
         """Give back what is held, and close the client."""
         self._client.close()
 
+    def reset(self) -> bool:
+        """Empty the cache, of all who use the server, and forget what it has said. Whether that was done."""
+        for record in self._records.values():
+            if not record.is_loading:
+                self._end(record)
+        client = self._opened()
+        if client is None:
+            return False
+        try:
+            client.clear("all", timeout_seconds=_RESET_SECONDS)
+        except Exception as error:
+            log.error("the cache was not emptied: %s", error)
+            return False
+        return True
+
     def _opened(self) -> BlockingClient | None:
-        """The client, if there is one now: whatever the reason is that there is none, the engine goes on."""
+        """The client, if it is connected: whatever the reason is that there is none, the engine goes on."""
         try:
             return self._client.get()
         except Exception as error:
             self._complaint.tell(error)
             return None
 
+    def _prompt(self, record: Record, tokens: int) -> Prompt:
+        identity = dict(record.identity)
+        media = identity.pop("media", ())
+        ids = record.request.all_token_ids[:tokens]
+        return self._layout.prompt(ids, media=[item for item in media if item[0] < tokens], **identity)
+
     # Looking up.
 
     def add(self, request: EngineRequest, identity: Mapping[str, Any], computed_tokens: int, *, load: bool) -> None:
         """A request that is new; the engine holds `computed_tokens` of it. `identity`: as for `ModelLayout.prompt`."""
-        record = self._records[request.request_id] = Record(request, identity)
-        if load and self._loads:
-            self._look_up(record, computed_tokens)
+        record = self._records[request.request_id] = Record(request, identity, loads=load and self._loads)
+        self._look_up(record, computed_tokens)
 
     def _look_up(self, record: Record, computed_tokens: int) -> None:
         self._end(record)
-        record.offer_from, record.asked_at = None, self._clock()
-        chunk_tokens = self._chunk_tokens
         tokens = record.request.num_tokens - 1  # the last is computed, for what comes after it
-        if tokens // chunk_tokens <= computed_tokens // chunk_tokens or (client := self._opened()) is None:
+        if not record.loads or tokens // self._chunk_tokens <= computed_tokens // self._chunk_tokens:
+            return
+        client = self._opened()
+        if client is None:
             return
         try:
-            prompt = self._layout.prompt(record.request.all_token_ids[:tokens], **record.identity)
+            prompt = self._prompt(record, tokens)
+            record.fresh_seconds = min(_FRESH_SECONDS, client.result_ttl_seconds / 2)
             record.prefetch = client.prefetch(prompt, skip_tokens=computed_tokens)
         except (AsyncCacheError, ValueError) as error:
             self._complaint.tell(error)
+        record.asked_at = self._clock()
 
     def match(self, request: EngineRequest, computed_tokens: int) -> Answer:
         """What can be loaded beyond `computed_tokens`; asked in every step until the request is placed."""
@@ -138,44 +168,55 @@ class PagedScheduler:
         prefetch = record.prefetch
         if prefetch is None or record.is_loading:
             return NOTHING
-        if record.offer_from is None:
-            if not prefetch.lookup_done.done():
+        if record.result is None:
+            if prefetch.load_done.done():
+                record.result = self._outcome(record, prefetch.load_done)
+            elif not prefetch.lookup_done.done():
+                return self._still_looking(record)
+            elif not self._ends_soon(record, prefetch):
                 return NOT_YET
-            self._looked_up(record, prefetch)
-        assert record.offer_from is not None
-        if not prefetch.load_done.done() and not record.offer_from <= self._clock() <= record.offer_until:
-            return NOT_YET
-        return self._offer(record, prefetch, computed_tokens)
+        found = record.result or record.hits
+        return self._offer(record, found, computed_tokens) if found is not None else NOTHING
 
     def _preempted(self, record: Record, computed_tokens: int) -> None:
         record.preemptions = record.request.num_preemptions
         record.is_loading = False
-        record.saved_chunks = None
-        if self._loads:
-            self._look_up(record, computed_tokens)
+        record.saved_chunks = 0
+        self._look_up(record, computed_tokens)
 
-    def _looked_up(self, record: Record, prefetch: BlockingPrefetch) -> None:
-        """From when until when the load is expected to be short: an estimate that has failed is none."""
-        expected = None
-        if prefetch.lookup_done.exception() is None:
-            expected = prefetch.lookup_done.result().expected_load_seconds
-        now = self._clock()
-        if expected is None:
-            record.offer_from = record.offer_until = now + float("inf")
-        else:
-            record.offer_from = now + expected - self._threshold_seconds
-            record.offer_until = now + expected + self._threshold_seconds
-
-    def _offer(self, record: Record, prefetch: BlockingPrefetch, computed_tokens: int) -> Answer:
-        future = prefetch.load_done if prefetch.load_done.done() else prefetch.lookup_done
+    def _outcome(self, record: Record, future: BlockingFuture[T]) -> T | None:
         error = future.exception()
-        if error is not None:
-            self._complaint.tell(error)
-            record.prefetch = None
-            return NOTHING
-        found = future.result()
-        loaded_at = record.asked_at + (found.seconds if isinstance(found, LoadResult) else _FRESH_SECONDS)
-        is_old = self._clock() - loaded_at > _FRESH_SECONDS
+        if error is None:
+            return future.result()
+        self._complaint.tell(error)
+        self._end(record)
+        return None
+
+    def _still_looking(self, record: Record) -> Answer:
+        """A server that says nothing is left alone for a while."""
+        if self._clock() - record.asked_at < _LOOKUP_SECONDS:
+            return NOT_YET
+        error = TimeoutError(f"the server has not answered a lookup within {_LOOKUP_SECONDS} s")
+        self._complaint.tell(error)
+        self._end(record)
+        self._client.failed(error)
+        return NOTHING
+
+    def _ends_soon(self, record: Record, prefetch: BlockingPrefetch) -> bool:
+        """Whether the load is expected to be short now: an estimate that has failed is none."""
+        now = self._clock()
+        if record.hits is None:
+            record.hits = hits = self._outcome(record, prefetch.lookup_done)
+            if hits is None or hits.expected_load_seconds is None:
+                record.offer_from = math.inf
+            else:
+                record.offer_from = now + hits.expected_load_seconds - self._threshold_seconds
+                record.offer_until = now + hits.expected_load_seconds + self._threshold_seconds
+        return record.offer_from <= now <= record.offer_until
+
+    def _offer(self, record: Record, found: LookupHits | LoadResult, computed_tokens: int) -> Answer:
+        loaded_seconds = found.seconds if isinstance(found, LoadResult) else _FRESH_SECONDS
+        is_old = self._clock() - record.asked_at - loaded_seconds > record.fresh_seconds
         if is_old or found.start_chunk * self._chunk_tokens > computed_tokens:  # the engine held more at that time
             self._look_up(record, computed_tokens)
             return NOT_YET if record.prefetch is not None else NOTHING
@@ -183,52 +224,47 @@ class PagedScheduler:
         if tokens <= 0 or not found.chunks:
             self._end(record)
             return NOTHING
-        if not self._has_room(record, computed_tokens, computed_tokens + tokens):
+        if self._arriving and not self._has_room(record, computed_tokens, computed_tokens + tokens):
             return NOT_YET
         record.first_token = computed_tokens
         return tokens, True
 
     def _has_room(self, record: Record, computed_tokens: int, end_token: int) -> bool:
-        """Whether the engine has blocks for it, or has given them to others for long enough.
+        """Whether the engine has blocks for it beside those that arrive, or has given them to others for long enough.
 
-        As vLLM counts: all of it has to fit, and what is loaded has to leave what others that load will need.
+        As vLLM counts: all of it has to fit, and what is loaded has to leave what the others will need.
         """
-        held, free = self._blocks(computed_tokens), self._free_blocks()
-        loaded, whole = self._blocks(end_token) - held, self._blocks(record.request.num_tokens) - held
-        if whole <= free and loaded <= free - self._reserved_blocks:
+        if record.needs[0] != computed_tokens:
+            blocks = self._geometry.blocks
+            held = blocks(computed_tokens)
+            record.needs = (computed_tokens, blocks(record.request.num_tokens) - held, blocks(end_token) - held)
+        _, whole, loaded = record.needs
+        free = self._free_blocks()
+        if whole <= free and loaded <= free - sum(self._arriving.values()):
             record.no_room_since = None
             return True
-        now = self._clock()
         if record.no_room_since is None:
-            record.no_room_since = now
-        return now - record.no_room_since >= _PATIENCE_SECONDS
-
-    def _blocks(self, tokens: int) -> int:
-        return sum(-(-tokens // block_tokens) for block_tokens in self._block_tokens)
-
-    def _reserve(self, record: Record, blocks: int) -> None:
-        self._reserved_blocks += blocks - record.reserved_blocks
-        record.reserved_blocks = blocks
+            record.no_room_since = self._clock()
+        return self._clock() - record.no_room_since >= _PATIENCE_SECONDS
 
     def place(self, request: EngineRequest, tables: Callable[[], Tables], tokens: int) -> None:
         """The request has got blocks, `tokens` of them to be loaded."""
         record = self._records.get(request.request_id)
-        if record is None or record.prefetch is None or record.is_loading:
+        if record is None:
             return
+        if record in self._arriving:  # it has loaded, and got the blocks of the rest
+            self._arriving[record] = 0
+        if record.prefetch is None or record.is_loading:
+            return
+        record.no_room_since = None
         if not tokens:
             self._end(record)
             return
         record.is_loading = True
-        end_token = record.first_token + tokens
-        self._reserve(record, self._blocks(request.num_tokens) - self._blocks(end_token))
+        first_token, end_token = record.first_token, record.first_token + tokens
+        self._arriving[record] = self._geometry.blocks(request.num_tokens) - self._geometry.blocks(end_token)
         self._orders.loads.append(
-            LoadOrder(
-                request.request_id,
-                record.prefetch.request_id,
-                record.first_token,
-                end_token,
-                tables(),
-            )
+            LoadOrder(request.request_id, record.prefetch.request_id, first_token, end_token, tables())
         )
 
     def loaded(self, request_ids: Iterable[str]) -> None:
@@ -247,15 +283,17 @@ class PagedScheduler:
         waits = record.saves and not record.is_loading
         if waits:
             self._finished.append(request_id)
+        self._arriving.pop(record, None)
         self._end(record)
         return waits
 
     def _end(self, record: Record) -> None:
         """Give back all that the prefetch holds, whatever its stage."""
-        self._reserve(record, 0)
         prefetch, record.prefetch = record.prefetch, None
-        if prefetch is not None and (client := self._opened()) is not None:
-            client.end_request_nowait(prefetch.request_id)
+        record.hits = record.result = None
+        record.needs = (-1, 0, 0)
+        if prefetch is not None:
+            self._client.end_request_nowait(prefetch.request_id)
 
     # Saving.
 
@@ -272,32 +310,33 @@ class PagedScheduler:
         for request_id in orders.preempted:
             record = self._records.get(request_id)
             if record is not None:
-                record.saved_chunks, record.saves = None, False
-        if self._saves:
-            for request_id, tokens in scheduled.items():
-                record = self._records.get(request_id)
-                if record is not None:
-                    self._save(record, tokens, tables, orders)
+                record.saved_chunks, record.saves = 0, False
+                self._arriving.pop(record, None)
+        for request_id, tokens in scheduled.items():
+            record = self._records.get(request_id)
+            if record is None:
+                continue
+            end_token = min(record.request.num_computed_tokens + tokens, record.request.num_tokens)
+            if end_token == record.request.num_tokens:
+                self._arriving.pop(record, None)
+            if self._saves and end_token // self._chunk_tokens > record.saved_chunks:
+                self._save(record, end_token // self._chunk_tokens, tables, orders)
         return orders
 
-    def _save(self, record: Record, tokens: int, tables: Callable[[str], Tables | None], orders: Orders) -> None:
-        request = record.request
-        computed = request.num_computed_tokens
-        if record.saved_chunks is None:
-            record.saved_chunks = computed // self._chunk_tokens  # what the engine had, it has saved
-        end_chunk = min(computed + tokens, request.num_tokens) // self._chunk_tokens
-        start_chunk = record.saved_chunks
-        if end_chunk <= start_chunk or self._opened() is None:  # once there is a server, all of them
-            return
-        record.saved_chunks = end_chunk
-        blocks = tables(request.request_id)
+    def _save(self, record: Record, end_chunk: int, tables: Callable[[str], Tables | None], orders: Orders) -> None:
+        """All chunks up to there that were not saved yet: also those that the engine held, which the server may lack.
+
+        A server has no use for what it has, and says so to the workers. Where there is none, they are saved later.
+        """
+        request_id = record.request.request_id
+        blocks = tables(request_id) if self._opened() is not None else None
         if blocks is None:
             return
+        start_chunk, record.saved_chunks = record.saved_chunks, end_chunk
         try:
-            tokens_in_chunks = request.all_token_ids[: end_chunk * self._chunk_tokens]
-            prompt = self._layout.prompt(tokens_in_chunks, **record.identity)
+            prompt = self._prompt(record, end_chunk * self._chunk_tokens)
         except ValueError as error:
             self._complaint.tell(error)
             return
         record.saves = True
-        orders.saves.append(SaveOrder(request.request_id, prompt, start_chunk, blocks))
+        orders.saves.append(SaveOrder(request_id, prompt, start_chunk, blocks))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from async_cache.client.client import CacheClient
-from async_cache.errors import AsyncCacheError, CacheClosedError
+from async_cache.errors import AsyncCacheError, CacheClosedError, ConfigError, ConnectionLostError
 from async_cache.integrations.paged.orders import NO_BLOCK, Complaint, Geometry, LoadOrder, SaveOrder
 from async_cache.reading import ReadLease
 
@@ -20,6 +20,7 @@ Order = TypeVar("Order", LoadOrder, SaveOrder)
 T = TypeVar("T")
 
 _RESERVE_SECONDS = 1.0  # a save that has no room by then is given up: it holds blocks of the engine
+_PAUSE_SECONDS = 5.0  # without saves, after one that the server did not answer
 
 
 @dataclass
@@ -60,6 +61,7 @@ class PagedWorker:
         self._loop = asyncio.new_event_loop()
         self._opening = asyncio.Lock()
         self._closing = asyncio.Event()
+        self._saves_from = 0.0  # by the loop's clock
         self._copier = ThreadPoolExecutor(1, "async_cache copy", initializer=_leave_the_engines_core)
         self._thread = threading.Thread(target=self._run, name="async_cache worker", daemon=True)
 
@@ -188,15 +190,22 @@ class PagedWorker:
     # Saving.
 
     async def _save(self, order: SaveOrder) -> None:
+        if self._loop.time() < self._saves_from:
+            return
         try:
+            if order.prompt.layout != self._geometry.layout:
+                raise ConfigError("layers of different shapes in one group of vLLM's are not supported")
             async with asyncio.timeout(_RESERVE_SECONDS):
                 client = await self._opened()
+                client.check_connected()  # where it is lost, the next one is not waited for
                 writer = await client.store(order.prompt, rank=self._rank, start_chunk=order.start_chunk)
             with writer:
                 for chunk in writer:
                     if await self._copy(self._gather, chunk.index, chunk.tensors(), order):
                         chunk.commit()
         except (AsyncCacheError, TimeoutError) as error:
+            if isinstance(error, ConnectionLostError | TimeoutError):
+                self._saves_from = self._loop.time() + _PAUSE_SECONDS
             self._complaint.tell(error)
 
     def _gather(self, index: int, stored: Sequence[torch.Tensor | None], order: SaveOrder) -> bool:
