@@ -18,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TURNS = 3
 OURS, PEER, FLOOR = "ours:fs", "lmcache:fs_native", "ref:2"
+NAMES = {OURS: "ours", PEER: "LMCache fs_native", FLOOR: "bare reads"}
 COUNTS = (16, 64, 256)
 
 
@@ -145,7 +146,7 @@ def latency(peers, peer_python, rounds, *, cold):
     rows = []
     for cell in cells:
         ours, peer, floor = (us[cell, spec] for spec in (OURS, PEER, FLOOR))
-        what = names[cell[0]].format(f"{cell[1] // 1024} KiB")
+        what = names[cell[0]].format(f"{cell[1] >> 20} MiB" if cell[1] >> 20 else f"{cell[1] >> 10} KiB")
         ratios = (f"{peer / ours:.2f}", f"{floor / ours:.2f}")
         rows.append([what, cell[2], *map(microseconds, (ours, peer, floor)), *ratios])
     head = ("objects" + ", cold page cache" * cold, "number", "ours", "LMCache fs_native", "bare reads, 2 threads")
@@ -168,13 +169,14 @@ def burst(peers, peer_python, rounds):
                 answer = systems.workers[spec].call(command, **what, **how)
                 print(f"{name}: {spec} {command} {answer['wall']:.1f} s", file=sys.stderr, flush=True)
                 if turn:
-                    answers.setdefault((name, f"{spec}, inside" if command == "extra" else spec), []).append(answer)
+                    system = NAMES[spec] + ", inside the loop" * (command == "extra")
+                    answers.setdefault((name, system), []).append(answer)
     systems.close()
     rows = []
     for (name, system), some in answers.items():
         figures = [(a["n"] / a["wall"], a["p50"] * 1e3, a["p99"] * 1e3) for a in some]
         rate, p50, p99 = map(statistics.median, zip(*figures, strict=True))
-        if system == PEER:
+        if system == NAMES[PEER]:
             peer_rate, peer_p99 = rate, p99
         short, loads = sum(a["short"] for a in some), {a.get("loads", "") for a in some}
         ratios = (f"{rate / peer_rate:.2f}", f"{p99 / peer_p99:.2f}")
