@@ -185,7 +185,7 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
     def reset_cache(self) -> bool | None:
         """Empty the cache, as after new weights: of all engines that use the server. Whether that was done."""
-        return self._scheduler is not None and self._scheduler.reset()
+        return None if self._scheduler is None else self._scheduler.reset()
 
     # The worker's side.
 

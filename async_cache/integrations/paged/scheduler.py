@@ -247,6 +247,8 @@ class PagedScheduler:
             record.no_room_since = self._clock()
         return self._clock() - record.no_room_since >= _PATIENCE_SECONDS
 
+    # Placed, until it is over.
+
     def place(self, request: EngineRequest, tables: Callable[[], Tables], tokens: int) -> None:
         """The request has got blocks, `tokens` of them to be loaded."""
         record = self._records.get(request.request_id)
