@@ -13,6 +13,7 @@ import uvloop
 
 from async_cache.arguments import check_prompt, check_request_id, check_seconds, ranks_of, start_of
 from async_cache.client.client import MAX_REQUEST_ID, CacheClient, connect
+from async_cache.client.link import Link
 from async_cache.client.writing import RemoteWriter
 from async_cache.errors import CacheClosedError
 from async_cache.layout import Prompt
@@ -318,9 +319,9 @@ class BlockingClient:
         """As `CacheClient.result_ttl_seconds`."""
         return self._open_client().result_ttl_seconds
 
-    def check_connected(self) -> None:
+    def check_connected(self) -> Link:
         """As `CacheClient.check_connected`."""
-        self._open_client().check_connected()
+        return self._open_client().check_connected()
 
 
 E = TypeVar("E", ReadLease, RemoteWriter)

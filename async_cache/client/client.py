@@ -400,6 +400,7 @@ class CacheClient:
     def check_connected(self) -> Link:
         """The connection. Raises ConnectionLostError while there is none: most calls would wait for the next one."""
         self._check_open()
-        if self._link is None:
+        link = self._link  # once: it may be another thread that asks
+        if link is None:
             raise self._error.with_traceback(None)
-        return self._link
+        return link

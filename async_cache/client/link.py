@@ -38,6 +38,9 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 log = logging.getLogger(__name__)
 
+_told: set[tuple[str, str]] = set()  # in what layouts differ, once for all connections of the process
+_MAX_TOLD = 100
+
 Lost = Callable[[Exception], None]
 
 _decoder = Decoder(messages.Answer)
@@ -266,11 +269,10 @@ class Link:
             return
         layout = self._layouts[number]
         for other in answer.others:
-            log.warning(
-                "model %r is cached in another layout too, which shares nothing with this one: %s",
-                layout.model,
-                difference(describe(layout), other),
-            )
+            what = layout.model, difference(describe(layout), other)
+            if what not in _told and len(_told) < _MAX_TOLD:
+                _told.add(what)
+                log.warning("model %r is cached in another layout too, which shares nothing with this one: %s", *what)
 
     def _failed(self, answer: messages.Failed) -> None:
         error = error_of(answer)

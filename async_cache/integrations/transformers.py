@@ -105,7 +105,8 @@ def check_cacheable(config: PreTrainedConfig, name: str) -> None:
 @torch.no_grad()
 def _compute(model: PreTrainedModel, ids: torch.Tensor, kv: DynamicCache) -> torch.Tensor:
     """The logits after the last of these tokens, which come behind those of `kv`, and are added to it."""
-    output = model(ids[None].to(model.device), cache=kv, use_cache=True, logits_to_keep=1)
+    with torch.autocast(model.device.type, enabled=False):  # whatever thread it is
+        output = model(ids[None].to(model.device), cache=kv, use_cache=True, logits_to_keep=1)
     logits: torch.Tensor = output.logits[0, -1]
     return logits
 

@@ -169,9 +169,10 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         return Metadata(self._scheduler.step(scheduled, state.get_block_ids, scheduler_output.preempted_req_ids or ()))
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        """The workers' loads have ended."""
+        """The workers' loads and saves have ended."""
         if self._scheduler is not None:
             self._scheduler.loaded(connector_output.finished_recving or ())
+            self._scheduler.sent(connector_output.finished_sending or ())
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Whether the blocks are to stay until they are saved."""

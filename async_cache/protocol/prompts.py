@@ -12,6 +12,8 @@ from async_cache.protocol.messages import (
     WirePrompt,
 )
 
+_MAX_DIFFERENCE = 300  # characters
+
 
 def describe(layout: ModelLayout) -> Layout:
     """A layout to send."""
@@ -54,7 +56,8 @@ def difference(ours: Layout, theirs: Layout) -> str:
             parts.append(f"{name} is {here!r} here and {there!r} there")
     if ours.groups != theirs.groups:
         parts.append(f"its groups are {_shapes(ours)} here and {_shapes(theirs)} there")
-    return ", ".join(parts)
+    text = ", ".join(parts)
+    return text if len(text) <= _MAX_DIFFERENCE else text[:_MAX_DIFFERENCE] + " ..."
 
 
 def _shapes(layout: Layout) -> str:

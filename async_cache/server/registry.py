@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Hashable
-from itertools import islice
 from typing import Protocol
 
 from async_cache.cache import AsyncCache
@@ -26,6 +25,7 @@ class Registry:
 
     def __init__(self, cache: AsyncCache):
         self._holders: dict[str, dict[tuple[Holder, int], None]] = {}
+        self._told: weakref.WeakSet[ModelLayout] = weakref.WeakSet()
         self._layouts: weakref.WeakKeyDictionary[ModelLayout, weakref.ref[ModelLayout]] = weakref.WeakKeyDictionary()
         cache.core.controller.on_over = self._over
 
@@ -65,6 +65,10 @@ class Registry:
         return shared
 
     def others(self, layout: ModelLayout) -> list[ModelLayout]:
-        """A few that are in use for the same model."""
-        alike = (other for other in list(self._layouts) if other.model == layout.model and other != layout)
-        return list(islice(alike, _MAX_OTHERS))
+        """A few that are in use for the same model. From now on this one is told to those who ask, too.
+
+        It is for those who may use every salt: nobody else is to hear of them, or be heard of.
+        """
+        alike = [other for other in self._told if other.model == layout.model and other != layout]
+        self._told.add(layout)
+        return alike[:_MAX_OTHERS]

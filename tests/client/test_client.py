@@ -691,7 +691,7 @@ async def test_a_lease_says_that_its_memory_is_not_kept_when_the_connection_is_l
 
 
 async def test_another_layout_of_the_same_model_is_told_in_a_line(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    other = make_layout(chunk_tokens=8, revision="r2")
+    ours, other = make_layout(model="two ways"), make_layout(model="two ways", chunk_tokens=8, revision="r2")
     bound = TenantConfig(tokens=(TOKENS[1],), salts=("blue",))
     async with (
         serve(url, tenants={"bound": bound}),
@@ -699,14 +699,14 @@ async def test_another_layout_of_the_same_model_is_told_in_a_line(url: str, capl
         connect(url) as second,
         connect(url, token=TOKENS[1]) as third,
     ):
-        await fill(first, PROMPT)
-        for again in (first, second):
-            await again.lookup(PROMPT)
         await third.lookup(make_prompt(3, layout=other, salt="blue"))
-        assert not caplog.records, "the same one, or who may not know"
-        for _ in range(2):
-            await second.lookup(make_prompt(3, layout=other))
+        for again in (first, second):
+            await again.lookup(make_prompt(3, layout=ours))
+        await third.lookup(make_prompt(3, layout=ours, salt="blue"))
+        assert not caplog.records, "the same one, or of those who are bound to salts, or for them"
+        for again in (first, second):
+            await again.lookup(make_prompt(3, layout=other))
     assert [record.getMessage() for record in caplog.records] == [
-        "model 'model' is cached in another layout too, which shares nothing with this one: "
+        "model 'two ways' is cached in another layout too, which shares nothing with this one: "
         "chunk_tokens is 8 here and 4 there, revision is 'r2' here and '' there"
     ]

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,6 +285,11 @@ class Scripted:
         self.ended: list[str] = []
         self.failures: list[Exception] = []
         self.result_ttl_seconds = 60.0
+        self.connection = SimpleNamespace(received_frames=7)
+
+    def check_connected(self) -> "Scripted":
+        """It is its own link."""
+        return self
 
     def failed(self, error: Exception) -> None:
         self.failures.append(error)
@@ -397,15 +403,32 @@ def test_blocks_that_a_window_has_passed_are_not_needed() -> None:
     assert [where.blocks(tokens) for tokens in (0, 4, 5, 16, 80)] == [0, 2, 4, 8, 24]
 
 
-def test_a_server_that_does_not_answer_is_given_up(scripted: tuple[PagedScheduler, Scripted, list[float]]) -> None:
+@pytest.mark.parametrize("answers_others", [False, True])
+def test_a_server_that_does_not_answer_is_given_up(
+    scripted: tuple[PagedScheduler, Scripted, list[float]], answers_others: bool
+) -> None:
     scheduler, client, now = scripted
     request = Request("a", TOKENS)
     scheduler.add(request, {}, 0, load=True)
-    for seconds, answer in ((1.9, (None, False)), (0.2, (0, False)), (0.0, (0, False))):
+    client.connection.received_frames += answers_others
+    for seconds, answer in ((1.9, (None, False)), (0.5, (None, False)), (0.2, (0, False)), (0.0, (0, False))):
         now[0] += seconds
         assert scheduler.match(request, 0) == answer
     assert client.ended == ["read-0"]
-    assert [type(error) for error in client.failures] == [TimeoutError]
+    assert [type(error) for error in client.failures] == [TimeoutError] * (not answers_others)
+
+
+def test_an_answer_that_came_while_the_process_was_held_counts(
+    scripted: tuple[PagedScheduler, Scripted, list[float]],
+) -> None:
+    scheduler, client, now = scripted
+    request = Request("a", TOKENS)
+    scheduler.add(request, {}, 0, load=True)
+    now[0] += 60
+    assert scheduler.match(request, 0) == (None, False)
+    client.prefetches[0].lookup_done.set_result(hits(expected=0.0))
+    client.prefetches[0].load_done.set_result(result(3, 59.0))
+    assert scheduler.match(request, 0) == (24, True)
 
 
 def test_what_the_server_keeps_for_a_short_time_is_asked_for_anew_in_time(
@@ -438,11 +461,16 @@ def test_who_is_not_to_be_loaded_is_not_loaded_after_a_preemption(
 def test_what_the_engine_held_is_saved_too_for_the_server_may_lack_it(
     scripted: tuple[PagedScheduler, Scripted, list[float]],
 ) -> None:
-    scheduler, _, _ = scripted
+    scheduler, _, now = scripted
     request = Request("a", TOKENS, num_computed_tokens=2 * CHUNK)
     scheduler.add(request, {}, 2 * CHUNK, load=True)
     (order,) = scheduler.step({"a": CHUNK + 2}, lambda _: (BLOCKS,)).saves
     assert (order.start_chunk, len(order.prompt)) == (0, 3)
+    for seconds, start_chunk in ((1.0, 2), (30.0, 0)):
+        now[0] += seconds
+        scheduler.add(request, {}, 2 * CHUNK, load=True)
+        (order,) = scheduler.step({"a": CHUNK + 2}, lambda _: (BLOCKS,)).saves
+        assert (order.start_chunk, len(order.prompt)) == (start_chunk, 3), "not for each request"
 
 
 def test_chunks_before_an_image_are_saved(scripted: tuple[PagedScheduler, Scripted, list[float]]) -> None:
@@ -464,6 +492,8 @@ def test_a_reset_empties_the_server_and_forgets_what_it_has_said(server: Served,
     only.save(Request("a", TOKENS), (BLOCKS,))
     only.scheduler.add(request, {}, 0, load=True)
     assert only.match(request) == 3 * CHUNK
+    assert not only.scheduler.reset(), "what is being saved would come after it"
+    only.scheduler.sent(["a"])
     assert only.scheduler.reset()
     assert only.match(request) == 0
     assert server.stats().l1_chunks == 0

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from async_cache.client.blocking import BlockingClient, BlockingFuture, BlockingPrefetch
-from async_cache.errors import AsyncCacheError
+from async_cache.client.link import Link
+from async_cache.errors import AsyncCacheError, RequestError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged.orders import Complaint, Geometry, LoadOrder, Orders, SaveOrder, Tables
 from async_cache.layout import Prompt
@@ -23,7 +24,10 @@ Answer = tuple[int | None, bool]
 NOT_YET: Answer = (None, False)
 NOTHING: Answer = (0, False)
 
-_LOOKUP_SECONDS = 2.0  # more than a server takes: by default, it gives a backend one second
+_LOOKUP_SECONDS = 2.0  # no request is held up for longer: by default, a server gives a backend one second
+_LAST_CHANCE_SECONDS = 0.1  # where this process was held, the answer is there, unread
+_OFFER_SECONDS = 30.0  # so often what the engine holds is offered to the server, which may have lost it
+_MAX_OFFERED = 4096
 _PATIENCE_SECONDS = 2.0  # so long others may take the blocks that a request is too large for
 _RESET_SECONDS = 10.0
 _FRESH_SECONDS = 30.0  # what was loaded longer ago is asked for anew: a server drops what nobody comes for
@@ -46,8 +50,9 @@ class Record:
     """A request: LOOKING (it has a `prefetch`) -> LOADING -> DONE, and back to LOOKING by a preemption."""
 
     __slots__ = (
-        "asked_at", "first_token", "fresh_seconds", "hits", "identity", "is_loading", "loads", "needs", "no_room_since",
-        "offer_from", "offer_until", "preemptions", "prefetch", "request", "result", "saved_chunks", "saves",
+        "asked_at", "first_token", "give_up_at", "heard", "hits", "identity", "is_loading", "link", "loads", "needs",
+        "no_room_since", "offer_from", "offer_until", "preemptions", "prefetch", "request", "result", "saved_chunks",
+        "saves",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, identity: Mapping[str, Any], *, loads: bool):
@@ -56,8 +61,10 @@ class Record:
         self.loads = loads
         self.preemptions = request.num_preemptions
         self.prefetch: BlockingPrefetch | None = None
+        self.link: Link | None = None  # over which it was asked for,
+        self.heard = 0  # and the frames that had come by then
         self.asked_at = 0.0
-        self.fresh_seconds = 0.0
+        self.give_up_at: float | None = None
         self.hits: LookupHits | None = None
         self.offer_from = self.offer_until = 0.0  # when the load is expected to be short
         self.result: LoadResult | None = None
@@ -65,7 +72,7 @@ class Record:
         self.no_room_since: float | None = None
         self.is_loading = False
         self.first_token = 0
-        self.saved_chunks = 0
+        self.saved_chunks: int | None = None  # None until it is computed
         self.saves = False
 
 
@@ -99,6 +106,8 @@ class PagedScheduler:
         self._arriving: dict[Record, int] = {}  # placed and not computed yet, with the blocks that they will need
         self._orders = Orders()
         self._finished: list[str] = []
+        self._sending: set[str] = set()  # finished, and not saved yet
+        self._offered: dict[bytes, float] = {}  # when, by the last chunk of what the engine held
         self._complaint = Complaint()
         self._opened()  # where there is no server, that is told now, and not with the first request
 
@@ -111,14 +120,14 @@ class PagedScheduler:
         for record in self._records.values():
             if not record.is_loading:
                 self._end(record)
-        client = self._opened()
-        if client is None:
-            return False
         try:
-            client.clear("all", timeout_seconds=_RESET_SECONDS)
+            if self._sending or any(record.saves for record in self._records.values()):
+                raise RequestError("requests run or are being saved: try again when they have ended")
+            self._client.get().clear("all", timeout_seconds=_RESET_SECONDS)
         except Exception as error:
             log.error("the cache was not emptied: %s", error)
             return False
+        self._offered.clear()
         return True
 
     def _opened(self) -> BlockingClient | None:
@@ -127,6 +136,7 @@ class PagedScheduler:
             return self._client.get()
         except Exception as error:
             self._complaint.tell(error)
+            self._offered.clear()
             return None
 
     def _prompt(self, record: Record, tokens: int) -> Prompt:
@@ -152,11 +162,12 @@ class PagedScheduler:
             return
         try:
             prompt = self._prompt(record, tokens)
-            record.fresh_seconds = min(_FRESH_SECONDS, client.result_ttl_seconds / 2)
+            record.link = client.check_connected()
+            record.heard = record.link.connection.received_frames
             record.prefetch = client.prefetch(prompt, skip_tokens=computed_tokens)
         except (AsyncCacheError, ValueError) as error:
             self._complaint.tell(error)
-        record.asked_at = self._clock()
+        record.asked_at, record.give_up_at = self._clock(), None
 
     def match(self, request: EngineRequest, computed_tokens: int) -> Answer:
         """What can be loaded beyond `computed_tokens`; asked in every step until the request is placed."""
@@ -181,7 +192,7 @@ class PagedScheduler:
     def _preempted(self, record: Record, computed_tokens: int) -> None:
         record.preemptions = record.request.num_preemptions
         record.is_loading = False
-        record.saved_chunks = 0
+        record.saved_chunks = None
         self._look_up(record, computed_tokens)
 
     def _outcome(self, record: Record, future: BlockingFuture[T]) -> T | None:
@@ -193,13 +204,19 @@ class PagedScheduler:
         return None
 
     def _still_looking(self, record: Record) -> Answer:
-        """A server that says nothing is left alone for a while."""
-        if self._clock() - record.asked_at < _LOOKUP_SECONDS:
+        """No request is held up by its lookup for long. A server that has said nothing at all is left alone."""
+        now = self._clock()
+        if now - record.asked_at < _LOOKUP_SECONDS:
+            return NOT_YET
+        if record.give_up_at is None:
+            record.give_up_at = now + _LAST_CHANCE_SECONDS
+        if now < record.give_up_at:
             return NOT_YET
         error = TimeoutError(f"the server has not answered a lookup within {_LOOKUP_SECONDS} s")
         self._complaint.tell(error)
         self._end(record)
-        self._client.failed(error)
+        if record.link is not None and record.link.connection.received_frames == record.heard:
+            self._client.failed(error)
         return NOTHING
 
     def _ends_soon(self, record: Record, prefetch: BlockingPrefetch) -> bool:
@@ -216,7 +233,8 @@ class PagedScheduler:
 
     def _offer(self, record: Record, found: LookupHits | LoadResult, computed_tokens: int) -> Answer:
         loaded_seconds = found.seconds if isinstance(found, LoadResult) else _FRESH_SECONDS
-        is_old = self._clock() - record.asked_at - loaded_seconds > record.fresh_seconds
+        fresh_seconds = min(_FRESH_SECONDS, record.link.result_ttl_seconds / 2) if record.link is not None else 0.0
+        is_old = self._clock() - record.asked_at - loaded_seconds > fresh_seconds
         if is_old or found.start_chunk * self._chunk_tokens > computed_tokens:  # the engine held more at that time
             self._look_up(record, computed_tokens)
             return NOT_YET if record.prefetch is not None else NOTHING
@@ -285,9 +303,14 @@ class PagedScheduler:
         waits = record.saves and not record.is_loading
         if waits:
             self._finished.append(request_id)
+            self._sending.add(request_id)
         self._arriving.pop(record, None)
         self._end(record)
         return waits
+
+    def sent(self, request_ids: Iterable[str]) -> None:
+        """Finished requests that the workers have saved."""
+        self._sending.difference_update(request_ids)
 
     def _end(self, record: Record) -> None:
         """Give back all that the prefetch holds, whatever its stage."""
@@ -312,7 +335,7 @@ class PagedScheduler:
         for request_id in orders.preempted:
             record = self._records.get(request_id)
             if record is not None:
-                record.saved_chunks, record.saves = 0, False
+                record.saved_chunks, record.saves = None, False
                 self._arriving.pop(record, None)
         for request_id, tokens in scheduled.items():
             record = self._records.get(request_id)
@@ -321,15 +344,12 @@ class PagedScheduler:
             end_token = min(record.request.num_computed_tokens + tokens, record.request.num_tokens)
             if end_token == record.request.num_tokens:
                 self._arriving.pop(record, None)
-            if self._saves and end_token // self._chunk_tokens > record.saved_chunks:
+            if self._saves and end_token // self._chunk_tokens > (record.saved_chunks or 0):
                 self._save(record, end_token // self._chunk_tokens, tables, orders)
         return orders
 
     def _save(self, record: Record, end_chunk: int, tables: Callable[[str], Tables | None], orders: Orders) -> None:
-        """All chunks up to there that were not saved yet: also those that the engine held, which the server may lack.
-
-        A server has no use for what it has, and says so to the workers. Where there is none, they are saved later.
-        """
+        """The chunks up to there that were not saved yet. Where there is no server, they are saved later."""
         request_id = record.request.request_id
         blocks = tables(request_id) if self._opened() is not None else None
         if blocks is None:
@@ -340,5 +360,20 @@ class PagedScheduler:
         except ValueError as error:
             self._complaint.tell(error)
             return
-        record.saves = True
-        orders.saves.append(SaveOrder(request_id, prompt, start_chunk, blocks))
+        if start_chunk is None:
+            start_chunk = self._first_chunk(prompt, record.request.num_computed_tokens // self._chunk_tokens)
+        if start_chunk < end_chunk:
+            record.saves = True
+            orders.saves.append(SaveOrder(request_id, prompt, start_chunk, blocks))
+
+    def _first_chunk(self, prompt: Prompt, held_chunks: int) -> int:
+        """To save first. What the engine held is saved too, now and then: a server that was replaced lacks it."""
+        if not held_chunks:
+            return 0
+        last, now = prompt.chunk_hashes[held_chunks - 1], self._clock()
+        if now - self._offered.get(last, -math.inf) < _OFFER_SECONDS:
+            return held_chunks
+        if len(self._offered) >= _MAX_OFFERED:
+            self._offered.clear()
+        self._offered[last] = now
+        return 0

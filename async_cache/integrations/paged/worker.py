@@ -198,7 +198,7 @@ class PagedWorker:
             async with asyncio.timeout(_RESERVE_SECONDS):
                 client = await self._opened()
                 client.check_connected()  # where it is lost, the next one is not waited for
-                writer = await client.store(order.prompt, rank=self._rank, start_chunk=order.start_chunk)
+                writer = await client.store(order.prompt, rank=self._rank, start_chunk=self._first_whole(order))
             with writer:
                 for chunk in writer:
                     if await self._copy(self._gather, chunk.index, chunk.tensors(), order):
@@ -208,10 +208,19 @@ class PagedWorker:
                 self._saves_from = self._loop.time() + _PAUSE_SECONDS
             self._complaint.tell(error)
 
-    def _gather(self, index: int, stored: Sequence[torch.Tensor | None], order: SaveOrder) -> bool:
+    def _blocks(self, order: SaveOrder, index: int) -> list[list[int]] | None:
+        """By pages, those of a chunk; None where a window has passed, and the chunk is not whole."""
         begin, end = index * self._chunk_tokens, (index + 1) * self._chunk_tokens
         numbers = [pages.blocks(order.tables, begin, end) for pages in self._geometry.pages]
-        if any(NO_BLOCK in blocks for blocks in numbers):  # a window has passed: the chunk is not whole
+        return None if any(NO_BLOCK in blocks for blocks in numbers) else numbers
+
+    def _first_whole(self, order: SaveOrder) -> int:
+        chunks = range(order.start_chunk, len(order.prompt))
+        return next((index for index in chunks if self._blocks(order, index) is not None), len(order.prompt))
+
+    def _gather(self, index: int, stored: Sequence[torch.Tensor | None], order: SaveOrder) -> bool:
+        numbers = self._blocks(order, index)
+        if numbers is None:
             return False
         for caches, blocks, out in zip(self._caches, numbers, stored, strict=True):
             if out is not None:
