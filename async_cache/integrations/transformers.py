@@ -74,6 +74,8 @@ def kv_layout(
         _compute(model, torch.zeros(1, dtype=torch.long), kv)
     except Exception as error:
         raise ValueError(f"{name!r} can not be cached: it does not compute a token from its id alone") from error
+    if kv.get_seq_length() != 1:
+        raise ValueError(f"{name!r} can not be cached: it does not fill the cache that it is given")
     kinds = {(part.shape, part.dtype) for layer in kv.layers for part in (layer.keys, layer.values)}
     if len(kinds) > 1:
         shapes = ", ".join(sorted(f"{tuple(shape)} of {dtype}" for shape, dtype in kinds))
