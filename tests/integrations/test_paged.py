@@ -239,6 +239,24 @@ def test_blocks_that_a_load_does_not_fill_are_told(server: Served, engine: Calla
     assert second.scheduler.match(request, 0) == (0, False), "what failed is computed"
 
 
+def test_a_load_that_does_not_end_is_given_up_and_computed(
+    server: Served, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("async_cache.integrations.paged.worker._LOAD_SECONDS", 0.05)
+    where = geometry()
+    engine(where, filled=True).save(Request("a", TOKENS), (BLOCKS,))
+    server.forget()
+    server.hold("load")
+    second, request = engine(where, saves=False), Request("b", TOKENS)
+    second.scheduler.add(request, {}, 0, load=True)
+    prefetch = second.scheduler._records["b"].prefetch
+    assert prefetch is not None and prefetch.lookup_done.result(10).chunks == 3
+    second.load(request, (OTHER_BLOCKS,), 3 * CHUNK)
+    assert second.failed == set(OTHER_BLOCKS[:6])
+    server.release()
+    until(lambda: holds_nothing(server))
+
+
 def test_a_server_that_goes_away_is_one_line_and_a_miss(
     server: Served, engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -319,6 +337,12 @@ def result(chunks: int, seconds: float) -> LoadResult:
     return LoadResult(request_id="", start_chunk=0, chunks=chunks, tokens=0, l1_chunks=0, l2_chunks=0, seconds=seconds)
 
 
+def load(prefetch: BlockingPrefetch, seconds: float) -> None:
+    """All of it is found, and loaded in that time."""
+    prefetch.lookup_done.set_result(hits(expected=0.0))
+    prefetch.load_done.set_result(result(3, seconds))
+
+
 @pytest.fixture
 def scripted() -> Iterator[tuple[PagedScheduler, Scripted, list[float]]]:
     client, now = Scripted(), [100.0]
@@ -366,9 +390,7 @@ def test_who_finds_too_few_blocks_lets_others_go_first_while_they_are_on_their_w
     requests = [Request(name, TOKENS) for name in "abc"]  # of 26 tokens, that is 7 blocks in each of two tables
     for request in requests:
         scheduler.add(request, {}, 0, load=True)
-        prefetch = client.prefetches[-1]
-        prefetch.lookup_done.set_result(hits(expected=0.0))
-        prefetch.load_done.set_result(result(3, 0.0))
+        load(client.prefetches[-1], 0.0)
     first, second, third = requests
     assert scheduler.match(first, 0) == (24, True), "nothing arrives: the engine has its own order"
     scheduler.place(first, lambda: (BLOCKS, BLOCKS), 24)
@@ -438,8 +460,7 @@ def test_what_the_server_keeps_for_a_short_time_is_asked_for_anew_in_time(
     client.result_ttl_seconds = 2.0
     request = Request("a", TOKENS)
     scheduler.add(request, {}, 0, load=True)
-    client.prefetches[0].lookup_done.set_result(hits(expected=0.0))
-    client.prefetches[0].load_done.set_result(result(3, 1.0))
+    load(client.prefetches[0], 1.0)
     now[0] += 1.9
     assert scheduler.match(request, 0) == (24, True)
     now[0] += 0.2
@@ -530,11 +551,9 @@ def test_what_was_loaded_long_ago_is_asked_for_anew(scripted: tuple[PagedSchedul
     scheduler, client, now = scripted
     request = Request("a", TOKENS)
     scheduler.add(request, {}, 0, load=True)
-    client.prefetches[0].lookup_done.set_result(hits(expected=0.0))
-    client.prefetches[0].load_done.set_result(result(3, 1.0))
+    load(client.prefetches[0], 1.0)
     now[0] += 40
     assert scheduler.match(request, 0) == (None, False)
     until(lambda: client.ended == ["read-0"])
-    client.prefetches[1].lookup_done.set_result(hits(expected=0.0))
-    client.prefetches[1].load_done.set_result(result(3, 0.0))
+    load(client.prefetches[1], 0.0)
     assert scheduler.match(request, 0) == (24, True)

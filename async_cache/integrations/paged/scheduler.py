@@ -77,7 +77,7 @@ class Record:
 
 
 class PagedScheduler:
-    """The scheduler's side of one engine. No call waits: each looks at futures, or leaves work to a thread.
+    """The scheduler's side of one engine. No call waits but `reset`: each looks at futures, or leaves work to a thread.
 
     `threshold_seconds`: a load that is expected to end within it gets its blocks before it has ended.
     `free_blocks`: how many the engine has now. Whoever is offered a place and does not fit holds up all behind it.

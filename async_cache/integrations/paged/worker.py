@@ -19,6 +19,7 @@ from async_cache.reading import ReadLease
 Order = TypeVar("Order", LoadOrder, SaveOrder)
 T = TypeVar("T")
 
+_LOAD_SECONDS = 5.0  # it was expected to end soon when it got its blocks: after this, they are computed
 _RESERVE_SECONDS = 1.0  # a save that has no room by then is given up: it holds blocks of the engine
 _PAUSE_SECONDS = 5.0  # without saves, after one that the server did not answer
 
@@ -165,11 +166,13 @@ class PagedWorker:
     async def _load(self, order: LoadOrder) -> int:
         """The token up to which the blocks are filled."""
         try:
-            client = await self._opened()
-            async with client.read(order.read_id, rank=self._rank, reader=self._reader) as lease:
+            async with asyncio.timeout(_LOAD_SECONDS):
+                client = await self._opened()
+                lease = await client.read(order.read_id, rank=self._rank, reader=self._reader)
+            with lease:
                 filled = await self._copy(self._fill, lease, order)
                 return filled if lease.held else order.first_token
-        except AsyncCacheError as error:
+        except (AsyncCacheError, TimeoutError) as error:
             self._complaint.tell(error)
             return order.first_token
 
