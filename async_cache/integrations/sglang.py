@@ -266,8 +266,9 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
                     raise ConnectionLostError("the connection was lost while pages were copied")
                 self._count_traffic(self._loads, len(lease), time.perf_counter() - began)
             return True
-        finally:
-            prefetch.cancel()  # does nothing where it has loaded
+        except BaseException:
+            client.end_request_nowait(prefetch.request_id)
+            raise
 
     # Writing.
 

@@ -40,7 +40,7 @@ with warnings.catch_warnings():  # SGLang says at its import what a CPU can not 
     from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
     from sglang.srt.mem_cache.storage import StorageBackendFactory
 
-from async_cache import ConfigError, connect
+from async_cache import BlockingClient, ConfigError, connect
 
 PAGE = 4
 LAYERS, HEADS, DIM = 3, 2, 8
@@ -491,6 +491,8 @@ def test_a_server_that_is_silent_is_a_miss_after_the_timeout(
         assert time.monotonic() - began < 3
     finally:
         process.send_signal(signal.SIGCONT)
+    with BlockingClient(server.url) as client:
+        wait_until(lambda: not client.stats().requests)  # what was given up is not kept until it is swept
     saved = partial(backend.batch_set_v1, keys, pages(0, 3))  # what it was told last was to clear the cache
     wait_until(lambda: saved() == [True] * 3 and backend.batch_exists(keys) == 3)
 
