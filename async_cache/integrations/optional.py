@@ -34,8 +34,9 @@ class OptionalClient:
                     self._client.check_connected()
                     return self._client
                 if self._opening is None:
-                    self._opening = threading.Thread(target=self._open, name="async_cache connect", daemon=True)
-                    self._opening.start()
+                    opening = threading.Thread(target=self._open, name="async_cache connect", daemon=True)
+                    opening.start()  # it raises where there can be no more threads; the new one waits for the lock
+                    self._opening = opening
             raise self._error.with_traceback(None)  # it is raised often: its traceback is not to grow
 
     def failed(self, error: Exception) -> None:

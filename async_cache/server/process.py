@@ -59,9 +59,8 @@ async def serve(
 
 async def _open(stack: AsyncExitStack, cache_config: CacheConfig, server_config: ServerConfig) -> Server:
     for url in server_config.listen:
-        Listener(
-            Address.parse(url)
-        ).close()  # it is known at once where this can not be, and not after the memory is there
+        # It is known at once where this can not be, and not after the memory is there.
+        Listener(Address.parse(url)).close()
     cache = await stack.enter_async_context(AsyncCache(cache_config))
     return await stack.enter_async_context(Server(cache, server_config))
 

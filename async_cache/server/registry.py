@@ -25,7 +25,7 @@ class Registry:
 
     def __init__(self, cache: AsyncCache):
         self._holders: dict[str, dict[tuple[Holder, int], None]] = {}
-        self._told: weakref.WeakSet[ModelLayout] = weakref.WeakSet()
+        self._announced: weakref.WeakSet[ModelLayout] = weakref.WeakSet()
         self._layouts: weakref.WeakKeyDictionary[ModelLayout, weakref.ref[ModelLayout]] = weakref.WeakKeyDictionary()
         cache.core.controller.on_over = self._over
 
@@ -64,11 +64,11 @@ class Registry:
             return layout
         return shared
 
-    def others(self, layout: ModelLayout) -> list[ModelLayout]:
-        """A few that are in use for the same model. From now on this one is told to those who ask, too.
+    def announce(self, layout: ModelLayout) -> list[ModelLayout]:
+        """Tell of a layout those who come later; a few others of its model that were announced, and are in use.
 
-        It is for those who may use every salt: nobody else is to hear of them, or be heard of.
+        For those who may use every salt: nobody else is to hear of them, or be heard of.
         """
-        alike = [other for other in self._told if other.model == layout.model and other != layout]
-        self._told.add(layout)
+        alike = [other for other in self._announced if other.model == layout.model and other != layout]
+        self._announced.add(layout)
         return alike[:_MAX_OTHERS]

@@ -142,7 +142,7 @@ class Session:
         layout = self._registry.same(layout)
         self._layouts[message.layout] = layout
         self._layout_numbers[id(layout)] = message.layout
-        others = self._registry.others(layout) if self._tenant.trusted else []
+        others = self._registry.announce(layout) if self._tenant.trusted else []
         self.connection.send(messages.LayoutRegistered(message.number, [describe(other) for other in others]))
 
     def _prompt(self, wire: messages.WirePrompt) -> Prompt:

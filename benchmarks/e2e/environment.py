@@ -19,7 +19,7 @@ PEER = (
     "redis==8.1.0",
     "sortedcontainers==2.4.0",
 )
-OURS = ("aiofiles", "blake3", "msgspec", "uvloop", "xxhash", "typer", "rich", "gguf", "accelerate")
+MODEL = ("gguf", "accelerate")
 TESTS = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis")
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -60,8 +60,7 @@ class Place:
             subprocess.run([*pip, "install", "-q", "torch==2.13.0"], check=True)
             subprocess.run([*pip, "install", "-q", VLLM], check=True)
             subprocess.run([*pip, "uninstall", "-q", "-y", *UNWANTED], check=True)
-            subprocess.run([*pip, "install", "-q", *OURS, *TESTS], check=True)
-            subprocess.run([*pip, "install", "-q", "--no-deps", "-e", ROOT], check=True)
+            subprocess.run([*pip, "install", "-q", "-e", ROOT, "torch==2.13.0", *MODEL, *TESTS], check=True)
             stamp.touch()
         if not (self.peer / ".installed").exists():
             install = [*pip, "install", "-q", "--no-deps", "--upgrade", "--target", self.peer, *PEER]
