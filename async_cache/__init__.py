@@ -1,30 +1,24 @@
 """A KV cache that answers twice: how much of a prompt is cached, then that the bytes are in memory.
 
-The modules, in the order the data flows; a module imports only what is listed before it or in its own package:
+The rooms, in the order the data flows. Which of them knows which is in `docs/design.md`, and held by a test.
 
-- `errors`, `values`: what callers get
-- `keys`: token ids -> chained chunk hashes -> object keys
-- `address`, `config`: where a server listens; the settings
-- `layout`, `arguments`: what fixes the bytes, and prompts; checks of what callers give
-- `coverage`: found objects -> the prefix that they serve
-- `promise`, `sweeper`, `ring`: a value that comes once; what nobody comes back for; the order of use
-- `tensors`, `scoped`, `reading`: tensors over memory; what is entered and left; a reader's lease
-- `l1`: chunks in shared memory
-- `l2`: storage backends
-- `lookup`: ask every backend what it holds
-- `loads`: L2 -> L1
-- `writeback`: L1 -> L2
-- `removal`: delete and clear
-- `request`, `plan`, `prefetch`: the record of a request, what it can be promised, the whole way
-- `counting`: how much is cached, for whoever only wants to know
-- `writing`: a writer of chunks
-- `core`: the parts, wired up
-- `cache`: `AsyncCache`, which owns all of it
+- `prompt`: what is asked for, and what fixes it: token ids -> chunk hashes -> object keys
+- `memory`: memory that processes share
+- `l1`: chunks in memory
+- `l2`: storage: a directory, memory, or another backend
+- `retention`: which chunk leaves first
+- `read`: the way of a prefetch: lookup, promise, load
+- `write`: the way of a store: reserve, commit, write back; delete and clear
+- `handles`: what a caller holds: a prefetch, a lease, a writer
+- `aio`: the small asynchronous tools: a value that comes once, time to live
+- `observe`: who is told what happens
+- `core`, `cache`: the parts, wired up; `AsyncCache`, which owns them
 - `protocol`: what a client and a server say to each other
 - `server`: one cache for all the processes of a machine
 - `client`: `CacheClient` and `BlockingClient`, the same cache from another process
 - `integrations`: serving engines that use it
-- `cli`, `__main__`: the command line
+- `config`, `cli`, `__main__`: the settings, and the command line
+- `values`, `errors`: what callers get
 - `testing`: for the tests of those who use it
 """
 
@@ -47,10 +41,11 @@ from async_cache.errors import (
     UnknownRequestError,
     WriterClosedError,
 )
-from async_cache.keys import ObjectKey
-from async_cache.layout import ModelLayout, ObjectGroup, Prompt
-from async_cache.promise import Prefetch
-from async_cache.reading import ReadChunk, ReadLease
+from async_cache.handles.lease import ReadChunk, ReadLease
+from async_cache.handles.prefetch import Prefetch
+from async_cache.prompt.keys import ObjectKey
+from async_cache.prompt.layout import ModelLayout, Prompt
+from async_cache.prompt.objects import ObjectGroup
 from async_cache.values import (
     BackendUsage,
     CacheStats,
@@ -60,7 +55,7 @@ from async_cache.values import (
     LookupHits,
     Shortfall,
 )
-from async_cache.writing import WriteChunk, Writer
+from async_cache.write.writer import WriteChunk, Writer
 
 __all__ = [
     # the cache and what it is made from

@@ -6,18 +6,19 @@ from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
-from async_cache.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
 from async_cache.config import CacheConfig
 from async_cache.core import Core
 from async_cache.errors import BackendError, CacheClosedError, ConfigError
-from async_cache.l1.arena import Arena
+from async_cache.handles.lease import ReadLease
+from async_cache.handles.prefetch import Prefetch
 from async_cache.l2.backend import Backend
 from async_cache.l2.registry import from_url
-from async_cache.layout import PAGE_BYTES, Prompt, check_index
-from async_cache.promise import Prefetch
-from async_cache.reading import ReadLease
+from async_cache.memory.arena import Arena
+from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
+from async_cache.prompt.layout import Prompt, check_index
+from async_cache.prompt.objects import PAGE_BYTES
 from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
-from async_cache.writing import Writer
+from async_cache.write.writer import Writer
 
 _POPULATE_BYTES = 64 * 2**20  # of the arena in one step
 _MAX_REQUEST_ID = 1024  # a server puts its tenant and namespace before a client's, which has up to 256

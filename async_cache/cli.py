@@ -13,10 +13,10 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from async_cache.address import Address
 from async_cache.client.client import CacheClient, connect
 from async_cache.config import CacheConfig, Given, ServerConfig
 from async_cache.errors import AsyncCacheError, ConfigError
+from async_cache.protocol.address import Address
 from async_cache.server.process import serve as serve_until_signal
 from async_cache.values import CacheStats
 

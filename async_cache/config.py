@@ -11,9 +11,9 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Struct, field
 
-from async_cache.address import Address, default_url
 from async_cache.errors import ConfigError
-from async_cache.keys import check_label
+from async_cache.prompt.keys import check_label
+from async_cache.protocol.address import Address, default_url
 
 ENVIRONMENT_PREFIX = "ASYNC_CACHE_"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

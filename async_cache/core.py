@@ -4,22 +4,23 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 
+from async_cache.aio.sweeper import Sweeper
 from async_cache.config import CacheConfig
-from async_cache.counting import count_hits
-from async_cache.l1.arena import Arena
-from async_cache.l1.eviction import LeastRecentlyUsed
+from async_cache.handles.lease import Entered, ReadChunk
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
 from async_cache.l2.guard import Breaker, Guard
-from async_cache.layout import Prompt
-from async_cache.loads import Loader
-from async_cache.prefetch import PrefetchController
-from async_cache.reading import Entered, ReadChunk
-from async_cache.removal import Hidden, Remover
-from async_cache.sweeper import Sweeper
+from async_cache.l2.tombstones import Tombstones
+from async_cache.memory.arena import Arena
+from async_cache.prompt.layout import Prompt
+from async_cache.read.counting import count_hits
+from async_cache.read.loads import Loader
+from async_cache.read.prefetch import PrefetchController
+from async_cache.retention.lru import LeastRecentlyUsed
 from async_cache.values import CacheStats, LookupHits
-from async_cache.writeback import Writeback
-from async_cache.writing import Writer
+from async_cache.write.removal import Remover
+from async_cache.write.writeback import Writeback
+from async_cache.write.writer import Writer
 
 
 class Core:
@@ -33,11 +34,11 @@ class Core:
         self.l1 = L1Store(arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry))
         self.writeback = Writeback(self.l1, self.guards, config)
         self.loader = Loader(self.l1, self.guards, config)
-        self.hidden = hidden = Hidden()
+        self.tombstones = tombstones = Tombstones()
         self.sweeper = Sweeper()
-        self.controller = PrefetchController(self.l1, self.guards, self.loader, self.sweeper, hidden, config)
+        self.controller = PrefetchController(self.l1, self.guards, self.loader, self.sweeper, tombstones, config)
         self.open_writers = self.sweeper.expiry(config.reservation_ttl_seconds, Writer.expire)
-        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, hidden, config)
+        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones, config)
         self.sweeping = asyncio.create_task(self.sweeper.run())
 
     async def close(self) -> None:
@@ -69,7 +70,7 @@ class Core:
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
         timeout = self.config.lookup_timeout_seconds
-        return await count_hits(prompt, self.l1, self.guards, self.loader, self.hidden, timeout)
+        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones, timeout)
 
     async def enter_read(self, request_id: str, rank: int, reader: int) -> Entered:
         """Begin to read, once the load is done."""

@@ -16,6 +16,17 @@ class Shortfall(StrEnum):
     CANCELLED = "cancelled"  # the request was cancelled, ended or swept
 
 
+class Removal(StrEnum):
+    """Why a chunk is no longer where it was."""
+
+    CAPACITY = "capacity"  # others needed the room
+    QUOTA = "quota"  # its owner had more than its share
+    DELETED = "deleted"  # somebody asked for it: `delete`, `clear`
+    EXPIRED = "expired"  # its time was over
+    DAMAGED = "damaged"  # its bytes failed verification
+    LOST = "lost"  # its tier lost it, or was closed
+
+
 class LookupHits(Struct, frozen=True, kw_only=True, array_like=True):
     """How much of a prompt can be served. Counts are whole chunks over all ranks and groups, from `start_chunk` on."""
 

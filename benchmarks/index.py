@@ -25,11 +25,12 @@ from threading import Event
 import uvloop
 
 from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, ObjectKey
-from async_cache.l1.arena import Arena
-from async_cache.l1.eviction import LeastRecentlyUsed
 from async_cache.l1.store import L1Store
+from async_cache.l2.filesystem.directory import write_record
 from async_cache.l2.index import Index
-from async_cache.l2.record import TRAILER, file_name, write_record
+from async_cache.l2.record import TRAILER, file_name
+from async_cache.memory.arena import Arena
+from async_cache.retention.lru import LeastRecentlyUsed
 
 COUNTS = (1000, 1_000_000)
 REQUEST_CHUNKS = 250
@@ -37,7 +38,7 @@ REQUESTS = 400
 ROUNDS = 9
 OBJECTS = 200_000
 LAYOUT = ModelLayout("index", (ObjectGroup((8,), "uint8"),), chunk_tokens=1)
-PAGE = LAYOUT.room_bytes[0]
+PAGE = LAYOUT.objects.room_bytes[0]
 
 
 def chunk_hash(number):
@@ -54,7 +55,7 @@ class Indices:
         for number in range(chunks):
             digest = chunk_hash(number)
             (room,) = self.l1.reserve(LAYOUT, [(digest, 0)])
-            self.l1.commit(room, LAYOUT.full_mask, before)
+            self.l1.commit(room, LAYOUT.objects.full_mask, before)
             self.l2.put(ObjectKey(digest, 0, 0), 8)
             before = digest
 

@@ -10,7 +10,7 @@ import pytest
 
 from async_cache.config import CacheConfig, ServerConfig, Settings, TenantConfig, default_l2, parse_bytes
 from async_cache.errors import ConfigError
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.registry import from_url
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()

@@ -1,10 +1,11 @@
-"""Floors: a module imports only what the package's docstring lists before it, and at the top of the file."""
+"""Rooms and floors: which folders know which others, and that nothing imports upward, in circles, or by stealth."""
 
 import ast
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,45 @@ import pytest
 import async_cache
 
 PACKAGE = Path(async_cache.__file__).parent
+DESIGN = PACKAGE.parent / "docs" / "design.md"
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-ORDER = [
-    name
-    for line in re.findall(r"^- (`.*?`):", async_cache.__doc__ or "", re.MULTILINE)
-    for name in re.findall(r"`(\w+)`", line)
-]
+MAY_KNOW = {
+    # what is asked, and with what
+    "errors": "",
+    "values": "",
+    "prompt": "",
+    "memory": "prompt",
+    "aio": "",
+    "handles": "aio errors memory prompt values",
+    "retention": "values",
+    "protocol": "errors prompt values",
+    "config": "errors prompt protocol",
+    "observe": "handles values",
+    # the tiers, and the ways through them
+    "l1": "memory observe prompt retention values",
+    "l2": "config errors prompt retention values",
+    "read": "aio config errors handles l1 l2 observe prompt values",
+    "write": "aio config errors handles l1 l2 memory prompt read values",
+    "core": "aio config handles l1 l2 memory observe prompt read retention values write",
+    "cache": "config core errors handles l2 memory prompt values",
+    # the same from other processes
+    "server": "cache config errors handles memory observe prompt protocol values",
+    "client": "aio errors handles memory prompt protocol values",
+    "integrations": "cache client errors handles prompt values",
+    "cli": "client config errors protocol server values",
+    "__main__": "cli",
+    "testing": "errors l2 prompt values",
+}
+"""Each room (a folder, or a module beside the folders), and the rooms that it may import: all that it does import."""
+LAZY = {("async_cache.memory.tensors", "torch")}
+"""What is imported in a function, and where: an extra that most have no use for."""
 
 
-def part(module: str) -> str:
-    """The module or sub-package of async_cache that a module belongs to."""
+def room(module: str) -> str:
+    """The folder or module of async_cache that a module belongs to."""
     return module.split(".")[1]
 
 
@@ -42,52 +69,105 @@ def walk(node: ast.AST, depth: int = 0) -> Iterator[tuple[ast.AST, int]]:
         yield from walk(child, depth + inside)
 
 
-def imports(path: Path) -> Iterator[tuple[str, int]]:
+@cache
+def imports(module: str) -> list[tuple[str, int]]:
     """Dotted names that a module imports, with their depth; also those that it keeps as text, to import them later."""
-    for node, depth in walk(ast.parse(path.read_text())):
+    found: list[tuple[str, int]] = []
+    for node, depth in walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, depth) for alias in node.names)
+            found += ((alias.name, depth) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             assert node.module
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                yield (inner if inner in MODULES else node.module), depth
+                found.append((inner if inner in MODULES else node.module, depth))
         elif isinstance(node, ast.Constant) and node.value in MODULES and node.value != "async_cache":
-            yield node.value, 0
+            found.append((node.value, 0))
+    return found
 
 
-def test_the_docstring_lists_every_module_once() -> None:
-    parts = {part(module) for module in MODULES if module != "async_cache"}
-    assert sorted(ORDER) == sorted(parts)
+def known(module: str) -> set[str]:
+    """The modules of async_cache that a module imports."""
+    return {name for name, _ in imports(module) if name.split(".")[0] == "async_cache"}
+
+
+def test_every_room_is_in_the_table_and_in_the_docstring() -> None:
+    rooms = {room(module) for module in MODULES if module != "async_cache"}
+    assert set(MAY_KNOW) == rooms
+    lines = re.findall(r"^- (`.*?`):", async_cache.__doc__ or "", re.MULTILINE)
+    assert sorted(name for line in lines for name in re.findall(r"`(\w+)`", line)) == sorted(rooms)
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "async_cache"])
-def test_a_module_imports_only_what_is_listed_before_it(module: str) -> None:
-    own = part(module)
-    ours = {name for name, _ in imports(MODULES[module]) if name.split(".")[0] == "async_cache"}
-    assert "async_cache" not in ours, "the facade is for users"
-    assert [name for name in ours if part(name) != own and ORDER.index(part(name)) > ORDER.index(own)] == []
+def test_a_module_imports_only_rooms_that_its_own_may_know(module: str) -> None:
+    assert "async_cache" not in known(module), "the facade is for users"
+    others = {room(name) for name in known(module)} - {room(module)}
+    assert others <= set(MAY_KNOW[room(module)].split())
+
+
+@pytest.mark.parametrize("own", MAY_KNOW)
+def test_the_table_allows_no_more_than_is_used(own: str) -> None:
+    used = {
+        room(name) for module in MODULES if module != "async_cache" and room(module) == own for name in known(module)
+    }
+    assert set(MAY_KNOW[own].split()) == used - {own}
+
+
+def floors() -> dict[str, int]:
+    """By room, how many floors are below it; that this ends says that there is no circle."""
+    below: dict[str, int] = {}
+    left = {own: set(others.split()) for own, others in MAY_KNOW.items()}
+    while left:
+        free = [own for own, others in left.items() if others <= set(below)]
+        assert free, f"a circle among {sorted(left)}"
+        for own in free:
+            below[own] = max((below[other] + 1 for other in MAY_KNOW[own].split()), default=0)
+            del left[own]
+    return below
+
+
+def test_rooms_are_no_circle_and_the_document_draws_their_floors() -> None:
+    drawn = {
+        name: int(floor)
+        for floor, names in re.findall(r"^\| (\d+) \| (.*) \|$", DESIGN.read_text(), re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    assert drawn == floors()
+
+
+def test_modules_are_no_circle() -> None:
+    left = {module: known(module) - {module} for module in MODULES}
+    while free := {module for module, others in left.items() if not others & set(left)}:
+        for module in free:
+            del left[module]
+    assert left == {}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_stand_at_the_top(module: str) -> None:
-    assert [name for name, depth in imports(MODULES[module]) if depth] == []
+    assert {(module, name) for name, depth in imports(module) if depth} <= LAZY
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_imported_by_its_name(module: str) -> None:
+    names = {name for name, _ in imports(module)}
+    assert not names & {"importlib", "runpy", "pkgutil"}
+    called = {node.id for node, _ in walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.Name)}
+    assert "__import__" not in called
 
 
 def test_only_tensors_and_the_integrations_import_torch() -> None:
-    importers = [
-        module for module, path in MODULES.items() if "torch" in {name.split(".")[0] for name, _ in imports(path)}
-    ]
-    assert [name for name in importers if part(name) != "integrations"] == ["async_cache.tensors"]
+    importers = [module for module in MODULES if "torch" in {name.split(".")[0] for name, _ in imports(module)}]
+    assert [name for name in importers if room(name) != "integrations"] == ["async_cache.memory.tensors"]
 
 
 def test_nothing_imports_an_integration() -> None:
     importers = [
         module
-        for module, path in MODULES.items()
-        if module == "async_cache" or part(module) != "integrations"
-        if any(name.startswith("async_cache.integrations") for name, _ in imports(path))
+        for module in MODULES
+        if module == "async_cache" or room(module) != "integrations"
+        if any(name.startswith("async_cache.integrations") for name in known(module))
     ]
     assert importers == []
 

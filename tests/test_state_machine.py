@@ -336,7 +336,7 @@ class CacheMachine(RuleBasedStateMachine):
     def damage(self, some: list[int], prompt: Prompt, index: int, bit: int) -> None:
         self.calm = False
         for which in some:
-            for key in prompt.layout.object_keys([(prompt.chunk_hashes[index], prompt.layout.full_mask)]):
+            for key in prompt.layout.objects.keys([(prompt.chunk_hashes[index], prompt.layout.objects.full_mask)]):
                 self.memories[which].damage(key, bit)
 
     # What must be true.

@@ -11,14 +11,14 @@ from typing import Any, Literal, Self, TypeVar
 
 import uvloop
 
-from async_cache.arguments import check_prompt, check_request_id, check_seconds, ranks_of, start_of
 from async_cache.client.client import MAX_REQUEST_ID, CacheClient, connect
 from async_cache.client.link import Link
 from async_cache.client.writing import RemoteWriter
 from async_cache.errors import CacheClosedError
-from async_cache.layout import Prompt
-from async_cache.promise import Prefetch
-from async_cache.reading import ReadLease
+from async_cache.handles.lease import ReadLease
+from async_cache.handles.prefetch import Prefetch
+from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, ranks_of, start_of
+from async_cache.prompt.layout import Prompt
 from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
 
 T = TypeVar("T")

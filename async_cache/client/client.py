@@ -10,8 +10,6 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from async_cache.address import Address, default_url
-from async_cache.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
 from async_cache.client.dial import dial
 from async_cache.client.link import Link, Lost, RemoteRequest
 from async_cache.client.writing import Post, RemoteWriter, call_now
@@ -21,12 +19,14 @@ from async_cache.errors import (
     ConnectionLostError,
     RequestConflictError,
 )
-from async_cache.keys import check_label
-from async_cache.layout import Prompt, check_index
-from async_cache.promise import Prefetch
+from async_cache.handles.lease import Entered, ReadChunk, ReadLease
+from async_cache.handles.prefetch import Prefetch
+from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
+from async_cache.prompt.keys import check_label
+from async_cache.prompt.layout import Prompt, check_index
 from async_cache.protocol import messages
+from async_cache.protocol.address import Address, default_url
 from async_cache.protocol.messages import VERSION, Hello
-from async_cache.reading import Entered, ReadChunk, ReadLease
 from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
 
 MAX_REQUEST_ID = 256
@@ -324,9 +324,9 @@ class CacheClient:
         number = link.number()
         acquired, memory = await link.acquire(messages.AcquireRead(number, request_id, rank, reader))
         layout = link.layout(acquired)
-        objects = dict.fromkeys(range(len(acquired.offsets)), layout.rank_masks[rank])
+        objects = dict.fromkeys(range(len(acquired.offsets)), layout.objects.rank_masks[rank])
         for n, groups in acquired.absent:
-            objects[n] &= ~sum(1 << layout.bit(rank, group) for group in groups)
+            objects[n] &= ~sum(1 << layout.objects.bit(rank, group) for group in groups)
         chunks = tuple(
             ReadChunk(acquired.result.start_chunk + n, offset, rank, objects[n], layout, memory)
             for n, offset in enumerate(acquired.offsets)

@@ -6,11 +6,11 @@ import socket
 import struct
 from contextlib import suppress
 
-from async_cache.address import Address
 from async_cache.client.link import Link, Lost
 from async_cache.client.memory import Segment
 from async_cache.errors import AccessDeniedError, AsyncCacheError, ConnectionLostError
-from async_cache.l1.arena import map_read_only
+from async_cache.memory.mapping import map_read_only
+from async_cache.protocol.address import Address
 from async_cache.protocol.greeting import greet
 from async_cache.protocol.messages import Hello
 

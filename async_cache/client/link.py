@@ -9,11 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from async_cache.aio.promise import Promise
 from async_cache.client.claims import Claims, fail
 from async_cache.client.memory import Segment
 from async_cache.errors import ConnectionLostError, LimitError, ProtocolError
-from async_cache.layout import ModelLayout, Prompt
-from async_cache.promise import Prefetch, Promise
+from async_cache.handles.prefetch import Prefetch
+from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.messages import MAX_CHUNKS, Decoder, Message, encode, error_of

@@ -1,15 +1,13 @@
 """The memory that a client writes into, and its server reads."""
 
 import ctypes
-import fcntl
 import mmap
 import os
 import weakref
 from collections import deque
 
-from async_cache.l1.arena import Extents
-
-_F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x2, 0x4
+from async_cache.memory.extents import Extents
+from async_cache.memory.mapping import make_memfd, seal_size
 
 Block = ctypes.Array[ctypes.c_ubyte]
 
@@ -21,7 +19,7 @@ class Segment:
     """
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("async_cache segment", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = make_memfd("async_cache segment")
         self._map: mmap.mmap | None = None
         self._extents = Extents(0)
         self._freed: deque[tuple[int, int]] = deque()  # by whatever thread let go last
@@ -29,7 +27,7 @@ class Segment:
     def grow(self, size_bytes: int) -> None:
         """Give it its size, once."""
         os.ftruncate(self.fd, size_bytes)
-        fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+        seal_size(self.fd)
         self._map = mmap.mmap(self.fd, size_bytes)
         self._extents = Extents(size_bytes)
 

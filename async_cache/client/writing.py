@@ -2,7 +2,6 @@
 
 import asyncio
 import ctypes
-import importlib
 import logging
 from collections.abc import Awaitable, Callable
 from types import TracebackType
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from async_cache.client.link import Link
 from async_cache.client.memory import Block
 from async_cache.errors import AsyncCacheError, ConnectionLostError, WriterClosedError
-from async_cache.layout import ModelLayout, Prompt
+from async_cache.handles.scoped import Scoped
+from async_cache.memory import tensors
+from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.protocol import messages
 from async_cache.protocol.frames import DATA_BYTES
-from async_cache.scoped import Scoped
 from async_cache.values import Shortfall
 
 if TYPE_CHECKING:
@@ -64,15 +64,12 @@ class RemoteChunk:
 
     def _new_views(self) -> tuple[memoryview | None, ...]:
         whole = memoryview(self._open_block()).cast("B")
-        spans = self._layout.spans[self._rank]
+        spans = self._layout.objects.spans[self._rank]
         return tuple(whole[span[0] : span[1]] if span is not None else None for span in spans)
 
     def tensors(self) -> "tuple[torch.Tensor | None, ...]":
         """By group, a tensor over the bytes to fill, without a copy: it keeps them, also when the writer leaves."""
-        tensors: tuple[torch.Tensor | None, ...] = importlib.import_module("async_cache.tensors").over(
-            self._new_views(), self._layout.groups
-        )
-        return tensors
+        return tensors.over(self._new_views(), self._layout.groups)
 
     def commit(self) -> None:
         """Publish the chunk as it is now; it must not be written to any more. Raises WriterClosedError."""
@@ -154,7 +151,7 @@ class RemoteWriter(Scoped[RemoteChunk]):
         layout, rank = self._prompt.layout, self._rank
         blocks: list[tuple[int | None, Block]] = []
         if link.segment is not None and count:
-            blocks += link.segment.blocks(layout.room_bytes[rank], count)
+            blocks += link.segment.blocks(layout.objects.room_bytes[rank], count)
         return blocks + [(None, (ctypes.c_ubyte * layout.block_bytes[rank])()) for _ in range(count - len(blocks))]
 
     def _leave(self) -> None:

@@ -21,8 +21,9 @@ from async_cache.client.blocking import BlockingClient
 from async_cache.client.client import connect
 from async_cache.errors import AsyncCacheError, ConfigError, ConnectionLostError
 from async_cache.integrations.optional import OptionalClient
-from async_cache.keys import check_label
-from async_cache.layout import ModelLayout, ObjectGroup, Prompt
+from async_cache.prompt.keys import check_label
+from async_cache.prompt.layout import ModelLayout, Prompt
+from async_cache.prompt.objects import ObjectGroup
 
 if TYPE_CHECKING:
     import torch
@@ -313,7 +314,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         if not found and not self._lacks_room:
             log.warning(
                 "a page of %d bytes finds no room in the server's memory: if that lasts, give it more --l1-bytes",
-                prompt.layout.room_bytes[self._rank],
+                prompt.layout.objects.room_bytes[self._rank],
             )
         self._lacks_room = not found
 

@@ -26,9 +26,10 @@ from transformers.cache_utils import DynamicLayer
 from async_cache.cache import AsyncCache
 from async_cache.client import CacheClient
 from async_cache.errors import AsyncCacheError, ConnectionLostError
-from async_cache.keys import pack_tokens
-from async_cache.layout import ModelLayout, ObjectGroup, Prompt
-from async_cache.promise import Prefetch
+from async_cache.handles.prefetch import Prefetch
+from async_cache.prompt.keys import pack_tokens
+from async_cache.prompt.layout import ModelLayout, Prompt
+from async_cache.prompt.objects import ObjectGroup
 from async_cache.values import LoadResult, Shortfall
 
 log = logging.getLogger(__name__)

@@ -40,8 +40,9 @@ from async_cache.client.client import connect
 from async_cache.errors import AsyncCacheError, ConfigError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged import Geometry, Orders, PagedScheduler, PagedWorker, Pages
-from async_cache.keys import MAX_DIGEST_BYTES
-from async_cache.layout import ModelLayout, ObjectGroup
+from async_cache.prompt.keys import MAX_DIGEST_BYTES
+from async_cache.prompt.layout import ModelLayout
+from async_cache.prompt.objects import ObjectGroup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -234,7 +235,7 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
             orders = self._orders()
             self._worker.save(orders.saves)
             self._worker.finish(orders.finished)
-            if self._geometry is not None and self._geometry.layout.windows:
+            if self._geometry is not None and self._geometry.layout.objects.windows:
                 self._worker.settle()  # a window's blocks change hands while the request goes on
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:

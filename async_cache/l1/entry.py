@@ -7,7 +7,8 @@ from enum import Enum
 
 from msgspec import Struct
 
-from async_cache.layout import PAGE_BYTES, ModelLayout
+from async_cache.prompt.layout import ModelLayout
+from async_cache.prompt.objects import PAGE_BYTES
 
 _PAGE_BITS = 32
 _PAGE_MASK = (1 << _PAGE_BITS) - 1
@@ -27,6 +28,7 @@ class Entry(Struct, gc=False, eq=False):
 
     chunk_hash: bytes
     layout: ModelLayout
+    owner: str = ""  # the salt of its prompts: whose share of the memory it takes
     present: int = 0  # published objects, by bit
     ranks: int = 0  # ranks with a block, by bit
     pages: int = 0  # by rank, the first page of its block, in 32 bits each: one int whatever the world size
@@ -49,14 +51,14 @@ class Entry(Struct, gc=False, eq=False):
             self.pages &= ~(_PAGE_MASK << rank * _PAGE_BITS)
         else:
             self.ranks |= 1 << rank
-            self.room_bytes += self.layout.room_bytes[rank]
+            self.room_bytes += self.layout.objects.room_bytes[rank]
         self.pages |= page_of(rank, offset)
 
     def blocks(self) -> list[tuple[int, int]]:
         """(offset, bytes) of each block."""
         if self.ranks == 1:
             return [(self.pages * PAGE_BYTES, self.room_bytes)]
-        rooms = self.layout.room_bytes
+        rooms = self.layout.objects.room_bytes
         return [(self.offset(rank), rooms[rank]) for rank in range(self.ranks.bit_length()) if self.ranks >> rank & 1]
 
 
@@ -76,5 +78,6 @@ class Reservation(Struct, gc=False, eq=False):
     rank: int
     offset: int
     size_bytes: int  # of the room it takes beside what is resident
+    owner: str = ""  # as that of an entry
     within: Entry | None = None
     state: ReservationState = ReservationState.RESERVED

@@ -6,10 +6,13 @@ commit of an object wins.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-from async_cache.l1.arena import Arena, Extents, Gaps
 from async_cache.l1.entry import Entry, Reservation, ReservationState, page_of
-from async_cache.l1.eviction import EvictionPolicy
-from async_cache.layout import ModelLayout
+from async_cache.memory.arena import Arena
+from async_cache.memory.extents import Extents, Gaps
+from async_cache.observe import ObservedChunk, Observers, tell
+from async_cache.prompt.layout import ModelLayout
+from async_cache.retention.policy import EvictionPolicy
+from async_cache.values import Removal
 
 _RESERVED, _QUARANTINED, _DONE = ReservationState  # by name each would cost a tenth of a microsecond
 _CONSIDERED = 4  # times the room that is needed: so much of what is oldest may turn out to lie side by side
@@ -19,11 +22,20 @@ _MAX_STEPS = 4096  # through memory for one block, where it is fragmented
 class L1Store:
     """The index of resident chunks and the room around them; totals change in the methods that change a record."""
 
-    def __init__(self, arena: Arena, policy: EvictionPolicy, on_evict_unwritten: Callable[[Entry], None]):
+    def __init__(
+        self,
+        arena: Arena,
+        policy: EvictionPolicy[Entry],
+        on_evict_unwritten: Callable[[Entry], None],
+        observers: Observers | None = None,
+    ):
         self.arena = arena
         self.index: dict[bytes, Entry] = {}
+        self.find = self.index.get
+        """The entry of a chunk hash, or None."""
         self._policy = policy
         self._on_evict_unwritten = on_evict_unwritten
+        self._observers = observers if observers is not None else Observers()
         self._extents = Extents(arena.size_bytes)
         self._entry_at: dict[int, Entry] | None = None  # by the offset of each block, once sizes turn out to be mixed
         self._detached: set[Entry] = set()
@@ -100,11 +112,11 @@ class L1Store:
 
     # Writing: reserve -> commit | discard.
 
-    def reserve(self, layout: ModelLayout, blocks: Sequence[tuple[bytes, int]]) -> list[Reservation]:
+    def reserve(self, layout: ModelLayout, blocks: Sequence[tuple[bytes, int]], owner: str = "") -> list[Reservation]:
         """Room for each (chunk hash, rank), evicting what it takes; for the first so many, if not all find room."""
         made: list[Reservation] = []
         begin = 0
-        rooms = layout.room_bytes
+        rooms = layout.objects.room_bytes
         while begin < len(blocks):
             end = begin
             size = rooms[blocks[begin][1]]
@@ -112,7 +124,7 @@ class L1Store:
                 end += 1
             offsets = self._allocate(size, end - begin)
             made += [
-                Reservation(chunk_hash, layout, rank, offset, size)
+                Reservation(chunk_hash, layout, rank, offset, size, owner)
                 for (chunk_hash, rank), offset in zip(blocks[begin:end], offsets, strict=False)
             ]
             self.reserved_bytes += size * len(offsets)
@@ -124,7 +136,7 @@ class L1Store:
     def reserve_within(self, entry: Entry, rank: int) -> Reservation:
         """The unpublished part of an entry's block, which is held until the reservation is done."""
         self.hold(entry)
-        return Reservation(entry.chunk_hash, entry.layout, rank, entry.offset(rank), 0, entry)
+        return Reservation(entry.chunk_hash, entry.layout, rank, entry.offset(rank), 0, entry.owner, entry)
 
     def commit(self, reservation: Reservation, mask: int, after: bytes | None = None) -> Entry:
         """Publish the objects in `mask`; the entry where they, or those of an earlier commit, can be found.
@@ -134,6 +146,7 @@ class L1Store:
         if reservation.within is not None:
             reservation.within.present |= mask
             self.discard((reservation,))
+            self._tell_committed(reservation.within)
             return reservation.within
         chunk_hash, rank = reservation.chunk_hash, reservation.rank
         entry = self.index.get(chunk_hash)
@@ -145,13 +158,15 @@ class L1Store:
             if not missing or entry.holds or entry.leases:
                 if missing and not entry.holds:
                     self._copy(reservation, entry, missing)
+                    self._tell_committed(entry)
                 self.discard((reservation,))
                 return entry
             self._take_block(entry, rank)  # incomplete and unused: the new block replaces it
         size = self._end(reservation)
         if entry is None:
             before = self.index.get(after) if after is not None else None
-            entry = Entry(chunk_hash, reservation.layout, mask, 1 << rank, page_of(rank, reservation.offset), size)
+            pages = page_of(rank, reservation.offset)
+            entry = Entry(chunk_hash, reservation.layout, reservation.owner, mask, 1 << rank, pages, size)
             self.index[chunk_hash] = entry
             self._policy.use(entry, before if before is not None and not before.leases else None)
         else:
@@ -163,12 +178,17 @@ class L1Store:
             self.leased_bytes += size
         elif not entry.holds:
             self.evictable_bytes += size
+        self._tell_committed(entry)
         return entry
+
+    def _tell_committed(self, entry: Entry) -> None:
+        if self._observers.committed:
+            tell(self._observers.committed, _observed(entry))
 
     def _copy(self, reservation: Reservation, entry: Entry, mask: int) -> None:
         """Complete an incomplete block that somebody reads: what it lacks, nobody has seen."""
         view = self.arena.view
-        for rank, _, begin, end in entry.layout.places[mask]:
+        for rank, _, begin, end in entry.layout.objects.places[mask]:
             to, source = entry.offset(rank), reservation.offset
             view[to + begin : to + end] = view[source + begin : source + end]
         entry.present |= mask
@@ -203,14 +223,19 @@ class L1Store:
 
     # Leaving.
 
-    def remove(self, entry: Entry) -> None:
-        """It can not be found from now on; its memory goes when the last lease and hold have gone."""
+    def remove(self, entry: Entry, removal: Removal = Removal.DELETED) -> None:
+        """Let an entry be found no more from now on; its memory goes when the last lease and hold have gone."""
+        self._detach(entry, removal)
+        if self._observers.removed:
+            tell(self._observers.removed, _observed(entry), removal)
+
+    def _detach(self, entry: Entry, removal: Removal) -> None:
         del self.index[entry.chunk_hash]
         entry.detached = True
         if self._entry_at is not None:
             for offset, _ in entry.blocks():
                 del self._entry_at[offset]
-        self._policy.discard(entry)
+        self._policy.left(entry, removal)
         if entry.leases or entry.holds:
             self._detached.add(entry)
         else:
@@ -222,12 +247,12 @@ class L1Store:
         self._extents.free_all(entry.blocks())
 
     def _take_block(self, entry: Entry, rank: int) -> None:
-        offset, size = entry.offset(rank), entry.layout.room_bytes[rank]
+        offset, size = entry.offset(rank), entry.layout.objects.room_bytes[rank]
         if self._entry_at is not None:
             del self._entry_at[offset]
         self._extents.free(offset, size)
         self.evictable_bytes -= size
-        entry.present &= ~entry.layout.rank_masks[rank]
+        entry.present &= ~entry.layout.objects.rank_masks[rank]
 
     def _allocate(self, size: int, count: int) -> list[int]:
         offsets = self._extents.allocate(size, count)
@@ -252,7 +277,7 @@ class L1Store:
         """What may be evicted, in order. What is leased comes back to the policy with its release."""
         for entry in self._policy.victims():
             if entry.leases:
-                self._policy.discard(entry)
+                self._policy.suspend(entry)
             elif not entry.holds:
                 yield entry
 
@@ -302,15 +327,17 @@ class L1Store:
         return {offset: entry for entry in self.index.values() for offset, _ in entry.blocks()}
 
     def _evict(self, entry: Entry) -> None:
-        self.remove(entry)
+        self._detach(entry, Removal.CAPACITY)
         if entry.unwritten:
             self._on_evict_unwritten(entry)
+        if self._observers.evicted:
+            tell(self._observers.evicted, _observed(entry), Removal.CAPACITY)
 
     def close(self) -> None:
         """Let go of all entries. Those that somebody still reads keep their memory."""
         self.closed = True
         for entry in list(self.index.values()):  # the links between them would keep them alive
-            self.remove(entry)
+            self._detach(entry, Removal.LOST)
 
     def check_integrity(self) -> None:
         """Every total agrees with the records, and no two blocks overlap."""
@@ -331,3 +358,7 @@ class L1Store:
             assert not entry.detached or entry.leases or entry.holds
         assert self._entry_at is None or self._entry_at == self._blocks_in_index()
         self._extents.check_integrity()
+
+
+def _observed(entry: Entry) -> ObservedChunk:
+    return ObservedChunk(entry.chunk_hash, entry.owner, entry.present, entry.room_bytes)

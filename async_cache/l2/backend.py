@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from enum import Enum
 
-from async_cache.keys import ObjectKey
+from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
 
 

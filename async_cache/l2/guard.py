@@ -7,9 +7,9 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from async_cache.errors import BackendError
-from async_cache.keys import ObjectKey
 from async_cache.l2.backend import Backend
-from async_cache.layout import ModelLayout
+from async_cache.prompt.keys import ObjectKey
+from async_cache.prompt.layout import ModelLayout
 from async_cache.values import BackendUsage
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ class Guard:
         if self.breaker.state is not BreakerState.CLOSED:
             return None
         try:
-            found = self.backend.lookup_nowait(chunk_hashes, layout.objects[mask])
+            found = self.backend.lookup_nowait(chunk_hashes, layout.objects.members[mask])
         except (Exception, asyncio.CancelledError):
             log.exception("backend %s could not say at once what it holds", self.backend.name)
             return None
@@ -140,7 +140,7 @@ class Guard:
         log.error("backend %s did not answer at once with a list of %d", self.backend.name, len(chunk_hashes))
         if isinstance(found, list):
             there = [(chunk_hash, mask) for chunk_hash, is_there in zip(chunk_hashes, found, strict=False) if is_there]
-            self.unpin(layout.object_keys(there))
+            self.unpin(layout.objects.keys(there))
         return None
 
     async def lookup(self, keys: Sequence[ObjectKey], timeout_seconds: float) -> list[bool] | None:

@@ -6,8 +6,8 @@ from itertools import islice
 
 from msgspec import Struct
 
-from async_cache.keys import ObjectKey
-from async_cache.ring import Ring
+from async_cache.prompt.keys import ObjectKey
+from async_cache.retention.ring import Ring
 
 SHARED_RECORDS = 4096
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from xxhash import xxh3_64
 
-from async_cache.keys import ObjectKey
 from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
 
 STEP_BYTES = 4 * 2**20  # copied in one step of the loop: a millisecond or two

@@ -1,6 +1,5 @@
-"""From the URL of a backend to the backend. An implementation is imported when its scheme is first used."""
+"""From the URL of a backend to the backend."""
 
-import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from async_cache.config import parse_bytes
 from async_cache.errors import ConfigError
 from async_cache.l2.backend import Backend
+from async_cache.l2.filesystem.backend import FileSystemBackend
+from async_cache.l2.memory import MemoryBackend
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,7 @@ class _Scheme:
     """How the URLs of one scheme become the arguments of its implementation."""
 
     form: str  # shown to whoever wrote a URL that does not fit
-    module: str
-    implementation: str
+    make: Callable[..., Backend]
     place: Callable[[SplitResult], dict[str, Any]]  # from what stands before the "?"
     parameters: dict[str, tuple[str, Callable[[str], Any]]]  # by name: the argument it sets, and its parser
 
@@ -43,9 +43,7 @@ def from_url(url: str) -> Backend:
     except ValueError as error:  # a ConfigError of parse_bytes is one, too
         forms = " or ".join(known.form for known in _SCHEMES.values())
         raise ConfigError(f"{_shown(url)}: {error}; allowed: {forms}") from error
-    implementation = getattr(importlib.import_module(scheme.module), scheme.implementation)
-    backend: Backend = implementation(**arguments)
-    return backend
+    return scheme.make(**arguments)
 
 
 def _arguments(scheme: _Scheme, parts: SplitResult) -> dict[str, Any]:
@@ -111,15 +109,13 @@ def _choice(**values: Any) -> Callable[[str], Any]:
 _SCHEMES = {
     "memory": _Scheme(
         form="memory://[name]?capacity=1GiB",
-        module="async_cache.l2.memory",
-        implementation="MemoryBackend",
+        make=MemoryBackend,
         place=_name,
         parameters={"capacity": ("capacity_bytes", _capacity)},
     ),
     "fs": _Scheme(
         form="fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4",
-        module="async_cache.l2.filesystem",
-        implementation="FileSystemBackend",
+        make=FileSystemBackend,
         place=_directory,
         parameters={
             "capacity": ("capacity_bytes", _capacity),

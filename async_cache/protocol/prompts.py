@@ -1,6 +1,7 @@
 """Prompts and layouts as they travel."""
 
-from async_cache.layout import ModelLayout, ObjectGroup, Prompt
+from async_cache.prompt.layout import BlockSource, DigestSource, ModelLayout, Prompt, TokenSource
+from async_cache.prompt.objects import ObjectGroup
 from async_cache.protocol.messages import (
     DIGEST_BYTES,
     Blocks,
@@ -68,11 +69,15 @@ def pack(prompt: Prompt, layout: int, *, trusted: bool) -> WirePrompt:
     """A prompt to send: its digests, or where these prove nothing, what they are made from."""
     if trusted:
         return Digests(layout, prompt.root, prompt.tokens, prompt.salt, b"".join(prompt.chunk_hashes))
-    if prompt.block_tokens:
-        return Blocks(layout, prompt.salt, prompt.adapter, prompt.block_tokens, list(prompt.blocks))
-    if prompt.digests:
-        return EngineDigests(layout, prompt.salt, prompt.adapter, list(prompt.digests))
-    return TokenIds(layout, prompt.salt, prompt.adapter, prompt.packed, list(prompt.media))
+    match prompt.source:
+        case TokenSource(packed, media):
+            return TokenIds(layout, prompt.salt, prompt.adapter, packed, list(media))
+        case BlockSource(blocks, block_tokens):
+            return Blocks(layout, prompt.salt, prompt.adapter, block_tokens, list(blocks))
+        case DigestSource(digests):
+            return EngineDigests(layout, prompt.salt, prompt.adapter, list(digests))
+        case None:
+            raise ValueError("a prompt of which only the hashes are known can not be sent without trust")
 
 
 def unpack(wire: WirePrompt, layout: ModelLayout) -> Prompt:
@@ -81,7 +86,7 @@ def unpack(wire: WirePrompt, layout: ModelLayout) -> Prompt:
         hashes = _split(wire.chunk_hashes)
         if wire.tokens // layout.chunk_tokens != len(hashes):
             raise ValueError(f"{wire.tokens} tokens do not make {len(hashes)} chunks of {layout.chunk_tokens}")
-        return Prompt(layout, wire.root, wire.tokens, wire.salt, "", hashes=hashes)
+        return Prompt(layout, wire.root, wire.tokens, wire.salt, "", None, hashes)
     if isinstance(wire, Blocks):
         return layout.prompt_from_hashes(wire.blocks, wire.block_tokens, salt=wire.salt, adapter=wire.adapter)
     if isinstance(wire, EngineDigests):

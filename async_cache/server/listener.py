@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from async_cache.address import Address
 from async_cache.errors import ConfigError
+from async_cache.protocol.address import Address
 
 _BACKLOG = 1024
 

@@ -12,9 +12,9 @@ from contextlib import AsyncExitStack
 
 import msgspec
 
-from async_cache.address import Address
 from async_cache.cache import AsyncCache
 from async_cache.config import CacheConfig, ServerConfig
+from async_cache.protocol.address import Address
 from async_cache.server.listener import Listener
 from async_cache.server.server import Server
 

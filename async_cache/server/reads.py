@@ -3,11 +3,11 @@
 import asyncio
 from collections.abc import Callable, Iterator
 
-from async_cache.layout import ModelLayout
+from async_cache.handles.lease import ReadLease
+from async_cache.prompt.layout import ModelLayout
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.frames import DATA_BYTES
-from async_cache.reading import ReadLease
 from async_cache.values import LoadResult
 
 
@@ -77,7 +77,7 @@ class Reads:
 
 def _absent(lease: ReadLease, rank: int) -> list[tuple[int, list[int]]]:
     """By position, the groups that can not be read of a chunk whose block is there."""
-    held = lease.layout.rank_masks[rank]
+    held = lease.layout.objects.rank_masks[rank]
     return [
         (n, [group for group, span in enumerate(chunk.spans()) if span is None])
         for n, chunk in enumerate(lease)

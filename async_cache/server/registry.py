@@ -5,7 +5,7 @@ from collections.abc import Hashable
 from typing import Protocol
 
 from async_cache.cache import AsyncCache
-from async_cache.layout import ModelLayout
+from async_cache.prompt.layout import ModelLayout
 
 _MAX_OTHERS = 4
 

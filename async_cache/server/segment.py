@@ -1,16 +1,13 @@
 """A client's segment: memory that the client writes, and the server only reads."""
 
 import ctypes
-import fcntl
 import os
 from collections.abc import Sequence
 from typing import cast
 
 from async_cache.errors import ProtocolError
-from async_cache.l1.arena import map_read_only
-from async_cache.layout import PAGE_BYTES
-
-_F_GET_SEALS, _F_SEAL_SHRINK = 1034, 0x2
+from async_cache.memory.mapping import cannot_shrink, is_memfd, map_read_only
+from async_cache.prompt.objects import PAGE_BYTES
 
 
 class ClientSegment:
@@ -25,16 +22,12 @@ class ClientSegment:
         self._fd = fd
         self._limit_bytes = limit_bytes
         self._view: memoryview | None = None
-        try:
-            fcntl.fcntl(fd, _F_GET_SEALS)
-            if os.fstat(fd).st_blksize != PAGE_BYTES:
-                raise ProtocolError("the segment of a client must have ordinary pages")
-        except OSError as error:
+        if not is_memfd(fd):
             self.close()
-            raise ProtocolError("the segment of a client must be a memfd") from error
-        except ProtocolError:
+            raise ProtocolError("the segment of a client must be a memfd")
+        if os.fstat(fd).st_blksize != PAGE_BYTES:
             self.close()
-            raise
+            raise ProtocolError("the segment of a client must have ordinary pages")
 
     def copy(self, offset: int, views: Sequence[memoryview]) -> None:
         """Fill views, one after the other, from `offset` on; without the interpreter's lock.
@@ -52,7 +45,7 @@ class ClientSegment:
 
     def _mapped(self) -> memoryview:
         if self._view is None:
-            if not fcntl.fcntl(self._fd, _F_GET_SEALS) & _F_SEAL_SHRINK:
+            if not cannot_shrink(self._fd):
                 raise ValueError("the segment of a client must be sealed against shrinking")
             size_bytes = min(os.fstat(self._fd).st_size, self._limit_bytes)
             if not size_bytes:

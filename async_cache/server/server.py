@@ -10,11 +10,11 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from async_cache.address import Address
 from async_cache.cache import AsyncCache
 from async_cache.config import ServerConfig
 from async_cache.errors import AsyncCacheError, CacheClosedError, LimitError, ProtocolError
-from async_cache.keys import check_label
+from async_cache.prompt.keys import check_label
+from async_cache.protocol.address import Address
 from async_cache.protocol.greeting import receive_hello, send
 from async_cache.protocol.messages import VERSION, Hello, Welcome, failed
 from async_cache.server.access import Access, Tenant

@@ -16,8 +16,8 @@ import msgspec
 from async_cache.cache import AsyncCache
 from async_cache.config import ServerConfig
 from async_cache.errors import AsyncCacheError, LimitError, ProtocolError
-from async_cache.layout import ModelLayout, Prompt
-from async_cache.promise import Prefetch
+from async_cache.handles.prefetch import Prefetch
+from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.messages import Decoder, Message, failed
@@ -135,7 +135,7 @@ class Session:
         if len(self._layouts) >= _MAX_LAYOUTS:
             raise LimitError(f"a connection registers up to {_MAX_LAYOUTS} layouts")
         layout = layout_of(message.description)
-        objects = self._layout_objects + layout.full_mask.bit_count()
+        objects = self._layout_objects + layout.objects.full_mask.bit_count()
         if objects > _MAX_LAYOUT_OBJECTS:
             raise LimitError(f"the layouts of a connection have up to {_MAX_LAYOUT_OBJECTS} objects in a chunk")
         self._layout_objects = objects
@@ -154,7 +154,7 @@ class Session:
             self._tenant.check_trusted("prompts by their digests")
         self._tenant.check_salt(wire.salt)
         prompt = unpack(wire, layout)
-        if len(prompt) * layout.full_mask.bit_count() > _MAX_OBJECTS:
+        if len(prompt) * layout.objects.full_mask.bit_count() > _MAX_OBJECTS:
             raise LimitError(f"the prompt of a message has up to {_MAX_OBJECTS} objects")
         if isinstance(wire, messages.Digests) and not self._cache.core.fits(prompt):
             raise ValueError("the chunk hashes of the prompt belong to another layout")

@@ -9,7 +9,7 @@ from async_cache.errors import ProtocolError, WriterClosedError
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.server.segment import ClientSegment
-from async_cache.writing import WriteChunk, Writer
+from async_cache.write.writer import WriteChunk, Writer
 
 _COPIED_AT_ONCE = 8 * 2**20  # bytes that are copied in a step of the loop, in a millisecond; the rest by threads
 

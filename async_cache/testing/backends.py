@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Literal, get_args
 
 from async_cache.errors import BackendError
-from async_cache.keys import ObjectKey
 from async_cache.l2.backend import Backend, LoadOutcome
 from async_cache.l2.memory import MemoryBackend
+from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
 
 Verb = Literal["lookup", "load", "store", "delete"]

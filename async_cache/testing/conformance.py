@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import pytest
 import pytest_asyncio
 
-from async_cache.keys import ObjectKey
 from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.prompt.keys import ObjectKey
 
 T = TypeVar("T")
 

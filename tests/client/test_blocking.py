@@ -26,7 +26,7 @@ from async_cache import (
 )
 from async_cache.client.client import CacheClient
 from async_cache.l2.memory import MemoryBackend
-from async_cache.layout import Prompt
+from async_cache.prompt.layout import Prompt
 from async_cache.testing import GatedBackend
 
 from .servers import SECONDS, ThreadedServer, serve_in_process, serve_in_thread, short_directory, stopped

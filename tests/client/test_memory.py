@@ -13,7 +13,8 @@ import numpy
 import pytest
 
 from async_cache.client.memory import Segment
-from async_cache.l1.arena import Arena, map_read_only
+from async_cache.memory.arena import Arena
+from async_cache.memory.mapping import map_read_only
 
 PAGE = 4096
 
@@ -181,7 +182,7 @@ WRITES = {
 }
 PROGRAM = """
 import ctypes, os, resource, sys
-from async_cache.l1.arena import map_read_only
+from async_cache.memory.mapping import map_read_only
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 view = map_read_only(int(sys.argv[2]), int(sys.argv[3]))
 assert view[0] == 0

@@ -14,8 +14,8 @@ from async_cache.client.client import CacheClient
 from async_cache.client.link import Link, Lost
 from async_cache.client.memory import Segment
 from async_cache.config import ServerConfig
-from async_cache.l1.arena import map_read_only
 from async_cache.l2 import Backend
+from async_cache.memory.mapping import map_read_only
 from async_cache.protocol.messages import VERSION, Welcome
 from async_cache.server import Server
 from async_cache.server.access import Tenant

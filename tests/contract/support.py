@@ -10,10 +10,10 @@ from inspect import isawaitable
 from typing import Any
 
 from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup
-from async_cache.keys import ObjectKey
 from async_cache.l2 import Backend
 from async_cache.l2.backend import LoadOutcome
-from async_cache.layout import Prompt
+from async_cache.prompt.keys import ObjectKey
+from async_cache.prompt.layout import Prompt
 from async_cache.values import BackendUsage
 
 from .served import serve

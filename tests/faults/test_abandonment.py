@@ -19,7 +19,7 @@ import uvloop
 from contract.support import PAGE, assert_nothing_held, fill_l2, make_prompt, open_cache, read_back
 from soak import rounds
 
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing.backends import ThrottledBackend
 from async_cache.testing.virtual import run_virtual

@@ -27,7 +27,7 @@ from contract.support import (
 from soak import rounds
 
 from async_cache import AsyncCache, AsyncCacheError, BackendError, CacheConfig, Shortfall
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem.backend import FileSystemBackend
 
 from .disk import CHUNK_PAGES, LAYOUT, held_by_process, listing, process, rests, say
 

@@ -43,7 +43,7 @@ from async_cache import (
     WriterClosedError,
 )
 from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing import GatedBackend, ThrottledBackend, WrappedBackend
 

@@ -26,7 +26,7 @@ from soak import rounds
 
 from async_cache import Shortfall
 from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.testing.conformance import content, find, get, key, put
 
 from .disk import CHUNK_PAGES, LAYOUT, TRAILER_BYTES, path_of, rests

@@ -14,14 +14,14 @@ from contract.support import PAGE, fill, make_layout, make_prompt, open_cache, r
 from soak import rounds
 
 from async_cache import ObjectGroup
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem.backend import FileSystemBackend
 
 from .disk import TRAILER_BYTES, listing, process, rests, say
 
 LAYOUT = make_layout(ObjectGroup((1000,), "uint8"), ObjectGroup((2 * 2**20 + 1,), "uint8"))
 WHOLE = {group.size_bytes + TRAILER_BYTES for group in LAYOUT.groups}
 CHUNKS = 3
-PAGES = 8 * CHUNKS * LAYOUT.room_bytes[0] // PAGE
+PAGES = 8 * CHUNKS * LAYOUT.objects.room_bytes[0] // PAGE
 
 
 def prompt_of(number):

@@ -43,7 +43,7 @@ from contract.support import (
 from soak import rounds
 
 from async_cache import AsyncCache, CacheConfig, ObjectGroup, Shortfall
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.testing.backends import WrappedBackend
 
 GOAL_MS = 20

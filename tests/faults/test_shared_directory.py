@@ -14,7 +14,7 @@ from contract.support import assert_nothing_held, count_hits, fill, make_prompt,
 from soak import rounds
 
 from async_cache import Shortfall
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem.backend import FileSystemBackend
 
 from .disk import CHUNK_PAGES, LAYOUT, TRAILER_BYTES, listing, process, rests, say
 

@@ -228,7 +228,7 @@ async def test_a_flipped_bit_reaches_no_model(model) -> None:
 async def test_a_cache_that_is_too_small_keeps_the_head(model) -> None:
     cold = await compute_cold(model)
     layout = kv_layout(model, chunk_tokens=CHUNK)
-    async with open_cache(l1_bytes=2 * layout.room_bytes[0]) as cache:
+    async with open_cache(l1_bytes=2 * layout.objects.room_bytes[0]) as cache:
         prefix = make_prefix(cache, model)
         assert await prefix.store(TOKENS, cold[1]) == 2
         warm = await prefix.prefill(TOKENS)

@@ -8,11 +8,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from async_cache.l1.arena import Arena
 from async_cache.l1.entry import Entry, Reservation
-from async_cache.l1.eviction import LeastRecentlyUsed
 from async_cache.l1.store import L1Store
-from async_cache.layout import PAGE_BYTES, ModelLayout, ObjectGroup
+from async_cache.memory.arena import Arena
+from async_cache.prompt.layout import ModelLayout
+from async_cache.prompt.objects import PAGE_BYTES, ObjectGroup
+from async_cache.retention.lru import LeastRecentlyUsed
 
 
 def make_layout(pages: int, world_size: int = 1) -> ModelLayout:
@@ -50,7 +51,7 @@ def put(l1: L1Store, layout: ModelLayout, prefix: str, chunks: int, first: int =
     for reservation in made:
         number = int(reservation.chunk_hash[1:])
         after = name(prefix, number - 1) if number else None
-        l1.commit(reservation, layout.rank_masks[reservation.rank], after)
+        l1.commit(reservation, layout.objects.rank_masks[reservation.rank], after)
     l1.check_integrity()
     return len(made)
 
@@ -210,7 +211,7 @@ class L1Machine(RuleBasedStateMachine):
     @rule(layout=st.sampled_from(LAYOUTS), first=st.integers(0, 5), chunks=st.integers(1, 6), rank=st.integers(0, 1))
     def reserve(self, layout: ModelLayout, first: int, chunks: int, rank: int) -> None:
         rank %= layout.world_size
-        room = layout.room_bytes[rank]
+        room = layout.objects.room_bytes[rank]
         before, free = dict(self.l1.index), self.l1.available_bytes
         in_use = [entry for entry in (*self.leased, *self.held) if not entry.detached]
         wanted = [(f"{self.LAYOUTS.index(layout)}/{n}".encode(), rank) for n in range(first, first + chunks)]
@@ -226,7 +227,7 @@ class L1Machine(RuleBasedStateMachine):
         if self.reserved:
             reservation = self.reserved.pop(data.draw(st.integers(0, len(self.reserved) - 1)))
             if end == "commit":
-                mask = reservation.layout.rank_masks[reservation.rank]
+                mask = reservation.layout.objects.rank_masks[reservation.rank]
                 entry = self.l1.commit(reservation, mask)
                 assert self.l1.index[reservation.chunk_hash] is entry and entry.present & mask
             elif end == "discard":

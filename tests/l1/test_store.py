@@ -5,10 +5,10 @@ import random
 import pytest
 
 from async_cache import ModelLayout, ObjectGroup
-from async_cache.l1.arena import Arena
-from async_cache.l1.eviction import LeastRecentlyUsed
 from async_cache.l1.store import L1Store
-from async_cache.layout import PAGE_BYTES
+from async_cache.memory.arena import Arena
+from async_cache.prompt.objects import PAGE_BYTES
+from async_cache.retention.lru import LeastRecentlyUsed
 
 PAGES = 16
 
@@ -43,7 +43,7 @@ def put(l1, layout, names, rank=0):
     made = l1.reserve(layout, [(name.encode(), rank) for name in names])
     before = [None, *names]
     for reservation, after in zip(made, before, strict=False):
-        l1.commit(reservation, layout.rank_masks[rank], after and after.encode())
+        l1.commit(reservation, layout.objects.rank_masks[rank], after and after.encode())
     l1.check_integrity()
     return len(made)
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from async_cache.errors import BackendError, ConfigError
-from async_cache.keys import ObjectKey
-from async_cache.l2 import filesystem
 from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem import backend as filesystem
+from async_cache.l2.filesystem.backend import FileSystemBackend
+from async_cache.l2.filesystem.directory import BLOCK_BYTES, RecordDirectory
 from async_cache.l2.index import Index
-from async_cache.l2.record import BLOCK_BYTES, TRAILER, RecordDirectory, file_name, parse_name
+from async_cache.l2.record import TRAILER, file_name, parse_name
+from async_cache.prompt.keys import ObjectKey
 from async_cache.testing.conformance import BackendSuite, content, find, get, key, put, views
 
 LOADED, GONE, CORRUPT = LoadOutcome.LOADED, LoadOutcome.GONE, LoadOutcome.CORRUPT
@@ -603,7 +604,7 @@ def test_a_million_chunks_fit_in_memory():
 PROCESS = """
 import asyncio, os, sys
 from threading import Event
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.testing.conformance import content, get, key, put
 
 async def main():

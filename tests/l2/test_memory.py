@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from async_cache.keys import ObjectKey
 from async_cache.l2.backend import Backend, LoadOutcome
 from async_cache.l2.memory import STEP_BYTES, MemoryBackend
+from async_cache.prompt.keys import ObjectKey
 from async_cache.testing.conformance import (
     CANCEL_AFTER_STEPS,
     BackendSuite,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_cache import ModelLayout, ObjectGroup, Prompt
-from async_cache.layout import HASH_AT_ONCE_TOKENS
+from async_cache.prompt.layout import HASH_AT_ONCE_TOKENS
 from async_cache.protocol import messages as m
 from async_cache.protocol.messages import Decoder, encode
 from async_cache.protocol.prompts import describe, layout_of, pack, unpack

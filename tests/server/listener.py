@@ -4,7 +4,7 @@ does now, and on `close` it listens no more."""
 import sys
 
 from async_cache import ConfigError
-from async_cache.address import Address
+from async_cache.protocol.address import Address
 from async_cache.server.listener import Listener
 
 from .programs import say

@@ -12,9 +12,9 @@ from typing import Any
 from contract.support import make_layout
 
 from async_cache import CacheClient, CacheStats, ConnectionLostError, ObjectGroup
-from async_cache.address import Address
-from async_cache.layout import ModelLayout
+from async_cache.prompt.layout import ModelLayout
 from async_cache.protocol import messages
+from async_cache.protocol.address import Address
 from async_cache.protocol.frames import FrameReader, frame
 from async_cache.protocol.messages import VERSION, Decoder, Hello, Welcome, encode
 from async_cache.protocol.prompts import describe

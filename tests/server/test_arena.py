@@ -248,7 +248,7 @@ SEGMENT_PROMPTS = [make_prompt(2, 50), make_prompt(2, 51, BIG), make_prompt(2, 5
 @pytest.mark.parametrize("prompt", SEGMENT_PROMPTS, ids=["a page", "at once", "in a worker"])
 async def test_a_client_whose_segment_lacks_the_bytes_fails_alone(tmp_path, prompt):
     """It commits what lies beyond the end, or in a hole: an error, or zeros, but no signal, and no log that grows."""
-    size_bytes = prompt.layout.room_bytes[0]
+    size_bytes = prompt.layout.objects.room_bytes[0]
     with server(tmp_path) as served, segment_of_bytes(2 * size_bytes, F_SEAL_SHRINK) as segment:
         async with connect(served.url) as cache:
             with Peer(served.url, segment=segment) as peer:

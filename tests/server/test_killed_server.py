@@ -10,7 +10,7 @@ import pytest
 from contract.support import PAGE, count_hits, fill, make_prompt, open_cache, pattern, read_back, verify
 
 from async_cache import BlockingClient, ConnectionLostError, WriterClosedError, connect
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem.backend import FileSystemBackend
 
 from .programs import server
 from .support import reconnected

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from async_cache.layout import ModelLayout, Prompt
+from async_cache.prompt.layout import ModelLayout, Prompt
 
 Tables = tuple[list[int], ...]
 """By block table of the engine, block numbers in the order of the tokens. `NO_BLOCK` is where a window has passed."""

@@ -11,7 +11,7 @@ from async_cache.client.link import Link
 from async_cache.errors import AsyncCacheError, RequestError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged.orders import Complaint, Geometry, LoadOrder, Orders, SaveOrder, Tables
-from async_cache.layout import Prompt
+from async_cache.prompt.layout import Prompt
 from async_cache.values import LoadResult, LookupHits
 
 log = logging.getLogger(__name__)

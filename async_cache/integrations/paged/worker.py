@@ -13,8 +13,8 @@ import torch
 
 from async_cache.client.client import CacheClient
 from async_cache.errors import AsyncCacheError, CacheClosedError, ConfigError, ConnectionLostError
+from async_cache.handles.lease import ReadLease
 from async_cache.integrations.paged.orders import NO_BLOCK, Complaint, Geometry, LoadOrder, SaveOrder
-from async_cache.reading import ReadLease
 
 Order = TypeVar("Order", LoadOrder, SaveOrder)
 T = TypeVar("T")

@@ -1,0 +1,7 @@
+"""What a caller holds, of an embedded cache and of a server's alike.
+
+prefetch  `Prefetch`: a lookup and a load, each with its future
+lease     `ReadLease`: chunks to read, until their release
+writer    `Writer`: chunks to fill and to commit
+scoped    how leases and writers are entered and left
+"""

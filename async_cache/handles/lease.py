@@ -1,0 +1,141 @@
+"""A reader's lease on what its request has loaded: lease -> release."""
+
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from async_cache.handles.scoped import Scoped
+from async_cache.memory import tensors
+from async_cache.prompt.layout import ModelLayout
+from async_cache.values import LoadResult
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ReadChunk:
+    """One chunk of one rank: `index` in the prompt, `offset` in `memory` (None if nothing of it is needed).
+
+    `objects` are those that can be read, by bit, of all ranks.
+    """
+
+    __slots__ = ("_layout", "_memory", "_rank", "_views", "index", "objects", "offset")
+
+    def __init__(
+        self, index: int, offset: int | None, rank: int, objects: int, layout: ModelLayout, memory: memoryview
+    ):
+        self.index = index
+        self.offset = offset
+        self.objects = objects
+        self._memory, self._layout, self._rank = memory, layout, rank
+        self._views: tuple[memoryview | None, ...] | None = None
+
+    @property
+    def views(self) -> tuple[memoryview | None, ...]:
+        """By group, the object's bytes, read-only; None outside its window, or where the rank lacks the group."""
+        if self._views is None:
+            self._views = tuple(view.toreadonly() if view is not None else None for view in self._slices())
+        return self._views
+
+    def tensors(self) -> "tuple[torch.Tensor | None, ...]":
+        """By group, a tensor over the same memory, which must not be written to."""
+        return tensors.over(self._slices(), self._layout.groups)
+
+    def _slices(self) -> Iterator[memoryview | None]:
+        for span in self.spans():
+            yield self._memory[span[0] : span[1]] if span is not None else None
+
+    def spans(self) -> Iterator[tuple[int, int] | None]:
+        """By group, where its bytes are in `memory`: (begin, end), or None as in `views`."""
+        for group, span in enumerate(self._layout.objects.spans[self._rank]):
+            if (
+                self.offset is None
+                or span is None
+                or not self.objects >> self._layout.objects.bit(self._rank, group) & 1
+            ):
+                yield None
+            else:
+                yield self.offset + span[0], self.offset + span[1]
+
+    def _forget(self) -> None:
+        """Make a use after the release an error, where nobody has built on the views."""
+        self._memory = memoryview(b"")
+        for view in self._views or ():
+            if view is not None:
+                try:
+                    view.release()
+                except BufferError:
+                    continue
+
+
+class Entered(NamedTuple):
+    """What entering a read gives, the calls that leave it or undo it, and whether it is kept until then."""
+
+    result: LoadResult
+    layout: ModelLayout
+    chunks: tuple[ReadChunk, ...]
+    leave: Callable[[], object]
+    undo: Callable[[], object]
+    held: Callable[[], bool] = lambda: True
+
+
+class ReadLease(Scoped[ReadChunk]):
+    """`async with` it, or `await` it and `release()` later: ENTERED once the load is done, LEFT by the release.
+
+    Afterwards it is a sequence of the chunks in order, and `result` says how many there are. Its memory stays as it is
+    until the release, whatever happens to the request.
+    """
+
+    def __init__(self, enter: Callable[[], Awaitable[Entered]]):
+        self._enter_read = enter
+        self._entered: Entered | None = None
+        self._left = False
+
+    @property
+    def result(self) -> LoadResult:
+        """How much was loaded."""
+        return self._read.result
+
+    @property
+    def held(self) -> bool:
+        """Whether its memory stays as it is: until the release, or until the connection that it came by is lost.
+
+        Whoever copies from a server's memory looks once more when the copy is done.
+        """
+        return not self._left and self._read.held()
+
+    @property
+    def layout(self) -> ModelLayout:
+        """That of the request's prompt."""
+        return self._read.layout
+
+    @property
+    def _read(self) -> Entered:
+        if self._entered is None:
+            raise RuntimeError("the lease was not entered: `async with` or `await` it first")
+        return self._entered
+
+    def release(self) -> None:
+        """Leave; the views must not be used any more. May be called more than once."""
+        if self._end():
+            self._read.leave()
+
+    def undo(self) -> None:
+        """Leave as if it had not been entered: whoever it was for does not know of it, and may read again."""
+        if self._end():
+            self._read.undo()
+
+    def _end(self) -> bool:
+        if self._entered is None or self._left:
+            return False
+        self._left = True
+        for chunk in self._chunks:
+            chunk._forget()
+        return True
+
+    async def _enter(self) -> None:
+        if self._entered is None:
+            self._entered = await self._enter_read()
+            self._chunks = self._entered.chunks
+
+    def _leave(self) -> None:
+        self.release()

@@ -1,0 +1,176 @@
+"""`Writer`: chunks of one rank to fill and to commit, in an embedded cache and through a client alike."""
+
+import asyncio
+import ctypes
+from collections.abc import Awaitable, Callable, Sequence
+from enum import Enum
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+from async_cache.errors import WriterClosedError
+from async_cache.handles.scoped import Scoped
+from async_cache.memory import tensors
+from async_cache.prompt.layout import ModelLayout
+from async_cache.values import Shortfall
+
+if TYPE_CHECKING:
+    import torch
+
+Block = ctypes.Array[ctypes.c_ubyte]
+"""The memory of one chunk and rank. Views and tensors keep it, whatever becomes of the writer."""
+
+
+class WriteChunk:
+    """One chunk to fill: `index` in the prompt, `offset` of its block; private until it is `committed`.
+
+    The offset counts from the beginning of the cache's `memory`, or through a client, of the client's own segment; it
+    is None where the block lies in neither.
+    """
+
+    __slots__ = ("_block", "_commit", "_layout", "_lend", "_rank", "_views", "committed", "index", "offset")
+
+    def __init__(self, index: int, offset: int | None, layout: ModelLayout, rank: int, lend: Callable[[], Block]):
+        self.index = index
+        self.offset = offset
+        self.committed = False
+        self._layout, self._rank = layout, rank
+        self._lend = lend
+        self._commit: Callable[[], None] | None = None
+        self._block: Block | None = None  # once somebody sees it
+        self._views: tuple[memoryview | None, ...] = ()
+
+    @property
+    def views(self) -> tuple[memoryview | None, ...]:
+        """By group, the bytes to fill; None where the rank lacks the group. Raises WriterClosedError."""
+        if not self._views:
+            self._views = self._new_views()
+        return self._views
+
+    def tensors(self) -> "tuple[torch.Tensor | None, ...]":
+        """By group, a tensor over the bytes to fill, without a copy. Raises WriterClosedError.
+
+        A tensor keeps its memory, also when the writer has left; what is written to it then reaches nobody.
+        """
+        return tensors.over(self._new_views(), self._layout.groups)
+
+    def commit(self) -> None:
+        """Publish the chunk as it is now; it must not be written to any more. Raises WriterClosedError."""
+        if not self.committed:
+            if self._commit is None:
+                raise WriterClosedError("the writer is closed")
+            self._commit()
+            self.committed = True
+
+    def _new_views(self) -> tuple[memoryview | None, ...]:
+        if self._commit is None:
+            raise WriterClosedError("the writer is closed")
+        if self._block is None:
+            self._block = self._lend()
+        whole = memoryview(self._block).cast("B")
+        spans = self._layout.objects.spans[self._rank]
+        return tuple(whole[span[0] : span[1]] if span is not None else None for span in spans)
+
+    def _close(self, *, release: bool) -> None:
+        """End it; with `release`, a view that is used after this is an error, where nobody has built on it."""
+        views, self._views = self._views, ()
+        self._block = self._commit = None
+        for view in views if release else ():
+            if view is not None:
+                try:
+                    view.release()
+                except BufferError:
+                    continue
+
+    def __repr__(self) -> str:
+        state = "committed" if self.committed else "closed" if self._commit is None else "open"
+        return f"<WriteChunk {self.index}, {state}>"
+
+
+class Opened(NamedTuple):
+    """What opening a writer gives: chunks, why there may be fewer than are missing, and what acts on them.
+
+    `commit` publishes the chunk at a position among them. `close` gives back those at positions that were not
+    committed, and is called once. `settled` returns when all that was committed can be found.
+    """
+
+    chunks: tuple[WriteChunk, ...]
+    shortfall: Shortfall | None
+    commit: Callable[[int], None]
+    close: Callable[[Sequence[int]], None]
+    settled: Callable[[], Awaitable[None]]
+
+
+class WriterState(Enum):
+    """NEW -> OPEN -> CLOSED, by its owner, by the sweeper, by the server, or with the cache or connection."""
+
+    NEW = "new"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Writer(Scoped[WriteChunk]):
+    """`async with` it, or `await` it and `close()` later.
+
+    While it is open it is a sequence of the chunks that L1 lacks of this rank, in order. If L1 cannot make room for
+    all, there are fewer, and `shortfall` says why. Leaving discards what was not committed; leaving by `async with`
+    also waits until what was committed can be found. Its views end with it, those of committed chunks as well.
+    """
+
+    def __init__(self, open_chunks: "Callable[[Writer], Awaitable[Opened]]"):
+        self.shortfall: Shortfall | None = None
+        self._open_chunks = open_chunks
+        self._opened: Opened | None = None
+        self._entering = asyncio.Lock()
+        self._state = WriterState.NEW
+
+    @property
+    def is_open(self) -> bool:
+        """Whether chunks can be committed."""
+        return self._state is WriterState.OPEN
+
+    def close(self) -> None:
+        """Discard what was not committed. May be called more than once."""
+        self._close(release=True)
+
+    def expire(self) -> None:
+        """Close it from outside: who still writes to a chunk keeps its memory, and writes for nobody."""
+        self._close(release=False)
+
+    async def settled(self) -> None:
+        """Return when what was committed can be found by whoever asks for it."""
+        if self._opened is not None:
+            await self._opened.settled()
+
+    def _close(self, *, release: bool) -> None:
+        self._state, before = WriterState.CLOSED, self._state
+        if before is WriterState.OPEN:
+            assert self._opened is not None
+            for chunk in self._chunks:
+                chunk._close(release=release)
+            self._opened.close([position for position, chunk in enumerate(self._chunks) if not chunk.committed])
+
+    async def _enter(self) -> None:
+        async with self._entering:
+            if self._opened is not None:
+                return
+            self._opened = opened = await self._open_chunks(self)
+            self.shortfall, self._chunks = opened.shortfall, opened.chunks
+            if self._state is WriterState.CLOSED:  # from outside, before it was open
+                opened.close(range(len(opened.chunks)))
+                return
+            self._state = WriterState.OPEN
+            for position, chunk in enumerate(opened.chunks):
+                chunk._commit = partial(opened.commit, position)
+
+    def _leave(self) -> None:
+        self.close()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        await self.settled()
+
+    def __repr__(self) -> str:
+        return f"<Writer, {self._state.value}, {len(self)} chunks>"

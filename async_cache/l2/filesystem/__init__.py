@@ -1,0 +1,10 @@
+"""Objects as files of a local directory.
+
+backend    `FileSystemBackend`: decides in an index, and lets threads do what blocks
+directory  records in a directory: read, write, list, remove
+workers    threads such that a dead disk holds up nobody
+"""
+
+from async_cache.l2.filesystem.backend import FileSystemBackend
+
+__all__ = ["FileSystemBackend"]

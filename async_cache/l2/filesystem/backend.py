@@ -1,0 +1,308 @@
+"""Objects as files of a local directory, bounded by size, verified at every load.
+
+The loop decides, in an index that it alone changes; what blocks runs in threads: loads, which never queue behind
+anything else; changes of the directory, in the order in which they were decided; searches for names; and the scan of
+recovery. `record` has the format.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from heapq import merge
+from itertools import islice
+from threading import Event
+from typing import Any, Literal
+
+from aiofiles.os import makedirs, wrap
+
+from async_cache.errors import BackendError, ConfigError
+from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.filesystem.directory import Found, RecordDirectory
+from async_cache.l2.filesystem.workers import DaemonExecutor, settle
+from async_cache.l2.index import Index
+from async_cache.prompt.keys import ObjectKey
+from async_cache.values import BackendUsage
+
+logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 2.0
+SLICE = 256  # what the loop does with many objects, it does for so many at a time: a millisecond
+
+_open_directory = wrap(RecordDirectory)
+_sizes = wrap(RecordDirectory.sizes)
+_next = wrap(next)
+_take = wrap(lambda iterator, count: list(islice(iterator, count)))
+
+
+class FileSystemBackend(Backend):
+    """The directory `path`, made if it is not there; other processes may use it at the same time.
+
+    `capacity_bytes` bounds the sum of the objects' sizes (a file has 64 bytes more; None: no bound): the least recently
+    used chunks without a pin make room. `durability="fsync"`: what was stored survives a power failure; otherwise it
+    is written when the kernel likes to, and what was torn is found out by its checksum. `direct` keeps objects of
+    whole pages in page-aligned memory out of the page cache, where the file system can. `threads` read at a time.
+
+    Raises ConfigError for arguments, and in `open` for a path, that can not be used.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        capacity_bytes: int | None = 10 * 2**30,
+        durability: Literal["none", "fsync"] = "none",
+        direct: bool = False,
+        threads: int = 4,
+    ):
+        if capacity_bytes is not None and capacity_bytes < 1:
+            raise ConfigError(f"capacity_bytes must be at least 1, or None for no bound, not {capacity_bytes}")
+        if durability not in ("none", "fsync"):
+            raise ConfigError(f"durability must be 'none' or 'fsync', not {durability!r}")
+        if threads < 1:
+            raise ConfigError(f"threads must be at least 1, not {threads}")
+        self.path = os.fspath(path)
+        self.name = f"fs://{self.path}"
+        self.capacity_bytes = capacity_bytes
+        self._fsync, self._direct, self._threads = durability == "fsync", direct, threads
+        self._index = Index()
+        self._writing_bytes = 0
+        self._unlinking: list[list[ObjectKey]] = []  # no longer in the index, perhaps still on the disk
+        self._watches: dict[int, set[ObjectKey]] = {}
+        self._executors: tuple[DaemonExecutor, ...] = ()
+
+    async def open(self) -> None:
+        self._loads = DaemonExecutor(self._threads, f"{self.name} load")
+        self._changes = DaemonExecutor(1, f"{self.name} change")
+        self._searches = DaemonExecutor(1, f"{self.name} search")
+        self._scans = DaemonExecutor(1, f"{self.name} scan")
+        executors = (self._loads, self._changes, self._searches, self._scans)
+        self._given_up = asyncio.get_running_loop().create_future()
+        try:
+            await makedirs(self.path, 0o700, exist_ok=True, executor=self._changes)
+            self._directory = await _open_directory(
+                self.path, fsync=self._fsync, direct=self._direct, executor=self._changes
+            )
+            self._executors = executors
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise ConfigError(f"{self.name} can not be used: {error}") from error
+        except OSError as error:
+            raise BackendError(f"{self.name} can not be opened: {error}") from error
+        finally:
+            if not self._executors:
+                _shutdown(executors)
+        self._recovery = asyncio.create_task(self._recover(), name=f"{self.name} recovery")
+
+    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
+        return [True] * len(chunk_hashes) if self._index.pin_chunks(chunk_hashes, objects) else None
+
+    async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        present = self._index.pin_present(keys)
+        if all(present):
+            return present
+        unknown = [key for key, found in zip(keys, present, strict=True) if not found]
+        try:
+            await self._look_on_disk(unknown)
+        except BaseException:
+            self._index.unpin([key for key, found in zip(keys, present, strict=True) if found])
+            raise
+        discovered = iter(self._index.pin_present(unknown))
+        self._make_room(0)
+        return [found or next(discovered) for found in present]
+
+    async def _look_on_disk(self, keys: Sequence[ObjectKey]) -> None:
+        """Add to the index what another process has stored, or what recovery has not come to yet."""
+        with self._watch() as removed:
+            removed.update(*self._unlinking)  # the search may still see them
+            try:
+                sizes = await _sizes(self._directory, keys, executor=self._searches)
+            except OSError as error:
+                raise BackendError(f"{self.name}: {error}") from error
+            for key, size_bytes in zip(keys, sizes, strict=True):
+                if size_bytes is not None and key not in removed:
+                    self._index.put(key, size_bytes)
+
+    def unpin(self, keys: Sequence[ObjectKey]) -> None:
+        self._index.unpin(keys)
+
+    async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+        _check_lengths(keys, buffers)
+        todo = zip(range(len(keys)), keys, buffers, strict=True)
+        outcomes: list[Any] = [None] * len(keys)
+        stop = Event()
+        # Submitted without aiofiles: `settle` must know of each call whether it has begun.
+        futures = [
+            self._loads.submit(self._directory.load, todo, outcomes, stop) for _ in range(min(self._threads, len(keys)))
+        ]
+        await settle(futures, stop, self._given_up)
+        if outcomes.count(LoadOutcome.LOADED) < len(outcomes):
+            self._note_losses(keys, outcomes)
+        return outcomes
+
+    def _note_losses(self, keys: Sequence[ObjectKey], outcomes: list[LoadOutcome | OSError]) -> None:
+        lost = (LoadOutcome.GONE, LoadOutcome.CORRUPT)
+        self._forget([key for key, outcome in zip(keys, outcomes, strict=True) if outcome in lost])
+        for fault in outcomes:
+            if isinstance(fault, OSError):
+                raise BackendError(f"{self.name}: {fault}") from fault
+
+    async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
+        _check_lengths(keys, buffers)
+        missing = [i for i, found in enumerate(self._index.pin_present(keys)) if not found]
+        self._index.pin([keys[i] for i in missing])  # a chunk that is being completed is not evicted
+        try:
+            room = self._reserve([len(buffers[i]) for i in missing])
+            todo = [i for i, fits in zip(missing, room, strict=True) if fits]
+            faults = await self._write([keys[i] for i in todo], [buffers[i] for i in todo]) if todo else []
+            stored = self._index.present(keys)  # without what was deleted meanwhile
+        finally:
+            self._index.unpin(keys)
+        if faults and not any(stored):
+            raise BackendError(f"{self.name}: {faults[0]}") from faults[0]
+        return stored
+
+    async def _write(self, keys: list[ObjectKey], buffers: list[memoryview]) -> list[OSError]:
+        """Write objects for which there is room, and index them; the faults."""
+        stop = Event()
+        future = self._changes.submit(self._directory.store, keys, buffers, stop)
+        with self._watch() as removed:
+            try:
+                await settle([future], stop, self._given_up)
+            finally:  # a cancelled call may have written some of them
+                self._writing_bytes -= sum(map(len, buffers))
+                errors = future.result() if future.done() and not future.cancelled() else []
+                for key, buffer, error in zip(keys, buffers, errors, strict=False):
+                    if error is None and key not in removed:
+                        self._index.put(key, len(buffer))
+        if doubtful := [key for key in keys if key in removed]:
+            await self._look_on_disk(doubtful)  # deleted after it was stored, or missed by a load before
+        return [error for error in errors if error is not None]
+
+    async def delete(self, keys: Sequence[ObjectKey]) -> int:
+        try:
+            return await asyncio.shield(self._unlink(list(keys)))
+        except OSError as error:
+            raise BackendError(f"{self.name}: {error}") from error
+
+    async def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
+        await asyncio.wait([self._recovery])
+        chunk_hashes = self._index.chunk_hashes()
+        for begin in range(0, len(chunk_hashes), SLICE):
+            for chunk_hash in chunk_hashes[begin : begin + SLICE]:
+                for item in self._index.objects_of(chunk_hash):
+                    yield item
+            await asyncio.sleep(0)
+
+    @property
+    def pins(self) -> int:
+        """Pins that were not given back yet."""
+        return sum(self._index.pins.values())
+
+    def usage(self) -> BackendUsage:
+        return BackendUsage(self._index.objects, self._index.used_bytes, self.capacity_bytes)
+
+    async def close(self) -> None:
+        executors, self._executors = self._executors, ()
+        if executors:
+            self._recovery.cancel()
+            await asyncio.wait([self._recovery])
+            _shutdown(executors)
+            try:
+                ended = await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))
+            finally:  # also where the caller waits no longer: who waits for a thread that is stuck would do so for ever
+                self._given_up.set_result(None)
+            while self._index.forget(SLICE):  # noqa: ASYNC110 (nothing is waited for)
+                await asyncio.sleep(0)
+            if all(ended):  # a thread that is stuck could otherwise meet a number that means another file by then
+                self._directory.close()
+
+    def check_integrity(self) -> None:
+        """Assert that the totals are those of the records."""
+        self._index.check_integrity()
+        assert self._writing_bytes >= 0
+
+    # Room, and what is removed for it.
+
+    def _reserve(self, sizes: list[int]) -> list[bool]:
+        """Make room for objects that will be written, if not for all then for those that fit."""
+        whole = self._make_room(sum(sizes))
+        room = []
+        for size_bytes in sizes:
+            room.append(whole or self._make_room(size_bytes))
+            self._writing_bytes += size_bytes if room[-1] else 0
+        return room
+
+    def _make_room(self, size_bytes: int) -> bool:
+        """Evict so that so many bytes fit; False, and nothing is evicted, if the pins do not allow it."""
+        if self.capacity_bytes is None:
+            return True
+        evicted = self._index.evict(self._index.used_bytes + self._writing_bytes + size_bytes - self.capacity_bytes)
+        if evicted:
+            self._unlink(evicted)
+        return evicted is not None
+
+    def _unlink(self, keys: list[ObjectKey]) -> "asyncio.Future[int]":
+        """Forget objects and remove their files, after the changes that were submitted before."""
+        self._forget(keys)
+        future = asyncio.wrap_future(self._changes.submit(self._directory.unlink, keys))
+        self._unlinking.append(keys)
+        future.add_done_callback(self._unlinked)
+        return future
+
+    def _forget(self, keys: Sequence[ObjectKey]) -> None:
+        for key in keys:
+            self._index.drop(key)
+        for watch in self._watches.values():
+            watch.update(keys)
+
+    def _unlinked(self, future: "asyncio.Future[int]") -> None:
+        self._unlinking.pop(0)  # one thread does them, in order
+        if error := future.exception():
+            logger.warning("%s: can not remove: %s", self.name, error)
+
+    @contextmanager
+    def _watch(self) -> Iterator[set[ObjectKey]]:
+        """The objects forgotten while one waits for a thread: what it tells of them is out of date."""
+        removed: set[ObjectKey] = set()
+        self._watches[id(removed)] = removed
+        try:
+            yield removed
+        finally:
+            del self._watches[id(removed)]
+
+    async def _recover(self) -> None:
+        """Index what is on the disk, the newest first, as older than all that was used since the start."""
+        try:
+            with self._watch() as removed:
+                removed.update(*self._unlinking)
+                scan = self._directory.scan()
+                runs: list[list[Found]] = []
+                while run := await _next(scan, None, executor=self._scans):
+                    runs.append(run)
+                records = merge(*map(_drain, runs), reverse=True)
+                del runs
+                while batch := await _take(records, SLICE, executor=self._scans):
+                    for _, chunk_hash, rank, group, size_bytes in batch:
+                        key = ObjectKey(chunk_hash, rank, group)
+                        if key not in removed:
+                            self._index.put_oldest(key, size_bytes)
+                    self._make_room(0)
+        except Exception:  # the root of a task; what is not indexed is found by lookups
+            logger.exception("%s: recovery failed", self.name)
+
+
+def _drain(run: list[Found]) -> Iterator[Found]:
+    """From the end, such that what was taken is free at once, and not all together with the run."""
+    while run:
+        yield run.pop()
+
+
+def _shutdown(executors: Sequence[DaemonExecutor]) -> None:
+    for executor in executors:
+        executor.shutdown()
+
+
+def _check_lengths(keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:
+    if len(keys) != len(buffers):
+        raise ValueError(f"{len(keys)} keys with {len(buffers)} buffers")

@@ -1,0 +1,7 @@
+"""Memory that processes share.
+
+mapping  memory files: sealing them, and mapping them read-only
+arena    L1's memory
+extents  which parts of a memory are free
+tensors  tensors over memory, without a copy
+"""

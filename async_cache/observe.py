@@ -1,0 +1,98 @@
+"""Observers: who is told what happens in a cache, after the step in which it happened."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from msgspec import Struct
+
+from async_cache.handles.prefetch import Prefetch
+from async_cache.values import LoadResult, LookupHits, Removal
+
+log = logging.getLogger(__name__)
+
+
+class ObservedChunk(Struct, frozen=True):
+    """A chunk of L1, as it was when the event happened.
+
+    `owner` is the salt that it belongs to, `objects` says which of its objects are published, by bit (see
+    `prompt.objects`), and `room_bytes` what it takes of L1.
+    """
+
+    chunk_hash: bytes
+    owner: str
+    objects: int
+    room_bytes: int
+
+
+class Observer:
+    """Something that is told of events: override those of interest.
+
+    An event is told in the loop's next turn, in the order in which all of them happened. So whatever an observer does
+    or raises comes after the decision that it hears of, and cannot change it.
+    """
+
+    def promised(self, prefetch: Prefetch, hits: LookupHits) -> None:
+        """A lookup is done: so much of a prompt will be served."""
+
+    def loaded(self, prefetch: Prefetch, result: LoadResult) -> None:
+        """A load is done: so much of a prompt is in memory."""
+
+    def over(self, prefetch: Prefetch) -> None:
+        """A request is over: its id may be used anew, by another one."""
+
+    def committed(self, chunk: ObservedChunk) -> None:
+        """Objects of a chunk were published in L1, by a writer or by a load."""
+
+    def evicted(self, chunk: ObservedChunk, removal: Removal) -> None:
+        """A chunk had to leave L1, since something else needed its room."""
+
+    def removed(self, chunk: ObservedChunk, removal: Removal) -> None:
+        """A chunk was taken out of L1 on demand."""
+
+
+class Observers:
+    """The observers of one cache: any number, each told only of the events that it overrides.
+
+    Every event has a list of those who are told. Whoever makes an event looks at the list first, so that an event that
+    interests nobody costs next to nothing.
+    """
+
+    def __init__(self) -> None:
+        self.promised: list[Callable[[Prefetch, LookupHits], None]] = []
+        self.loaded: list[Callable[[Prefetch, LoadResult], None]] = []
+        self.over: list[Callable[[Prefetch], None]] = []
+        self.committed: list[Callable[[ObservedChunk], None]] = []
+        self.evicted: list[Callable[[ObservedChunk, Removal], None]] = []
+        self.removed: list[Callable[[ObservedChunk, Removal], None]] = []
+
+    def add(self, observer: Observer) -> None:
+        """Tell it of all that happens from now on."""
+        for event, told in self._lists():
+            if getattr(type(observer), event) is not getattr(Observer, event):
+                told.append(getattr(observer, event))
+
+    def discard(self, observer: Observer) -> None:
+        """Tell it nothing any more, but what has happened already."""
+        for event, told in self._lists():
+            callback = getattr(observer, event)
+            if callback in told:
+                told.remove(callback)
+
+    def _lists(self) -> list[tuple[str, list[Any]]]:
+        return [(event, getattr(self, event)) for event in vars(self)]
+
+
+def tell(told: list[Callable[..., None]], *event: Any) -> None:
+    """Tell those on a list of an event, in the loop's next turn."""
+    loop = asyncio.get_running_loop()
+    for callback in told:
+        loop.call_soon(_tell, callback, event)
+
+
+def _tell(callback: Callable[..., None], event: tuple[Any, ...]) -> None:
+    try:
+        callback(*event)
+    except Exception:
+        log.exception("an observer failed: %r", callback)

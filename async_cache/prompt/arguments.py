@@ -1,0 +1,53 @@
+"""Checks of what callers give, for the cache and for its clients."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from async_cache.prompt.layout import Prompt, check_ranks
+
+
+def check_prompt(prompt: Prompt) -> None:
+    """Raises TypeError for what is no prompt."""
+    if not isinstance(prompt, Prompt):
+        raise TypeError(f"prompt must come from ModelLayout.prompt, not be a {type(prompt).__name__}")
+
+
+def check_request_id(request_id: str, longest: int) -> str:
+    """Text of 1 to `longest` characters."""
+    if not isinstance(request_id, str):
+        raise TypeError(f"request_id must be a str, not {type(request_id).__name__}")
+    if not 0 < len(request_id) <= longest:
+        raise ValueError(f"request_id must have 1 to {longest} characters, not {len(request_id)}")
+    return request_id
+
+
+def check_seconds(name: str, seconds: float | None) -> None:
+    """None, or a finite number that is not negative."""
+    if seconds is None:
+        return
+    if type(seconds) not in (int, float):
+        raise TypeError(f"{name} must be a number, not {type(seconds).__name__}")
+    if not (seconds >= 0 and math.isfinite(seconds)):
+        raise ValueError(f"{name} must be a finite number of seconds, not {seconds}")
+
+
+def start_of(prompt: Prompt, skip_tokens: int) -> int:
+    """The chunk at which a prefetch begins that skips so many tokens."""
+    if type(skip_tokens) is not int:
+        raise TypeError(f"skip_tokens must be an int, not {type(skip_tokens).__name__}")
+    if skip_tokens < 0:
+        raise ValueError(f"skip_tokens must not be negative, got {skip_tokens}")
+    return min(skip_tokens // prompt.layout.chunk_tokens, len(prompt))
+
+
+def ranks_of(prompt: Prompt, ranks: Sequence[int] | None) -> tuple[int, ...]:
+    """The ranks that a prefetch loads, ascending; all if None."""
+    world_size = prompt.layout.world_size
+    return tuple(range(world_size)) if ranks is None else check_ranks(ranks, world_size)
+
+
+def check_tier(tier: Any) -> None:
+    """One of the two ways to clear."""
+    if tier not in ("l1", "all"):
+        raise ValueError(f'tier must be "l1" or "all", not {tier!r}')

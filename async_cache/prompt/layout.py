@@ -1,0 +1,217 @@
+"""What fixes the bytes: a model's layout, and the prompts that are hashed under it."""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from async_cache.prompt import keys
+from async_cache.prompt.keys import Media
+from async_cache.prompt.objects import MAX_OBJECTS_PER_CHUNK, ChunkObjects, ObjectGroup, check_count
+
+HASH_AT_ONCE_TOKENS = 32_768  # a quarter of a millisecond; a longer prompt is hashed when it is first used
+MAX_NAME = 1024
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """How a model's KV is cut into objects: every chunk of `chunk_tokens` has one per rank and group."""
+
+    model: str
+    groups: tuple[ObjectGroup, ...]
+    _: KW_ONLY
+    chunk_tokens: int = 256
+    world_size: int = 1
+    readers_per_rank: int = 1
+    revision: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "revision"):
+            if len(keys.check_text(name, getattr(self, name))) > MAX_NAME:
+                raise ValueError(f"{name} has more than {MAX_NAME} bytes")
+        if not self.model:
+            raise ValueError("model must not be empty")
+        for name in ("chunk_tokens", "world_size", "readers_per_rank"):
+            check_count(name, getattr(self, name))
+        groups = tuple(self.groups)
+        if not groups or not all(isinstance(g, ObjectGroup) for g in groups):
+            raise ValueError("groups must be one or more ObjectGroup")
+        if self.world_size * len(groups) > MAX_OBJECTS_PER_CHUNK:
+            raise ValueError(f"world_size * groups must be at most {MAX_OBJECTS_PER_CHUNK}")
+        for group in groups:
+            if group.ranks is not None:
+                check_ranks(group.ranks, self.world_size)
+        object.__setattr__(self, "groups", groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # what was computed is not sent along
+
+    def prompt(self, tokens: Any, *, salt: str = "", adapter: str = "", media: Media = ()) -> "Prompt":
+        """The chunk hashes of `tokens` under this layout.
+
+        `tokens`: integers of any kind (see `keys.pack_tokens`). `salt` separates tenants, `adapter` names a LoRA,
+        `media` are (token offset, digest) of images and the like. A tail shorter than a chunk is not cached.
+        """
+        packed = keys.pack_tokens(tokens)
+        count = len(packed) // 4
+        whole = count - count % self.chunk_tokens
+        items = tuple(item for item in keys.check_media(media, count) if item[0] < whole)
+        root = self._root("tokens", salt, adapter)
+        return Prompt(self, root, count, salt, adapter, TokenSource(packed[: whole * 4], items))
+
+    def prompt_from_hashes(
+        self, block_hashes: Sequence[bytes], block_tokens: int, *, salt: str = "", adapter: str = ""
+    ) -> "Prompt":
+        """A prompt known only by an engine's own chained block hashes, each for `block_tokens` tokens.
+
+        It never meets a prompt made from tokens, nor one of another block size. Hashes that are seeded at random are
+        found again by nobody else.
+        """
+        check_count("block_tokens", block_tokens)
+        if self.chunk_tokens % block_tokens:
+            raise ValueError(f"chunk_tokens {self.chunk_tokens} is not a multiple of block_tokens {block_tokens}")
+        blocks = keys.check_blocks(block_hashes)
+        root = self._root(f"blocks/{block_tokens}", salt, adapter)
+        hashes = keys.chain_blocks(root, blocks, self.chunk_tokens // block_tokens)
+        source = BlockSource(blocks, block_tokens)
+        return Prompt(self, root, len(blocks) * block_tokens, salt, adapter, source, hashes)
+
+    def prompt_from_digests(self, digests: Sequence[bytes], *, salt: str = "", adapter: str = "") -> "Prompt":
+        """A run of chunks known by an engine's own digests, one for each, that cover all tokens up to its end.
+
+        For engines whose blocks are chunks, and that ask for runs which begin anywhere: what a chunk is found by does
+        not depend on the chunks that are asked for before it. It never meets a prompt made otherwise.
+        """
+        checked = keys.check_blocks(digests)
+        if len(set(checked)) != len(checked):
+            raise ValueError("a digest is there twice: each has to cover all tokens up to the end of its chunk")
+        root = self._root("digests", salt, adapter)
+        hashes = keys.hash_each(root, checked)
+        return Prompt(self, root, len(checked) * self.chunk_tokens, salt, adapter, DigestSource(checked), hashes)
+
+    def _root(self, domain: str, salt: str, adapter: str) -> bytes:
+        fields = [domain, self.model, self.revision, keys.check_label("adapter", adapter)]
+        fields += [keys.check_label("salt", salt), str(self.chunk_tokens), str(self.world_size)]
+        for group in self.groups:
+            fields += [group.dtype, ",".join(map(str, group.shape)), str(group.window_chunks or "")]
+            fields.append(",".join(map(str, sorted(self.objects.ranks_of(group)))))
+        return keys.root(fields)
+
+    @cached_property
+    def _bytes_digest(self) -> bytes:
+        return self._root("tokens", "", "")
+
+    def same_bytes(self, other: "ModelLayout") -> bool:
+        """Whether the chunks of both may meet, whoever reads them: their hashes do."""
+        return self is other or self._bytes_digest == other._bytes_digest
+
+    @cached_property
+    def objects(self) -> ChunkObjects:
+        """The objects of each chunk, as the core numbers them."""
+        return ChunkObjects(self.groups, self.world_size)
+
+    @property
+    def block_bytes(self) -> tuple[int, ...]:
+        """By rank, the bytes of a chunk."""
+        return self.objects.block_bytes
+
+
+class TokenSource(NamedTuple):
+    """Token ids of the whole chunks, as packed little-endian uint32, and the media that begin in them."""
+
+    packed: bytes
+    media: Media = ()
+
+
+class BlockSource(NamedTuple):
+    """An engine's chained block hashes, each for `block_tokens` tokens."""
+
+    blocks: tuple[bytes, ...]
+    block_tokens: int
+
+
+class DigestSource(NamedTuple):
+    """An engine's digests of chunks, one for each."""
+
+    digests: tuple[bytes, ...]
+
+
+Source = TokenSource | BlockSource | DigestSource | None
+"""What a prompt's hashes are made from, for those who have to make them again; None if only the hashes are known."""
+
+
+class Prompt:
+    """A layout, the chunk hashes of a prompt's tokens, and a salt: made once, used for every call.
+
+    `tokens` counts the prompt's tokens, the tail that is not cached included. `len(prompt)` counts its whole chunks.
+    """
+
+    __slots__ = ("_hashes", "adapter", "layout", "root", "salt", "source", "tokens")
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        root: bytes,
+        tokens: int,
+        salt: str,
+        adapter: str,
+        source: Source,
+        hashes: list[bytes] | None = None,
+    ):
+        self.layout, self.root, self.tokens, self.salt, self.adapter = layout, root, tokens, salt, adapter
+        self.source, self._hashes = source, hashes
+        if tokens <= HASH_AT_ONCE_TOKENS:
+            self.hash()
+
+    @property
+    def hashed(self) -> bool:
+        """Whether `chunk_hashes` is known: if not, asking for it takes milliseconds."""
+        return self._hashes is not None
+
+    def hash(self) -> None:
+        """Compute the chunk hashes, once; may run in any thread."""
+        if self._hashes is None:
+            assert isinstance(self.source, TokenSource)  # all others come with their hashes
+            self._hashes = keys.chain_tokens(self.root, self.source.packed, self.layout.chunk_tokens, self.source.media)
+
+    @property
+    def chunk_hashes(self) -> list[bytes]:
+        """One 32-byte digest for each whole chunk."""
+        if self._hashes is None:
+            self.hash()
+            assert self._hashes is not None
+        return self._hashes
+
+    def __len__(self) -> int:
+        return self.tokens // self.layout.chunk_tokens
+
+    def same_as(self, other: "Prompt") -> bool:
+        """Whether both have the same chunks, by their hashes, or before either is known, by the ids."""
+        if self is other:
+            return True
+        if self.root != other.root or self.tokens != other.tokens:
+            return False
+        if self._hashes is None and other._hashes is None:
+            return self.source == other.source
+        return self.chunk_hashes == other.chunk_hashes  # all: an engine's digests are not chained
+
+    def __repr__(self) -> str:
+        return f"<Prompt of {self.tokens} tokens, {len(self)} chunks, model {self.layout.model!r}>"
+
+
+def check_ranks(ranks: Sequence[int], world_size: int) -> tuple[int, ...]:
+    """Distinct ranks within the world, ascending."""
+    checked = tuple(ranks)
+    for rank in checked:
+        check_index("rank", rank, world_size)
+    if not checked or len(set(checked)) != len(checked):
+        raise ValueError(f"ranks must be one or more distinct ranks, not {ranks!r}")
+    return tuple(sorted(checked))
+
+
+def check_index(name: str, value: int, bound: int) -> None:
+    """A rank or a reader."""
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if not 0 <= value < bound:
+        raise ValueError(f"{name} {value} is not in 0..{bound - 1}")

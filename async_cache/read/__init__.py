@@ -1,0 +1,11 @@
+"""The way of a prefetch: find in L1, ask L2, promise (`lookup_done`), load, hand over (`load_done`).
+
+request   the record of a request: what it asks for, what it was promised, what it holds
+requests  who knows a request: ids, claims, readers, and how requests end
+lookup    ask every backend what it holds, and keep its pins
+plan      which prefix can be promised, and the room for it
+batches   calls to the backends, by the bytes in flight
+loads     L2 -> L1: each object is loaded once, however many requests want it
+prefetch  the whole way of a request
+counting  how much is cached, for those who only want to know
+"""

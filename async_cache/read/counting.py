@@ -1,0 +1,60 @@
+"""How much of a prompt is cached, for whoever only wants to know: no lease, no load, no promise."""
+
+import asyncio
+from collections.abc import Sequence
+
+from async_cache.errors import CacheClosedError
+from async_cache.l1.store import L1Store
+from async_cache.l2.guard import Guard
+from async_cache.l2.tombstones import Tombstones
+from async_cache.prompt import coverage
+from async_cache.prompt.layout import Prompt
+from async_cache.read.loads import Loader
+from async_cache.read.lookup import Asked, ask, ask_nowait
+from async_cache.values import LookupHits, Shortfall
+
+
+async def count_hits(
+    prompt: Prompt, l1: L1Store, guards: Sequence[Guard], loader: Loader, tombstones: Tombstones, timeout_seconds: float
+) -> LookupHits:
+    """What `prefetch` would find. Pins are given back before it returns."""
+    if not prompt.hashed:
+        await asyncio.to_thread(prompt.hash)
+        if l1.closed:
+            raise CacheClosedError("the cache was closed")
+    layout, hashes = prompt.layout, prompt.chunk_hashes
+    resident = [entry.present if (entry := l1.index.get(h)) is not None else 0 for h in hashes]
+    here = [
+        mask | (load.wanted if (load := loader.table.get(h)) is not None else 0)
+        for h, mask in zip(hashes, resident, strict=True)
+    ]
+    missing = {n: lacks for n, mask in enumerate(here) if (lacks := layout.objects.full_mask & ~mask)}
+    asked = Asked(layout, hashes, missing)
+    with tombstones.watch() as removed:
+        found = ask_nowait(guards, asked) or await ask(guards if missing else (), asked, timeout_seconds)
+    try:
+        for number, mask in found.masks().items():
+            if hashes[number] not in removed:
+                here[number] |= mask
+        length = coverage.lengths(layout, here)[-1]
+        needed = coverage.needed(layout, length)
+        to_load = {n: lacks for n in range(length) if (lacks := needed[n] & ~resident[n])}
+        sources = [
+            (guard, sum(layout.objects.sizes[mask] for mask in part.values())) for guard, part in found.sources(to_load)
+        ]
+    finally:
+        found.close()
+    expected = [guard.expected_load_seconds(size) for guard, size in sources if size]
+    known = [seconds for seconds in expected if seconds is not None]
+    return LookupHits(
+        request_id="",
+        start_chunk=0,
+        chunks=length,
+        tokens=length * layout.chunk_tokens,
+        l1_chunks=length - len(to_load),
+        l2_chunks=len(to_load),
+        found_chunks=length,
+        shortfall=Shortfall.BACKEND_ERROR if length < len(hashes) and found.failed else None,
+        load_bytes=sum(layout.objects.sizes[mask] for mask in to_load.values()),
+        expected_load_seconds=max(known, default=0.0) if len(known) == len(expected) else None,
+    )

@@ -1,0 +1,25 @@
+"""Least recently used first: the default policy."""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from async_cache.retention.ring import Linked, Ring
+from async_cache.values import Removal
+
+T = TypeVar("T", bound=Linked)
+
+
+class LeastRecentlyUsed(Ring[T]):
+    """The item that was not used for the longest time is evicted first: its order is the ring's."""
+
+    def suspend(self, item: T) -> None:
+        """Leave the item out until its next use."""
+        self.discard(item)
+
+    def left(self, item: T, removal: Removal) -> None:
+        """Forget the item, whatever it left for."""
+        self.discard(item)
+
+    def victims(self) -> Iterator[T]:
+        """All items, the least recently used first."""
+        return iter(self)
