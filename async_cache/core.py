@@ -9,9 +9,10 @@ from async_cache.config import CacheConfig
 from async_cache.handles.lease import Entered, ReadChunk
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
-from async_cache.l2.guard import Breaker, Guard
+from async_cache.l2.guard import Guard
 from async_cache.l2.tombstones import Tombstones
 from async_cache.memory.arena import Arena
+from async_cache.observe import Observers
 from async_cache.prompt.layout import Prompt
 from async_cache.read.counting import count_hits
 from async_cache.read.loads import Loader
@@ -28,15 +29,17 @@ class Core:
 
     def __init__(self, config: CacheConfig, arena: Arena, backends: Sequence[Backend]):
         self.config, self.arena = config, arena
-        self.guards = [
-            Guard(backend, Breaker(config.breaker_failures, config.breaker_reset_seconds)) for backend in backends
-        ]
-        self.l1 = L1Store(arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry))
+        self.observers = Observers()
+        self.guards = [Guard.of(backend, config) for backend in backends]
+        self.l1 = L1Store(arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry), self.observers)
         self.writeback = Writeback(self.l1, self.guards, config)
         self.loader = Loader(self.l1, self.guards, config)
         self.tombstones = tombstones = Tombstones()
         self.sweeper = Sweeper()
-        self.controller = PrefetchController(self.l1, self.guards, self.loader, self.sweeper, tombstones, config)
+        self.controller = PrefetchController(
+            self.l1, self.guards, self.loader, self.sweeper, tombstones, config, self.observers
+        )
+        self.requests = self.controller
         self.open_writers = self.sweeper.expiry(config.reservation_ttl_seconds, Writer.expire)
         self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones, config)
         self.sweeping = asyncio.create_task(self.sweeper.run())
@@ -69,8 +72,7 @@ class Core:
         return all(it is None or it.layout.same_bytes(layout) for it in known)
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
-        timeout = self.config.lookup_timeout_seconds
-        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones, timeout)
+        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones)
 
     async def enter_read(self, request_id: str, rank: int, reader: int) -> Entered:
         """Begin to read, once the load is done."""

@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from enum import Enum
 
+from msgspec import Struct
+
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
 
@@ -14,6 +16,16 @@ class LoadOutcome(Enum):
     LOADED = "loaded"
     GONE = "gone"
     CORRUPT = "corrupt"
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """What one backend needs of time, where that differs from the settings of the cache; None: as they say."""
+
+    lookup_timeout_seconds: float | None = None
+    load_timeout_seconds: float | None = None
+    store_timeout_seconds: float | None = None
+    breaker_failures: int | None = None
+    breaker_reset_seconds: float | None = None
 
 
 class Backend(ABC):
@@ -28,6 +40,8 @@ class Backend(ABC):
     """
 
     name: str
+    limits: Limits = Limits()
+    """Its own timeouts and breaker; `lookup_timeout` and the like in a URL set them."""
 
     async def open(self) -> None:  # noqa: B027 (a backend without resources needs none)
         """Become ready to answer. Recovery of a large index goes on behind it."""

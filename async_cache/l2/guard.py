@@ -1,13 +1,17 @@
-"""One backend as the cache sees it: every call has an end, failures open a breaker, throughput is measured."""
+"""One backend as the cache sees it: every call has an end, failures open a breaker, loads are metered."""
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
+from msgspec import Struct
+
+from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
-from async_cache.l2.backend import Backend
+from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.breaker import Breaker, BreakerState
+from async_cache.l2.meter import Meter
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout
 from async_cache.values import BackendUsage
@@ -16,115 +20,154 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_DECAY = 0.8  # weight of what was measured before, at each new measurement
-_FORGET = 1.1  # by which the fastest call grows with each: a backend may become slower
-
 
 class CallTimeoutError(BackendError):
-    """The call goes on, cancelled but not ended: `call` still owns its buffers."""
-
-    def __init__(self, message: str, call: "asyncio.Task[Any]"):
-        super().__init__(message)
-        self.call = call
+    """The call took too long. It was cancelled, but may not have ended: until then it owns its buffers."""
 
 
-class BreakerState(Enum):
-    """CLOSED -> OPEN after failures in a row; OPEN -> HALF_OPEN for one trial; HALF_OPEN -> CLOSED | OPEN by it."""
+class Timeouts(Struct, frozen=True):
+    """How long each kind of call to a backend may take. The defaults are those of `CacheConfig`."""
 
-    CLOSED = "closed"
-    OPEN = "open"
-    HALF_OPEN = "half-open"
+    lookup_seconds: float = 1.0
+    load_seconds: float = 30.0
+    store_seconds: float = 30.0
 
 
-class Breaker:
-    """Leaves a failing backend alone for a while."""
+class Call(Generic[T]):
+    """One call to a backend: RUNNING -> ENDED. What it was given is its own until it has ended, whoever gives it up.
 
-    def __init__(self, failures: int, reset_seconds: float):
-        self.state = BreakerState.CLOSED
-        self.retry_at = 0.0
-        self._limit = failures
-        self._reset_seconds = reset_seconds
-        self._failures = 0
+    The guard counts its outcome, once, whether somebody waits for it or not.
+    """
 
-    def allow(self, now: float) -> bool:
-        """Whether a call may be made; one that may must end in `succeeded`, `failed` or `abandoned`."""
-        if self.state is BreakerState.OPEN and now >= self.retry_at:
-            self.state = BreakerState.HALF_OPEN
-            return True
-        return self.state is BreakerState.CLOSED
+    __slots__ = ("_answers", "_counted", "_guard", "_task", "_timeout_seconds")
 
-    def succeeded(self) -> None:
-        """The backend is well."""
-        self._failures = 0
-        self.state = BreakerState.CLOSED
+    def __init__(self, guard: "Guard", task: "asyncio.Task[T]", timeout_seconds: float, answers: int | None):
+        self._guard = guard
+        self._task = task
+        self._timeout_seconds = timeout_seconds
+        self._answers = answers
+        self._counted = False
+        task.add_done_callback(self._ended)
 
-    def failed(self, now: float) -> None:
-        """One more failure."""
-        self._failures += 1
-        if self.state is BreakerState.HALF_OPEN or self._failures >= self._limit:
-            self.state = BreakerState.OPEN
-            self.retry_at = now + self._reset_seconds
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing that it was given is touched any more."""
+        return self._task.done()
 
-    def abandoned(self) -> None:
-        """The call was given up, and says nothing: the next one tries."""
-        if self.state is BreakerState.HALF_OPEN:
-            self.state = BreakerState.OPEN
+    def when_ended(self, callback: Callable[[], object]) -> None:
+        """Call this in the loop's next turn after it has ended."""
+        self._task.add_done_callback(lambda _: callback())
+
+    def cancel(self) -> None:
+        """Ask it to end. It says nothing about its backend then."""
+        if not self._task.done():
+            self._count(self._guard.abandoned)
+            self._task.cancel()
+
+    def answer(self) -> T | None:
+        """What it returned in the end, whoever waited; None if it has not ended, or returned no good answer."""
+        task = self._task
+        return task.result() if task.done() and not task.cancelled() and self._error() is None else None
+
+    async def result(self) -> T:
+        """Its result. Raises BackendError for a failure or a wrong number of answers, CallTimeoutError for silence.
+
+        Where the caller is cancelled the call goes on, until it is cancelled as well.
+        """
+        task = self._task
+        await asyncio.wait((task,), timeout=self._timeout_seconds)
+        if not task.done():
+            why = f"did not answer within {self._timeout_seconds} s"
+            self._count(self._guard.failed, why)
+            task.cancel()
+            raise CallTimeoutError(f"{self._guard.name} {why}")
+        if task.cancelled():
+            raise BackendError(f"the call to {self._guard.name} was cancelled")
+        error = self._error()
+        if error is not None:
+            raise BackendError(f"{self._guard.name} failed: {error}") from error
+        return task.result()
+
+    def _error(self) -> BaseException | None:
+        error = self._task.exception()
+        if error is None and self._answers is not None:
+            result: Any = self._task.result()
+            if not isinstance(result, list) or len(result) != self._answers:
+                return BackendError(f"it did not answer {self._answers} questions with a list of as many answers")
+        return error
+
+    def _ended(self, task: "asyncio.Task[T]") -> None:
+        if task.cancelled():
+            self._count(self._guard.abandoned)
+        elif (error := self._error()) is not None:
+            self._count(self._guard.failed, repr(error))
+        else:
+            self._count(self._guard.succeeded)
+
+    def _count(self, outcome: Callable[..., None], *arguments: str) -> None:
+        if not self._counted:
+            self._counted = True
+            outcome(*arguments)
 
 
 class Guard:
-    """A backend with its breaker, the calls that are out, and what is known of its speed."""
+    """A backend with its limits, its breaker, its meter, and the calls that are out."""
 
-    def __init__(self, backend: Backend, breaker: Breaker):
+    def __init__(self, backend: Backend, breaker: Breaker, timeouts: Timeouts | None = None):
         self.backend = backend
         self.breaker = breaker
-        self.queued_bytes = 0  # loads that were asked for and have not ended
-        self._calls: set[asyncio.Task[Any]] = set()
+        self.timeouts = timeouts if timeouts is not None else Timeouts()
+        self.meter = Meter()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
-        self._bytes = self._seconds = 0.0
-        self._measured_at = 0.0
-        self._fastest_call_seconds: float | None = None  # of late: no load takes less
-        self._idle = asyncio.Event()
-        self._idle.set()
+
+    @classmethod
+    def of(cls, backend: Backend, config: CacheConfig) -> Self:
+        """The guard of a backend: what the backend itself says of its limits comes before the cache's settings."""
+        limits = backend.limits
+        breaker = Breaker(
+            limits.breaker_failures or config.breaker_failures,
+            limits.breaker_reset_seconds or config.breaker_reset_seconds,
+        )
+        timeouts = Timeouts(
+            limits.lookup_timeout_seconds or config.lookup_timeout_seconds,
+            limits.load_timeout_seconds or config.load_timeout_seconds,
+            limits.store_timeout_seconds or config.store_timeout_seconds,
+        )
+        return cls(backend, breaker, timeouts)
+
+    @property
+    def name(self) -> str:
+        """That of the backend."""
+        return self.backend.name
 
     # Calls.
 
-    def start(self, verb: Callable[..., Awaitable[T]], *arguments: Any) -> "asyncio.Task[T]":
-        """A call in a task of its own, owned here until it ends. It must be waited for with `finish`."""
-        call = self._loop.create_task(_call(verb, arguments))
-        self._calls.add(call)
-        call.add_done_callback(self._ended)
-        return call
-
-    async def finish(self, call: "asyncio.Task[T]", timeout_seconds: float, answers: int | None = None) -> T:
-        """The result of a call, of so many answers. Raises BackendError for a failure, CallTimeoutError for silence."""
-        try:
-            await asyncio.wait((call,), timeout=timeout_seconds)
-        except asyncio.CancelledError:
-            self.breaker.abandoned()
-            raise
-        if not call.done():
-            call.cancel()
-            self._failed(f"did not answer within {timeout_seconds} s")
-            raise CallTimeoutError(f"{self.backend.name} did not answer within {timeout_seconds} s", call)
-        if call.cancelled():
-            self.breaker.abandoned()
-            raise BackendError(f"the call to {self.backend.name} was cancelled")
-        error = call.exception()
-        if error is None and answers is not None:
-            result = call.result()
-            if not isinstance(result, list) or len(result) != answers:
-                error = BackendError(f"it did not answer {answers} questions with a list of as many answers")
-        if error is not None:
-            self._failed(repr(error))
-            raise BackendError(f"{self.backend.name} failed: {error}") from error
-        if self.breaker.state is not BreakerState.CLOSED:
-            log.info("backend %s is back", self.backend.name)
-        self.breaker.succeeded()
-        return call.result()
-
     def allows(self) -> bool:
-        """Whether the breaker lets a call through; if so, `finish` must follow."""
-        return self.breaker.allow(self._loop.time())
+        """Whether the breaker would let a call through now."""
+        return self.breaker.allows(self._loop.time())
+
+    def begin_load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> Call[list[LoadOutcome]] | None:
+        """Begin to load objects; None where the backend is left alone."""
+        return self._begin(self.timeouts.load_seconds, len(keys), self.backend.load, keys, buffers)
+
+    def begin_store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> Call[list[bool]] | None:
+        """Begin to store objects; None where the backend is left alone."""
+        return self._begin(self.timeouts.store_seconds, len(keys), self.backend.store, keys, buffers)
+
+    def _begin(
+        self, timeout_seconds: float, answers: int | None, verb: Callable[..., Awaitable[T]], *arguments: Any
+    ) -> Call[T] | None:
+        if not self.breaker.begin(self._loop.time()):
+            return None
+        return Call(self, self._start(verb, *arguments), timeout_seconds, answers)
+
+    def _start(self, verb: Callable[..., Awaitable[T]], *arguments: Any) -> "asyncio.Task[T]":
+        """A task of its own, owned here until it ends."""
+        task = self._loop.create_task(_call(verb, arguments))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def lookup_nowait(self, layout: ModelLayout, chunk_hashes: Sequence[bytes], mask: int) -> list[bool] | None:
         """For each chunk, whether all objects of a mask are there, and pinned; None if the backend must be asked."""
@@ -133,23 +176,23 @@ class Guard:
         try:
             found = self.backend.lookup_nowait(chunk_hashes, layout.objects.members[mask])
         except (Exception, asyncio.CancelledError):
-            log.exception("backend %s could not say at once what it holds", self.backend.name)
+            log.exception("backend %s could not say at once what it holds", self.name)
             return None
         if found is None or (isinstance(found, list) and len(found) == len(chunk_hashes)):
             return found
-        log.error("backend %s did not answer at once with a list of %d", self.backend.name, len(chunk_hashes))
+        log.error("backend %s did not answer at once with a list of %d", self.name, len(chunk_hashes))
         if isinstance(found, list):
             there = [(chunk_hash, mask) for chunk_hash, is_there in zip(chunk_hashes, found, strict=False) if is_there]
             self.unpin(layout.objects.keys(there))
         return None
 
-    async def lookup(self, keys: Sequence[ObjectKey], timeout_seconds: float) -> list[bool] | None:
+    async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
         """Which objects are there, and pinned; None if the backend failed, stayed silent, or is left alone."""
-        if not self.allows():
+        call = self._begin(self.timeouts.lookup_seconds, len(keys), self.backend.lookup, keys)
+        if call is None:
             return None
-        call = self.start(self.backend.lookup, keys)
         try:
-            return await self.finish(call, timeout_seconds, len(keys))
+            return await call.result()
         except BackendError:
             self._unpin_late(call, keys)
             return None
@@ -158,26 +201,33 @@ class Guard:
             self._unpin_late(call, keys)
             raise
 
-    async def delete(self, keys: Sequence[ObjectKey], timeout_seconds: float) -> int:
-        """Remove objects. Raises BackendError."""
-        if not self.allows():
-            raise BackendError(f"{self.backend.name} is left alone after failures")
-        call = self.start(self.backend.delete, keys)
-        try:
-            deleted = await self.finish(call, timeout_seconds)
-        finally:
-            call.cancel()
+    def _unpin_late(self, call: Call[list[bool]], keys: Sequence[ObjectKey]) -> None:
+        """Give back the pins of an answer that nobody waits for any more."""
+
+        def answered() -> None:
+            found = call.answer()
+            if found is not None:
+                self.unpin_found(keys, found)
+
+        call.when_ended(answered)
+
+    async def delete(self, keys: Sequence[ObjectKey]) -> int:
+        """Remove objects, and say how many were there. Raises BackendError."""
+        deleted = await self._carried_out(self.backend.delete, keys)
         if not isinstance(deleted, int):
-            raise BackendError(f"{self.backend.name} did not say how much it deleted")
+            raise BackendError(f"{self.name} did not say how much it deleted")
         return deleted
 
-    async def keys(self, timeout_seconds: float) -> list[ObjectKey]:
-        """Every object that it holds. Raises BackendError."""
-        if not self.allows():
-            raise BackendError(f"{self.backend.name} is left alone after failures")
-        call = self.start(_list_keys, self.backend)
+    async def keys(self) -> list[ObjectKey]:
+        """The keys of all objects that the backend holds. Raises BackendError."""
+        return await self._carried_out(_list_keys, self.backend)
+
+    async def _carried_out(self, verb: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+        call = self._begin(self.timeouts.store_seconds, None, verb, *arguments)
+        if call is None:
+            raise BackendError(f"{self.name} is left alone after failures")
         try:
-            return await self.finish(call, timeout_seconds)
+            return await call.result()
         finally:
             call.cancel()
 
@@ -188,89 +238,53 @@ class Guard:
         try:
             self.backend.unpin(keys)
         except (Exception, asyncio.CancelledError):
-            log.exception("backend %s could not unpin", self.backend.name)
+            log.exception("backend %s could not unpin", self.name)
 
     def unpin_found(self, keys: Sequence[ObjectKey], found: Sequence[bool]) -> None:
         """Give back the pins of those that were found."""
         self.unpin([key for key, there in zip(keys, found, strict=False) if there])
 
-    def _unpin_late(self, call: "asyncio.Task[list[bool]]", keys: Sequence[ObjectKey]) -> None:
-        def answered(call: "asyncio.Task[list[bool]]") -> None:
-            if not call.cancelled() and call.exception() is None and isinstance(call.result(), list):
-                self.unpin_found(keys, call.result())
-
-        call.add_done_callback(answered)
-
-    def _failed(self, why: str) -> None:
-        before = self.breaker.state
-        self.breaker.failed(self._loop.time())
-        left_alone = before is BreakerState.CLOSED and self.breaker.state is BreakerState.OPEN
-        log.warning("backend %s: %s%s", self.backend.name, why, "; it is left alone for a while" if left_alone else "")
-
-    def _ended(self, call: "asyncio.Task[Any]") -> None:
-        self._calls.discard(call)
-        if not call.cancelled():
-            call.exception()  # looked at, also where nobody waits any more
-
-    async def close(self, timeout_seconds: float) -> None:
-        """Cancel the calls that are out, and wait for them and for the backend, but not for ever."""
-        calls = set(self._calls)
-        for call in calls:
-            call.cancel()
-        calls.add(self.start(self.backend.close))
-        _, stuck = await asyncio.wait(calls, timeout=timeout_seconds)
-        for call in stuck:
-            call.cancel()
-        if stuck:
-            log.warning("backend %s: %d calls have not ended at close", self.backend.name, len(stuck))
-
     def usage(self) -> BackendUsage | None:
-        """What it holds, as far as it knows; None if it can not say."""
+        """What the backend holds, as far as it knows; None if it cannot say."""
         try:
             return self.backend.usage()
         except (Exception, asyncio.CancelledError):
-            log.exception("backend %s could not say what it holds", self.backend.name)
+            log.exception("backend %s could not say what it holds", self.name)
             return None
 
-    # Loads, and how fast they are.
+    async def close(self, timeout_seconds: float) -> None:
+        """Cancel the calls that are out, and wait for them and for the backend, but not for ever."""
+        tasks = set(self._tasks)
+        for task in tasks:
+            task.cancel()
+        tasks.add(self._start(self.backend.close))
+        _, stuck = await asyncio.wait(tasks, timeout=timeout_seconds)
+        for task in stuck:
+            task.cancel()
+        if stuck:
+            log.warning("backend %s: %d calls have not ended at close", self.name, len(stuck))
+        for task in tasks - stuck:
+            if not task.cancelled():
+                task.exception()  # looked at: nobody else does
 
-    def load_queued(self, size_bytes: int) -> None:
-        """So many more bytes are to be loaded."""
-        if not self.queued_bytes:
-            self._measured_at = self._loop.time()
-            self._idle.clear()
-        self.queued_bytes += size_bytes
+    # What calls say of the backend.
 
-    def load_ended(self, size_bytes: int, loaded: bool, call_seconds: float = 0.0) -> None:
-        """So many bytes are no longer to be loaded; if they were, it took the time since the last that were.
+    def succeeded(self) -> None:
+        """A call succeeded."""
+        if self.breaker.state is not BreakerState.CLOSED:
+            log.info("backend %s is back", self.name)
+        self.breaker.succeeded()
 
-        `call_seconds`: what its call took: where many are out at a time, all together may take no longer than one.
-        """
-        now = self._loop.time()
-        self.queued_bytes -= size_bytes
-        if loaded:
-            fastest = self._fastest_call_seconds
-            self._fastest_call_seconds = min(call_seconds, fastest * _FORGET) if fastest is not None else call_seconds
-            self._bytes = self._bytes * _DECAY + size_bytes
-            self._seconds = self._seconds * _DECAY + now - self._measured_at
-        self._measured_at = now
-        if not self.queued_bytes:
-            self._idle.set()
+    def failed(self, why: str) -> None:
+        """A call failed, or did not end in time."""
+        before = self.breaker.state
+        self.breaker.failed(self._loop.time())
+        left_alone = before is BreakerState.CLOSED and self.breaker.state is BreakerState.OPEN
+        log.warning("backend %s: %s%s", self.name, why, "; it is left alone for a while" if left_alone else "")
 
-    def expected_load_seconds(self, size_bytes: int) -> float | None:
-        """How long it should take until so many more bytes are loaded; None before the first measurement."""
-        if not self._bytes:
-            return None
-        return max((self.queued_bytes + size_bytes) * self._seconds / self._bytes, self._fastest_call_seconds or 0.0)
-
-    async def wait_for_loads(self, timeout_seconds: float) -> None:
-        """Until no load is queued or under way, or the time is over."""
-        if self.queued_bytes:
-            waiter = self._loop.create_task(self._idle.wait())
-            try:
-                await asyncio.wait((waiter,), timeout=timeout_seconds)
-            finally:
-                waiter.cancel()
+    def abandoned(self) -> None:
+        """A call was given up, and says nothing."""
+        self.breaker.abandoned(self._loop.time())
 
 
 async def _list_keys(backend: Backend) -> list[ObjectKey]:

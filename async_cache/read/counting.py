@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from async_cache.errors import CacheClosedError
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
+from async_cache.l2.meter import expected_load_seconds
 from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
@@ -15,7 +16,7 @@ from async_cache.values import LookupHits, Shortfall
 
 
 async def count_hits(
-    prompt: Prompt, l1: L1Store, guards: Sequence[Guard], loader: Loader, tombstones: Tombstones, timeout_seconds: float
+    prompt: Prompt, l1: L1Store, guards: Sequence[Guard], loader: Loader, tombstones: Tombstones
 ) -> LookupHits:
     """What `prefetch` would find. Pins are given back before it returns."""
     if not prompt.hashed:
@@ -31,7 +32,7 @@ async def count_hits(
     missing = {n: lacks for n, mask in enumerate(here) if (lacks := layout.objects.full_mask & ~mask)}
     asked = Asked(layout, hashes, missing)
     with tombstones.watch() as removed:
-        found = ask_nowait(guards, asked) or await ask(guards if missing else (), asked, timeout_seconds)
+        found = ask_nowait(guards, asked) or await ask(guards if missing else (), asked)
     try:
         for number, mask in found.masks().items():
             if hashes[number] not in removed:
@@ -44,8 +45,6 @@ async def count_hits(
         ]
     finally:
         found.close()
-    expected = [guard.expected_load_seconds(size) for guard, size in sources if size]
-    known = [seconds for seconds in expected if seconds is not None]
     return LookupHits(
         request_id="",
         start_chunk=0,
@@ -56,5 +55,5 @@ async def count_hits(
         found_chunks=length,
         shortfall=Shortfall.BACKEND_ERROR if length < len(hashes) and found.failed else None,
         load_bytes=sum(layout.objects.sizes[mask] for mask in to_load.values()),
-        expected_load_seconds=max(known, default=0.0) if len(known) == len(expected) else None,
+        expected_load_seconds=expected_load_seconds([(guard.meter, size) for guard, size in sources if size]),
     )

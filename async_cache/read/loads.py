@@ -20,7 +20,8 @@ from async_cache.errors import BackendError
 from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.guard import CallTimeoutError, Guard
+from async_cache.l2.guard import Call, CallTimeoutError, Guard
+from async_cache.l2.meter import expected_load_seconds
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout
 from async_cache.read.lookup import Asked, ask
@@ -86,7 +87,7 @@ class Batch:
         self.parts: dict[ChunkLoad, int] = {}
         self.given: Mapping[ChunkLoad, int] = {}
         self.size_bytes = 0
-        self.call: asyncio.Task[list[LoadOutcome]] | None = None
+        self.call: Call[list[LoadOutcome]] | None = None
 
     def unpin(self, loads: Iterable[ChunkLoad]) -> None:
         """These are no longer asked for."""
@@ -182,9 +183,7 @@ class Loader:
         for batches in {table[chunk_hash].batches for chunk_hash in chunk_hashes}:
             for batch in batches:
                 more.setdefault(batch.guard, 0)
-        expected = [guard.expected_load_seconds(size) for guard, size in more.items()]
-        known = [seconds for seconds in expected if seconds is not None]
-        return max(known, default=0.0) if len(known) == len(expected) else None
+        return expected_load_seconds([(guard.meter, size) for guard, size in more.items()])
 
     async def close(self) -> None:
         """After all requests have left and all calls have ended or were given up."""
@@ -221,7 +220,7 @@ class Loader:
 
     def _queue(self, queue: deque[Batch], batch: Batch) -> None:
         queue.append(batch)
-        batch.guard.load_queued(batch.size_bytes)
+        batch.guard.meter.queued(batch.size_bytes)
 
     def _pump(self, guard: Guard) -> None:
         queue = self._queues[guard]
@@ -255,13 +254,14 @@ class Loader:
         outcomes: list[LoadOutcome] = []
         failure = Shortfall.BACKEND_ERROR
         began = self._loop.time()
-        if keys and guard.allows():
+        if keys:
+            batch.call = guard.begin_load(keys, buffers)
+        if batch.call is not None:
             self.loads += len(keys)
             batch.given = parts
-            batch.call = guard.start(guard.backend.load, keys, buffers)
-            batch.call.add_done_callback(lambda _: self._call_ended(batch))
+            batch.call.when_ended(lambda: self._call_ended(batch))
             try:
-                outcomes = await guard.finish(batch.call, self._config.load_timeout_seconds, len(keys))
+                outcomes = await batch.call.result()
             except CallTimeoutError:
                 failure = Shortfall.DEADLINE
                 self._quarantine(parts.keys())
@@ -277,7 +277,7 @@ class Loader:
         `seconds`: what its call took, if it loaded.
         """
         size, batch.size_bytes = batch.size_bytes, 0
-        batch.guard.load_ended(size, seconds is not None, seconds or 0.0)
+        batch.guard.meter.ended(size, seconds)
         self._running_bytes[batch.guard] -= size
         if keys is None:
             batch.unpin(list(batch.parts))
@@ -351,7 +351,7 @@ class Loader:
         to_load = {n: load.wanted if load.abandoned else failed[load] for n, load in enumerate(loads)}
         others = [guard for guard in self._guards if guard not in tried]
         asked = Asked(loads[0].layout, [load.chunk_hash for load in loads], dict(to_load))
-        found = await ask(others, asked, self._config.lookup_timeout_seconds)
+        found = await ask(others, asked)
         held = found.masks()
         try:
             for n, load in enumerate(loads):
@@ -438,7 +438,7 @@ class Loader:
                 batch.call.cancel()
             elif batch in self._queues[batch.guard]:
                 self._queues[batch.guard].remove(batch)
-                batch.guard.load_ended(batch.size_bytes, loaded=False)
+                batch.guard.meter.ended(batch.size_bytes)
 
     def _quarantine(self, loads: Collection[ChunkLoad]) -> None:
         """A call that should have ended may still write there: it holds up nothing else."""

@@ -125,7 +125,7 @@ def ask_nowait(guards: Sequence[Guard], asked: Asked) -> Found | None:
     return Found(asked, [(guards[0], found)], failed=False)
 
 
-async def ask(guards: Sequence[Guard], asked: Asked, timeout_seconds: float) -> Found:
+async def ask(guards: Sequence[Guard], asked: Asked) -> Found:
     """Ask every backend at once; done when the fastest that have answered hold everything, or all have answered.
 
     A backend that fails or stays silent counts as one that holds nothing. Cancelled, it keeps no pin.
@@ -134,18 +134,16 @@ async def ask(guards: Sequence[Guard], asked: Asked, timeout_seconds: float) -> 
     if not order:
         answers: list[list[bool] | None] = []
     elif len(order) == 1:
-        answers = [await order[0].lookup(asked.keys, timeout_seconds)]
+        answers = [await order[0].lookup(asked.keys)]
     else:
-        answers = await _ask_all(order, asked.keys, timeout_seconds)
+        answers = await _ask_all(order, asked.keys)
     holders = [(g, asked.found(found)) for g, found in zip(order, answers, strict=False) if found is not None]
     return Found(asked, holders, failed=None in answers)
 
 
-async def _ask_all(
-    order: Sequence[Guard], keys: Sequence[ObjectKey], timeout_seconds: float
-) -> list[list[bool] | None]:
+async def _ask_all(order: Sequence[Guard], keys: Sequence[ObjectKey]) -> list[list[bool] | None]:
     """The answers of the first so many that suffice; those of the others are given back."""
-    tasks = [asyncio.create_task(guard.lookup(keys, timeout_seconds)) for guard in order]
+    tasks = [asyncio.create_task(guard.lookup(keys)) for guard in order]
     used = 0
     try:
         missing = set(range(len(keys)))
@@ -177,7 +175,7 @@ def _give_back(guard: Guard, task: "asyncio.Task[list[bool] | None]", keys: Sequ
 
 def _fastest_first(guards: Sequence[Guard], size_bytes: int) -> Sequence[Guard]:
     """By what was measured, if all were; as configured otherwise."""
-    expected = [(guard.expected_load_seconds(size_bytes), guard) for guard in guards]
+    expected = [(guard.meter.expected_load_seconds(size_bytes), guard) for guard in guards]
     known = [(seconds, guard) for seconds, guard in expected if seconds is not None]
     if len(known) < len(guards):
         return guards

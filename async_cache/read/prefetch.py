@@ -6,7 +6,7 @@ in L1, or pinned in L2 with room reserved for it, before anybody else gets a tur
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 
 from async_cache.aio.sweeper import Sweeper
@@ -23,6 +23,7 @@ from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
 from async_cache.l2.tombstones import Tombstones
+from async_cache.observe import Observers, tell
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt, check_index
 from async_cache.read.loads import Arrival, ChunkLoad, Loader
@@ -47,18 +48,17 @@ class PrefetchController:
         sweeper: Sweeper,
         tombstones: Tombstones,
         config: CacheConfig,
+        observers: Observers,
     ):
         self.requests: dict[str, Request] = {}
         self.results = sweeper.expiry(config.result_ttl_seconds, self._end)
         self.leases = sweeper.expiry(config.lease_ttl_seconds, self._end)
-        self.on_over: Callable[[str], None] | None = None
-        """Told the id of each request that is over."""
+        self._observers = observers
         self._l1 = l1
         self._guards = guards
         self._loader = loader
         self._tombstones = tombstones
         self._planner = Planner(l1, loader, tombstones, config)
-        self._lookup_timeout_seconds = config.lookup_timeout_seconds
         self._loop = asyncio.get_running_loop()
         self._ids = count(1)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -123,7 +123,7 @@ class PrefetchController:
                 if asked is None:
                     return
             with self._tombstones.watch() as removed:
-                found = await ask(self._guards, asked, self._lookup_timeout_seconds)
+                found = await ask(self._guards, asked)
             found.forget(removed)
             self._catch_up(request, asked.masks)
             self._decide(request, found)
@@ -259,20 +259,21 @@ class PrefetchController:
     ) -> None:
         request.state = RequestState.LOADING
         request.length = length
-        request.hits.resolve(
-            LookupHits(
-                request_id=request.request_id,
-                start_chunk=request.start_chunk,
-                chunks=length,
-                tokens=length * request.prompt.layout.chunk_tokens,
-                l1_chunks=length - len(request.from_l2),
-                l2_chunks=len(request.from_l2),
-                found_chunks=found,
-                shortfall=shortfall,
-                load_bytes=load_bytes,
-                expected_load_seconds=expected_load_seconds,
-            )
+        hits = LookupHits(
+            request_id=request.request_id,
+            start_chunk=request.start_chunk,
+            chunks=length,
+            tokens=length * request.prompt.layout.chunk_tokens,
+            l1_chunks=length - len(request.from_l2),
+            l2_chunks=len(request.from_l2),
+            found_chunks=found,
+            shortfall=shortfall,
+            load_bytes=load_bytes,
+            expected_load_seconds=expected_load_seconds,
         )
+        request.hits.resolve(hits)
+        if self._observers.promised:
+            tell(self._observers.promised, request.prefetch, hits)
 
     def _say_result(self, request: Request, length: int, shortfall: Shortfall | None) -> None:
         from_l2 = len(request.from_l2)
@@ -283,18 +284,19 @@ class PrefetchController:
         if request.deadline is not None:
             request.deadline.cancel()
         self.results.add(request)
-        request.result.resolve(
-            LoadResult(
-                request_id=request.request_id,
-                start_chunk=request.start_chunk,
-                chunks=length,
-                tokens=length * request.prompt.layout.chunk_tokens,
-                l1_chunks=length - from_l2,
-                l2_chunks=from_l2,
-                shortfall=shortfall,
-                seconds=self._loop.time() - request.began,
-            )
+        result = LoadResult(
+            request_id=request.request_id,
+            start_chunk=request.start_chunk,
+            chunks=length,
+            tokens=length * request.prompt.layout.chunk_tokens,
+            l1_chunks=length - from_l2,
+            l2_chunks=from_l2,
+            shortfall=shortfall,
+            seconds=self._loop.time() - request.began,
         )
+        request.result.resolve(result)
+        if self._observers.loaded:
+            tell(self._observers.loaded, request.prefetch, result)
 
     # What its caller does with a request.
 
@@ -438,12 +440,13 @@ class PrefetchController:
         if request.state is not RequestState.OVER:
             request.state = RequestState.OVER
             del self.requests[request.request_id]
+            prefetch = request.prefetch
             del request.prefetch  # they know each other, and would wait for a collection of garbage
             self.results.discard(request)
             self.leases.discard(request)
             self._release_if_left(request)
-            if self.on_over is not None:
-                self.on_over(request.request_id)
+            if self._observers.over:
+                tell(self._observers.over, prefetch)
 
     def _release_if_left(self, request: Request) -> None:
         if not request.inside:

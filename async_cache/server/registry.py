@@ -5,6 +5,8 @@ from collections.abc import Hashable
 from typing import Protocol
 
 from async_cache.cache import AsyncCache
+from async_cache.handles.prefetch import Prefetch
+from async_cache.observe import Observer
 from async_cache.prompt.layout import ModelLayout
 
 _MAX_OTHERS = 4
@@ -20,40 +22,46 @@ class Holder(Protocol, Hashable):
         """Its result was handed out, or given back."""
 
 
-class Registry:
+class Registry(Observer):
     """Requests by their holders: a request ends with the last of them."""
 
     def __init__(self, cache: AsyncCache):
-        self._holders: dict[str, dict[tuple[Holder, int], None]] = {}
+        self._holders: dict[Prefetch, dict[tuple[Holder, int], None]] = {}
+        self._prefetches: dict[str, Prefetch] = {}  # the latest of each id
         self._announced: weakref.WeakSet[ModelLayout] = weakref.WeakSet()
         self._layouts: weakref.WeakKeyDictionary[ModelLayout, weakref.ref[ModelLayout]] = weakref.WeakKeyDictionary()
-        cache.core.controller.on_over = self._over
+        cache.core.observers.add(self)
 
-    def hold(self, request_id: str, holder: Holder, number: int) -> None:
+    def hold(self, prefetch: Prefetch, holder: Holder, number: int) -> None:
         """A holder has prefetched this."""
-        self._holders.setdefault(request_id, {})[holder, number] = None
+        self._prefetches[prefetch.request_id] = prefetch
+        self._holders.setdefault(prefetch, {})[holder, number] = None
 
-    def let_go(self, request_id: str, holder: Holder, number: int) -> bool:
+    def let_go(self, prefetch: Prefetch, holder: Holder, number: int) -> bool:
         """A holder has gone. Whether it was the last."""
-        holders = self._holders[request_id]
+        holders = self._holders.get(prefetch)
+        if holders is None:  # it is over
+            return False
         del holders[holder, number]
         if not holders:
-            del self._holders[request_id]
+            self._forget(prefetch)
         return not holders
 
-    def claimed(self, request_id: str) -> None:
-        """Its result was handed out."""
-        for holder, number in self._holders.get(request_id, ()):
-            holder.request_claimed(number, claimed=True)
+    def claimed(self, request_id: str, *, claimed: bool) -> None:
+        """Its result was handed out, or given back."""
+        prefetch = self._prefetches.get(request_id)
+        for holder, number in self._holders[prefetch] if prefetch is not None else ():
+            holder.request_claimed(number, claimed=claimed)
 
-    def unclaimed(self, request_id: str) -> None:
-        """It was given back."""
-        for holder, number in self._holders.get(request_id, ()):
-            holder.request_claimed(number, claimed=False)
-
-    def _over(self, request_id: str) -> None:
-        for holder, number in self._holders.pop(request_id, ()):
+    def over(self, prefetch: Prefetch) -> None:
+        """Tell all who hold it."""
+        for holder, number in self._forget(prefetch):
             holder.request_over(number)
+
+    def _forget(self, prefetch: Prefetch) -> "dict[tuple[Holder, int], None]":
+        if self._prefetches.get(prefetch.request_id) is prefetch:
+            del self._prefetches[prefetch.request_id]
+        return self._holders.pop(prefetch, {})
 
     def same(self, layout: ModelLayout) -> ModelLayout:
         """The layout that others use, if one is equal: comparing is then a matter of identity."""

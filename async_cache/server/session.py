@@ -173,7 +173,7 @@ class Session:
             deadline_seconds=message.deadline_seconds,
         )
         self._prefetches[number] = prefetch
-        self._registry.hold(prefetch.request_id, self, number)
+        self._registry.hold(prefetch, self, number)
         # Where the cache closes, none of both comes: then so does the connection.
         send, unscoped = self.connection.send, self._unscoped
         prefetch.promised.hits.tell(lambda hits: send(messages.LookupDone(number, unscoped(hits))))
@@ -184,8 +184,8 @@ class Session:
 
     def request_over(self, number: int) -> None:
         """The request of this prefetch is over, by whoever's doing."""
-        del self._prefetches[number]
-        self.connection.send(messages.RequestOver(number))
+        if self._prefetches.pop(number, None) is not None:
+            self.connection.send(messages.RequestOver(number))
 
     def request_claimed(self, number: int, *, claimed: bool) -> None:
         """The result of this prefetch was handed out, or given back, by whoever's doing."""
@@ -211,12 +211,12 @@ class Session:
         self._wait_for(message, call, self._loaded)
 
     def _loaded(self, number: int, result: LoadResult) -> Message:
-        self._registry.claimed(result.request_id)
+        self._registry.claimed(result.request_id, claimed=True)
         return messages.Loaded(number, self._unscoped(result))
 
     def _unclaim(self, message: messages.Unclaim) -> None:
-        self._cache.core.controller.unclaim(self._scope + message.request_id)
-        self._registry.unclaimed(self._scope + message.request_id)
+        self._cache.core.requests.unclaim(self._scope + message.request_id)
+        self._registry.claimed(self._scope + message.request_id, claimed=False)
         self._done(message)
 
     def _lookup(self, message: messages.Lookup) -> None:
@@ -308,7 +308,7 @@ class Session:
         self._stores.close_all()
         prefetches, self._prefetches = self._prefetches, {}
         for number, prefetch in prefetches.items():
-            if self._registry.let_go(prefetch.request_id, self, number):
+            if self._registry.let_go(prefetch, self, number):
                 at_once(self._cache.end_request(prefetch.request_id))
 
     async def ended(self) -> None:

@@ -149,26 +149,26 @@ class Remover:
 
     async def _delete_found(self, guard: Guard, keys: Sequence[ObjectKey]) -> set[bytes]:
         landed = await self._landed(guard, {key.chunk_hash for key in keys})
-        found = await guard.lookup(keys, self._config.lookup_timeout_seconds)
+        found = await guard.lookup(keys)
         if found is None:
             raise BackendError(f"{guard.backend.name} can not be asked what to delete")
         guard.unpin_found(keys, found)
         there = [key for key, is_there in zip(keys, found, strict=True) if is_there]
         if there:
-            await guard.delete(there, self._config.store_timeout_seconds)
+            await guard.delete(there)
         _check(guard, landed)
         return {key.chunk_hash for key in there}
 
     async def _delete_all(self, guard: Guard) -> set[bytes]:
         landed = await self._landed(guard, None)
-        keys = await guard.keys(self._config.store_timeout_seconds)
+        keys = await guard.keys()
         for begin in range(0, len(keys), _CHUNKS_AT_ONCE):
-            await guard.delete(keys[begin : begin + _CHUNKS_AT_ONCE], self._config.store_timeout_seconds)
+            await guard.delete(keys[begin : begin + _CHUNKS_AT_ONCE])
         _check(guard, landed)
         return {key.chunk_hash for key in keys}
 
     async def _landed(self, guard: Guard, chunk_hashes: set[bytes] | None) -> bool:
-        return await self._writeback.landed(guard, chunk_hashes, self._config.store_timeout_seconds)
+        return await self._writeback.landed(guard, chunk_hashes, guard.timeouts.store_seconds)
 
 
 def _check(guard: Guard, landed: bool) -> None:

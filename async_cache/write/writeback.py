@@ -15,7 +15,7 @@ from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
-from async_cache.l2.guard import BreakerState, Guard
+from async_cache.l2.guard import Call, Guard
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import FlushResult
 
@@ -183,7 +183,7 @@ class Writeback:
             while not lane.waiting:
                 lane.wake.clear()
                 await lane.wake.wait()
-            await lane.guard.wait_for_loads(_LOADS_GO_FIRST_SECONDS)
+            await lane.guard.meter.wait_until_idle(_LOADS_GO_FIRST_SECONDS)
             await self._wait_for_commits()
             if lane.held_bytes >= self._share_bytes:
                 await self._wait_for_stuck(lane)
@@ -212,16 +212,15 @@ class Writeback:
                 return
 
     async def _pause(self, lane: Lane, backoff: float) -> None:
-        breaker = lane.guard.breaker
-        if breaker.state is BreakerState.OPEN:
-            backoff = max(backoff, breaker.retry_at - asyncio.get_running_loop().time())
+        if not lane.guard.allows():
+            backoff = max(backoff, lane.guard.breaker.retry_at - asyncio.get_running_loop().time())
         await asyncio.sleep(min(backoff, self._config.breaker_reset_seconds))
 
     async def _wait_for_stuck(self, lane: Lane) -> None:
         """Calls that timed out hold all that writes may hold. If they never end, what waits is dropped."""
         lane.landed.clear()
         try:
-            async with asyncio.timeout(self._config.store_timeout_seconds):
+            async with asyncio.timeout(lane.guard.timeouts.store_seconds):
                 await lane.landed.wait()
         except TimeoutError:
             for entry in list(lane.waiting):
@@ -261,27 +260,29 @@ class Writeback:
         self, lane: Lane, batch: list[Entry], keys: dict[ObjectKey, Entry], stored: set[ObjectKey]
     ) -> None:
         """Store what the backend lacks, and note what it has then. The memory is held until the call has ended."""
-        guard, call = lane.guard, None
+        guard = lane.guard
+        call: Call[list[bool]] | None = None
         size = sum(entry.room_bytes for entry in batch)
         lane.held_bytes += size
         lane.writes.append(batch)
         for entry in batch:
             self._l1.hold(entry)
         try:
-            there = await guard.lookup(list(keys), self._config.lookup_timeout_seconds)
+            there = await guard.lookup(list(keys))
             if there is None:
                 return
             guard.unpin_found(list(keys), there)
             stored.update(key for key, found in zip(keys, there, strict=True) if found)
             missing = [key for key in keys if key not in stored]
-            if missing and guard.allows():
-                call = guard.start(guard.backend.store, missing, [self._buffer(keys[key], key) for key in missing])
-                done = await guard.finish(call, self._config.store_timeout_seconds, len(missing))
+            if missing:
+                call = guard.begin_store(missing, [self._buffer(keys[key], key) for key in missing])
+            if call is not None:
+                done = await call.result()
                 stored.update(key for key, ok in zip(missing, done, strict=True) if ok)
         except BackendError:
             return
         finally:
-            if call is not None and not call.done():
+            if call is not None:
                 call.cancel()
             self._release(lane, batch, size, call)
 
@@ -296,18 +297,18 @@ class Writeback:
         else:
             self._ended(entry, Fate.DROPPED)
 
-    def _release(self, lane: Lane, batch: list[Entry], size: int, call: "asyncio.Task[list[bool]] | None") -> None:
-        def release(_: object = None) -> None:
+    def _release(self, lane: Lane, batch: list[Entry], size: int, call: Call[list[bool]] | None) -> None:
+        def release() -> None:
             lane.held_bytes -= size
             lane.writes.remove(batch)
             lane.landed.set()
             for entry in reversed(batch):
                 self._l1.unhold(entry)
 
-        if call is None or call.done():
+        if call is None or call.has_ended:
             release()
         else:
-            call.add_done_callback(release)
+            call.when_ended(release)
 
     def _buffer(self, entry: Entry, key: ObjectKey) -> memoryview:
         span = entry.layout.objects.spans[key.rank][key.group]

@@ -1,0 +1,66 @@
+"""What is queued for a backend, and how fast it loads: what `expected_load_seconds` is made from."""
+
+import asyncio
+
+_DECAY = 0.8  # weight of what was measured before, in the moving averages (EWMA) of bytes and seconds
+_GROWTH = 1.1  # of the fastest call, with each call: a backend may become slower
+
+
+class Meter:
+    """The bytes that are to be loaded from one backend, and its throughput so far."""
+
+    def __init__(self) -> None:
+        self.queued_bytes = 0
+        """Loads that were asked for and have not ended."""
+        self._bytes = self._seconds = 0.0
+        self._measured_at = 0.0
+        self._fastest_call_seconds: float | None = None  # of late: no load takes less
+        self._loop = asyncio.get_running_loop()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def queued(self, size_bytes: int) -> None:
+        """So many more bytes are to be loaded."""
+        if not self.queued_bytes:
+            self._measured_at = self._loop.time()
+            self._idle.clear()
+        self.queued_bytes += size_bytes
+
+    def ended(self, size_bytes: int, call_seconds: float | None = None) -> None:
+        """So many bytes are no longer to be loaded; if they were, it took the time since the last that were.
+
+        `call_seconds`: what their call took, None if nothing was loaded. Where many calls are out at a time, all
+        together may take no longer than one.
+        """
+        now = self._loop.time()
+        self.queued_bytes -= size_bytes
+        if call_seconds is not None:
+            fastest = self._fastest_call_seconds
+            self._fastest_call_seconds = min(call_seconds, fastest * _GROWTH) if fastest is not None else call_seconds
+            self._bytes = self._bytes * _DECAY + size_bytes
+            self._seconds = self._seconds * _DECAY + now - self._measured_at
+        self._measured_at = now
+        if not self.queued_bytes:
+            self._idle.set()
+
+    def expected_load_seconds(self, size_bytes: int) -> float | None:
+        """How long it should take until so many more bytes are loaded; None before the first measurement."""
+        if not self._bytes:
+            return None
+        return max((self.queued_bytes + size_bytes) * self._seconds / self._bytes, self._fastest_call_seconds or 0.0)
+
+    async def wait_until_idle(self, timeout_seconds: float) -> None:
+        """Return when no load is queued or under way, or the time is over."""
+        if self.queued_bytes:
+            waiter = self._loop.create_task(self._idle.wait())
+            try:
+                await asyncio.wait((waiter,), timeout=timeout_seconds)
+            finally:
+                waiter.cancel()
+
+
+def expected_load_seconds(meters_and_bytes: "list[tuple[Meter, int]]") -> float | None:
+    """How long loads from several backends side by side should take; None if one of them was not measured yet."""
+    expected = [meter.expected_load_seconds(size_bytes) for meter, size_bytes in meters_and_bytes]
+    known = [seconds for seconds in expected if seconds is not None]
+    return max(known, default=0.0) if len(known) == len(expected) else None
