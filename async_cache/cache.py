@@ -149,19 +149,19 @@ class AsyncCache:
 
     async def query_lookup_hits(self, request_id: str) -> LookupHits:
         """Await `lookup_done`; by any number of callers, any number of times. Raises UnknownRequestError."""
-        return await self.core.controller.query_lookup_hits(check_request_id(request_id, _MAX_REQUEST_ID))
+        return await self.core.requests.query_lookup_hits(check_request_id(request_id, _MAX_REQUEST_ID))
 
     async def query_status(self, request_id: str) -> LoadResult:
         """Await `load_done` and claim the result, which is handed out once. Raises UnknownRequestError."""
-        return await self.core.controller.query_status(check_request_id(request_id, _MAX_REQUEST_ID))
+        return await self.core.requests.query_status(check_request_id(request_id, _MAX_REQUEST_ID))
 
     async def renew(self, request_id: str) -> None:
         """Let the request's time begin anew. Raises UnknownRequestError."""
-        self.core.controller.renew(check_request_id(request_id, _MAX_REQUEST_ID))
+        self.core.requests.renew(check_request_id(request_id, _MAX_REQUEST_ID))
 
     async def end_request(self, request_id: str) -> None:
         """Give back all that the request holds; cancels it if it runs. Unknown ids are fine."""
-        self.core.controller.end(check_request_id(request_id, _MAX_REQUEST_ID))
+        self.core.requests.end(check_request_id(request_id, _MAX_REQUEST_ID))
 
     # Reading and writing.
 

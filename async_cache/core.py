@@ -33,13 +33,15 @@ class Core:
         self.guards = [Guard.of(backend, config) for backend in backends]
         self.l1 = L1Store(arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry), self.observers)
         self.writeback = Writeback(self.l1, self.guards, config)
-        self.loader = Loader(self.l1, self.guards, config)
         self.tombstones = tombstones = Tombstones()
+        self.loader = Loader(
+            self.l1, self.guards, tombstones, config, lambda *arrived: self.controller.arrived(*arrived)
+        )
         self.sweeper = Sweeper()
         self.controller = PrefetchController(
-            self.l1, self.guards, self.loader, self.sweeper, tombstones, config, self.observers
+            self.l1, self.guards, self.loader, self.sweeper, tombstones, self.observers, config
         )
-        self.requests = self.controller
+        self.requests = self.controller.requests
         self.open_writers = self.sweeper.expiry(config.reservation_ttl_seconds, Writer.expire)
         self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones, config)
         self.sweeping = asyncio.create_task(self.sweeper.run())
@@ -68,7 +70,7 @@ class Core:
         They have, where their hashes were made with it: this is for a server, to which hashes are told.
         """
         layout = prompt.layout
-        known = [*map(self.l1.index.get, prompt.chunk_hashes), *map(self.loader.table.get, prompt.chunk_hashes)]
+        known = [*map(self.l1.find, prompt.chunk_hashes), *map(self.loader.in_flight().get, prompt.chunk_hashes)]
         return all(it is None or it.layout.same_bytes(layout) for it in known)
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
@@ -76,7 +78,7 @@ class Core:
 
     async def enter_read(self, request_id: str, rank: int, reader: int) -> Entered:
         """Begin to read, once the load is done."""
-        request = await self.controller.enter(request_id, rank, reader)
+        request = await self.requests.enter(request_id, rank, reader)
         layout, start, entries = request.prompt.layout, request.start_chunk, request.entries
         memory = memoryview(self.arena.view)  # of its own, which lives as long as the lease
         chunks = tuple(
@@ -94,14 +96,14 @@ class Core:
             await request.result.wait(),
             layout,
             chunks,
-            partial(self.controller.leave, request),
-            partial(self.controller.unenter, request, rank, reader),
+            partial(self.requests.leave, request),
+            partial(self.requests.undo_enter, request, rank, reader),
         )
 
     def stats(self) -> CacheStats:
-        l1, controller = self.l1, self.controller
+        l1, requests = self.l1, self.requests
         return CacheStats(
-            requests=len(controller.requests),
+            requests=len(requests),
             leases=l1.leases,
             leased_bytes=l1.leased_bytes,
             reserved_bytes=l1.reserved_bytes,
@@ -111,8 +113,8 @@ class Core:
             l1_chunks=len(l1.index),
             loads=self.loader.loads,
             shared_loads=self.loader.shared_loads,
-            swept_results=controller.results.swept,
-            swept_leases=controller.leases.swept,
+            swept_results=requests.swept_results,
+            swept_leases=requests.swept_leases,
             swept_reservations=self.open_writers.swept,
             writebacks_pending=self.writeback.pending,
             writebacks_dropped=self.writeback.dropped,

@@ -1,4 +1,4 @@
-"""How much of a prompt is cached, for whoever only wants to know: no lease, no load, no promise."""
+"""How much of a prompt is cached, for those who only want to know: no lease, no load, no promise."""
 
 import asyncio
 from collections.abc import Sequence
@@ -18,33 +18,28 @@ from async_cache.values import LookupHits, Shortfall
 async def count_hits(
     prompt: Prompt, l1: L1Store, guards: Sequence[Guard], loader: Loader, tombstones: Tombstones
 ) -> LookupHits:
-    """What `prefetch` would find. Pins are given back before it returns."""
+    """Count what a prefetch of this prompt would find. What it pins is unpinned before it returns."""
     if not prompt.hashed:
         await asyncio.to_thread(prompt.hash)
         if l1.closed:
             raise CacheClosedError("the cache was closed")
     layout, hashes = prompt.layout, prompt.chunk_hashes
-    resident = [entry.present if (entry := l1.index.get(h)) is not None else 0 for h in hashes]
+    resident = [entry.present if (entry := l1.find(h)) is not None else 0 for h in hashes]
+    table = loader.in_flight()
     here = [
-        mask | (load.wanted if (load := loader.table.get(h)) is not None else 0)
+        mask | (load.wanted if (load := table.get(h)) is not None else 0)
         for h, mask in zip(hashes, resident, strict=True)
     ]
     missing = {n: lacks for n, mask in enumerate(here) if (lacks := layout.objects.full_mask & ~mask)}
     asked = Asked(layout, hashes, missing)
-    with tombstones.watch() as removed:
-        found = ask_nowait(guards, asked) or await ask(guards if missing else (), asked)
-    try:
+    with ask_nowait(guards, asked, tombstones) or await ask(guards, asked, tombstones) as found:
         for number, mask in found.masks().items():
-            if hashes[number] not in removed:
-                here[number] |= mask
+            here[number] |= mask
         length = coverage.lengths(layout, here)[-1]
         needed = coverage.needed(layout, length)
         to_load = {n: lacks for n in range(length) if (lacks := needed[n] & ~resident[n])}
-        sources = [
-            (guard, sum(layout.objects.sizes[mask] for mask in part.values())) for guard, part in found.sources(to_load)
-        ]
-    finally:
-        found.close()
+        sizes = layout.objects.sizes
+        sources = [(guard, sum(sizes[mask] for mask in part.values())) for guard, part in found.sources(to_load)]
     return LookupHits(
         request_id="",
         start_chunk=0,

@@ -1,11 +1,14 @@
 """Asks all backends side by side which objects they hold, and keeps the pins of what was found."""
 
 import asyncio
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import compress
+from types import TracebackType
+from typing import Self
 
 from async_cache.l2.guard import Guard
+from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout
 
@@ -22,15 +25,15 @@ class Asked:
 
     @cached_property
     def keys(self) -> list[ObjectKey]:
-        """Of each object."""
+        """The key of each object that is asked for."""
         return self.keys_of(self.masks)
 
     def keys_of(self, masks: Mapping[int, int]) -> list[ObjectKey]:
-        """Of objects of the same chunks."""
+        """The keys of objects of these chunks, given as masks by number."""
         return self.layout.objects.keys([(self.hashes[number], mask) for number, mask in masks.items()])
 
     def found(self, answers: Sequence[bool]) -> dict[int, int]:
-        """By chunk number, the objects that were found. An answer for each of the keys."""
+        """The objects that were found, by chunk number; there is an answer for each of the keys."""
         if all(answers):
             return dict(self.masks)
         bit, members, answer = self.layout.objects.bit, self.layout.objects.members, iter(answers)
@@ -40,22 +43,27 @@ class Asked:
         }
 
     def alike(self) -> Iterator[tuple[int, Sequence[int]]]:
-        """Each mask, with the chunks of which it is asked."""
+        """The different masks, each with the numbers of the chunks of which it is asked."""
         different = set(self.masks.values())
         for mask in different:
             yield mask, [n for n, m in self.masks.items() if m == mask] if len(different) > 1 else list(self.masks)
 
 
 class Found:
-    """Objects that backends hold, pinned there. What nobody takes is given back by `close`."""
+    """Objects that backends hold, pinned there. Leaving it by `with` unpins what nobody took."""
 
     def __init__(self, asked: Asked, holders: Sequence[tuple[Guard, dict[int, int]]], *, failed: bool):
         self.failed = failed  # a backend that might have held more could not be asked
         self._asked = asked
         self._holders = holders  # the fastest first
 
+    @property
+    def numbers(self) -> Iterable[int]:
+        """The chunks that were asked for."""
+        return self._asked.masks
+
     def masks(self) -> dict[int, int]:
-        """By chunk number, the objects that some backend holds."""
+        """The objects that some backend holds, by chunk number."""
         if len(self._holders) == 1:
             return self._holders[0][1]
         merged: dict[int, int] = {}
@@ -65,7 +73,7 @@ class Found:
         return merged
 
     def sources(self, wanted: Mapping[int, int]) -> list[tuple[Guard, dict[int, int]]]:
-        """Where to load objects from, each from its fastest holder."""
+        """Where to load objects from: each from its fastest holder."""
         left = dict(wanted)
         sources = []
         for guard, masks in self._holders:
@@ -78,9 +86,8 @@ class Found:
             sources.append((guard, part))
         return sources
 
-    def take(self, wanted: Mapping[int, int]) -> list[tuple[Guard, dict[int, int]]]:
-        """The same, and the pins are the caller's from now on."""
-        sources = self.sources(wanted)
+    def take(self, sources: list[tuple[Guard, dict[int, int]]]) -> list[tuple[Guard, dict[int, int]]]:
+        """Hand the pins of `sources` over to the caller, and return them."""
         for (_, masks), (_, part) in zip(self._holders, sources, strict=True):
             if part == masks:
                 masks.clear()
@@ -89,15 +96,20 @@ class Found:
                     masks[number] &= ~mask
         return sources
 
-    def forget(self, removed: Container[bytes]) -> None:
-        """Give back what was found of chunks that were removed meanwhile."""
+    def leave_out(self, removed: Container[bytes]) -> None:
+        """Unpin what was found of chunks that were removed meanwhile."""
         gone = [number for number in self._asked.masks if self._asked.hashes[number] in removed]
         for guard, masks in self._holders if gone else ():
             guard.unpin(self._asked.keys_of({number: masks.get(number, 0) for number in gone}))
             masks.update(dict.fromkeys(gone, 0))
 
-    def close(self) -> None:
-        """Give back the pins that were not taken: of very many, in slices, between which the loop has its turn."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Unpin what was not taken: of very many objects, in slices, between which the loop has its turn."""
         for guard, masks in self._holders:
             left = [(number, mask) for number, mask in masks.items() if mask]
             masks.clear()
@@ -111,38 +123,45 @@ class Found:
             asyncio.get_running_loop().call_soon(self._unpin, guard, left, end)
 
 
-def ask_nowait(guards: Sequence[Guard], asked: Asked) -> Found | None:
-    """The answer of a single backend that has it at hand; None if asking takes time."""
+def ask_nowait(guards: Sequence[Guard], asked: Asked, tombstones: Tombstones) -> Found | None:
+    """What a single backend answers that has it at hand; None if asking takes time."""
+    if not (guards and asked.masks):
+        return Found(asked, (), failed=False)
     if len(guards) != 1:
         return None
-    found: dict[int, int] = {}
+    masks: dict[int, int] = {}
     for mask, numbers in asked.alike():
         present = guards[0].lookup_nowait(asked.layout, [asked.hashes[n] for n in numbers], mask)
         if present is None:
-            guards[0].unpin(asked.keys_of(found))
+            guards[0].unpin(asked.keys_of(masks))
             return None
-        found |= dict.fromkeys(numbers if all(present) else compress(numbers, present), mask)
-    return Found(asked, [(guards[0], found)], failed=False)
+        masks |= dict.fromkeys(numbers if all(present) else compress(numbers, present), mask)
+    found = Found(asked, [(guards[0], masks)], failed=False)
+    if tombstones:
+        found.leave_out(tombstones)
+    return found
 
 
-async def ask(guards: Sequence[Guard], asked: Asked) -> Found:
+async def ask(guards: Sequence[Guard], asked: Asked, tombstones: Tombstones) -> Found:
     """Ask every backend at once; done when the fastest that have answered hold everything, or all have answered.
 
     A backend that fails or stays silent counts as one that holds nothing. Cancelled, it keeps no pin.
     """
     order = _fastest_first(guards, sum(asked.layout.objects.sizes[mask] for mask in asked.masks.values()))
-    if not order:
-        answers: list[list[bool] | None] = []
-    elif len(order) == 1:
-        answers = [await order[0].lookup(asked.keys)]
-    else:
-        answers = await _ask_all(order, asked.keys)
+    answers: list[list[bool] | None] = []
+    with tombstones.watch() as removed:
+        if len(order) == 1:
+            answers = [await order[0].lookup(asked.keys)]
+        elif order:
+            answers = await _ask_all(order, asked.keys)
     holders = [(g, asked.found(found)) for g, found in zip(order, answers, strict=False) if found is not None]
-    return Found(asked, holders, failed=None in answers)
+    found = Found(asked, holders, failed=None in answers)
+    found.leave_out(removed)
+    return found
 
 
 async def _ask_all(order: Sequence[Guard], keys: Sequence[ObjectKey]) -> list[list[bool] | None]:
-    """The answers of the first so many that suffice; those of the others are given back."""
+    """The answers of the first so many that suffice; what the others find is unpinned."""
     tasks = [asyncio.create_task(guard.lookup(keys)) for guard in order]
     used = 0
     try:
@@ -160,10 +179,10 @@ async def _ask_all(order: Sequence[Guard], keys: Sequence[ObjectKey]) -> list[li
         raise
     finally:
         for guard, task in zip(order[used:], tasks[used:], strict=True):
-            _give_back(guard, task, keys)
+            _unpin_answer(guard, task, keys)
 
 
-def _give_back(guard: Guard, task: "asyncio.Task[list[bool] | None]", keys: Sequence[ObjectKey]) -> None:
+def _unpin_answer(guard: Guard, task: "asyncio.Task[list[bool] | None]", keys: Sequence[ObjectKey]) -> None:
     def answered(task: "asyncio.Task[list[bool] | None]") -> None:
         found = None if task.cancelled() or task.exception() else task.result()
         if found is not None:

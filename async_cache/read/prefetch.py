@@ -1,23 +1,16 @@
 """The whole way of a prefetch: find in L1, ask L2, promise (`lookup_done`), load, hand over (`load_done`).
 
-`PrefetchController` owns the requests. What it decides, it decides in one step of the loop: what is promised is leased
-in L1, or pinned in L2 with room reserved for it, before anybody else gets a turn.
+What is decided, is decided in one step of the loop: what is promised is leased in L1, or pinned in L2 with room
+reserved for it, before anybody else gets a turn.
 """
 
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
-from itertools import count
+from functools import partial
 
 from async_cache.aio.sweeper import Sweeper
 from async_cache.config import CacheConfig
-from async_cache.errors import (
-    AsyncCacheError,
-    CacheClosedError,
-    ReadConflictError,
-    RequestConflictError,
-    UnknownRequestError,
-)
 from async_cache.handles.prefetch import Prefetch
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
@@ -25,20 +18,20 @@ from async_cache.l2.guard import Guard
 from async_cache.l2.tombstones import Tombstones
 from async_cache.observe import Observers, tell
 from async_cache.prompt import coverage
-from async_cache.prompt.layout import Prompt, check_index
-from async_cache.read.loads import Arrival, ChunkLoad, Loader
+from async_cache.prompt.layout import Prompt
+from async_cache.read.batches import ChunkLoad
+from async_cache.read.loads import Arrival, Loader
 from async_cache.read.lookup import Asked, Found, ask, ask_nowait
-from async_cache.read.plan import Planner, release_unneeded
+from async_cache.read.plan import Planner
 from async_cache.read.request import Request, RequestState
+from async_cache.read.requests import Requests
 from async_cache.values import LoadResult, LookupHits, Shortfall
 
 log = logging.getLogger(__name__)
 
-_PENDING = (RequestState.LOOKING_UP, RequestState.LOADING)
-
 
 class PrefetchController:
-    """All requests, from `start` until they are over."""
+    """Takes requests on their way, from `start` until they are loaded. `requests` knows them until they are over."""
 
     def __init__(
         self,
@@ -47,23 +40,18 @@ class PrefetchController:
         loader: Loader,
         sweeper: Sweeper,
         tombstones: Tombstones,
-        config: CacheConfig,
         observers: Observers,
+        config: CacheConfig,
     ):
-        self.requests: dict[str, Request] = {}
-        self.results = sweeper.expiry(config.result_ttl_seconds, self._end)
-        self.leases = sweeper.expiry(config.lease_ttl_seconds, self._end)
-        self._observers = observers
+        self.requests = Requests(l1, sweeper, observers, config, self._give_up)
         self._l1 = l1
         self._guards = guards
         self._loader = loader
         self._tombstones = tombstones
-        self._planner = Planner(l1, loader, tombstones, config)
+        self._observers = observers
+        self._planner = Planner(l1, loader, config)
         self._loop = asyncio.get_running_loop()
-        self._ids = count(1)
         self._tasks: set[asyncio.Task[None]] = set()
-
-    # The way of a request.
 
     def start(
         self,
@@ -73,67 +61,92 @@ class PrefetchController:
         ranks: Sequence[int],
         deadline_seconds: float | None,
     ) -> Prefetch:
-        """Begin, or return the one that runs under this id. What can be known without waiting is known on return."""
+        """Begin a request, or return the one that runs under this id. What needs no waiting is known on return.
+
+        Raises RequestConflictError if the id is in use for something else.
+        """
+        requests = self.requests
         if request_id is None:
-            request_id = next(i for n in self._ids if (i := f"prefetch-{n}") not in self.requests)
-        known = self.requests.get(request_id)
-        if known is not None:
-            same = known.start_chunk == start_chunk and known.ranks == ranks and known.prompt.same_as(prompt)
-            if same and not known.claimed:
-                return known.prefetch
-            raise RequestConflictError(f"request {request_id!r} is in use{'' if same else ' for another prompt'}")
-        request = Request(request_id, prompt, start_chunk, ranks, self._loop.time(), self._arrived, self.cancel)
-        self.requests[request_id] = request
-        asked = self._look_into_l1(request) if prompt.hashed else None
-        if asked is not None or not prompt.hashed:
+            request_id = requests.new_id()
+        elif (known := requests.same(request_id, prompt, start_chunk, ranks)) is not None:
+            return known.prefetch
+        request = Request(request_id, prompt, start_chunk, ranks, self._loop.time())
+        request.prefetch = prefetch = Prefetch(request, partial(self.cancel, request))
+        requests.add(request)
+        asked = self._advance(request) if prompt.hashed else None
+        if request.state is RequestState.LOOKING_UP:
             request.task = self._loop.create_task(self._look_up(request, asked))
             self._tasks.add(request.task)
             request.task.add_done_callback(self._tasks.discard)
-        if deadline_seconds is not None and request.state in _PENDING:
+        if deadline_seconds is not None and request.pending:
             request.deadline = self._loop.call_later(deadline_seconds, self._deadline_passed, request)
-        return request.prefetch
+        return prefetch
 
-    def _look_into_l1(self, request: Request) -> Asked | None:
-        """Lease what L1 has. None if that, and what needs no waiting in L2, decides the request; else what to ask."""
-        layout, hashes = request.prompt.layout, request.hashes
-        full = layout.objects.full_mask
-        request.entries = entries = list(map(self._l1.index.get, hashes))
-        self._l1.lease(filter(None, entries))
-        incomplete = [n for n, entry in enumerate(entries) if entry is None or entry.present != full]
-        if not incomplete:
-            request.needed = coverage.needed(layout, len(entries))
-            self._say_hits(request, len(entries), len(entries))
-            self._finish(request)
-            return None
-        missing = self._missing(request, hashes, incomplete)
-        found = None
-        if missing and self._guards:
-            asked = Asked(layout, hashes, missing)
-            found = ask_nowait(self._guards, asked)
-            if found is None:
-                return asked
-        self._decide(request, found)
-        return None
+    def cancel(self, request: Request) -> None:
+        """Give up what is pending of a request; what has loaded stays."""
+        self._give_up(request, Shortfall.CANCELLED)
+
+    async def close(self) -> None:
+        """End all requests: whoever waits for one gets CacheClosedError."""
+        self.requests.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # From the lookup to the promise.
 
     async def _look_up(self, request: Request, asked: Asked | None) -> None:
+        """Wait for what the deciding step lacks: the hashes of a long prompt, and the answers of L2."""
         try:
             if asked is None:
                 await asyncio.to_thread(request.prompt.hash)
-                asked = self._look_into_l1(request)
-                if asked is None:
-                    return
-            with self._tombstones.watch() as removed:
-                found = await ask(self._guards, asked)
-            found.forget(removed)
-            self._catch_up(request, asked.masks)
-            self._decide(request, found)
+                asked = self._advance(request)
+            if asked is not None:
+                self._advance(request, await ask(self._guards, asked, self._tombstones))
         except Exception:
-            log.exception("request %r failed", request.request_id)
-            self._give_up(request, Shortfall.BACKEND_ERROR)
+            self._fail(request)
+
+    def _advance(self, request: Request, found: Found | None = None) -> Asked | None:
+        """Take a request as far as it goes in one step. Returns what L2 must be asked first, or None if it is decided.
+
+        `found` is the answer of L2. Whatever raises on the way: the request ends with nothing, and nothing stays held.
+        """
+        try:
+            if found is None:
+                asked = self._find(request)
+                if asked is None:
+                    return None
+                found = ask_nowait(self._guards, asked, self._tombstones)
+                if found is None:
+                    return asked
+            else:
+                self._catch_up(request, found.numbers)
+            with found:
+                self._promise(request, found)
+        except Exception:
+            self._fail(request)
+        return None
+
+    def _fail(self, request: Request) -> None:
+        log.exception("request %r failed", request.request_id)
+        self._give_up(request, Shortfall.BACKEND_ERROR)
+
+    def _find(self, request: Request) -> Asked | None:
+        """Lease what L1 has, and join what is on its way there. Returns what to ask of L2, or None if L1 has it all."""
+        layout, hashes = request.prompt.layout, request.hashes
+        full = layout.objects.full_mask
+        request.entries = entries = list(map(self._l1.find, hashes))
+        self._l1.lease(filter(None, entries))
+        incomplete = [n for n, entry in enumerate(entries) if entry is None or entry.present != full]
+        if incomplete:
+            return Asked(layout, hashes, self._missing(request, hashes, incomplete))
+        request.needed = coverage.needed(layout, len(entries))
+        self._say_hits(request, len(entries))
+        self._finish(request)
+        return None
 
     def _missing(self, request: Request, hashes: Sequence[bytes], incomplete: Sequence[int]) -> dict[int, int]:
         """The objects that are neither in L1 nor on their way there, by chunk; takes shares of what is on its way."""
-        full, entries, table = request.prompt.layout.objects.full_mask, request.entries, self._loader.table
+        full, entries, table = request.prompt.layout.objects.full_mask, request.entries, self._loader.in_flight()
         if not (any(entries) or table):
             return dict.fromkeys(incomplete, full)
         missing = {}
@@ -142,7 +155,7 @@ class PrefetchController:
             if entry is not None:
                 lacks &= ~entry.present
             if load is not None:
-                self._join(request, number, load)
+                _join(request, number, load)
                 lacks &= ~load.wanted
             if lacks:
                 missing[number] = lacks
@@ -150,33 +163,27 @@ class PrefetchController:
 
     def _catch_up(self, request: Request, numbers: Iterable[int]) -> None:
         """Lease and join what has come while L2 was asked."""
-        hashes, index, table, layout = request.hashes, self._l1.index, self._loader.table, request.prompt.layout
+        hashes, find, table, layout = request.hashes, self._l1.find, self._loader.in_flight(), request.prompt.layout
         for number in numbers:
-            entry, load = index.get(hashes[number]), table.get(hashes[number])
+            entry, load = find(hashes[number]), table.get(hashes[number])
             if entry is not None and request.entries[number] is None and entry.layout.same_bytes(layout):
                 self._l1.lease((entry,))
                 request.entries[number] = entry
             if load is not None and load.layout.same_bytes(layout):
-                self._join(request, number, load)
+                _join(request, number, load)
 
-    @staticmethod
-    def _join(request: Request, number: int, load: ChunkLoad) -> None:
-        request.loads.add(number)
-        load.shares[request] = number
-
-    def _decide(self, request: Request, found: Found | None) -> None:
-        """Promise a prefix, make sure of it, say so, and have the rest loaded: one step."""
-        hashes = request.hashes
+    def _promise(self, request: Request, found: Found) -> None:
+        """Promise a prefix: make sure of it, have the rest loaded, and then say so."""
+        hashes, sizes = request.hashes, request.prompt.layout.objects.sizes
         plan = self._planner.plan(request, found)
-        joined = {n: mask for n in sorted(request.loads) if (mask := self._waits_for(request, n, plan.needed))}
-        self._loader.leave(request, [hashes[n] for n in request.loads.difference(joined)])
-        sizes = request.prompt.layout.objects.sizes
+        joined = {n: mask for n in sorted(request.loads) if (mask := _waits_for(request, n, plan.needed))}
+        self._loader.release(request, [hashes[n] for n in request.loads.difference(joined)])
         load_bytes = 0
         for number, waits_for in joined.items():
             shared = waits_for & ~plan.to_load.get(number, 0)
             self._loader.shared_loads += shared.bit_count()
             load_bytes += sizes[shared]
-        sources = found.take(plan.to_load) if found is not None else []
+        sources = found.sources(plan.to_load)
         source_bytes = [(guard, sum([sizes[mask] for mask in masks.values()])) for guard, masks in sources if masks]
         load_bytes += sum(size for _, size in source_bytes)
         expected = self._loader.expected_seconds([hashes[n] for n in joined], source_bytes)
@@ -187,25 +194,19 @@ class PrefetchController:
         if plan.length < plan.found:
             shortfall = Shortfall.MEMORY
         elif plan.found < len(hashes):
-            failed = found is not None and found.failed
-            shortfall = request.reasons.get(plan.found, Shortfall.BACKEND_ERROR if failed else None)
-        self._say_hits(request, plan.length, plan.found, shortfall, load_bytes, expected)
+            shortfall = request.reasons.get(plan.found, Shortfall.BACKEND_ERROR if found.failed else None)
         if plan.to_load:
-            self._loader.add(request, request.prompt.layout, hashes, plan.rooms, sources)
-        if found is not None:
-            found.close()
+            rooms, request.rooms = request.rooms, ()
+            self._loader.add(request, hashes, rooms, found.take(sources))
+        self._say_hits(request, plan.found, shortfall, load_bytes, expected)
+        self._loader.begin_soon()
         if not request.loads:
             self._finish(request)
 
-    @staticmethod
-    def _waits_for(request: Request, number: int, needed: Sequence[int]) -> int:
-        """The objects of a chunk that are needed and not in L1 yet."""
-        entry = request.entries[number]
-        mask = needed[number] & request.local_mask if number < len(needed) else 0
-        return mask & ~entry.present if entry is not None else mask
+    # From the promise to the result.
 
-    def _arrived(self, request: Request, arrivals: Sequence[Arrival]) -> None:
-        """Chunks have arrived, or not; the last one ends the load."""
+    def arrived(self, request: Request, arrivals: Sequence[Arrival]) -> None:
+        """Take note that chunks have arrived, or have not; the last one ends the load."""
         entries, needed, local = request.entries, request.needed, request.local_mask
         looking_up = request.state is RequestState.LOOKING_UP
         new: list[Entry] = []
@@ -232,40 +233,38 @@ class PrefetchController:
             self._finish(request)
 
     def _finish(self, request: Request) -> None:
-        """The load is over: keep what can be read, say how much."""
-        layout, length = request.prompt.layout, request.length
+        """End the load: keep what can be read, and say how much that is."""
+        layout = request.prompt.layout
         shortfall = None
         if request.reasons:
             elsewhere = layout.objects.full_mask & ~request.local_mask
-            exists = [(e.present if e is not None else 0) | elsewhere for e in request.entries[:length]]
+            exists = [(e.present if e is not None else 0) | elsewhere for e in request.entries[: request.length]]
             length = coverage.lengths(layout, exists)[-1]
             if length < request.length:
                 shortfall = next((r for n, r in sorted(request.reasons.items()) if n >= length), Shortfall.GONE)
                 request.needed = coverage.needed(layout, length)
+                request.from_l2 = [number for number in request.from_l2 if number < length]
         if request.reasons or not layout.objects.prefix_mask:
-            release_unneeded(self._l1, request, request.needed)
-        self._say_result(request, length, shortfall)
-
-    # Saying it.
+            request.release(self._l1, request.needed)
+        self._say_result(request, shortfall)
 
     def _say_hits(
         self,
         request: Request,
-        length: int,
         found: int,
         shortfall: Shortfall | None = None,
         load_bytes: int = 0,
         expected_load_seconds: float | None = 0.0,
     ) -> None:
+        length, from_l2 = request.length, len(request.from_l2)
         request.state = RequestState.LOADING
-        request.length = length
         hits = LookupHits(
             request_id=request.request_id,
             start_chunk=request.start_chunk,
             chunks=length,
             tokens=length * request.prompt.layout.chunk_tokens,
-            l1_chunks=length - len(request.from_l2),
-            l2_chunks=len(request.from_l2),
+            l1_chunks=length - from_l2,
+            l2_chunks=from_l2,
             found_chunks=found,
             shortfall=shortfall,
             load_bytes=load_bytes,
@@ -275,15 +274,12 @@ class PrefetchController:
         if self._observers.promised:
             tell(self._observers.promised, request.prefetch, hits)
 
-    def _say_result(self, request: Request, length: int, shortfall: Shortfall | None) -> None:
-        from_l2 = len(request.from_l2)
-        if length < request.length:
-            from_l2 = sum(number < length for number in request.from_l2)
+    def _say_result(self, request: Request, shortfall: Shortfall | None) -> None:
+        length, from_l2 = request.length, len(request.from_l2)
         request.state = RequestState.LOADED
-        request.length = length
         if request.deadline is not None:
             request.deadline.cancel()
-        self.results.add(request)
+        self.requests.loaded(request)
         result = LoadResult(
             request_id=request.request_id,
             start_chunk=request.start_chunk,
@@ -298,176 +294,53 @@ class PrefetchController:
         if self._observers.loaded:
             tell(self._observers.loaded, request.prefetch, result)
 
-    # What its caller does with a request.
-
-    async def query_lookup_hits(self, request_id: str) -> LookupHits:
-        """The promise, once it is made."""
-        request = self._unclaimed(request_id)
-        hits = await request.hits.wait()
-        if hits.shortfall is Shortfall.CANCELLED and request.state is RequestState.OVER:
-            raise self._ended(request)
-        return hits
-
-    async def query_status(self, request_id: str) -> LoadResult:
-        """The result, once it is there, to the first who asks."""
-        request = self._unclaimed(request_id)
-        result = await request.result.wait()
-        if request.claimed or request.state is RequestState.OVER:
-            raise self._ended(request)
-        request.claimed = True
-        if result.chunks:
-            self._use(request)
-        else:
-            self._end(request)
-        return result
-
-    def unclaim(self, request_id: str) -> None:
-        """Who has claimed it never came to know of it: it may be claimed again. One that is over stays so."""
-        request = self.requests.get(request_id)
-        if request is not None:
-            request.claimed = False
-
-    async def enter(self, request_id: str, rank: int, reader: int) -> Request:
-        """Begin to read, once the load is done."""
-        request = self._known(request_id)
-        layout = request.prompt.layout
-        check_index("rank", rank, layout.world_size)
-        check_index("reader", reader, layout.readers_per_rank)
-        if rank not in request.ranks:
-            raise ValueError(f"rank {rank} is not among the ranks {request.ranks} of request {request_id!r}")
-        await request.result.wait()
-        if request.state is RequestState.OVER:
-            raise self._ended(request)
-        if (rank, reader) in request.readers:
-            raise ReadConflictError(f"rank {rank}, reader {reader} has read request {request_id!r} already")
-        request.readers.add((rank, reader))
-        request.inside += 1
-        self._use(request)
-        return request
-
-    def unenter(self, request: Request, rank: int, reader: int) -> None:
-        """One who has entered never came to know of it: it may enter again."""
-        request.readers.discard((rank, reader))
-        request.inside -= 1
-        if request.state is RequestState.OVER:
-            self._release_if_left(request)
-
-    def leave(self, request: Request) -> None:
-        """One reader has left; the last of all ends the request."""
-        request.inside -= 1
-        everybody = len(request.ranks) * request.prompt.layout.readers_per_rank
-        if request.state is RequestState.OVER:
-            self._release_if_left(request)
-        elif not request.inside and len(request.readers) == everybody:
-            self._end(request)
-
-    def renew(self, request_id: str) -> None:
-        """Its time begins anew."""
-        request = self._known(request_id)
-        if request in self.results:
-            self.results.add(request)
-        elif request in self.leases:
-            self.leases.add(request)
-
-    def cancel(self, request: Request) -> None:
-        """Give up what is pending; what has loaded stays."""
-        self._give_up(request, Shortfall.CANCELLED)
-
-    def end(self, request_id: str) -> None:
-        """Give back all that a request holds, and its id."""
-        request = self.requests.get(request_id)
-        if request is not None:
-            self._end(request)
-
-    async def close(self) -> None:
-        """End all requests: whoever waits is told that the cache closes."""
-        error = CacheClosedError("the cache was closed")
-        for request in list(self.requests.values()):
-            request.hits.break_with(error)
-            request.result.break_with(error)
-            self._end(request)
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def _known(self, request_id: str) -> Request:
-        request = self.requests.get(request_id)
-        if request is None:
-            raise UnknownRequestError(f"there is no request {request_id!r}")
-        return request
-
-    def _unclaimed(self, request_id: str) -> Request:
-        request = self._known(request_id)
-        if request.claimed:
-            raise UnknownRequestError(f"request {request_id!r} was claimed")
-        return request
-
-    def _ended(self, request: Request) -> AsyncCacheError:
-        """What is told to who has waited for it."""
-        if self._l1.closed:
-            return CacheClosedError("the cache was closed")
-        return UnknownRequestError(f"request {request.request_id!r} was claimed or ended")
-
-    # How requests end.
-
-    def _use(self, request: Request) -> None:
-        request.state = RequestState.IN_USE
-        self.results.discard(request)
-        self.leases.add(request)
+    # What ends a request before it has loaded.
 
     def _deadline_passed(self, request: Request) -> None:
         if request.state is RequestState.LOOKING_UP:
             self._give_up(request, Shortfall.DEADLINE)
         elif request.state is RequestState.LOADING:
             request.reasons |= dict.fromkeys(request.loads, Shortfall.DEADLINE)
-            self._leave_loads(request)
+            self._release_loads(request)
             self._finish(request)
 
     def _give_up(self, request: Request, reason: Shortfall) -> None:
-        """Resolve what is pending with nothing."""
-        if request.state not in _PENDING:
+        """Resolve what is pending of a request, with nothing, and let nothing stay held for it."""
+        if not request.pending:
             return
         if request.task is not None and request.task is not asyncio.current_task():
             request.task.cancel()
-        self._leave_loads(request)
+        self._release_loads(request)
+        rooms, request.rooms = request.rooms, ()
+        self._l1.discard([reservation for _, reservation in rooms])
         request.needed = request.from_l2 = ()
-        release_unneeded(self._l1, request, ())
+        request.release(self._l1)
         if request.state is RequestState.LOOKING_UP:
-            self._say_hits(request, 0, 0, reason)
-        self._say_result(request, 0, reason)
+            self._say_hits(request, 0, reason)
+        self._say_result(request, reason)
 
-    def _end(self, request: Request) -> None:
-        self._give_up(request, Shortfall.CANCELLED)
-        if request.state is not RequestState.OVER:
-            request.state = RequestState.OVER
-            del self.requests[request.request_id]
-            prefetch = request.prefetch
-            del request.prefetch  # they know each other, and would wait for a collection of garbage
-            self.results.discard(request)
-            self.leases.discard(request)
-            self._release_if_left(request)
-            if self._observers.over:
-                tell(self._observers.over, prefetch)
-
-    def _release_if_left(self, request: Request) -> None:
-        if not request.inside:
-            release_unneeded(self._l1, request, ())
-            # What the engine held comes before what it asked for, and is to stay longer.
-            if request.start_chunk and request.prompt.hashed:
-                self._l1.touch(reversed(request.prompt.chunk_hashes[: request.start_chunk]))
-
-    def _leave_loads(self, request: Request) -> None:
+    def _release_loads(self, request: Request) -> None:
         numbers, request.loads = request.loads, set()
         if numbers:
             hashes = request.hashes
-            self._loader.leave(request, [hashes[number] for number in numbers])
+            self._loader.release(request, [hashes[number] for number in numbers])
 
     def check_integrity(self) -> None:
-        """Leases, shares and expiries are those of the requests."""
-        for request in self.requests.values():
-            state = request.state
-            assert state is not RequestState.OVER
-            assert (request in self.results) == (state is RequestState.LOADED)
-            assert (request in self.leases) == (state is RequestState.IN_USE)
-            assert state in _PENDING or not request.loads
+        """Assert that the shares of loads are those of the requests."""
+        self.requests.check_integrity()
+        table = self._loader.in_flight()
+        for request in self.requests:
             hashes = request.hashes
-            assert all(request in self._loader.table[hashes[number]].shares for number in request.loads)
+            assert all(request in table[hashes[number]].shares for number in request.loads)
+
+
+def _join(request: Request, number: int, load: ChunkLoad) -> None:
+    request.loads.add(number)
+    load.shares[request] = number
+
+
+def _waits_for(request: Request, number: int, needed: Sequence[int]) -> int:
+    """The objects of a chunk that are needed and not in L1 yet."""
+    entry = request.entries[number]
+    mask = needed[number] & request.local_mask if number < len(needed) else 0
+    return mask & ~entry.present if entry is not None else mask

@@ -1,15 +1,14 @@
 """A request: what it asks for, what it was promised, and what it holds."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
-from functools import partial
 
 from async_cache.aio.promise import Promise
 from async_cache.handles.prefetch import Prefetch
-from async_cache.l1.entry import Entry
+from async_cache.l1.entry import Entry, Reservation
+from async_cache.l1.store import L1Store
 from async_cache.prompt.layout import Prompt
-from async_cache.read.loads import Arrival
 from async_cache.values import LoadResult, LookupHits, Shortfall
 
 
@@ -27,53 +26,68 @@ class RequestState(Enum):
 
 
 class Request:
-    """The record of a request. Chunks are numbered from `start_chunk` on."""
+    """The record of a request. Chunks are numbered from `start_chunk` on, and objects are masks of bits."""
 
     __slots__ = (
-        "arrived", "began", "claimed", "deadline", "entries", "from_l2", "hits", "inside", "length", "loads",
-        "local_mask", "needed", "prefetch", "prompt", "ranks", "readers", "reasons", "request_id", "result",
-        "start_chunk", "state", "task",
+        "began", "claimed", "deadline", "entries", "from_l2", "hits", "inside", "loads", "local_mask", "needed",
+        "prefetch", "prompt", "ranks", "readers", "reasons", "request_id", "result", "rooms", "start_chunk", "state",
+        "task",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        request_id: str,
-        prompt: Prompt,
-        start_chunk: int,
-        ranks: Sequence[int],
-        began: float,
-        arrived: "Callable[[Request, Sequence[Arrival]], None]",
-        cancel: "Callable[[Request], None]",
-    ):
+    prefetch: Prefetch  # what its caller has of it
+
+    def __init__(self, request_id: str, prompt: Prompt, start_chunk: int, ranks: Sequence[int], began: float):
+        # What it asks for.
         self.request_id = request_id
         self.prompt = prompt
         self.start_chunk = start_chunk
         self.ranks = ranks
         self.local_mask = prompt.layout.objects.mask_of_ranks(ranks)  # the objects to load here
+        # Where it is.
         self.began = began
-        self.arrived = arrived
         self.state = RequestState.LOOKING_UP
+        self.task: asyncio.Task[None] | None = None  # while it waits for L2
+        self.deadline: asyncio.TimerHandle | None = None
+        # What it was promised.
         self.hits: Promise[LookupHits] = Promise()
         self.result: Promise[LoadResult] = Promise()
-        self.prefetch = Prefetch(self, partial(cancel, self))
-        self.task: asyncio.Task[None] | None = None
-        self.deadline: asyncio.TimerHandle | None = None
-        self.entries: list[Entry | None] = []  # leased, by chunk
-        self.loads: set[int] = set()  # chunks of which it has a share in a load
+        self.needed: Sequence[int] = ()  # by chunk, the objects promised, and once loaded, those that can be read
         self.from_l2: Sequence[int] = ()  # chunks that were promised from L2, ascending
         self.reasons: dict[int, Shortfall] = {}  # by chunk, why its load fell short
-        self.length = 0  # chunks promised, and once loaded, readable
-        self.needed: Sequence[int] = ()  # by chunk, the objects that can be read
+        # What it holds.
+        self.entries: list[Entry | None] = []  # leased, by chunk
+        self.loads: set[int] = set()  # chunks of which it has a share in a load
+        self.rooms: Sequence[tuple[int, Reservation]] = ()  # reserved, by chunk, until the loader has them
+        # Who uses it.
         self.claimed = False
-        self.readers: set[tuple[int, int]] = set()  # entered at some time
-        self.inside = 0  # entered and not left
+        self.readers: set[tuple[int, int]] = set()  # (rank, reader) of all that have entered
+        self.inside = 0  # those of them that have not left
+
+    @property
+    def length(self) -> int:
+        """The chunks promised, and once loaded, those that can be read."""
+        return len(self.needed)
 
     @property
     def hashes(self) -> list[bytes]:
-        """Of its chunks."""
+        """The hashes of this request's chunks, from `start_chunk` on."""
         hashes = self.prompt.chunk_hashes
         return hashes[self.start_chunk :] if self.start_chunk else hashes
 
-    def loads_settled(self, arrivals: Sequence[Arrival]) -> None:
-        """Chunks have arrived, or not."""
-        self.arrived(self, arrivals)
+    @property
+    def pending(self) -> bool:
+        """Whether its load is not done yet."""
+        return self.state is RequestState.LOADING or self.state is RequestState.LOOKING_UP
+
+    def release(self, l1: L1Store, needed: Sequence[int] = ()) -> None:
+        """Release the leases of chunks of which nothing is needed: the tail first, so that it is evicted first."""
+        entries = self.entries
+        if not any(entries):
+            return
+        unneeded = [n for n, entry in enumerate(entries) if entry and not (n < len(needed) and needed[n])]
+        l1.release(filter(None, [entries[n] for n in reversed(unneeded)]))
+        for number in unneeded:
+            entries[number] = None
+
+    def __repr__(self) -> str:
+        return f"<Request {self.request_id!r}, {self.state.value}, {self.length} chunks>"

@@ -51,7 +51,7 @@ class Remover:
         hashes = prompt.chunk_hashes
         self._tombstones.bury(hashes)
         resident, leased = self._remove_from_l1(hashes)
-        self._loader.forget(hashes)
+        self._loader.delete(hashes)
         return await self._carry(self._delete_from_l2(prompt, resident, leased))
 
     async def clear(self, tier: str) -> Deleted:
@@ -60,7 +60,7 @@ class Remover:
             resident, leased = await self._clear_l1(keep_needed=True)
             return Deleted(len(resident), leased)
         self._tombstones.bury(None)
-        self._loader.forget(list(self._loader.table))
+        self._loader.delete(list(self._loader.in_flight()))
         return await self._carry(self._clear_all())
 
     async def close(self) -> None:

@@ -1,0 +1,254 @@
+"""Calls that load: objects are cut into batches, one backend each, and called for by the bytes in flight."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from itertools import groupby
+from operator import attrgetter
+
+from msgspec import Struct
+
+from async_cache.errors import BackendError
+from async_cache.l1.entry import Reservation
+from async_cache.l2.backend import LoadOutcome
+from async_cache.l2.guard import Call, CallTimeoutError, Guard
+from async_cache.prompt.keys import ObjectKey
+from async_cache.prompt.layout import ModelLayout
+from async_cache.read.request import Request
+from async_cache.values import Shortfall
+
+log = logging.getLogger(__name__)
+
+_BATCH_BYTES = 64 * 2**20  # of one call to a backend: enough to keep its threads busy, little enough to have an end
+_BATCH_CHUNKS = 1024  # what the loop prepares in a millisecond or two
+_PLACE = attrgetter("rank", "offset")
+
+
+class LoadState(Enum):
+    """WAITING while any object is, then SETTLED.
+
+    WAITING -> DROPPED when the last share is released, or the chunk is deleted; WAITING -> REPLACED by another load of
+    the same chunk, where a call that should have ended may still write to its room.
+    """
+
+    WAITING = "waiting"
+    SETTLED = "settled"
+    DROPPED = "dropped"
+    REPLACED = "replaced"
+
+
+class ChunkLoad(Struct, eq=False):
+    """All that is on its way for one chunk, a single flight: the requests that want it hold shares.
+
+    `wanted`, `waiting` and `loaded` are objects, by bit. Its room is `abandoned` when the load is dropped, or when a
+    call that should have ended may still write there; it is then freed with the end of the last call of its batches.
+    """
+
+    chunk_hash: bytes
+    layout: ModelLayout
+    reservations: list[Reservation]
+    shares: dict[Request, int]  # the request's number of the chunk
+    room_bytes: int
+    wanted: int = 0
+    waiting: int = 0
+    loaded: int = 0
+    failure: Shortfall | None = None
+    batches: "tuple[Batch, ...]" = ()
+    abandoned: bool = False
+    state: LoadState = LoadState.WAITING
+
+    @property
+    def touched(self) -> bool:
+        """Whether a call may write to its room."""
+        return any(self in batch.touches for batch in self.batches)
+
+
+class BatchState(Enum):
+    """QUEUED -> RUNNING, when its bytes are in flight, -> ENDED. QUEUED -> ENDED when nobody wants it any more."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+class Batch:
+    """The objects of one call to a backend, by chunk.
+
+    `parts` are pinned, until they are unpinned or the batch ends. `touches` are those whose room was given to the call,
+    until the call has ended, which may be later.
+    """
+
+    __slots__ = ("call", "guard", "parts", "size_bytes", "state", "touches", "tried")
+
+    def __init__(self, guard: Guard, tried: frozenset[Guard]):
+        self.guard = guard
+        self.tried = tried | {guard}  # the holders that need not be asked if this one fails
+        self.state = BatchState.QUEUED
+        self.parts: dict[ChunkLoad, int] = {}
+        self.touches: Mapping[ChunkLoad, int] = {}
+        self.size_bytes = 0
+        self.call: Call[list[LoadOutcome]] | None = None
+
+    def unpin(self, loads: Iterable[ChunkLoad]) -> None:
+        """Unpin these parts: they are no longer asked for."""
+        for layout, same in groupby(loads, key=lambda load: load.layout):
+            self.guard.unpin(layout.objects.keys([(load.chunk_hash, self.parts.pop(load, 0)) for load in same]))
+
+
+Transferred = Callable[[Batch, Mapping[ChunkLoad, int], Sequence[LoadOutcome], Shortfall], Awaitable[None]]
+"""Told what came of the parts of a batch: an outcome for each object, or none at all and why."""
+
+
+class Batches:
+    """The queues of all backends, and the calls that are out.
+
+    `transferred` takes over when a batch has ended, `failed` when something raised that should not have, and
+    `call_ended` is told of the rooms that a call does not touch any more.
+    """
+
+    def __init__(
+        self,
+        guards: Sequence[Guard],
+        memory: memoryview,
+        inflight_bytes: int,
+        *,
+        transferred: Transferred,
+        failed: Callable[[Iterable[ChunkLoad]], None],
+        call_ended: Callable[[Iterable[ChunkLoad]], None],
+    ):
+        self.objects = 0
+        """Objects that were asked of backends so far."""
+        self._memory = memory
+        self._inflight_bytes = inflight_bytes
+        self._transferred, self._failed, self._call_ended = transferred, failed, call_ended
+        self._queues: dict[Guard, deque[Batch]] = {guard: deque() for guard in guards}
+        self._running_bytes = dict.fromkeys(guards, 0)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+
+    def enqueue(self, guard: Guard, parts: Iterable[tuple[ChunkLoad, int]], tried: frozenset[Guard]) -> None:
+        """Cut objects, which are pinned, into batches, and start those that the bytes in flight allow."""
+        queue, batch = self._queues[guard], Batch(guard, tried)
+        for load, mask in parts:
+            if batch.size_bytes >= _BATCH_BYTES or len(batch.parts) >= _BATCH_CHUNKS:
+                self._queue(queue, batch)
+                batch = Batch(guard, tried)
+            load.wanted |= mask
+            load.waiting |= mask
+            load.batches += (batch,)
+            batch.parts[load] = mask
+            batch.size_bytes += load.layout.objects.sizes[mask]
+        if batch.parts:
+            self._queue(queue, batch)
+        self._pump(guard)
+
+    def drop(self, loads: Iterable[ChunkLoad]) -> None:
+        """Unpin what nobody wants any more, and cancel the calls of batches in which nothing else is left."""
+        by_batch: dict[Batch, list[ChunkLoad]] = {}
+        for load in loads:
+            for batch in load.batches:
+                by_batch.setdefault(batch, []).append(load)
+        for batch, dropped in by_batch.items():
+            batch.unpin(dropped)
+            if batch.parts:
+                continue
+            if batch.call is not None:
+                batch.call.cancel()
+            elif batch.state is BatchState.QUEUED:
+                batch.state = BatchState.ENDED
+                self._queues[batch.guard].remove(batch)
+                batch.guard.meter.ended(batch.size_bytes)
+
+    async def close(self) -> None:
+        """Return when no batch runs any more: all requests have left, and all calls have ended or were given up."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _queue(self, queue: deque[Batch], batch: Batch) -> None:
+        queue.append(batch)
+        batch.guard.meter.queued(batch.size_bytes)
+
+    def _pump(self, guard: Guard) -> None:
+        queue = self._queues[guard]
+        while queue and self._running_bytes[guard] < self._inflight_bytes:
+            batch = queue.popleft()
+            batch.state = BatchState.RUNNING
+            self._running_bytes[guard] += batch.size_bytes
+            task = self._loop.create_task(self._run(batch))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, batch: Batch) -> None:
+        # What was abandoned in the queue starts again elsewhere: its room here may be freed at any time.
+        parts = {load: mask for load, mask in batch.parts.items() if not load.abandoned}
+        try:
+            outcomes, failure = await self._call(batch, parts)
+            await self._transferred(batch, parts, outcomes, failure)
+        except Exception:
+            log.exception("a batch of loads from %s failed", batch.guard.name)
+            self._end(batch)
+            self._failed(parts)
+
+    async def _call(self, batch: Batch, parts: Mapping[ChunkLoad, int]) -> tuple[Sequence[LoadOutcome], Shortfall]:
+        """What one call to a backend brings: an outcome for each object, or none and the reason."""
+        keys, buffers = self._objects(parts)
+        call = batch.call = batch.guard.begin_load(keys, buffers) if keys else None
+        outcomes: list[LoadOutcome] = []
+        failure = Shortfall.BACKEND_ERROR
+        began = self._loop.time()
+        if call is not None:
+            self.objects += len(keys)
+            batch.touches = parts
+            call.when_ended(lambda: self._let_rooms_go(batch))
+            try:
+                outcomes = await call.result()
+            except CallTimeoutError:
+                failure = Shortfall.DEADLINE
+            except BackendError:
+                pass  # nothing was loaded
+        seconds = self._loop.time() - began
+        self._end(batch, seconds if outcomes else None, keys=keys if parts.keys() == batch.parts.keys() else None)
+        return outcomes, failure
+
+    def _end(self, batch: Batch, seconds: float | None = None, *, keys: Sequence[ObjectKey] | None = None) -> None:
+        """Take the bytes of a batch out of flight, and unpin its parts; more than once does no harm.
+
+        `seconds` is what its call took, if it loaded anything; `keys` are those of its parts, where they are at hand.
+        """
+        if batch.state is not BatchState.RUNNING:
+            return
+        batch.state = BatchState.ENDED
+        batch.guard.meter.ended(batch.size_bytes, seconds)
+        self._running_bytes[batch.guard] -= batch.size_bytes
+        if keys is None:
+            batch.unpin(list(batch.parts))
+        else:
+            batch.parts.clear()
+            batch.guard.unpin(keys)
+        self._pump(batch.guard)
+
+    def _let_rooms_go(self, batch: Batch) -> None:
+        touched, batch.touches = batch.touches, {}
+        self._call_ended(touched)
+
+    def _objects(self, parts: Mapping[ChunkLoad, int]) -> tuple[list[ObjectKey], list[memoryview]]:
+        """The keys of objects, and the memory that they are loaded into."""
+        memory, new = self._memory, tuple.__new__
+        keys: list[ObjectKey] = []
+        buffers = []
+        for load, mask in parts.items():
+            chunk_hash, offsets = load.chunk_hash, dict(map(_PLACE, load.reservations))
+            for rank, group, begin, end in load.layout.objects.places[mask]:
+                offset = offsets[rank]
+                keys.append(new(ObjectKey, (chunk_hash, rank, group)))
+                buffers.append(memory[offset + begin : offset + end])
+        return keys, buffers
+
+    def check_integrity(self) -> None:
+        """Assert that what is in flight is counted."""
+        assert all(size >= 0 for size in self._running_bytes.values())
+        assert all(batch.state is BatchState.QUEUED for queue in self._queues.values() for batch in queue)

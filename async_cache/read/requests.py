@@ -1,0 +1,232 @@
+"""Who knows a request: ids, claims and readers, and how requests end."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+
+from async_cache.aio.sweeper import Sweeper
+from async_cache.config import CacheConfig
+from async_cache.errors import (
+    AsyncCacheError,
+    CacheClosedError,
+    ReadConflictError,
+    RequestConflictError,
+    UnknownRequestError,
+)
+from async_cache.l1.store import L1Store
+from async_cache.observe import Observers, tell
+from async_cache.prompt.layout import Prompt, check_index
+from async_cache.read.request import Request, RequestState
+from async_cache.values import LoadResult, LookupHits, Shortfall
+
+
+class Requests:
+    """All requests that are not over, by their ids.
+
+    `give_up` resolves what is pending of a request, with nothing, and lets go of its loads.
+    """
+
+    def __init__(
+        self,
+        l1: L1Store,
+        sweeper: Sweeper,
+        observers: Observers,
+        config: CacheConfig,
+        give_up: Callable[[Request, Shortfall], None],
+    ):
+        self._requests: dict[str, Request] = {}
+        self._results = sweeper.expiry(config.result_ttl_seconds, self._end)  # loaded, and not claimed or read yet
+        self._uses = sweeper.expiry(config.lease_ttl_seconds, self._end)  # claimed or read from
+        self._l1 = l1
+        self._observers = observers
+        self._give_up = give_up
+        self._ids = count(1)
+
+    # Which there are.
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests.values())
+
+    @property
+    def swept_results(self) -> int:
+        """Requests that nobody claimed or read in time."""
+        return self._results.swept
+
+    @property
+    def swept_leases(self) -> int:
+        """Requests that were claimed or read, and not released in time."""
+        return self._uses.swept
+
+    def find(self, request_id: str) -> Request | None:
+        """The request of an id, or None."""
+        return self._requests.get(request_id)
+
+    def new_id(self) -> str:
+        """An id that no request has."""
+        return next(i for n in self._ids if (i := f"prefetch-{n}") not in self._requests)
+
+    def same(self, request_id: str, prompt: Prompt, start_chunk: int, ranks: Sequence[int]) -> Request | None:
+        """The request that has this id and asks for the same; None if the id is free.
+
+        Raises RequestConflictError if it asks for something else, or its result was claimed.
+        """
+        known = self._requests.get(request_id)
+        if known is None:
+            return None
+        same = known.start_chunk == start_chunk and known.ranks == ranks and known.prompt.same_as(prompt)
+        if same and not known.claimed:
+            return known
+        raise RequestConflictError(f"request {request_id!r} is in use{'' if same else ' for another prompt'}")
+
+    def add(self, request: Request) -> None:
+        """Know a new request by its id."""
+        self._requests[request.request_id] = request
+
+    def loaded(self, request: Request) -> None:
+        """Wait for the load of this request to be claimed or read."""
+        self._results.add(request)
+
+    # What a caller does with a request.
+
+    async def query_lookup_hits(self, request_id: str) -> LookupHits:
+        """The hits of a request, once they are known. Raises UnknownRequestError."""
+        request = self._unclaimed(request_id)
+        hits = await request.hits.wait()
+        if hits.shortfall is Shortfall.CANCELLED and request.state is RequestState.OVER:
+            raise self._ended(request)
+        return hits
+
+    async def query_status(self, request_id: str) -> LoadResult:
+        """The result of a request, once it is there, handed out to the first who asks. Raises UnknownRequestError."""
+        request = self._unclaimed(request_id)
+        result = await request.result.wait()
+        if request.claimed or request.state is RequestState.OVER:
+            raise self._ended(request)
+        request.claimed = True
+        if result.chunks:
+            self._use(request)
+        else:
+            self._end(request)
+        return result
+
+    def unclaim(self, request_id: str) -> None:
+        """Undo a claim of which the claimant never came to know. A request that is over stays so."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.claimed = False
+
+    async def enter(self, request_id: str, rank: int, reader: int) -> Request:
+        """Begin to read a request, once its load is done.
+
+        Raises UnknownRequestError, ReadConflictError if this rank and reader have read it already, and ValueError for
+        a rank or reader that it does not have.
+        """
+        request = self._known(request_id)
+        layout = request.prompt.layout
+        check_index("rank", rank, layout.world_size)
+        check_index("reader", reader, layout.readers_per_rank)
+        if rank not in request.ranks:
+            raise ValueError(f"rank {rank} is not among the ranks {request.ranks} of request {request_id!r}")
+        await request.result.wait()
+        if request.state is RequestState.OVER:
+            raise self._ended(request)
+        if (rank, reader) in request.readers:
+            raise ReadConflictError(f"rank {rank}, reader {reader} has read request {request_id!r} already")
+        request.readers.add((rank, reader))
+        request.inside += 1
+        self._use(request)
+        return request
+
+    def undo_enter(self, request: Request, rank: int, reader: int) -> None:
+        """Undo an entry of which the reader never came to know: it may enter again."""
+        request.readers.discard((rank, reader))
+        request.inside -= 1
+        if request.state is RequestState.OVER:
+            self._release_if_left(request)
+
+    def leave(self, request: Request) -> None:
+        """End a read. The last of all that a request is for ends the request."""
+        request.inside -= 1
+        everybody = len(request.ranks) * request.prompt.layout.readers_per_rank
+        if request.state is RequestState.OVER:
+            self._release_if_left(request)
+        elif not request.inside and len(request.readers) == everybody:
+            self._end(request)
+
+    def renew(self, request_id: str) -> None:
+        """Begin a request's time to live anew. Raises UnknownRequestError."""
+        request = self._known(request_id)
+        if request in self._results:
+            self._results.add(request)
+        elif request in self._uses:
+            self._uses.add(request)
+
+    def end(self, request_id: str) -> None:
+        """Give back all that a request holds, and its id. Unknown ids are fine."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end(request)
+
+    def close(self) -> None:
+        """End all requests: whoever waits for one gets CacheClosedError."""
+        error = CacheClosedError("the cache was closed")
+        for request in list(self._requests.values()):
+            request.hits.break_with(error)
+            request.result.break_with(error)
+            self._end(request)
+
+    def _known(self, request_id: str) -> Request:
+        request = self._requests.get(request_id)
+        if request is None:
+            raise UnknownRequestError(f"there is no request {request_id!r}")
+        return request
+
+    def _unclaimed(self, request_id: str) -> Request:
+        request = self._known(request_id)
+        if request.claimed:
+            raise UnknownRequestError(f"request {request_id!r} was claimed")
+        return request
+
+    def _ended(self, request: Request) -> AsyncCacheError:
+        """The error for those who have waited for a request that ended meanwhile."""
+        if self._l1.closed:
+            return CacheClosedError("the cache was closed")
+        return UnknownRequestError(f"request {request.request_id!r} was claimed or ended")
+
+    # How a request ends.
+
+    def _use(self, request: Request) -> None:
+        request.state = RequestState.IN_USE
+        self._results.discard(request)
+        self._uses.add(request)
+
+    def _end(self, request: Request) -> None:
+        self._give_up(request, Shortfall.CANCELLED)
+        if request.state is RequestState.OVER:
+            return
+        request.state = RequestState.OVER
+        del self._requests[request.request_id]
+        prefetch = request.prefetch
+        del request.prefetch  # they know each other, and would wait for a collection of garbage
+        self._results.discard(request)
+        self._uses.discard(request)
+        self._release_if_left(request)
+        if self._observers.over:
+            tell(self._observers.over, prefetch)
+
+    def _release_if_left(self, request: Request) -> None:
+        if not request.inside:
+            request.release(self._l1)
+            # What the engine held comes before what it asked for, and is to stay longer.
+            if request.start_chunk and request.prompt.hashed:
+                self._l1.touch(reversed(request.prompt.chunk_hashes[: request.start_chunk]))
+
+    def check_integrity(self) -> None:
+        """Assert that the time-to-live queues agree with the states of the requests."""
+        for request in self._requests.values():
+            assert request.state is not RequestState.OVER
+            assert (request in self._results) == (request.state is RequestState.LOADED)
+            assert (request in self._uses) == (request.state is RequestState.IN_USE)
+            assert request.pending or not (request.loads or request.rooms)
