@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from functools import partial
 from types import TracebackType
 from typing import Literal, Self
@@ -24,8 +25,17 @@ _POPULATE_BYTES = 64 * 2**20  # of the arena in one step
 _MAX_REQUEST_ID = 1024  # a server puts its tenant and namespace before a client's, which has up to 256
 
 
+class CacheState(Enum):
+    """NEW -> OPENING -> OPEN -> CLOSED; a cache that could not be opened is CLOSED."""
+
+    NEW = "new"
+    OPENING = "opening"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
 class AsyncCache:
-    """The embedded cache: NEW -> OPEN -> CLOSED, by `async with` or by `open` and `close`.
+    """The embedded cache, open by `async with`, or from `open` until `close`.
 
     `backends` are ready-made ones, the fastest first, in place of those that `config.l2` names. All methods are to be
     called from the loop that opened it.
@@ -45,16 +55,29 @@ class AsyncCache:
             raise ConfigError(f"l1_bytes must be at least a page of {PAGE_BYTES}")
         self._backends = made
         self._core: Core | None = None
-        self._used = False
+        self._state = CacheState.NEW
         self._closing: asyncio.Task[None] | None = None
 
     # Life.
 
     async def open(self) -> Self:
-        """Make the arena and open the backends. Raises what a backend raises that can not be opened."""
-        if self._used:
+        """Make the arena, and open the backends.
+
+        Raises ConfigError for memory or a backend that cannot be had as configured, BackendError for one that fails or
+        does not open in time, and CacheClosedError where it was opened before.
+        """
+        if self._state is not CacheState.NEW:
             raise CacheClosedError("a cache is opened once")
-        self._used = True
+        self._state = CacheState.OPENING
+        try:
+            await self._open()
+        except BaseException:
+            self._state = CacheState.CLOSED
+            raise
+        self._state = CacheState.OPEN
+        return self
+
+    async def _open(self) -> None:
         try:
             arena = Arena(self._config.l1_bytes // PAGE_BYTES * PAGE_BYTES)
         except OSError as error:
@@ -67,7 +90,6 @@ class AsyncCache:
             arena.close()
             raise
         self._core = Core(self._config, arena, self._backends)
-        return self
 
     async def _open_backends(self) -> None:
         openings: dict[Backend, asyncio.Task[None]] = {}
@@ -90,11 +112,12 @@ class AsyncCache:
             raise
 
     async def close(self) -> None:
-        """End all requests, write back what is pending (for a bounded time), close the backends; idempotent.
+        """End all requests, write back what is pending (for `close_timeout_seconds`), close the backends; idempotent.
 
         Whoever waits for a future or a query gets CacheClosedError.
         """
         core, self._core = self._core, None
+        self._state = CacheState.CLOSED
         if core is not None:
             self._closing = asyncio.create_task(core.close())
         if self._closing is not None:
@@ -110,9 +133,13 @@ class AsyncCache:
 
     @property
     def core(self) -> Core:
-        """Its parts, for a server that serves it: nothing else is to touch them. Raises CacheClosedError."""
+        """The parts of the open cache, for a server that serves it: nothing else is to touch them.
+
+        Raises CacheClosedError.
+        """
         if self._core is None:
-            raise CacheClosedError("the cache is closed" if self._used else "the cache is not open: use `async with`")
+            closed = self._state is CacheState.CLOSED
+            raise CacheClosedError("the cache is closed" if closed else "the cache is not open: use `async with`")
         return self._core
 
     # Prefetching.
@@ -142,34 +169,41 @@ class AsyncCache:
         return core.controller.start(prompt, request_id, start_chunk, here, deadline_seconds)
 
     async def lookup(self, prompt: Prompt) -> LookupHits:
-        """How much of a prompt is cached now: no lease, no load, no promise."""
+        """Count how much of a prompt is cached now, without a lease, a load or a promise."""
         core = self.core
         check_prompt(prompt)
         return await core.count_hits(prompt)
 
     async def query_lookup_hits(self, request_id: str) -> LookupHits:
-        """Await `lookup_done`; by any number of callers, any number of times. Raises UnknownRequestError."""
+        """Wait for the lookup of a request, and return its hits, to any number of callers.
+
+        Raises UnknownRequestError if there is no such request, or its result was claimed.
+        """
         return await self.core.requests.query_lookup_hits(check_request_id(request_id, _MAX_REQUEST_ID))
 
     async def query_status(self, request_id: str) -> LoadResult:
-        """Await `load_done` and claim the result, which is handed out once. Raises UnknownRequestError."""
+        """Wait for the load of a request, and claim its result, which is handed out exactly once.
+
+        Raises UnknownRequestError if there is no such request, or another caller has claimed it.
+        """
         return await self.core.requests.query_status(check_request_id(request_id, _MAX_REQUEST_ID))
 
     async def renew(self, request_id: str) -> None:
-        """Let the request's time begin anew. Raises UnknownRequestError."""
+        """Begin the time to live of a request's result or leases anew. Raises UnknownRequestError."""
         self.core.requests.renew(check_request_id(request_id, _MAX_REQUEST_ID))
 
     async def end_request(self, request_id: str) -> None:
-        """Give back all that the request holds; cancels it if it runs. Unknown ids are fine."""
+        """Release all that a request holds, cancel it if it runs, and free its id. Unknown ids are fine."""
         self.core.requests.end(check_request_id(request_id, _MAX_REQUEST_ID))
 
     # Reading and writing.
 
     def read(self, request_id: str, *, rank: int = 0, reader: int = 0) -> ReadLease:
-        """Read what was loaded: `async with` the lease, or `await` it. It waits for the load and claims nothing.
+        """Read what a request has loaded: `async with` the lease, or `await` it. It waits for the load.
 
-        Entering raises UnknownRequestError, ReadConflictError for a second time, ValueError for a rank or reader that
-        the request has not.
+        `rank` is the KV shard to read, `reader` the number of this reader among the `readers_per_rank`. Entering raises
+        UnknownRequestError, ReadConflictError for a second time, and ValueError for a rank or reader that the request
+        does not have.
         """
         core = self.core
         return ReadLease(partial(core.enter_read, check_request_id(request_id, _MAX_REQUEST_ID), rank, reader))
@@ -183,7 +217,10 @@ class AsyncCache:
         return Writer(core.l1, core.writeback, core.open_writers, prompt, rank, start_chunk)
 
     async def flush(self, deadline_seconds: float | None = None) -> FlushResult:
-        """Wait until what was committed is in L2. Counts what was written or dropped since the last flush."""
+        """Wait until what was committed before is in L2, or `deadline_seconds` are over.
+
+        Returns the chunks that were written or dropped since the last flush, and those that are still pending.
+        """
         core = self.core
         check_seconds("deadline_seconds", deadline_seconds)
         return await core.writeback.flush(deadline_seconds)
@@ -191,27 +228,33 @@ class AsyncCache:
     # Removing.
 
     async def delete(self, prompt: Prompt) -> Deleted:
-        """Remove every chunk of a prompt from both tiers. Raises BackendError where a backend could not."""
+        """Remove every chunk of a prompt from both tiers; those that are leased leave memory with their release.
+
+        Raises BackendError where a backend could not do it, after all others have.
+        """
         core = self.core
         check_prompt(prompt)
         return await core.remover.delete(prompt)
 
     async def clear(self, tier: Literal["l1", "all"] = "l1") -> Deleted:
-        """Empty L1 of what L2 has ("l1"), or both tiers ("all")."""
+        """Empty L1 of all that L2 has ("l1"), or both tiers ("all"). Raises BackendError where a backend could not."""
         check_tier(tier)
         return await self.core.remover.clear(tier)
 
     # Looking at it.
 
     async def stats(self) -> CacheStats:
-        """A snapshot of what is held, and counters since it was opened."""
+        """Count what the cache holds now, and what it did since it was opened."""
         return self.core.stats()
 
     @property
     def memory(self) -> memoryview:
-        """The arena, fixed while the cache is open, to register with a GPU or NIC. Not to be written to elsewhere."""
+        """The memory of L1, fixed while the cache is open, to register with a GPU or NIC; only writers write to it."""
         return memoryview(self.core.arena.view)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if the records of the cache contradict each other."""
+        """Assert that the records of the cache do not contradict each other."""
         self.core.check_integrity()
+
+    def __repr__(self) -> str:
+        return f"<AsyncCache, {self._state.value}, {self._config.l1_bytes} bytes of L1>"

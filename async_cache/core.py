@@ -25,7 +25,7 @@ from async_cache.write.writer import Writer
 
 
 class Core:
-    """What `AsyncCache` delegates to. `close` ends it in order."""
+    """The parts to which `AsyncCache` delegates, and a server beside it. `close` ends them in order."""
 
     def __init__(self, config: CacheConfig, arena: Arena, backends: Sequence[Backend]):
         self.config, self.arena = config, arena
@@ -47,7 +47,7 @@ class Core:
         self.sweeping = asyncio.create_task(self.sweeper.run())
 
     async def close(self) -> None:
-        """In this order: no more requests, what is pending written, no more tasks, tiers closed."""
+        """Close, in this order: no more requests, what is pending written, no more tasks, the tiers."""
         timeout = self.config.close_timeout_seconds
         self.l1.closed = True  # no writer opens any more
         await self.controller.close()
@@ -67,17 +67,18 @@ class Core:
     def fits(self, prompt: Prompt) -> bool:
         """Whether the chunks of a prompt that are in memory have its layout.
 
-        They have, where their hashes were made with it: this is for a server, to which hashes are told.
+        They do where their hashes were made here. A server asks, to which clients send hashes.
         """
         layout = prompt.layout
         known = [*map(self.l1.find, prompt.chunk_hashes), *map(self.loader.in_flight().get, prompt.chunk_hashes)]
         return all(it is None or it.layout.same_bytes(layout) for it in known)
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
+        """Count how much of a prompt is cached now."""
         return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones)
 
     async def enter_read(self, request_id: str, rank: int, reader: int) -> Entered:
-        """Begin to read, once the load is done."""
+        """Begin to read a request, once its load is done. Raises as `Requests.enter`."""
         request = await self.requests.enter(request_id, rank, reader)
         layout, start, entries = request.prompt.layout, request.start_chunk, request.entries
         memory = memoryview(self.arena.view)  # of its own, which lives as long as the lease
@@ -101,6 +102,7 @@ class Core:
         )
 
     def stats(self) -> CacheStats:
+        """Count what is held now, and what was done since the cache was opened."""
         l1, requests = self.l1, self.requests
         return CacheStats(
             requests=len(requests),
@@ -122,6 +124,7 @@ class Core:
         )
 
     def check_integrity(self) -> None:
+        """Assert that the records do not contradict each other."""
         self.l1.check_integrity()
         self.loader.check_integrity()
         self.writeback.check_integrity()

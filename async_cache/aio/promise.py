@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class Promise(Generic[T]):
-    """PENDING -> RESOLVED with a value, or -> BROKEN with an error; the first outcome stays.
+    """A value that many await: PENDING -> RESOLVED with it, or -> BROKEN with an error; the first outcome stays.
 
     Every waiter has a future of its own, so that one who is cancelled cancels nothing for the others.
     """
@@ -23,11 +23,11 @@ class Promise(Generic[T]):
 
     @property
     def pending(self) -> bool:
-        """Whether nothing has come yet."""
+        """Whether there is neither a value nor an error yet."""
         return self._value is None and self._error is None
 
     def resolve(self, value: T) -> None:
-        """Hand out the value, now and to all who ask later."""
+        """Give the value to all who wait, and to all who ask later."""
         if self.pending:
             self._value = value
             told, self._told = self._told, []
@@ -37,7 +37,7 @@ class Promise(Generic[T]):
                 waiter.set_result(value)
 
     def break_with(self, error: Exception) -> None:
-        """Nothing will come: whoever waits gets the error."""
+        """Give an error to all who wait, and to all who ask later: no value will come."""
         if self.pending:
             self._error = error
             for waiter in self._take_waiters():
@@ -59,30 +59,30 @@ class Promise(Generic[T]):
         asyncio.get_running_loop().call_soon(callback, value)
 
     def future(self) -> "asyncio.Future[T]":
-        """A new future of the outcome."""
+        """A new future of the outcome, which is its caller's own."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         if self._value is not None:
             future.set_result(self._value)
         elif self._error is not None:
             self._fail(future, self._error)
         else:
-            future.add_done_callback(self._forget)
+            future.add_done_callback(self._drop)
             self._waiters.append(future)
         return future
 
     async def wait(self) -> T:
-        """The value, as soon as it is there."""
+        """Return the value as soon as it is there; raises the error if the promise breaks."""
         return self._value if self._value is not None else await self.future()
 
     def _take_waiters(self) -> "list[asyncio.Future[T]]":
         waiters, self._waiters = self._waiters, []
         return [waiter for waiter in waiters if not waiter.done()]
 
-    def _forget(self, future: "asyncio.Future[T]") -> None:
+    def _drop(self, future: "asyncio.Future[T]") -> None:
         if future.cancelled() and future in self._waiters:
             self._waiters.remove(future)
 
     @staticmethod
     def _fail(future: "asyncio.Future[T]", error: Exception) -> None:
         future.set_exception(error)
-        future.exception()  # whoever does not look at it need not be told in the log
+        future.exception()  # looked at: who never awaits it need not find it in the log

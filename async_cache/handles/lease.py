@@ -1,6 +1,7 @@
-"""A reader's lease on what its request has loaded: lease -> release."""
+"""`ReadLease`: a reader's lease on what its request has loaded, lease -> release."""
 
 from collections.abc import Awaitable, Callable, Iterator
+from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from async_cache.handles.scoped import Scoped
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
 
 
 class ReadChunk:
-    """One chunk of one rank: `index` in the prompt, `offset` in `memory` (None if nothing of it is needed).
+    """One chunk of one rank to read: `index` in the prompt, `offset` in the cache's `memory`.
 
-    `objects` are those that can be read, by bit, of all ranks.
+    `offset` is None if nothing of it is needed. `objects` are those that can be read, of all ranks, by bit (see
+    `prompt.objects`).
     """
 
     __slots__ = ("_layout", "_memory", "_rank", "_views", "index", "objects", "offset")
@@ -31,13 +33,16 @@ class ReadChunk:
 
     @property
     def views(self) -> tuple[memoryview | None, ...]:
-        """By group, the object's bytes, read-only; None outside its window, or where the rank lacks the group."""
+        """The bytes of each group's object, read-only; None outside its window, or where the rank lacks the group."""
         if self._views is None:
             self._views = tuple(view.toreadonly() if view is not None else None for view in self._slices())
         return self._views
 
     def tensors(self) -> "tuple[torch.Tensor | None, ...]":
-        """By group, a tensor over the same memory, which must not be written to."""
+        """A tensor over each group's bytes, without a copy, which must not be written to; None as in `views`.
+
+        Raises ImportError where torch is not installed.
+        """
         return tensors.over(self._slices(), self._layout.groups)
 
     def _slices(self) -> Iterator[memoryview | None]:
@@ -45,18 +50,18 @@ class ReadChunk:
             yield self._memory[span[0] : span[1]] if span is not None else None
 
     def spans(self) -> Iterator[tuple[int, int] | None]:
-        """By group, where its bytes are in `memory`: (begin, end), or None as in `views`."""
+        """Where the bytes of each group are in `memory`: (begin, end), or None as in `views`."""
+        readable = self.objects >> self._layout.objects.bit(self._rank, 0)
         for group, span in enumerate(self._layout.objects.spans[self._rank]):
-            if (
-                self.offset is None
-                or span is None
-                or not self.objects >> self._layout.objects.bit(self._rank, group) & 1
-            ):
+            if self.offset is None or span is None or not readable >> group & 1:
                 yield None
             else:
                 yield self.offset + span[0], self.offset + span[1]
 
-    def _forget(self) -> None:
+    def __repr__(self) -> str:
+        return f"<ReadChunk {self.index}>"
+
+    def _close(self) -> None:
         """Make a use after the release an error, where nobody has built on the views."""
         self._memory = memoryview(b"")
         for view in self._views or ():
@@ -68,31 +73,42 @@ class ReadChunk:
 
 
 class Entered(NamedTuple):
-    """What entering a read gives, the calls that leave it or undo it, and whether it is kept until then."""
+    """What entering a read gives: the load's result, its layout, the chunks, and the calls that act on the read.
+
+    `release` ends the read; `undo` ends it as if it had not been entered. `held` says whether its memory is still kept.
+    """
 
     result: LoadResult
     layout: ModelLayout
     chunks: tuple[ReadChunk, ...]
-    leave: Callable[[], object]
+    release: Callable[[], object]
     undo: Callable[[], object]
     held: Callable[[], bool] = lambda: True
 
 
-class ReadLease(Scoped[ReadChunk]):
-    """`async with` it, or `await` it and `release()` later: ENTERED once the load is done, LEFT by the release.
+class LeaseState(Enum):
+    """NEW -> ENTERED, once the load is done, -> RELEASED."""
 
-    Afterwards it is a sequence of the chunks in order, and `result` says how many there are. Its memory stays as it is
-    until the release, whatever happens to the request.
+    NEW = "new"
+    ENTERED = "entered"
+    RELEASED = "released"
+
+
+class ReadLease(Scoped[ReadChunk]):
+    """A reader's lease on what a request has loaded: `async with` it, or `await` it and `release()` later.
+
+    Once it is entered it is a sequence of the chunks in order, and `result` says how many there are. Its memory stays
+    as it is until the release, whatever happens to the request.
     """
 
     def __init__(self, enter: Callable[[], Awaitable[Entered]]):
         self._enter_read = enter
         self._entered: Entered | None = None
-        self._left = False
+        self._state = LeaseState.NEW
 
     @property
     def result(self) -> LoadResult:
-        """How much was loaded."""
+        """How much was loaded. Raises RuntimeError before it is entered."""
         return self._read.result
 
     @property
@@ -101,11 +117,11 @@ class ReadLease(Scoped[ReadChunk]):
 
         Whoever copies from a server's memory looks once more when the copy is done.
         """
-        return not self._left and self._read.held()
+        return self._state is LeaseState.ENTERED and self._read.held()
 
     @property
     def layout(self) -> ModelLayout:
-        """That of the request's prompt."""
+        """The layout of the request's prompt. Raises RuntimeError before it is entered."""
         return self._read.layout
 
     @property
@@ -115,27 +131,31 @@ class ReadLease(Scoped[ReadChunk]):
         return self._entered
 
     def release(self) -> None:
-        """Leave; the views must not be used any more. May be called more than once."""
+        """Give the memory back; the views must not be used any more. May be called more than once."""
         if self._end():
-            self._read.leave()
+            self._read.release()
 
     def undo(self) -> None:
-        """Leave as if it had not been entered: whoever it was for does not know of it, and may read again."""
+        """Give the memory back as if it had never been entered: the same rank and reader may read again."""
         if self._end():
             self._read.undo()
 
     def _end(self) -> bool:
-        if self._entered is None or self._left:
+        if self._state is not LeaseState.ENTERED:
             return False
-        self._left = True
+        self._state = LeaseState.RELEASED
         for chunk in self._chunks:
-            chunk._forget()
+            chunk._close()
         return True
 
     async def _enter(self) -> None:
         if self._entered is None:
             self._entered = await self._enter_read()
             self._chunks = self._entered.chunks
+            self._state = LeaseState.ENTERED
 
     def _leave(self) -> None:
         self.release()
+
+    def __repr__(self) -> str:
+        return f"<ReadLease, {self._state.value}, {len(self)} chunks>"

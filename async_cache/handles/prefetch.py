@@ -9,7 +9,7 @@ from async_cache.values import LoadResult, LookupHits
 
 
 class Promised(Protocol):
-    """Whoever is promised hits, and then a result."""
+    """The record of a request, as far as its handle knows it: hits are promised, and then a result."""
 
     request_id: str
     hits: Promise[LookupHits]
@@ -17,27 +17,32 @@ class Promised(Protocol):
 
 
 class Prefetch:
-    """One prefetch: a lookup and a load, each with its future."""
+    """A lookup and a load of one prompt, each with its future. `prefetch` of a cache or client makes it."""
 
     __slots__ = ("_cancel", "promised")
 
     def __init__(self, promised: Promised, cancel: Callable[[], None]):
         self.promised = promised
+        """What the futures are made from, for those who pass it on: see `Promise.tell`."""
         self._cancel = cancel
 
     @property
     def request_id(self) -> str:
-        """What the other calls know it by."""
+        """The id by which the other calls of the cache know this request."""
         return self.promised.request_id
 
     @property
     def lookup_done(self) -> "asyncio.Future[LookupHits]":
-        """How much is cached. Each access gives a future of the caller's own."""
+        """A future of how much is cached, known as soon as the lookup is done.
+
+        Each access gives the caller a future of its own, so that to cancel it cancels nothing for others. It raises
+        only CacheClosedError and ConnectionLostError.
+        """
         return self.promised.hits.future()
 
     @property
     def load_done(self) -> "asyncio.Future[LoadResult]":
-        """That it is in memory. Each access gives a future of the caller's own."""
+        """A future that says that the bytes are in memory, and how many; otherwise as `lookup_done`."""
         return self.promised.result.future()
 
     def cancel(self) -> None:

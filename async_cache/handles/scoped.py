@@ -1,4 +1,4 @@
-"""What is entered and left: a sequence of chunks, by `async with`, or by `await` and `with`, or a call, later."""
+"""How a lease or a writer is entered and left: by `async with`, or by `await` first, and a call or `with` later."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
@@ -9,7 +9,7 @@ C = TypeVar("C")
 
 
 class Scoped(ABC, Generic[C]):
-    """NEW -> ENTERED, when it is a sequence of its chunks in order, -> LEFT."""
+    """Something that is entered, is a sequence of chunks in order then, and is left."""
 
     _chunks: tuple[C, ...] = ()
 
@@ -20,11 +20,11 @@ class Scoped(ABC, Generic[C]):
 
     @abstractmethod
     async def _enter(self) -> None:
-        """Fill `_chunks`. Entered already, it does nothing."""
+        """Fill `_chunks`; do nothing if that was done already."""
 
     @abstractmethod
     def _leave(self) -> None:
-        """May be called more than once."""
+        """End it. May be called more than once."""
 
     def __await__(self) -> Generator[object, None, Self]:
         return self.__aenter__().__await__()
@@ -39,7 +39,7 @@ class Scoped(ABC, Generic[C]):
         self._leave()
 
     def __enter__(self) -> Self:
-        """For one that was entered by `await`, or by a blocking call."""
+        """Return it: it was entered by `await`, or by a blocking call."""
         return self
 
     def __exit__(

@@ -64,10 +64,10 @@ class Call(Generic[T]):
             self._count(self._guard.abandoned)
             self._task.cancel()
 
-    def answer(self) -> T | None:
-        """What it returned in the end, whoever waited; None if it has not ended, or returned no good answer."""
+    def returned(self) -> T | None:
+        """What it returned in the end, good or not, whoever waited for it; None if it raised or has not ended."""
         task = self._task
-        return task.result() if task.done() and not task.cancelled() and self._error() is None else None
+        return task.result() if task.done() and not task.cancelled() and task.exception() is None else None
 
     async def result(self) -> T:
         """Its result. Raises BackendError for a failure or a wrong number of answers, CallTimeoutError for silence.
@@ -205,8 +205,8 @@ class Guard:
         """Give back the pins of an answer that nobody waits for any more."""
 
         def answered() -> None:
-            found = call.answer()
-            if found is not None:
+            found = call.returned()
+            if isinstance(found, list):
                 self.unpin_found(keys, found)
 
         call.when_ended(answered)
