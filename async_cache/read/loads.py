@@ -15,7 +15,7 @@ from async_cache.l2.guard import Guard
 from async_cache.l2.meter import expected_load_seconds
 from async_cache.l2.tombstones import Tombstones
 from async_cache.read.batches import Batch, Batches, ChunkLoad, LoadState
-from async_cache.read.lookup import Asked, ask
+from async_cache.read.lookup import Asked, Found, Sources, ask
 from async_cache.read.request import Request
 from async_cache.values import Shortfall
 
@@ -23,7 +23,6 @@ _TOLD_AT_ONCE = 4096  # shares, in two milliseconds; then the loop gets its turn
 Arrival = tuple[int, Entry | None, Shortfall | None]
 """The number of a chunk, what can be found of it, and why that may be less than was wanted."""
 _Rooms = Sequence[tuple[int, Reservation]]
-_Sources = Sequence[tuple[Guard, Mapping[int, int]]]
 _NOTHING_LOST: tuple[int, Shortfall | None] = (0, None)
 _REASONS = {LoadOutcome.GONE: Shortfall.GONE, LoadOutcome.CORRUPT: Shortfall.CORRUPT}
 _WAITING = LoadState.WAITING  # by name it would cost a tenth of a microsecond
@@ -58,7 +57,7 @@ class Loader:
         )
         self._table: dict[bytes, ChunkLoad] = {}
         self._reserved_bytes = 0
-        self._added: list[tuple[Request, Sequence[bytes], _Rooms, _Sources]] = []
+        self._added: list[tuple[Request, Sequence[bytes], _Rooms, Sources]] = []
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -79,11 +78,13 @@ class Loader:
         self.in_flight()
         return self._reserved_bytes
 
-    def add(self, request: Request, hashes: Sequence[bytes], rooms: _Rooms, sources: _Sources) -> None:
-        """Load objects for a request, by chunk number, from these sources; takes over its rooms, and the sources' pins.
+    def add(self, request: Request, hashes: Sequence[bytes], found: Found, sources: Sources) -> None:
+        """Load objects for a request from sources that were found; takes over their pins, and the request's rooms.
 
         The work begins when somebody looks at what is on its way, or after `begin_soon`.
         """
+        found.take(sources)
+        rooms, request.rooms = request.rooms, ()
         self._added.append((request, hashes, rooms, sources))
 
     def begin_soon(self) -> None:
@@ -207,7 +208,9 @@ class Loader:
                 del to_load[n]
                 if not load.waiting:
                     self._settle((load,))
-            for guard, masks in found.take(found.sources(to_load)):
+            sources = found.sources(to_load)
+            found.take(sources)
+            for guard, masks in sources:
                 self._batches.enqueue(guard, [(loads[n], mask) for n, mask in masks.items()], tried)
 
     def _with_room(self, load: ChunkLoad) -> ChunkLoad | None:

@@ -14,6 +14,9 @@ from async_cache.prompt.layout import ModelLayout
 
 _UNPINNED_AT_ONCE = 1024  # chunks
 
+Sources = Sequence[tuple[Guard, Mapping[int, int]]]
+"""Where to load objects from: backends, with the objects by chunk number."""
+
 
 class Asked:
     """What a lookup asks for: objects of chunks, as masks by the chunk's number among `hashes`."""
@@ -72,7 +75,7 @@ class Found:
                 merged[number] = merged.get(number, 0) | mask
         return merged
 
-    def sources(self, wanted: Mapping[int, int]) -> list[tuple[Guard, dict[int, int]]]:
+    def sources(self, wanted: Mapping[int, int]) -> Sources:
         """Where to load objects from: each from its fastest holder."""
         left = dict(wanted)
         sources = []
@@ -86,15 +89,14 @@ class Found:
             sources.append((guard, part))
         return sources
 
-    def take(self, sources: list[tuple[Guard, dict[int, int]]]) -> list[tuple[Guard, dict[int, int]]]:
-        """Hand the pins of `sources` over to the caller, and return them."""
+    def take(self, sources: Sources) -> None:
+        """Hand the pins of sources over to the caller."""
         for (_, masks), (_, part) in zip(self._holders, sources, strict=True):
             if part == masks:
                 masks.clear()
             else:
                 for number, mask in part.items():
                     masks[number] &= ~mask
-        return sources
 
     def leave_out(self, removed: Container[bytes]) -> None:
         """Unpin what was found of chunks that were removed meanwhile."""

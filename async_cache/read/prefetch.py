@@ -134,8 +134,9 @@ class PrefetchController:
         """Lease what L1 has, and join what is on its way there. Returns what to ask of L2, or None if L1 has it all."""
         layout, hashes = request.prompt.layout, request.hashes
         full = layout.objects.full_mask
-        request.entries = entries = list(map(self._l1.find, hashes))
+        entries = list(map(self._l1.find, hashes))
         self._l1.lease(filter(None, entries))
+        request.entries = entries
         incomplete = [n for n, entry in enumerate(entries) if entry is None or entry.present != full]
         if incomplete:
             return Asked(layout, hashes, self._missing(request, hashes, incomplete))
@@ -196,8 +197,7 @@ class PrefetchController:
         elif plan.found < len(hashes):
             shortfall = request.reasons.get(plan.found, Shortfall.BACKEND_ERROR if found.failed else None)
         if plan.to_load:
-            rooms, request.rooms = request.rooms, ()
-            self._loader.add(request, hashes, rooms, found.take(sources))
+            self._loader.add(request, hashes, found, sources)
         self._say_hits(request, plan.found, shortfall, load_bytes, expected)
         self._loader.begin_soon()
         if not request.loads:

@@ -1,0 +1,237 @@
+"""The deciding step of a prefetch: whatever raises in it, or calls back after it, nothing stays held."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, Shortfall
+from async_cache.l1.store import L1Store
+from async_cache.l2.memory import MemoryBackend
+from async_cache.observe import Observer, Observers
+from async_cache.prompt import coverage
+from async_cache.read.loads import Loader
+from async_cache.read.lookup import Found
+from async_cache.read.plan import Planner
+from async_cache.read.prefetch import PrefetchController
+from async_cache.testing.backends import WrappedBackend
+
+# Two objects a chunk, so that a chunk can be in L1 in part; a window, so that a part is not needed.
+LAYOUT = ModelLayout(
+    "toy", (ObjectGroup((8,), "uint8"), ObjectGroup((8,), "uint8", window_chunks=2)), chunk_tokens=4, world_size=2
+)
+PROMPT = LAYOUT.prompt(range(16))
+
+STEPS: list[tuple[Any, str]] = [
+    (Planner, "plan"),
+    (Planner, "_fits"),
+    (Planner, "_reserve_within"),
+    (L1Store, "reserve"),
+    (L1Store, "lease"),
+    (coverage, "lengths"),
+    (coverage, "needed"),
+    (Found, "masks"),
+    (Found, "sources"),
+    (Found, "take"),
+    (Loader, "expected_seconds"),
+    (Loader, "add"),
+    (Loader, "begin_soon"),
+    (PrefetchController, "_missing"),
+    (PrefetchController, "_say_hits"),
+]
+
+
+@asynccontextmanager
+async def stored(memory: MemoryBackend, *, wrapped: bool) -> AsyncIterator[AsyncCache]:
+    """A cache with PROMPT in L2, and rank 0 of its first two chunks in L1.
+
+    A wrapped backend is asked in a task; a bare one answers within the step of the call.
+    """
+    backend = WrappedBackend(memory) if wrapped else memory
+    async with AsyncCache(CacheConfig(l1_bytes=2**20), [backend]) as cache:
+        for rank in (0, 1):
+            await fill(cache, rank)
+        await cache.flush()
+        await cache.clear("l1")
+        async with cache.store(PROMPT) as writer:
+            for chunk in writer.chunks[:2]:
+                write(chunk, 0)
+        await cache.flush()
+        yield cache
+        cache.check_integrity()
+
+
+def write(chunk: Any, rank: int) -> None:
+    for group, view in enumerate(chunk.views):
+        view[:] = bytes([16 * chunk.index + 2 * rank + group]) * len(view)
+    chunk.commit()
+
+
+async def fill(cache: AsyncCache, rank: int) -> None:
+    async with cache.store(PROMPT, rank=rank) as writer:
+        for chunk in writer:
+            write(chunk, rank)
+
+
+async def nothing_is_held(cache: AsyncCache, memory: MemoryBackend) -> bool:
+    stats = await cache.stats()
+    held = (stats.requests, stats.leases, stats.leased_bytes, stats.reserved_bytes, stats.quarantined_bytes)
+    return not any(held) and not memory.pins
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["in the call", "in a task"])
+@pytest.mark.parametrize(("owner", "name"), STEPS, ids=[f"{getattr(o, '__name__', o)}.{n}" for o, n in STEPS])
+async def test_whatever_raises_in_the_deciding_step_nothing_stays_held(
+    owner: Any, name: str, wrapped: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = MemoryBackend()
+    async with stored(memory, wrapped=wrapped) as cache:
+        real, calls = getattr(owner, name), 0
+
+        def fails_once(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                raise RuntimeError("a bug")
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, fails_once)
+        with caplog.at_level(logging.CRITICAL + 1):
+            prefetch = cache.prefetch(PROMPT, request_id="r")
+            hits, result = await asyncio.wait_for(asyncio.gather(prefetch.lookup_done, prefetch.load_done), 5)
+        assert calls, "the step was not taken"
+        assert (result.chunks, result.shortfall) == (0, Shortfall.BACKEND_ERROR)
+        assert hits.shortfall is Shortfall.BACKEND_ERROR or hits.chunks  # it may have been said already
+        assert (await cache.query_status("r")) == result
+        assert await nothing_is_held(cache, memory)
+        monkeypatch.undo()
+        again = cache.prefetch(PROMPT, request_id="r")
+        assert (await again.load_done).chunks == 4
+        for rank in (0, 1):
+            async with cache.read("r", rank=rank) as lease:
+                for chunk in lease:
+                    for group, view in enumerate(chunk.views):
+                        assert view is None or set(view) == {16 * chunk.index + 2 * rank + group}
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["in the call", "in a task"])
+async def test_who_is_told_of_the_hits_may_cancel_and_end_the_request(wrapped: bool) -> None:
+    memory = MemoryBackend()
+    async with stored(memory, wrapped=wrapped) as cache:
+        prefetch = cache.prefetch(PROMPT)
+
+        def cancel(_: object) -> None:
+            prefetch.cancel()
+            cache.core.requests.end(prefetch.request_id)
+
+        prefetch.promised.hits.tell(cancel)
+        assert (await prefetch.lookup_done).chunks == 4
+        assert (await prefetch.load_done).shortfall is Shortfall.CANCELLED
+        await asyncio.sleep(0.05)
+        assert await nothing_is_held(cache, memory)
+
+
+class Recorder(Observer):
+    """Notes every event, and does something in each."""
+
+    def __init__(self, cache: AsyncCache, act: Any = None) -> None:
+        self.cache, self.act = cache, act
+        self.events: list[tuple[str, Any]] = []
+
+    def note(self, event: str, what: Any) -> None:
+        self.events.append((event, what))
+        if self.act is not None:
+            self.act()
+
+    def promised(self, prefetch: Any, hits: Any) -> None:
+        self.note("promised", hits.request_id)
+
+    def loaded(self, prefetch: Any, result: Any) -> None:
+        self.note("loaded", result.request_id)
+
+    def over(self, prefetch: Any) -> None:
+        self.note("over", prefetch.request_id)
+
+    def committed(self, chunk: Any) -> None:
+        self.note("committed", chunk.chunk_hash)
+
+    def evicted(self, chunk: Any, removal: Any) -> None:
+        self.note("evicted", (chunk.chunk_hash, removal))
+
+    def removed(self, chunk: Any, removal: Any) -> None:
+        self.note("removed", (chunk.chunk_hash, removal))
+
+
+def fail() -> None:
+    raise RuntimeError("an observer's bug")
+
+
+async def test_any_number_of_observers_are_told_in_order_whatever_one_of_them_does(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    memory = MemoryBackend()
+    async with stored(memory, wrapped=True) as cache:
+        await asyncio.sleep(0)
+        first, broken = Recorder(cache), Recorder(cache, fail)
+        ends = Recorder(cache, lambda: cache.core.requests.end("r"))
+        last = Recorder(cache)
+        for observer in (first, broken, ends, last):
+            cache.core.observers.add(observer)
+        with caplog.at_level(logging.CRITICAL + 1):
+            prefetch = cache.prefetch(PROMPT, request_id="r")
+            assert (await prefetch.lookup_done).chunks == 4
+            await asyncio.sleep(0.05)
+        assert [event for event, _ in first.events if event != "committed"] == ["promised", "loaded", "over"]
+        assert first.events == broken.events == ends.events == last.events
+        assert await nothing_is_held(cache, memory)
+
+        cache.core.observers.discard(last)
+        await cache.delete(PROMPT)
+        await asyncio.sleep(0)
+        assert {event for event, _ in first.events} >= {"removed"}
+        assert "removed" not in {event for event, _ in last.events}
+
+
+async def test_an_eviction_is_told_with_its_reason_and_a_deletion_with_its_own() -> None:
+    layout = ModelLayout("toy", (ObjectGroup((4096,), "uint8"),), chunk_tokens=4)
+    async with AsyncCache(CacheConfig(l1_bytes=2 * 4096, l2=[])) as cache:
+        recorder = Recorder(cache)
+        cache.core.observers.add(recorder)
+        old, new = (layout.prompt(range(n, n + 4), salt="tenant") for n in (0, 100))
+        for prompt in (old, new, layout.prompt(range(200, 204))):
+            async with cache.store(prompt) as writer:
+                for chunk in writer:
+                    chunk.commit()
+        await cache.delete(new)
+        await asyncio.sleep(0)
+        assert recorder.events == [
+            ("committed", old.chunk_hashes[0]),
+            ("committed", new.chunk_hashes[0]),
+            ("evicted", (old.chunk_hashes[0], "capacity")),
+            ("committed", layout.prompt(range(200, 204)).chunk_hashes[0]),
+            ("removed", (new.chunk_hashes[0], "deleted")),
+        ]
+
+
+async def test_an_entry_has_its_owner_however_it_came() -> None:
+    memory = MemoryBackend()
+    prompt = LAYOUT.prompt(range(16), salt="tenant")
+    async with AsyncCache(CacheConfig(l1_bytes=2**20), [memory]) as cache:
+        for rank in (0, 1):
+            async with cache.store(prompt, rank=rank) as writer:
+                for chunk in writer:
+                    chunk.commit()
+        assert {entry.owner for entry in cache.core.l1.index.values()} == {"tenant"}
+        await cache.flush()
+        await cache.clear("l1")
+        assert (await cache.prefetch(prompt).load_done).l2_chunks == 4
+        assert {entry.owner for entry in cache.core.l1.index.values()} == {"tenant"}
+
+
+def test_nobody_is_told_of_what_nobody_overrides() -> None:
+    observers = Observers()
+    observers.add(Observer())
+    assert not any(vars(observers).values())
