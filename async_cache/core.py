@@ -21,7 +21,7 @@ from async_cache.retention.lru import LeastRecentlyUsed
 from async_cache.values import CacheStats, LookupHits
 from async_cache.write.removal import Remover
 from async_cache.write.writeback import Writeback
-from async_cache.write.writer import Writer
+from async_cache.write.writing import Writing
 
 
 class Core:
@@ -42,7 +42,7 @@ class Core:
             self.l1, self.guards, self.loader, self.sweeper, tombstones, self.observers, config
         )
         self.requests = self.controller.requests
-        self.open_writers = self.sweeper.expiry(config.reservation_ttl_seconds, Writer.expire)
+        self.writing = Writing(self.l1, self.writeback, self.sweeper, config)
         self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones, config)
         self.sweeping = asyncio.create_task(self.sweeper.run())
 
@@ -52,8 +52,7 @@ class Core:
         self.l1.closed = True  # no writer opens any more
         await self.controller.close()
         await self.remover.close()
-        for writer in list(self.open_writers):
-            writer.expire()
+        self.writing.close()
         await self.writeback.flush(timeout)
         await self.writeback.close()
         self.sweeping.cancel()
@@ -103,6 +102,7 @@ class Core:
 
     def stats(self) -> CacheStats:
         """Count what is held now, and what was done since the cache was opened."""
+        self.writing.reclaim()
         l1, requests = self.l1, self.requests
         return CacheStats(
             requests=len(requests),
@@ -117,7 +117,7 @@ class Core:
             shared_loads=self.loader.shared_loads,
             swept_results=requests.swept_results,
             swept_leases=requests.swept_leases,
-            swept_reservations=self.open_writers.swept,
+            swept_reservations=self.writing.swept,
             writebacks_pending=self.writeback.pending,
             writebacks_dropped=self.writeback.dropped,
             backends={g.backend.name: usage for g in self.guards if (usage := g.usage()) is not None},

@@ -252,7 +252,9 @@ class Session:
         self._done(message)
 
     def _reserve_store(self, message: messages.ReserveStore) -> None:
-        writer = self._cache.store(self._prompt(message.prompt), rank=message.rank, start_chunk=message.start_chunk)
+        expired = partial(self._stores.expired, message.number)
+        prompt = self._prompt(message.prompt)
+        writer = self._cache.core.writing.writer(prompt, message.rank, message.start_chunk, expired)
         self._wait_for(message, self._stores.open(message.number, writer), lambda _, reserved: reserved)
 
     def _store_data(self, message: messages.StoreData) -> None:

@@ -6,10 +6,10 @@ from concurrent.futures import Executor
 from functools import partial
 
 from async_cache.errors import ProtocolError, WriterClosedError
+from async_cache.handles.writer import WriteChunk, Writer
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.server.segment import ClientSegment
-from async_cache.write.writer import WriteChunk, Writer
 
 _COPIED_AT_ONCE = 8 * 2**20  # bytes that are copied in a step of the loop, in a millisecond; the rest by threads
 
@@ -35,10 +35,10 @@ class Stores:
         """Reserve."""
         await writer
         self.writers[number] = writer
-        writer.on_expired = partial(self._expired, number)
         return messages.StoreReserved(number, [chunk.index for chunk in writer], writer.shortfall)
 
-    def _expired(self, number: int) -> None:
+    def expired(self, number: int) -> None:
+        """A writer was closed from outside: tell its client."""
         if self._forget(number) is not None:
             self._connection.send(messages.StoreClosed(number))
 
