@@ -321,6 +321,10 @@ class PrefetchController:
             self._end(request)
         return result
 
+    def find(self, request_id: str) -> Request | None:
+        """The request of an id, or None."""
+        return self.requests.get(request_id)
+
     def unclaim(self, request_id: str) -> None:
         """Who has claimed it never came to know of it: it may be claimed again. One that is over stays so."""
         request = self.requests.get(request_id)
