@@ -43,6 +43,7 @@ from async_cache.errors import (
 )
 from async_cache.handles.lease import ReadChunk, ReadLease
 from async_cache.handles.prefetch import Prefetch
+from async_cache.handles.writer import WriteChunk, Writer
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.prompt.objects import ObjectGroup
@@ -55,7 +56,6 @@ from async_cache.values import (
     LookupHits,
     Shortfall,
 )
-from async_cache.write.writer import WriteChunk, Writer
 
 __all__ = [
     # the cache and what it is made from

@@ -11,14 +11,14 @@ from async_cache.core import Core
 from async_cache.errors import BackendError, CacheClosedError, ConfigError
 from async_cache.handles.lease import ReadLease
 from async_cache.handles.prefetch import Prefetch
+from async_cache.handles.writer import Writer
 from async_cache.l2.backend import Backend
 from async_cache.l2.registry import from_url
 from async_cache.memory.arena import Arena
 from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
-from async_cache.prompt.layout import Prompt, check_index
+from async_cache.prompt.layout import Prompt
 from async_cache.prompt.objects import PAGE_BYTES
 from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
-from async_cache.write.writer import Writer
 
 _POPULATE_BYTES = 64 * 2**20  # of the arena in one step
 _MAX_REQUEST_ID = 1024  # a server puts its tenant and namespace before a client's, which has up to 256
@@ -178,9 +178,7 @@ class AsyncCache:
         """Write a rank's chunks from `start_chunk` on, those that L1 lacks: `async with` the writer, or `await` it."""
         core = self.core
         check_prompt(prompt)
-        check_index("rank", rank, prompt.layout.world_size)
-        check_index("start_chunk", start_chunk, len(prompt) + 1)
-        return Writer(core.l1, core.writeback, core.open_writers, prompt, rank, start_chunk)
+        return core.writing.writer(prompt, rank, start_chunk)
 
     async def flush(self, deadline_seconds: float | None = None) -> FlushResult:
         """Wait until what was committed is in L2. Counts what was written or dropped since the last flush."""

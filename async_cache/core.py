@@ -21,7 +21,7 @@ from async_cache.retention.lru import LeastRecentlyUsed
 from async_cache.values import CacheStats, LookupHits
 from async_cache.write.removal import Remover
 from async_cache.write.writeback import Writeback
-from async_cache.write.writer import Writer
+from async_cache.write.writing import Writing
 
 
 class Core:
@@ -40,7 +40,7 @@ class Core:
             self.l1, self.guards, self.loader, self.sweeper, tombstones, config, self.observers
         )
         self.requests = self.controller
-        self.open_writers = self.sweeper.expiry(config.reservation_ttl_seconds, Writer.expire)
+        self.writing = Writing(self.l1, self.writeback, self.sweeper, config)
         self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones, config)
         self.sweeping = asyncio.create_task(self.sweeper.run())
 
@@ -50,8 +50,7 @@ class Core:
         self.l1.closed = True  # no writer opens any more
         await self.controller.close()
         await self.remover.close()
-        for writer in list(self.open_writers):
-            writer.expire()
+        self.writing.close()
         await self.writeback.flush(timeout)
         await self.writeback.close()
         self.sweeping.cancel()
@@ -99,6 +98,7 @@ class Core:
         )
 
     def stats(self) -> CacheStats:
+        self.writing.reclaim()
         l1, controller = self.l1, self.controller
         return CacheStats(
             requests=len(controller.requests),
@@ -113,7 +113,7 @@ class Core:
             shared_loads=self.loader.shared_loads,
             swept_results=controller.results.swept,
             swept_leases=controller.leases.swept,
-            swept_reservations=self.open_writers.swept,
+            swept_reservations=self.writing.swept,
             writebacks_pending=self.writeback.pending,
             writebacks_dropped=self.writeback.dropped,
             backends={g.backend.name: usage for g in self.guards if (usage := g.usage()) is not None},

@@ -209,7 +209,8 @@ class Session:
 
     async def _reserve_store(self, message: messages.ReserveStore) -> Message:
         prompt = self._layouts.prompt(message.prompt)
-        writer = self._cache.store(prompt, rank=message.rank, start_chunk=message.start_chunk)
+        expired = partial(self._writers.expired, message.number)
+        writer = self._cache.core.writing.writer(prompt, message.rank, message.start_chunk, expired)
         return await self._writers.open(message.number, writer)
 
     async def _delete(self, message: messages.Delete) -> Message:

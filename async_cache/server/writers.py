@@ -6,11 +6,11 @@ from concurrent.futures import Executor
 from functools import partial
 
 from async_cache.errors import ProtocolError, WriterClosedError
+from async_cache.handles.writer import WriteChunk, Writer
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.server.held import Held
 from async_cache.server.segment import ClientSegment
-from async_cache.write.writer import WriteChunk, Writer
 
 _COPIED_AT_ONCE = 8 * 2**20  # bytes that are copied in a step of the loop, in a millisecond; the rest by threads
 
@@ -86,11 +86,11 @@ class Writers:
     async def open(self, number: int, writer: Writer) -> messages.StoreReserved:
         """Reserve room for what L1 lacks."""
         await writer
-        writer.on_expired = partial(self._expired, number)
         HeldWriter(number, self._held, self._connection, writer)
         return messages.StoreReserved(number, [chunk.index for chunk in writer], writer.shortfall)
 
-    def _expired(self, number: int) -> None:
+    def expired(self, number: int) -> None:
+        """Tell the client that the writer of this number was closed from outside."""
         held = self._find(number)
         if held is not None:
             held.expired()

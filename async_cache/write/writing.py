@@ -1,0 +1,161 @@
+"""The writers of an embedded cache: reserve -> commit | discard."""
+
+import asyncio
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from async_cache.aio.sweeper import Sweeper
+from async_cache.config import CacheConfig
+from async_cache.errors import CacheClosedError
+from async_cache.handles.writer import Block, Opened, WriteChunk, Writer
+from async_cache.l1.entry import Reservation
+from async_cache.l1.store import L1Store
+from async_cache.prompt.layout import Prompt, check_index
+from async_cache.values import Shortfall
+from async_cache.write.writeback import Writeback
+
+
+class OpenWriter:
+    """What an open writer has reserved, and which of its blocks have been lent to views."""
+
+    __slots__ = ("expired", "indices", "lent", "prompt", "rank", "reservations", "writer")
+
+    def __init__(
+        self,
+        writer: Writer,
+        prompt: Prompt,
+        rank: int,
+        indices: Sequence[int],
+        reservations: Sequence[Reservation],
+        expired: Callable[[], None] | None,
+    ):
+        self.writer: Writer | None = writer  # until it is closed: a cycle would wait for a garbage collection
+        self.prompt, self.rank = prompt, rank
+        self.indices, self.reservations = indices, reservations  # by position, like what follows
+        self.lent: dict[int, weakref.ref[Block]] = {}  # the blocks that somebody has seen
+        self.expired = expired
+
+
+class Writing:
+    """All writers that are open: what they reserve, publish and leave, and the time after which they expire."""
+
+    def __init__(self, l1: L1Store, writeback: Writeback, sweeper: Sweeper, config: CacheConfig):
+        self._l1 = l1
+        self._writeback = writeback
+        self._loop = asyncio.get_running_loop()
+        self._open = sweeper.expiry(config.reservation_ttl_seconds, self._expire)
+        self._unseen: deque[Reservation] = deque()  # rooms whose last view has gone, in whatever thread
+        self._woken = False  # a `reclaim` is on its way
+
+    @property
+    def swept(self) -> int:
+        """How many writers have expired."""
+        return self._open.swept
+
+    def writer(self, prompt: Prompt, rank: int, start_chunk: int, expired: Callable[[], None] | None = None) -> Writer:
+        """A writer of a rank's chunks from `start_chunk` on, which reserves when it is entered.
+
+        `expired` is called when it was closed because it was idle, or with the cache. Raises ValueError for a rank or
+        a chunk that the prompt does not have.
+        """
+        check_index("rank", rank, prompt.layout.world_size)
+        check_index("start_chunk", start_chunk, len(prompt) + 1)
+        return Writer(partial(self._reserve, prompt, rank, start_chunk, expired))
+
+    def close(self) -> None:
+        """Close all writers that are open."""
+        for writer in list(self._open):
+            self._expire(writer)
+
+    def reclaim(self) -> None:
+        """Free the rooms that were in quarantine and that nobody sees any more: in the loop's thread only."""
+        self._woken = False
+        while self._unseen:
+            self._l1.discard((self._unseen.popleft(),))
+
+    async def _reserve(
+        self, prompt: Prompt, rank: int, start_chunk: int, expired: Callable[[], None] | None, writer: Writer
+    ) -> Opened:
+        if not prompt.hashed:
+            await asyncio.to_thread(prompt.hash)
+        if self._l1.closed:
+            raise CacheClosedError("the cache was closed")
+        self.reclaim()
+        layout, hashes = prompt.layout, prompt.chunk_hashes
+        mask = layout.objects.rank_masks[rank]
+        find = self._l1.find
+        missing = [
+            index
+            for index in range(start_chunk, len(hashes) if mask else 0)
+            if (entry := find(hashes[index])) is None or mask & ~entry.present
+        ]
+        resident = [entry for entry in map(find, hashes) if entry is not None]
+        self._l1.lease(resident)  # the room for a tail must not be taken from its own head
+        made = self._l1.reserve(layout, [(hashes[index], rank) for index in missing], prompt.salt)
+        self._l1.release(reversed(resident))
+        for entry in resident:
+            if entry.dropped:  # whoever stores a prompt again wants it in L2
+                self._writeback.enqueue(entry)
+        shortfall = Shortfall.MEMORY if len(made) < len(missing) else None
+        opened = OpenWriter(writer, prompt, rank, missing, made, expired)
+        self._open.add(opened)
+        chunks = tuple(
+            WriteChunk(index, reservation.offset, layout, rank, partial(self._lend, opened, position))
+            for position, (index, reservation) in enumerate(zip(missing, made, strict=False))
+        )
+        return Opened(chunks, shortfall, partial(self._commit, opened), partial(self._close, opened), _settled)
+
+    def _lend(self, opened: OpenWriter, position: int) -> Block:
+        """The memory of a chunk, to make views of."""
+        size_bytes = opened.prompt.layout.objects.block_bytes[opened.rank]
+        block = self._l1.arena.export(opened.reservations[position].offset, size_bytes)
+        opened.lent[position] = weakref.ref(block)
+        return block
+
+    def _commit(self, opened: OpenWriter, position: int) -> None:
+        index, prompt = opened.indices[position], opened.prompt
+        mask = prompt.layout.objects.rank_masks[opened.rank]
+        before = prompt.chunk_hashes[index - 1] if index else None
+        self._writeback.enqueue(self._l1.commit(opened.reservations[position], mask, before))
+        self._open.add(opened)
+
+    def _close(self, opened: OpenWriter, uncommitted: Sequence[int]) -> None:
+        """Give back the rooms that were not committed; in quarantine goes what somebody still sees."""
+        self._open.discard(opened)
+        opened.writer = None
+        free = []
+        for position in uncommitted:
+            reservation = opened.reservations[position]
+            lent = opened.lent.get(position)
+            block = lent() if lent is not None else None
+            if block is None:
+                free.append(reservation)
+            else:
+                self._l1.quarantine(reservation)
+                weakref.finalize(block, self._unseen_now, reservation).atexit = False
+        self._l1.discard(free)
+
+    def _unseen_now(self, reservation: Reservation) -> None:
+        """The last view of a room has gone: wherever that was, only the loop's thread may change L1.
+
+        It may have been in another thread, or in a garbage collection in the middle of a change of L1.
+        """
+        self._unseen.append(reservation)
+        if not self._woken:
+            self._woken = True
+            try:
+                self._loop.call_soon_threadsafe(self.reclaim)
+            except RuntimeError:  # the loop is closed, and L1 with it
+                return
+
+    def _expire(self, opened: OpenWriter) -> None:
+        if opened.writer is not None:  # else another one's `expired` closed it
+            opened.writer.expire()
+            if opened.expired is not None:
+                opened.expired()
+
+
+async def _settled() -> None:
+    """What was committed in L1 can be found at once."""
