@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
+from enum import Enum
 from typing import Any, cast
 
 from async_cache.errors import AsyncCacheError, ConnectionLostError
@@ -15,8 +16,31 @@ log = logging.getLogger(__name__)
 _MESSAGES_AT_ONCE = 128
 
 
+class ConnectionState(Enum):
+    """NEW -> OPEN, once there is a transport, -> CLOSING -> LOST. A new one may be aborted or lost at once.
+
+    While it is CLOSING, nothing is received any more, and what was sent goes out.
+    """
+
+    NEW = "new"
+    OPEN = "open"
+    CLOSING = "closing"
+    LOST = "lost"
+
+
+_OPEN = ConnectionState.OPEN  # looked up for every message, and a name in an enum is slow
+
+
+class Pause(Enum):
+    """Why nothing is received for a while."""
+
+    TURN = "other connections have their turn"
+    OWNER = "the owner is busy with what it has received"
+    STALL = "the peer does not read what it is sent"
+
+
 class Connection(asyncio.Protocol):
-    """NEW -> OPEN -> CLOSING (nothing is received any more, what was sent goes out) -> LOST.
+    """A connection to a peer, with the states of `ConnectionState`.
 
     `received` is called with each message, in order; `lost` once, with the reason if there is one. With
     `stall_seconds`, a peer that does not read what it is sent is not listened to either, and is given up after that.
@@ -30,6 +54,7 @@ class Connection(asyncio.Protocol):
         *,
         stall_seconds: float | None = None,
     ):
+        self._state = ConnectionState.NEW
         self._decoder = decoder
         self._received = received
         self._lost = lost
@@ -37,13 +62,10 @@ class Connection(asyncio.Protocol):
         self._frames = FrameReader()
         self._arrived: deque[bytes] = deque()  # data that was not looked at yet
         self._payloads: Iterator[memoryview] = iter(())  # of the data that is looked at now
-        self._reading = True
-        self._held_up = False
-        self._takes_turns = False  # what is left is taken in the loop's next turn
+        self._pauses: set[Pause] = set()
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
-        self._closing = False
-        self._resumed: asyncio.Event | None = None  # while the peer does not read
+        self._writable: asyncio.Event | None = None  # set again when the peer has read; None while it does
         self._giving_up: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self.received_frames = 0
@@ -51,16 +73,22 @@ class Connection(asyncio.Protocol):
     @property
     def is_open(self) -> bool:
         """Whether messages can be sent."""
-        return self._transport is not None and not self._closing
+        return self._state is _OPEN
 
     def descriptors(self) -> list[int]:
-        """Of the socket, as long as it is open."""
+        """The descriptor of the socket, as long as it is open."""
         sock = self._transport.get_extra_info("socket") if self._transport is not None else None
         return [sock.fileno()] if sock is not None else []
 
+    def __repr__(self) -> str:
+        pauses = "".join(f", {pause.value}" for pause in self._pauses)
+        return f"<Connection, {self._state.value}, {self.received_frames} frames received{pauses}>"
+
+    # Sending.
+
     def send(self, message: Message) -> None:
         """Send a message with the others of this step of the loop; nothing if the connection is not open."""
-        if self.is_open:
+        if self._state is _OPEN:
             if not self._out:
                 self._loop.call_soon(self.flush)
             self._out.append(frame(encode(message)))
@@ -74,51 +102,55 @@ class Connection(asyncio.Protocol):
     async def drained(self) -> None:
         """Return when the peer has read enough for more to be sent. Raises ConnectionLostError."""
         self.flush()
-        while self._resumed is not None and not self._closing:
-            await self._resumed.wait()
+        while self._writable is not None and self.is_open:
+            await self._writable.wait()
         if not self.is_open:
             raise ConnectionLostError("the connection was closed")
 
-    def close(self) -> None:
-        """Close, after what was sent; a peer that does not take it is given up."""
-        if self.is_open:
-            self.flush()
-            self._closing = True
-            assert self._transport is not None
-            self._transport.close()
-            if self._stall_seconds is not None and self._giving_up is None:
-                self._giving_up = self._loop.call_later(self._stall_seconds, self.abort)
+    def pause_writing(self) -> None:
+        """Wait until the peer reads; the transport calls this."""
+        self._writable = asyncio.Event()
+        if self._stall_seconds is not None and self.is_open:
+            self._giving_up = self._loop.call_later(self._stall_seconds, self.abort)
+            self._pause(Pause.STALL)
 
-    def abort(self) -> None:
-        """Close at once."""
-        self._closing = True
-        if self._transport is not None:
-            self._transport.abort()
+    def resume_writing(self) -> None:
+        """Send again, and receive; the transport calls this."""
+        self._wake_senders()
+        if self._giving_up is not None and self.is_open:
+            self._giving_up.cancel()
+            self._giving_up = None
+        self._resume(Pause.STALL)
 
-    def fail(self, error: Exception) -> None:
-        """Tell the peer why, and close."""
-        self.send(failed(0, error))
-        self.close()
+    def _wake_senders(self) -> None:
+        writable, self._writable = self._writable, None
+        if writable is not None:
+            writable.set()
 
-    # What the transport calls.
+    # Receiving.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin; the transport calls this."""
         self._transport = cast(asyncio.Transport, transport)
+        if self._state is ConnectionState.NEW:
+            self._state = _OPEN
+        else:
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        """Take what has arrived, or keep it while there is a pause; the transport calls this."""
         self._arrived.append(data)
-        if not self._takes_turns:
+        if not self._pauses:
             self._take()
 
     def _take(self) -> None:
         """Hand on what has arrived: so much at a time that other connections have their turn."""
-        self._takes_turns = False
         left = _MESSAGES_AT_ONCE
         try:
-            while not self._closing and not self._held_up:
+            while self._state is _OPEN and not self._pauses:
                 if not left:
-                    self._takes_turns = True
-                    self._loop.call_soon(self._take)
+                    self._pause(Pause.TURN)
+                    self._loop.call_soon(self._resume, Pause.TURN)
                     break
                 payload = next(self._payloads, None)
                 if payload is not None:
@@ -134,55 +166,68 @@ class Connection(asyncio.Protocol):
         except Exception as error:
             log.exception("a message could not be handled")
             self.fail(error)
-        self._update_reading()
 
-    def hold_up(self) -> None:
-        """Receive nothing more until `go_on`."""
-        self._held_up = True
+    def pause_reading(self) -> None:
+        """Receive nothing more until `resume_reading`."""
+        self._pause(Pause.OWNER)
 
-    def go_on(self) -> None:
+    def resume_reading(self) -> None:
         """Receive again, beginning with what has arrived already."""
-        if self._held_up:
-            self._held_up = False
-            if not self._takes_turns:
-                self._take()
+        self._resume(Pause.OWNER)
 
-    def _update_reading(self) -> None:
-        """Read from the peer only what can be handled, and only from one that reads: memory has a bound."""
-        stalled = self._stall_seconds is not None and self._resumed is not None
-        wanted = not (self._held_up or self._takes_turns or stalled)
-        if wanted != self._reading and self._transport is not None and not self._closing:
-            self._reading = wanted
-            if wanted:
-                self._transport.resume_reading()
-            else:
+    def _pause(self, reason: Pause) -> None:
+        """Receive nothing more: what is not read from the peer takes no memory here."""
+        self._pauses.add(reason)
+        if self.is_open:
+            assert self._transport is not None
+            if self._transport.is_reading():
                 self._transport.pause_reading()
 
-    def pause_writing(self) -> None:
-        self._resumed = asyncio.Event()
-        if self._stall_seconds is not None and not self._closing:
-            self._giving_up = self._loop.call_later(self._stall_seconds, self.abort)
-        self._update_reading()
+    def _resume(self, reason: Pause) -> None:
+        """Receive again, if that was the last reason not to."""
+        self._pauses.discard(reason)
+        if self._pauses:
+            return
+        self._take()
+        if self.is_open and not self._pauses:
+            assert self._transport is not None
+            if not self._transport.is_reading():
+                self._transport.resume_reading()
 
-    def resume_writing(self) -> None:
-        self._end_pause()
-        self._update_reading()
+    # The end.
 
-    def _end_pause(self) -> None:
-        resumed, self._resumed = self._resumed, None
-        if resumed is not None:
-            resumed.set()
-        if self._giving_up is not None and not self._closing:
-            self._giving_up.cancel()
-            self._giving_up = None
+    def close(self) -> None:
+        """Close, after what was sent; a peer that does not take it is given up."""
+        if self.is_open:
+            self.flush()
+            self._state = ConnectionState.CLOSING
+            assert self._transport is not None
+            self._transport.close()
+            if self._stall_seconds is not None and self._giving_up is None:
+                self._giving_up = self._loop.call_later(self._stall_seconds, self.abort)
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self._state is not ConnectionState.LOST:
+            self._state = ConnectionState.CLOSING
+            if self._transport is not None:
+                self._transport.abort()
+
+    def fail(self, error: Exception) -> None:
+        """Tell the peer why, and close."""
+        self.send(failed(0, error))
+        self.close()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._closing = True
+        """End; the transport calls this."""
+        if self._state is ConnectionState.LOST:
+            return
+        self._state = ConnectionState.LOST
         self._transport = None
         self._out.clear()
         self._arrived.clear()
         self._payloads = iter(())
-        self._end_pause()
+        self._wake_senders()
         if self._giving_up is not None:
             self._giving_up.cancel()
         lost = self._lost

@@ -1,16 +1,22 @@
-"""Who may connect, and which salts it may use."""
+"""Who may connect, which salts it may use, and which request ids are its own."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import TypeVar
+
+import msgspec
 
 from async_cache.config import TenantConfig
 from async_cache.errors import AccessDeniedError
+from async_cache.values import LoadResult, LookupHits
+
+Told = TypeVar("Told", LookupHits, LoadResult)
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """Those who share request ids. `salts` None: it may use all, and is trusted with digests and the arena."""
+    """Those who share a token's rights. With `salts` None it may use all, and is trusted with digests and the arena."""
 
     name: str = ""
     salts: frozenset[str] | None = None
@@ -21,14 +27,33 @@ class Tenant:
         return self.salts is None
 
     def check_salt(self, salt: str) -> None:
-        """Raises AccessDeniedError for a salt of others."""
+        """Check that a salt is its own. Raises AccessDeniedError."""
         if self.salts is not None and salt not in self.salts:
             raise AccessDeniedError(f"the token is not for the salt {salt!r}")
 
     def check_trusted(self, what: str) -> None:
-        """Raises AccessDeniedError for what touches all tenants."""
+        """Check that it may do what touches all tenants. Raises AccessDeniedError."""
         if not self.trusted:
             raise AccessDeniedError(f"the token is bound to salts: it is not for {what}")
+
+
+class Scope:
+    """The request ids of a tenant and namespace: in the cache they are longer, and so never meet those of others."""
+
+    def __init__(self, tenant: Tenant, namespace: str):
+        self._prefix = f"{tenant.name}\0{namespace}\0"  # no name has a control character
+
+    def inner(self, request_id: str) -> str:
+        """What the cache calls a request of this client."""
+        return self._prefix + request_id
+
+    def outer(self, told: Told) -> Told:
+        """Hits or a result, with the request id that the client knows."""
+        return msgspec.structs.replace(told, request_id=told.request_id[len(self._prefix) :])
+
+    def hide(self, text: str) -> str:
+        """A text for this client, in which the cache has named a request."""
+        return text.replace(repr(self._prefix)[1:-1], "")
 
 
 class Access:
@@ -43,9 +68,9 @@ class Access:
         }
 
     def admit(self, token: str | None, *, over_unix: bool) -> Tenant:
-        """Whose token it is. Without one: whoever may open the Unix socket, or anybody if there are no tenants.
+        """The tenant whose token this is. Raises AccessDeniedError.
 
-        Raises AccessDeniedError.
+        Without a token, a client is let in by its way: over the Unix socket, or anyhow if there are no tenants.
         """
         if token is not None:
             tenant = self._by_digest.get(_digest(token))

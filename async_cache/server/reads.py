@@ -1,36 +1,69 @@
 """The reads of one connection: leases, and their bytes in frames where the client does not map the arena."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from async_cache.handles.lease import ReadLease
-from async_cache.prompt.layout import ModelLayout
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.frames import DATA_BYTES
-from async_cache.values import LoadResult
+from async_cache.server.access import Scope
+from async_cache.server.held import Held
+from async_cache.server.layouts import Layouts
+
+
+class Read(Held):
+    """A lease that a connection has entered, held until it is released."""
+
+    __slots__ = ("_lease", "sending")
+
+    def __init__(self, number: int, held: dict[int, Held], connection: Connection, lease: ReadLease):
+        super().__init__(number, held, connection)
+        self._lease = lease
+        self.sending: Held | None = None
+        """What sends its bytes, where they have to be sent."""
+
+    def undo(self) -> None:
+        """Leave it, so that it may be entered again."""
+        self._gone()
+        self._lease.undo()
+        if self.sending is not None:
+            self.sending.undo()
+
+    def release(self) -> None:
+        """Leave it."""
+        self._gone()
+        self._lease.release()
+        if self.sending is not None:
+            self.sending.release()
 
 
 class Reads:
-    """By the number of the message that acquired them."""
+    """The reads of one connection, from `memory`: the arena, which the client sees itself if it is `mapped`."""
 
-    def __init__(self, connection: Connection, memory: memoryview, *, mapped: bool):
-        self.leases: dict[int, ReadLease] = {}
+    def __init__(
+        self,
+        held: dict[int, Held],
+        connection: Connection,
+        memory: memoryview,
+        layouts: Layouts,
+        scope: Scope,
+        *,
+        mapped: bool,
+    ):
+        self._held = held
         self._connection = connection
         self._memory = memory
+        self._layouts = layouts
+        self._scope = scope
         self._mapped = mapped
         self._turn = asyncio.Lock()  # to send a piece: all others that wait need not wake for each
 
-    async def acquire(
-        self,
-        message: messages.AcquireRead,
-        lease: ReadLease,
-        describe: Callable[[ModelLayout], int | messages.Layout],
-        unscoped: Callable[[LoadResult], LoadResult],
-    ) -> None:
+    async def acquire(self, message: messages.AcquireRead, lease: ReadLease) -> None:
         """Wait for the load, say what there is to read, and send it if it must be sent."""
         await lease
-        self.leases[message.number] = lease
+        wait = self._held[message.number]
+        read = Read(message.number, self._held, self._connection, lease)
         block_bytes = lease.layout.block_bytes[message.rank]
         data_bytes = 0 if self._mapped else sum(end - begin for _, begin, end in _spans(lease))
         offsets = [chunk.offset for chunk in lease]
@@ -39,44 +72,39 @@ class Reads:
         self._connection.send(
             messages.ReadAcquired(
                 message.number,
-                unscoped(lease.result),
-                describe(lease.layout),
+                self._scope.outer(lease.result),
+                self._layouts.describe(lease.layout),
                 offsets,
                 _absent(lease, message.rank),
                 buffer_bytes=len(lease) * block_bytes if data_bytes else 0,
                 data_bytes=data_bytes,
             )
         )
-        if not data_bytes:
-            return
+        if data_bytes:
+            read.sending = wait
+            await self._send(message.number, read, lease, block_bytes)
+
+    async def _send(self, number: int, read: Read, lease: ReadLease, block_bytes: int) -> None:
         for to, begin, end in _pieces(lease, block_bytes):
             async with self._turn:
                 await self._connection.drained()
-                if self.leases.get(message.number) is not lease:
+                if not read.is_held:
                     return
-                self._connection.send(messages.ReadData(message.number, to, self._memory[begin:end]))
+                self._connection.send(messages.ReadData(number, to, self._memory[begin:end]))
 
     def release(self, number: int) -> None:
-        """Leave."""
-        lease = self.leases.pop(number, None)
-        if lease is not None:
-            lease.release()
+        """Release the read of this number, if there is one that was entered."""
+        read = self._held.get(number)
+        if isinstance(read, Read):
+            read.release()
 
-    def undo(self, number: int) -> None:
-        """Leave as if it had not been acquired."""
-        lease = self.leases.pop(number, None)
-        if lease is not None:
-            lease.undo()
-
-    def release_all(self) -> None:
-        """The connection is gone."""
-        for number in list(self.leases):
-            self.release(number)
+    def close(self) -> None:
+        """Look at the arena no more: all reads were released."""
         self._memory.release()
 
 
 def _absent(lease: ReadLease, rank: int) -> list[tuple[int, list[int]]]:
-    """By position, the groups that can not be read of a chunk whose block is there."""
+    """By position, the groups that cannot be read of a chunk whose block is there."""
     held = lease.layout.objects.rank_masks[rank]
     return [
         (n, [group for group, span in enumerate(chunk.spans()) if span is None])

@@ -18,10 +18,11 @@ from async_cache.protocol.address import Address
 from async_cache.protocol.greeting import receive_hello, send
 from async_cache.protocol.messages import VERSION, Hello, Welcome, failed
 from async_cache.server.access import Access, Tenant
+from async_cache.server.layouts import SharedLayouts
 from async_cache.server.listener import Listener
-from async_cache.server.registry import Registry
+from async_cache.server.prefetches import Holders
 from async_cache.server.segment import ClientSegment
-from async_cache.server.session import Session
+from async_cache.server.session import Session, Shared
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,9 @@ class Server:
         self._cache = cache
         self._config = config
         self._access = Access(config.tenants)
-        self._registry = Registry(cache)
-        self._copiers = ThreadPoolExecutor(_COPIERS, "copy")
+        self._shared = Shared(
+            cache, config, Holders(cache), SharedLayouts(), ThreadPoolExecutor(_COPIERS, thread_name_prefix="copy")
+        )
         self._listeners: list[Listener] = []
         self._sessions: set[Session] = set()
         self._greeting = 0
@@ -93,7 +95,8 @@ class Server:
             for session in ends:
                 session.connection.abort()
             await asyncio.wait(ends.values())
-        self._copiers.shutdown(wait=False)
+        self._shared.holders.close()
+        self._shared.copiers.shutdown(wait=False)
         os.close(self._readable)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -164,17 +167,7 @@ class Server:
 
     def session(self, tenant: Tenant, namespace: str, segment: ClientSegment | None, *, mapped: bool) -> Session:
         """What serves one connection; it takes over the segment."""
-        session = Session(
-            self._cache,
-            self._registry,
-            self._config,
-            self._copiers,
-            tenant,
-            namespace,
-            segment,
-            mapped=mapped,
-            closed=self._sessions.discard,
-        )
+        session = Session(self._shared, tenant, namespace, segment, mapped=mapped, closed=self._sessions.discard)
         self._sessions.add(session)
         return session
 

@@ -73,7 +73,7 @@ async def open_end(**options: Any) -> AsyncIterator[End]:
 
 async def fill(end: End) -> None:
     """Send until the other end's not reading shows."""
-    while end.connection._resumed is None:
+    while end.connection._writable is None:
         end.connection.send(DATA)
         end.connection.flush()
 

@@ -1,0 +1,67 @@
+"""What a connection holds under the numbers of its messages: the common part."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine
+from typing import Any
+
+from async_cache.protocol import messages
+from async_cache.protocol.connection import Connection
+
+
+class Held(ABC):
+    """Something that a client asked for, and that lasts: HELD, under the number of its message, -> GONE.
+
+    What is made takes the place of what has had the number until then.
+    """
+
+    __slots__ = ("_connection", "_held", "_number")
+
+    def __init__(self, number: int, held: "dict[int, Held]", connection: Connection):
+        self._number = number
+        self._held = held
+        self._connection = connection
+        held[number] = self
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it has its number still."""
+        return self._held.get(self._number) is self
+
+    def _gone(self) -> None:
+        """Free the number, if nothing else has it by now."""
+        if self.is_held:
+            del self._held[self._number]
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Undo it, as if it had not been asked for: the client has given it up."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Release what it has: the connection is gone."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._number}, {'held' if self.is_held else 'gone'}>"
+
+
+class Wait(Held):
+    """A task that answers a message. What it acquires for the client takes its place."""
+
+    __slots__ = ("task",)
+
+    def __init__(
+        self, number: int, held: dict[int, Held], connection: Connection, work: Coroutine[Any, Any, None]
+    ) -> None:
+        super().__init__(number, held, connection)
+        self.task = asyncio.get_running_loop().create_task(work)
+        self.task.add_done_callback(lambda _: self._gone())
+
+    def undo(self) -> None:
+        """Cancel it, and answer that; what was answered already stays answered."""
+        if self.task.cancel():
+            self._connection.send(messages.Failed(self._number, "cancelled", "the client gave it up"))
+
+    def release(self) -> None:
+        """Cancel it; it is held until it has ended."""
+        self.task.cancel()

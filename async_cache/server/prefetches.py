@@ -1,0 +1,108 @@
+"""The prefetches of connections: what their clients are told, and which of them hold a request together."""
+
+from async_cache.cache import AsyncCache
+from async_cache.handles.prefetch import Prefetch, Promised
+from async_cache.observe import Observer
+from async_cache.protocol import messages
+from async_cache.protocol.connection import Connection
+from async_cache.server.access import Scope
+from async_cache.server.held import Held
+from async_cache.values import LoadResult, LookupHits
+
+
+class HeldPrefetch(Held):
+    """A prefetch of a connection, held until its request is over.
+
+    Its client is told the hits and the result in the loop's next turn, and the end of the request after them. Where
+    the cache closes, neither comes, but the end of the connection.
+    """
+
+    __slots__ = ("_holders", "_scope", "prefetch")
+
+    def __init__(
+        self,
+        number: int,
+        held: dict[int, Held],
+        connection: Connection,
+        prefetch: Prefetch,
+        holders: "Holders",
+        scope: Scope,
+    ):
+        super().__init__(number, held, connection)
+        self.prefetch = prefetch
+        self._holders = holders
+        self._scope = scope
+        holders.add(self)
+        prefetch.promised.hits.tell(self._promised)
+        prefetch.promised.result.tell(self._loaded)
+
+    def _promised(self, hits: LookupHits) -> None:
+        self._connection.send(messages.LookupDone(self._number, self._scope.outer(hits)))
+
+    def _loaded(self, result: LoadResult) -> None:
+        self._connection.send(messages.LoadDone(self._number, self._scope.outer(result)))
+
+    def claimed(self, claimed: bool) -> None:
+        """Tell the client that the result was handed out, or given back, by whoever's doing."""
+        self._connection.send(messages.RequestClaimed(self._number, claimed))
+
+    def over(self) -> None:
+        """Tell the client that the request is over, by whoever's doing."""
+        self._gone()
+        self._connection.send(messages.RequestOver(self._number))
+
+    def undo(self) -> None:
+        """Cancel the prefetch. It is held on: its request is not over, and what has loaded stays."""
+        self.prefetch.cancel()
+
+    def release(self) -> None:
+        """Leave the request, which ends with the last that holds it."""
+        self._gone()
+        self._holders.discard(self)
+
+
+class Holders(Observer):
+    """The prefetches of a server's connections, by their requests.
+
+    An id may be used anew in the step in which its request ends, of which observers hear in the loop's next turn. So
+    a request stands here for itself, and not its id.
+    """
+
+    def __init__(self, cache: AsyncCache):
+        self._requests, self._observers = cache.core.requests, cache.core.observers
+        self._holders: dict[Promised, dict[HeldPrefetch, None]] = {}
+        self._observers.add(self)
+
+    def close(self) -> None:
+        """Observe nothing any more."""
+        self._observers.discard(self)
+
+    def add(self, held: HeldPrefetch) -> None:
+        """Have a request last as long as this prefetch is held."""
+        self._holders.setdefault(held.prefetch.promised, {})[held] = None
+
+    def discard(self, held: HeldPrefetch) -> None:
+        """End a request if no other prefetch holds it."""
+        request = held.prefetch.promised
+        holders = self._holders.get(request)
+        if holders is None:  # it is over
+            return
+        del holders[held]
+        if not holders:
+            del self._holders[request]
+            if self._requests.find(request.request_id) is request:
+                self._requests.end(request.request_id)
+
+    def claimed(self, request_id: str, claimed: bool) -> None:
+        """Tell those who hold a request that its result was handed out, or given back.
+
+        Where its claim has ended the request, they hear of its end instead.
+        """
+        request = self._requests.find(request_id)
+        for held in self._holders.get(request, ()) if request is not None else ():
+            held.claimed(claimed)
+
+    def over(self, prefetch: Prefetch) -> None:
+        """Tell those who hold the request of a prefetch that it is over."""
+        for held in self._holders.pop(prefetch.promised, ()):
+            held.over()
