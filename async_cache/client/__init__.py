@@ -1,11 +1,15 @@
 """A cache that a server keeps: the same members as `AsyncCache`.
 
-memory    the arena, mapped read-only; a segment to write into
-dial      from an address to a connection whose server has said welcome
+client    `CacheClient`: a member for each thing that a server can be asked
+links     one link after the other: back-off and heartbeat
+dial      from an address to a link whose server has said welcome
+link      one connection: sends messages, hands their answers to calls
+calls     what is under way on a link: questions, prefetches, reads, stores, commits, layouts
 claims    who waits for results: each is handed out once
-link      one connection: what is under way on it, and breaks with it
-writing   a writer of chunks, into the client's segment
-client    `CacheClient`: one link after the other
+layouts   the indices by which prompts name their layouts
+writing   writers of chunks, into the client's segment
+memory    a segment to write into, its blocks
+thread    a client in a thread and loop of its own, and the ways into them
 blocking  `BlockingClient`: a client for engines that are not asynchronous
 """
 

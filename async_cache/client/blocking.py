@@ -2,21 +2,23 @@
 
 import asyncio
 import concurrent.futures
-import os
-import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-import uvloop
-
-from async_cache.client.client import MAX_REQUEST_ID, CacheClient, connect
-from async_cache.client.link import Link
-from async_cache.client.writing import RemoteWriter
+from async_cache.client.client import (
+    CONNECT_TIMEOUT_SECONDS,
+    HEARTBEAT_SECONDS,
+    MAX_REQUEST_ID,
+    CacheClient,
+    make_client,
+)
+from async_cache.client.thread import ClientThread
 from async_cache.errors import CacheClosedError
 from async_cache.handles.lease import ReadLease
 from async_cache.handles.prefetch import Prefetch
+from async_cache.handles.writer import Opened, Writer
 from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, ranks_of, start_of
 from async_cache.prompt.layout import Prompt
 from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
@@ -27,7 +29,7 @@ _DONE = (concurrent.futures._base.FINISHED, concurrent.futures._base.CANCELLED)
 
 
 class BlockingFuture(concurrent.futures.Future[T]):
-    """A future of which `done()` takes no lock: a scheduler asks in every step."""
+    """A future whose `done()` takes no lock: a scheduler asks in every step."""
 
     def done(self) -> bool:
         """Whether there is a value, or an error."""
@@ -35,7 +37,10 @@ class BlockingFuture(concurrent.futures.Future[T]):
 
 
 class BlockingPrefetch:
-    """As `Prefetch`; its futures are those of `concurrent.futures`, and resolve without anybody asking for it."""
+    """One prefetch: a lookup and a load, each with a future that resolves without anybody asking for it.
+
+    The futures are those of `concurrent.futures`: `result(timeout)` waits, and `done()` costs next to nothing.
+    """
 
     __slots__ = ("_cancel", "load_done", "lookup_done", "request_id")
 
@@ -50,51 +55,76 @@ class BlockingPrefetch:
         self._cancel(self)
 
     def break_with(self, error: Exception) -> None:
-        """Nothing will come."""
+        """Have both futures raise the error: nothing will come."""
         self.lookup_done.set_exception(error)
         self.load_done.set_exception(error)
 
+    def __repr__(self) -> str:
+        state = "done" if self.load_done.done() else "loading" if self.lookup_done.done() else "looking up"
+        return f"<BlockingPrefetch {self.request_id!r}, {state}>"
+
+
+class BlockingWriter(Writer):
+    """A writer that waits where it is left by `with`: what was committed can then be found over every connection."""
+
+    def __init__(
+        self,
+        open_chunks: Callable[[Writer], Awaitable[Opened]],
+        wait: Callable[[Coroutine[Any, Any, None]], None],
+    ):
+        super().__init__(open_chunks)
+        self._wait = wait
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        self._wait(self.settled())
+
 
 class BlockingClient:
-    """NEW -> OPEN -> CLOSED, by `with` or by `open` and `close`. Its methods may be called from any thread.
+    """A `CacheClient` for programs that are not asynchronous; its methods may be called from any thread.
 
-    The members are those of `CacheClient`. `prefetch` returns before the server has answered; whatever else has an
-    answer waits for it, up to `timeout_seconds` where that is given, and raises TimeoutError then.
+    NEW -> OPEN -> CLOSED, by `with` or by `open` and `close`. `prefetch` returns before the server has answered. All
+    else that has an answer waits for it, up to `timeout_seconds` where that is given, and raises TimeoutError then. All
+    of it may raise ConnectionLostError; before `open` and after `close`, CacheClosedError.
     """
 
-    def __init__(self, url: str | None = None, namespace: str = "", **options: Any):
-        """The arguments are those of `connect`."""
-        self._make = partial(connect, url, namespace, **options)
-        self._client: CacheClient | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+    def __init__(
+        self,
+        url: str | None = None,
+        namespace: str = "",
+        *,
+        token: str | None = None,
+        connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
+        heartbeat_seconds: float | None = HEARTBEAT_SECONDS,
+    ):
+        """A client of the server at `unix:///path` or `tcp://host:port`; None is where `serve` listens by default.
+
+        Request ids are scoped to the `namespace`, and to the tenant whose `token` it is. Opening tries for
+        `connect_timeout_seconds`; a server that is silent for twice `heartbeat_seconds` is given up.
+        """
+        make = partial(make_client, url, namespace, token, connect_timeout_seconds, heartbeat_seconds)
+        self._thread = ClientThread(make)
         self._prefetches: dict[BlockingPrefetch, Prefetch] = {}
-        self._pid = os.getpid()
         self._ends: set[asyncio.Task[None]] = set()
-        self._closing = asyncio.Event()
-        self._lock = threading.Lock()
-        self._accepts = True  # what is posted will be called
 
     # Life.
 
     def open(self) -> Self:
-        """Connect. Raises as `CacheClient.open`."""
-        if self._thread is not None:
-            raise CacheClosedError("a client is opened once")
-        opened: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._thread = threading.Thread(target=self._run, args=(opened,), name="async_cache client", daemon=True)
-        self._thread.start()
-        opened.result()
+        """Connect. Raises ConnectionLostError if there is no server, AccessDeniedError if it wants another token.
+
+        What is no address or namespace raises ConfigError or ValueError here.
+        """
+        self._thread.open()
         return self
 
     def close(self) -> None:
-        """As `CacheClient.close`; idempotent."""
-        loop, thread = self._loop, self._thread
-        if self._pid != os.getpid():
-            return
-        if loop is not None and thread is not None and thread.is_alive():
-            self._post(self._closing.set)
-            thread.join()
+        """Wait for what was committed, and close; idempotent. The server takes back what is held.
+
+        Threads that wait for a future or a call get CacheClosedError. In a forked child it does nothing.
+        """
+        self._thread.close()
 
     def __enter__(self) -> Self:
         return self.open()
@@ -104,89 +134,10 @@ class BlockingClient:
     ) -> None:
         self.close()
 
-    def _run(self, opened: "concurrent.futures.Future[None]") -> None:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._serve(opened))
+    def _opened(self) -> CacheClient:
+        return self._thread.opened()
 
-    async def _serve(self, opened: "concurrent.futures.Future[None]") -> None:
-        self._loop = asyncio.get_running_loop()
-        try:
-            client = self._make(post=self._post)
-            await client.open()
-        except Exception as error:
-            with self._lock:
-                self._accepts = False
-            opened.set_exception(error)
-            return
-        self._client = client
-        opened.set_result(None)
-        try:
-            await self._closing.wait()
-        finally:
-            self._client = None
-            await client.close()
-            with self._lock:
-                self._accepts = False
-            await asyncio.sleep(0)  # and what was posted until now is called
-
-    # To the loop and back.
-
-    def _post(self, call: Callable[..., object], *args: Any) -> bool:
-        """Whether it is called: if not, the client is closed, and what was held is given back."""
-        assert self._loop is not None
-        if self._thread is threading.current_thread():
-            call(*args)
-            return True
-        with self._lock:
-            if self._accepts:
-                self._loop.call_soon_threadsafe(call, *args)
-            return self._accepts
-
-    def _open_client(self) -> CacheClient:
-        if self._pid != os.getpid():
-            raise CacheClosedError("the client was opened before a fork: open another one in the child")
-        if self._client is None:
-            raise CacheClosedError(
-                "the client was closed" if self._thread is not None else "the client is not open: use `with`, or `open`"
-            )
-        return self._client
-
-    def _wait(
-        self,
-        call: Coroutine[Any, Any, T],
-        timeout_seconds: float | None = None,
-        give_back: Callable[[T], object] | None = None,
-    ) -> T:
-        """The outcome of a call. One that comes as its waiter gives up is given back."""
-        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
-        if self._thread is threading.current_thread():
-            call.close()
-            raise RuntimeError("a call that waits was made from the client's own thread")
-        if not self._post(self._begin, call, outcome, give_back):
-            call.close()
-            raise CacheClosedError("the client was closed")
-        try:
-            return outcome.result(timeout_seconds)
-        except concurrent.futures.CancelledError:
-            raise CacheClosedError("the client was closed") from None
-        except TimeoutError:
-            if not outcome.cancel():  # there is a value after all, or its own error
-                return outcome.result()
-            raise
-        finally:
-            outcome.cancel()
-
-    def _begin(
-        self,
-        call: Coroutine[Any, Any, T],
-        outcome: "concurrent.futures.Future[T]",
-        give_back: Callable[[T], object] | None,
-    ) -> None:
-        task = asyncio.get_running_loop().create_task(_deliver(call, outcome, give_back))
-        task.add_done_callback(lambda _: (call.close(), outcome.cancel()))
-        outcome.add_done_callback(lambda outcome: outcome.cancelled() and self._post(task.cancel))
-
-    # The members of `CacheClient`.
+    # The members of the cache.
 
     def prefetch(
         self,
@@ -197,13 +148,19 @@ class BlockingClient:
         ranks: Sequence[int] | None = None,
         deadline_seconds: float | None = None,
     ) -> BlockingPrefetch:
-        """As `CacheClient.prefetch`, at once: a request id that is in use for something else is told by the futures."""
-        client = self._open_client()
+        """Look a prompt up and load what is cached of it; returns at once, before the server has answered.
+
+        `skip_tokens`: what the engine holds itself; its whole chunks are neither looked up nor counted.
+        `ranks`: those to load here, all if None; the others are only checked for existence.
+        `deadline_seconds` runs from the moment when the server has the call.
+        A request id that is in use for something else reaches the futures, as RequestConflictError.
+        """
+        client = self._opened()
         check_prompt(prompt)
         start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
         check_seconds("deadline_seconds", deadline_seconds)
         request_id = client.new_request_id() if request_id is None else check_request_id(request_id, MAX_REQUEST_ID)
-        prefetch = BlockingPrefetch(request_id, partial(self._post, self._cancel))
+        prefetch = BlockingPrefetch(request_id, partial(self._thread.post, self._cancel))
         start = partial(
             client.prefetch,
             prompt,
@@ -212,7 +169,7 @@ class BlockingClient:
             ranks=ranks,
             deadline_seconds=deadline_seconds,
         )
-        if not self._post(self._start, start, prefetch):
+        if not self._thread.post(self._start, start, prefetch):
             prefetch.break_with(CacheClosedError("the client was closed"))
         return prefetch
 
@@ -233,51 +190,62 @@ class BlockingClient:
             started.cancel()
 
     def lookup(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> LookupHits:
-        """As `CacheClient.lookup`."""
-        return self._wait(self._open_client().lookup(prompt), timeout_seconds)
+        """How much of a prompt is cached now: no lease, no load, no promise."""
+        return self._thread.wait(self._opened().lookup(prompt), timeout_seconds)
 
     def query_lookup_hits(self, request_id: str, *, timeout_seconds: float | None = None) -> LookupHits:
-        """As `CacheClient.query_lookup_hits`."""
-        return self._wait(self._open_client().query_lookup_hits(request_id), timeout_seconds)
+        """Wait for the lookup of a request, of any client of this tenant and namespace. Raises UnknownRequestError."""
+        return self._thread.wait(self._opened().query_lookup_hits(request_id), timeout_seconds)
 
     def query_status(self, request_id: str, *, timeout_seconds: float | None = None) -> LoadResult:
-        """As `CacheClient.query_status`."""
-        client = self._open_client()
-        return self._wait(client.query_status(request_id), timeout_seconds, client.unclaim)
+        """Wait for the load of a request and claim the result, which is handed out once. Raises UnknownRequestError.
+
+        The request may be one of any client of this tenant and namespace.
+        """
+        client = self._opened()
+        return self._thread.wait(client.query_status(request_id), timeout_seconds, client.unclaim)
 
     def read(
         self, request_id: str, *, rank: int = 0, reader: int = 0, timeout_seconds: float | None = None
     ) -> ReadLease:
-        """As `CacheClient.read`, entered: leave it by `with`, or by `release`, from any thread."""
-        lease = self._open_client().read(request_id, rank=rank, reader=reader)
-        return self._wait(_entered(lease), timeout_seconds, ReadLease.undo)
+        """Wait for the load of a request, and read: leave the lease by `with`, or by `release`, from any thread.
+
+        Raises UnknownRequestError, ReadConflictError for a second time, ValueError for a rank or reader that the
+        request has not.
+        """
+        lease = self._opened().read(request_id, rank=rank, reader=reader)
+        return self._thread.wait(_entered(lease), timeout_seconds, ReadLease.undo)
 
     def store(
         self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0, timeout_seconds: float | None = None
-    ) -> RemoteWriter:
-        """As `CacheClient.store`, entered: leave it by `with`, or by `close`. Chunks are committed from any thread.
+    ) -> Writer:
+        """Write a rank's chunks from `start_chunk` on, those that L1 lacks; they may be committed from any thread.
 
-        `timeout_seconds` is for entering, and once more for leaving by `with`.
+        Leave the writer by `with`, which waits until what was committed can be found, or by `close`, which does not.
+        `timeout_seconds` is for opening it, and once more for leaving it by `with`. A commit that the server cannot
+        carry out is logged.
         """
-        writer = self._open_client().store(prompt, rank=rank, start_chunk=start_chunk)
-        entered = self._wait(_entered(writer), timeout_seconds, RemoteWriter.close)
-        entered.on_exit = lambda: self._wait(entered.settled(), timeout_seconds)
-        return entered
+        opens = self._opened().opens_writer(prompt, rank, start_chunk)
+        writer = BlockingWriter(opens, partial(self._thread.wait, timeout_seconds=timeout_seconds))
+        return self._thread.wait(_entered(writer), timeout_seconds, Writer.close)
 
     def renew(self, request_id: str, *, timeout_seconds: float | None = None) -> None:
-        """As `CacheClient.renew`."""
-        self._wait(self._open_client().renew(request_id), timeout_seconds)
+        """Let the request's time begin anew. Raises UnknownRequestError."""
+        self._thread.wait(self._opened().renew(request_id), timeout_seconds)
 
     def end_request(self, request_id: str, *, timeout_seconds: float | None = None) -> None:
-        """As `CacheClient.end_request`."""
-        self._wait(self._open_client().end_request(request_id), timeout_seconds)
+        """Release all that the request holds; cancels it if it runs. Unknown ids are fine."""
+        self._thread.wait(self._opened().end_request(request_id), timeout_seconds)
 
     def end_request_nowait(self, request_id: str) -> None:
-        """The same, without waiting for the server; where there is none, or the client is closed, nothing is held."""
+        """Release all that the request holds, without waiting for the server.
+
+        Where there is no server, or the client is closed, nothing is held.
+        """
         check_request_id(request_id, MAX_REQUEST_ID)
-        client = self._client
-        if client is not None and self._pid == os.getpid():
-            self._post(self._end, client, request_id)
+        client = self._thread.client
+        if client is not None and not self._thread.is_forked:
+            self._thread.post(self._end, client, request_id)
 
     def _end(self, client: CacheClient, request_id: str) -> None:
         task = asyncio.get_running_loop().create_task(client.end_request(request_id))
@@ -290,62 +258,63 @@ class BlockingClient:
             task.exception()  # the connection is lost, and what was held with it
 
     def flush(self, deadline_seconds: float | None = None) -> FlushResult:
-        """As `CacheClient.flush`."""
-        return self._wait(self._open_client().flush(deadline_seconds))
+        """Wait until what was committed is in L2, up to `deadline_seconds`.
+
+        Counts what was written or dropped since the last flush.
+        """
+        return self._thread.wait(self._opened().flush(deadline_seconds))
 
     def delete(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> Deleted:
-        """As `CacheClient.delete`."""
-        return self._wait(self._open_client().delete(prompt), timeout_seconds)
+        """Remove every chunk of a prompt from both tiers. Raises BackendError where a backend could not."""
+        return self._thread.wait(self._opened().delete(prompt), timeout_seconds)
 
     def clear(self, tier: Literal["l1", "all"] = "l1", *, timeout_seconds: float | None = None) -> Deleted:
-        """As `CacheClient.clear`."""
-        return self._wait(self._open_client().clear(tier), timeout_seconds)
+        """Empty L1 of what L2 has ("l1"), or both tiers ("all").
+
+        Raises AccessDeniedError for a token that is bound to salts.
+        """
+        return self._thread.wait(self._opened().clear(tier), timeout_seconds)
 
     def stats(self, *, timeout_seconds: float | None = None) -> CacheStats:
-        """As `CacheClient.stats`."""
-        return self._wait(self._open_client().stats(), timeout_seconds)
+        """A snapshot of what the server's cache holds, and counters since it was opened."""
+        return self._thread.wait(self._opened().stats(), timeout_seconds)
 
     def ping(self, *, timeout_seconds: float | None = None) -> float:
-        """As `CacheClient.ping`."""
-        return self._wait(self._open_client().ping(), timeout_seconds)
+        """The seconds that the server takes to answer."""
+        return self._thread.wait(self._opened().ping(), timeout_seconds)
 
     @property
     def memory(self) -> memoryview:
-        """As `CacheClient.memory`."""
-        return self._open_client().memory
+        """The server's arena, mapped read-only; another one after each reconnect.
+
+        Raises ConnectionLostError, and AccessDeniedError where it is not mapped: the server is on another host, or the
+        token is bound to salts.
+        """
+        return self._opened().memory
 
     @property
     def result_ttl_seconds(self) -> float:
-        """As `CacheClient.result_ttl_seconds`."""
-        return self._open_client().result_ttl_seconds
+        """How long the server keeps a result that nobody claims. Raises ConnectionLostError while there is none."""
+        return self._opened().result_ttl_seconds
 
-    def check_connected(self) -> Link:
-        """As `CacheClient.check_connected`."""
-        return self._open_client().check_connected()
+    def check_connected(self) -> None:
+        """Raises ConnectionLostError while there is no connection: most calls would wait for the next one."""
+        self._opened().check_connected()
+
+    def heard(self) -> int:
+        """How many messages have come from the server so far: unchanged, it says that the server is silent.
+
+        Before `open` and after `close`, 0.
+        """
+        client = self._thread.client
+        return client.heard() if client is not None else 0
 
 
-E = TypeVar("E", ReadLease, RemoteWriter)
+E = TypeVar("E", ReadLease, BlockingWriter)
 
 
 async def _entered(scoped: E) -> E:
     return await scoped
-
-
-async def _deliver(
-    call: Coroutine[Any, Any, T],
-    outcome: "concurrent.futures.Future[T]",
-    give_back: Callable[[T], object] | None,
-) -> None:
-    try:
-        value = await call
-    except Exception as error:
-        if outcome.set_running_or_notify_cancel():
-            outcome.set_exception(error)
-        return
-    if outcome.set_running_or_notify_cancel():
-        outcome.set_result(value)
-    elif give_back is not None:
-        give_back(value)
 
 
 def _pass_on(to: BlockingFuture[T], outcome: "asyncio.Future[T]") -> None:

@@ -1,116 +1,98 @@
-"""Who waits for results through one connection: each is handed out once, however many ask for it."""
+"""Who waits for results through one link: each result is handed out once, however many ask for it."""
 
 import asyncio
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
+from async_cache.client.calls import Call, Line, fail
 from async_cache.errors import ProtocolError, UnknownRequestError
 from async_cache.protocol import messages
-from async_cache.protocol.messages import Message
+from async_cache.protocol.messages import error_of
 from async_cache.values import LoadResult
 
 
-class Line(Protocol):
-    """What is used of the connection."""
+class ClaimCall(Call):
+    """One query for all who wait for a result: the first of them takes it, and then the others hear of it.
 
-    def number(self) -> int:
-        """Of the next message."""
-
-    def send(self, message: Any) -> "asyncio.Future[Any]":
-        """Send a message; the future of its answer."""
-
-    def tell(self, message: Message) -> None:
-        """Send a message of which the answer does not matter."""
-
-
-class Query:
-    """Those who wait for one result: the first of them takes it, and then the others hear of it.
-
-    Who is cancelled when it has come passes it on; the last one gives it back to the server.
+    A waiter that is cancelled when the result has come passes it on; the last one returns it to the server.
     """
 
-    __slots__ = ("number", "result", "waiters")
+    __slots__ = ("_claims", "number", "request_id", "result", "waiters")
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, claims: "Claims", number: int, request_id: str, first: "asyncio.Future[LoadResult]") -> None:
+        self._claims = claims
         self.number = number
+        self.request_id = request_id
         self.result: LoadResult | None = None
-        self.waiters: list[asyncio.Future[LoadResult]] = []
+        self.waiters = [first]
 
-    def pass_on(self) -> bool:
-        """Give the result to the first who still waits. False if there is none."""
+    def on(self, answer: Any) -> bool:
+        self._claims.detach(self.request_id, self)
+        if type(answer) is messages.Loaded:
+            self.result = answer.result
+            self.pass_on()
+        elif type(answer) is messages.Failed:
+            self.lost(error_of(answer))
+        else:
+            self.lost(ProtocolError(f"the server answered with {type(answer).__name__}, not Loaded"))
+        return True
+
+    def lost(self, reason: Exception) -> None:
+        for waiter in self.waiters:
+            fail(waiter, reason)
+
+    def pass_on(self) -> None:
+        """Give the result to the first who still waits, or where nobody does, back to the server."""
         assert self.result is not None
         for waiter in self.waiters:
             if not waiter.done():
                 waiter.set_result(self.result)
-                return True
-        return False
+                return
+        self._claims.unclaim(self.request_id)
 
 
 class Claims:
-    """By request id, the query that is under way for all who wait."""
+    """The queries of one link that are under way, by request id."""
 
     def __init__(self, line: Line) -> None:
         self._line = line
-        self._queries: dict[str, Query] = {}
+        self._calls: dict[str, ClaimCall] = {}
 
     async def claim(self, request_id: str) -> LoadResult:
-        """Wait for the result of a request, and take it."""
-        query = self._queries.get(request_id) or self._ask(request_id)
+        """Wait for the result of a request, and take it. Raises UnknownRequestError where somebody else has."""
         waiter: asyncio.Future[LoadResult] = asyncio.get_running_loop().create_future()
-        query.waiters.append(waiter)
+        call = self._calls.get(request_id)
+        if call is not None:
+            call.waiters.append(waiter)
+        else:
+            call = self._ask(request_id, waiter)
         try:
             result = await waiter
         except asyncio.CancelledError:
-            self._given_up(request_id, query, waiter)
+            self._given_up(call, waiter)
             raise
-        for other in query.waiters:
+        for other in call.waiters:
             fail(other, UnknownRequestError(f"request {request_id!r} was claimed or ended"))
         return result
 
-    def _ask(self, request_id: str) -> Query:
-        query = Query(self._line.number())
-        answer = self._line.send(messages.QueryPrefetchStatus(query.number, request_id))
-        answer.add_done_callback(partial(self._answered, request_id, query))
-        self._queries[request_id] = query
-        return query
+    def _ask(self, request_id: str, waiter: "asyncio.Future[LoadResult]") -> ClaimCall:
+        call = self._calls[request_id] = ClaimCall(self, self._line.next_number(), request_id, waiter)
+        self._line.begin(messages.QueryPrefetchStatus(call.number, request_id), call)
+        return call
 
-    def _given_up(self, request_id: str, query: Query, waiter: "asyncio.Future[LoadResult]") -> None:
-        query.waiters.remove(waiter)
-        if query.result is not None:
-            if waiter.done() and not waiter.cancelled() and not query.pass_on():
-                self.unclaim(request_id)
-        elif not query.waiters:
-            self._forget(request_id, query)
-            self._line.tell(messages.Cancel(self._line.number(), query.number))
+    def _given_up(self, call: ClaimCall, waiter: "asyncio.Future[LoadResult]") -> None:
+        call.waiters.remove(waiter)
+        if call.result is not None:
+            if waiter.done() and not waiter.cancelled():
+                call.pass_on()
+        elif not call.waiters:
+            self.detach(call.request_id, call)
+            self._line.cancel(call.number)
 
-    def _answered(self, request_id: str, query: Query, answer: "asyncio.Future[Any]") -> None:
-        self._forget(request_id, query)
-        error = answer.exception()
-        if error is None and not isinstance(answer.result(), messages.Loaded):
-            error = ProtocolError(f"the server answered with {type(answer.result()).__name__}, not Loaded")
-        if error is not None:
-            for waiter in query.waiters:
-                fail(waiter, error)
-            return
-        query.result = answer.result().result
-        if not query.pass_on():
-            self.unclaim(request_id)
-
-    def _forget(self, request_id: str, query: Query) -> None:
-        if self._queries.get(request_id) is query:
-            del self._queries[request_id]
+    def detach(self, request_id: str, call: ClaimCall | None = None) -> None:
+        """Let nobody join the query any more (with `call`, only if it is this one). Those who wait still wait."""
+        if call is None or self._calls.get(request_id) is call:
+            self._calls.pop(request_id, None)
 
     def unclaim(self, request_id: str) -> None:
-        """Give back a result that nobody waits for any more: it is for who asks next, through whatever client."""
-        self._line.tell(messages.Unclaim(self._line.number(), request_id))
-
-    def freed(self, request_id: str) -> None:
-        """The id is to be used anew: who waits for the old request hears of its end, and of no other's."""
-        self._queries.pop(request_id, None)
-
-
-def fail(waiting: "asyncio.Future[Any]", error: BaseException) -> None:
-    """Have whoever waits get the error, if it has not got anything yet."""
-    if not waiting.done():
-        waiting.set_exception(error)
-        waiting.exception()  # looked at: who waits is told by it all the same
+        """Return a result that nobody waits for any more: it is for who asks next, through whatever client."""
+        self._line.send(messages.Unclaim(self._line.next_number(), request_id))

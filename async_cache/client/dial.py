@@ -29,7 +29,7 @@ async def dial(address: Address, hello: Hello, lost: Lost, timeout_seconds: floa
             f"there is no server at {address}: {error.strerror}; `async-cache serve` starts one"
         ) from error
     except OSError as error:
-        raise ConnectionLostError(f"can not connect to {address}: {error.strerror or error}") from error
+        raise ConnectionLostError(f"cannot connect to {address}: {error.strerror or error}") from error
 
 
 async def _dial(address: Address, hello: Hello, lost: Lost) -> Link:

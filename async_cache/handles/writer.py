@@ -57,17 +57,19 @@ class WriteChunk:
     def commit(self) -> None:
         """Publish the chunk as it is now; it must not be written to any more. Raises WriterClosedError."""
         if not self.committed:
-            if self._commit is None:
+            commit = self._commit  # once: another thread may close the writer
+            if commit is None:
                 raise WriterClosedError("the writer is closed")
-            self._commit()
+            commit()
             self.committed = True
 
     def _new_views(self) -> tuple[memoryview | None, ...]:
         if self._commit is None:
             raise WriterClosedError("the writer is closed")
-        if self._block is None:
-            self._block = self._lend()
-        whole = memoryview(self._block).cast("B")
+        block = self._block  # once: another thread may close the writer
+        if block is None:
+            block = self._block = self._lend()
+        whole = memoryview(block).cast("B")
         spans = self._layout.objects.spans[self._rank]
         return tuple(whole[span[0] : span[1]] if span is not None else None for span in spans)
 

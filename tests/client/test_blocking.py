@@ -512,8 +512,8 @@ class ClosedBetween(BlockingClient):
 
     between = False
 
-    def _open_client(self) -> CacheClient:
-        client = super()._open_client()
+    def _opened(self) -> CacheClient:
+        client = super()._opened()
         if self.between:
             self.close()
         return client

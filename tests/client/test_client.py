@@ -80,7 +80,7 @@ async def served_twice(url: str) -> AsyncIterator[tuple[Server, GatedBackend, An
 
 async def is_lost(client: CacheClient) -> None:
     """Return once the client has noticed."""
-    await until(lambda: client._link is None)
+    await until(lambda: client._links.current is None)
 
 
 # Getting there.
@@ -315,7 +315,7 @@ async def test_close_breaks_those_who_wait_for_a_connection(url: str) -> None:
         await server.close()
         await is_lost(client)
         asking = asyncio.create_task(client.ping())
-        await until(lambda: bool(client._waiting))
+        await until(lambda: bool(client._links._waiting))
         await client.close()
         with pytest.raises((CacheClosedError, ConnectionLostError)):
             await asking
@@ -421,7 +421,7 @@ async def test_a_caller_that_does_not_wait_for_the_connection_any_more_harms_nob
         await server.close()
         await is_lost(client)
         impatient = asyncio.create_task(client.ping())
-        await until(lambda: bool(client._waiting))
+        await until(lambda: bool(client._links._waiting))
         impatient.cancel()
         await again()
         await client.ping()
@@ -439,12 +439,12 @@ async def test_what_the_new_server_refuses_is_told_until_it_does_not(url: str) -
         async with connect(url, token=TOKENS[0]) as client:
             await server.close()
             server = await run(TOKENS[1])
-            await until(lambda: isinstance(client._error, AccessDeniedError))
+            await until(lambda: isinstance(client._links.error, AccessDeniedError))
             with pytest.raises(AccessDeniedError):
                 await client.ping()
             await server.close()
             server = await run(TOKENS[0])
-            await until(lambda: client._link is not None)
+            await until(lambda: client._links.current is not None)
             await client.ping()
         await server.close()
 
@@ -456,7 +456,7 @@ def test_it_tries_again_at_ever_longer_intervals() -> None:
     async def run() -> None:
         loop = asyncio.get_running_loop()
         async with serve_virtually(CacheConfig(l1_bytes=2**20, l2=()), (), "framed") as client:
-            dial = client._dial
+            dial = client._links._dial
             back = asyncio.Event()
 
             async def absent(lost: Lost, timeout_seconds: float) -> Link:
@@ -465,10 +465,10 @@ def test_it_tries_again_at_ever_longer_intervals() -> None:
                     return await dial(lost, timeout_seconds)
                 raise ConnectionLostError("absent")
 
-            client._dial = absent
-            assert client._link is not None
+            client._links._dial = absent
+            assert client._links.current is not None
             await asyncio.sleep(2)  # what was connected for so long was not sent away
-            client._link.abort("for the test")
+            client._links.current.abort("for the test")
             lost = loop.time()
             await asyncio.sleep(60)
             assert attempts[0] == pytest.approx(lost, abs=0.001), "the first at once"
@@ -507,12 +507,12 @@ async def test_a_server_that_stands_still_is_given_up(url: str) -> None:
 
 async def test_a_server_that_answers_is_not_given_up(url: str) -> None:
     async with serve(url, GatedBackend(MemoryBackend(), "lookup")), connect(url, heartbeat_seconds=0.05) as client:
-        link = client._link
+        link = client._links.current
         prefetch = client.prefetch(PROMPT)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.5):
                 await prefetch.lookup_done
-        assert client._link is link
+        assert client._links.current is link
 
 
 async def test_a_killed_server_fails_those_who_wait_in_under_a_second_and_another_is_found(url: str) -> None:
@@ -529,7 +529,7 @@ async def test_a_killed_server_fails_those_who_wait_in_under_a_second_and_anothe
                 assert time.monotonic() - began < 1
             process.wait()
             with serve_in_process(url):
-                await until(lambda: client._link is not None)
+                await until(lambda: client._links.current is not None)
                 assert await client.ping() < SECONDS
                 await fill(client, PROMPT)
                 assert await read_back(client, PROMPT) == len(PROMPT)
@@ -586,10 +586,10 @@ async def test_namespaces_never_meet(url: str) -> None:
 async def test_a_number_that_the_embedded_cache_takes_breaks_no_connection(options: dict[str, int], url: str) -> None:
     async with serve(url) as (cache, _), connect(url) as client:
         assert await cache.prefetch(PROMPT, **options).load_done
-        link = client._link
+        link = client._links.current
         assert await client.prefetch(PROMPT, **options).load_done
         await client.ping()
-        assert client._link is link
+        assert client._links.current is link
 
 
 async def test_a_server_that_welcomes_and_closes_is_not_asked_all_the_time() -> None:
@@ -684,8 +684,8 @@ async def test_a_lease_says_that_its_memory_is_not_kept_when_the_connection_is_l
             client.prefetch(PROMPT, request_id="a")
             lease = await client.read("a")
             assert lease.held
-            assert client._link is not None
-            client._link.abort("for the test")
+            assert client._links.current is not None
+            client._links.current.abort("for the test")
             assert not lease.held
             lease.release()
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from async_cache import BlockingClient, CacheClosedError, ConnectionLostError
-from async_cache.integrations.optional import OptionalClient
+from async_cache.integrations.optional import OptionalClient, OptionalState
+
+from .support import until
 
 
 @pytest.fixture
@@ -39,9 +41,7 @@ def test_it_is_tried_again_in_the_background(make: Callable[[], BlockingClient])
     client = OptionalClient(lambda: made.append(make()) or made[-1], retry_seconds=1e-9)
     with pytest.raises(ConnectionLostError):
         client.get()
-    assert client._opening is not None
-    client._opening.join(10)
-    assert len(made) == 2
+    until(lambda: client._state is OptionalState.ABSENT and len(made) == 2)
     client.close()
 
 

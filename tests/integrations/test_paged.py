@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -262,7 +261,7 @@ def test_a_server_that_goes_away_is_one_line_and_a_miss(
 ) -> None:
     only = engine(geometry())
     server.stop()
-    until(lambda: only.client._client._link is None)  # type: ignore[union-attr]
+    until(lambda: only.client._thread.client._links.current is None)  # type: ignore[union-attr]
     with caplog.at_level(logging.WARNING):
         for n in range(3):
             request = Request(str(n), TOKENS)
@@ -303,11 +302,10 @@ class Scripted:
         self.ended: list[str] = []
         self.failures: list[Exception] = []
         self.result_ttl_seconds = 60.0
-        self.connection = SimpleNamespace(received_frames=7)
+        self.messages = 7
 
-    def check_connected(self) -> "Scripted":
-        """It is its own link."""
-        return self
+    def heard(self) -> int:
+        return self.messages
 
     def failed(self, error: Exception) -> None:
         self.failures.append(error)
@@ -432,7 +430,7 @@ def test_a_server_that_does_not_answer_is_given_up(
     scheduler, client, now = scripted
     request = Request("a", TOKENS)
     scheduler.add(request, {}, 0, load=True)
-    client.connection.received_frames += answers_others
+    client.messages += answers_others
     for seconds, answer in ((1.9, (None, False)), (0.5, (None, False)), (0.2, (0, False)), (0.0, (0, False))):
         now[0] += seconds
         assert scheduler.match(request, 0) == answer
@@ -519,7 +517,7 @@ def test_a_reset_empties_the_server_and_forgets_what_it_has_said(server: Served,
     assert only.match(request) == 0
     assert server.stats().l1_chunks == 0
     server.stop()
-    until(lambda: only.client._client._link is None)  # type: ignore[union-attr]
+    until(lambda: only.client._thread.client._links.current is None)  # type: ignore[union-attr]
     assert not only.scheduler.reset()
 
 
@@ -528,7 +526,7 @@ def test_saves_do_not_wait_for_a_server_that_is_gone(server: Served, engine: Cal
     only.save(Request("a", TOKENS), (BLOCKS,))
     prompt = geometry().layout.prompt([9, *TOKENS])
     server.stop()
-    until(lambda: only.client._client._link is None)  # type: ignore[union-attr]
+    until(lambda: only.client._thread.client._links.current is None)  # type: ignore[union-attr]
     worker, began = only.workers[0], time.monotonic()
     for n in range(20):
         worker.save([SaveOrder(f"late-{n}", prompt, 0, (BLOCKS,))])

@@ -4,10 +4,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from typing import Any, Protocol, TypeVar
 
 from async_cache.client.blocking import BlockingClient, BlockingFuture, BlockingPrefetch
-from async_cache.client.link import Link
 from async_cache.errors import AsyncCacheError, RequestError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged.orders import Complaint, Geometry, LoadOrder, Orders, SaveOrder, Tables
@@ -46,13 +46,24 @@ class EngineRequest(Protocol):
         """Of the prompt, and those generated so far."""
 
 
+class Stage(Enum):
+    """LOOKING -> LOADING -> DONE, and from there to LOOKING by a preemption, or when what was found is out of date.
+
+    A request for which nothing is looked up, or nothing found, is DONE at once: all of it is computed.
+    """
+
+    LOOKING = "looking"  # there is a `prefetch`, and the engine asks for its outcome
+    LOADING = "loading"  # the request has its blocks, and the workers fill them
+    DONE = "done"
+
+
 class Record:
-    """A request: LOOKING (it has a `prefetch`) -> LOADING -> DONE, and back to LOOKING by a preemption."""
+    """What is known of one request of the engine. See `Stage`."""
 
     __slots__ = (
-        "asked_at", "first_token", "give_up_at", "heard", "hits", "identity", "is_loading", "link", "loads", "needs",
+        "asked_at", "first_token", "fresh_seconds", "give_up_at", "heard", "hits", "identity", "loads", "needs",
         "no_room_since", "offer_from", "offer_until", "preemptions", "prefetch", "request", "result", "saved_chunks",
-        "saves",
+        "saves", "stage",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, identity: Mapping[str, Any], *, loads: bool):
@@ -60,20 +71,23 @@ class Record:
         self.identity = identity
         self.loads = loads
         self.preemptions = request.num_preemptions
+        self.stage = Stage.DONE
         self.prefetch: BlockingPrefetch | None = None
-        self.link: Link | None = None  # over which it was asked for,
-        self.heard = 0  # and the frames that had come by then
         self.asked_at = 0.0
+        self.heard = 0  # what had come from the server by then
+        self.fresh_seconds = 0.0  # how long what was loaded is there
         self.give_up_at: float | None = None
         self.hits: LookupHits | None = None
         self.offer_from = self.offer_until = 0.0  # when the load is expected to be short
         self.result: LoadResult | None = None
         self.needs = (-1, 0, 0)  # computed tokens, and the blocks that all the rest, and what is loaded, then need
         self.no_room_since: float | None = None
-        self.is_loading = False
         self.first_token = 0
         self.saved_chunks: int | None = None  # None until it is computed
         self.saves = False
+
+    def __repr__(self) -> str:
+        return f"<Record {self.request.request_id!r}, {self.stage.value}>"
 
 
 class PagedScheduler:
@@ -118,7 +132,7 @@ class PagedScheduler:
     def reset(self) -> bool:
         """Empty the cache, of all who use the server, and forget what it has said. Whether that was done."""
         for record in self._records.values():
-            if not record.is_loading:
+            if record.stage is not Stage.LOADING:
                 self._end(record)
         try:
             if self._sending or any(record.saves for record in self._records.values()):
@@ -162,9 +176,10 @@ class PagedScheduler:
             return
         try:
             prompt = self._prompt(record, tokens)
-            record.link = client.check_connected()
-            record.heard = record.link.connection.received_frames
+            record.heard = client.heard()
+            record.fresh_seconds = min(_FRESH_SECONDS, client.result_ttl_seconds / 2)
             record.prefetch = client.prefetch(prompt, skip_tokens=computed_tokens)
+            record.stage = Stage.LOOKING
         except (AsyncCacheError, ValueError) as error:
             self._complaint.tell(error)
         record.asked_at, record.give_up_at = self._clock(), None
@@ -177,7 +192,7 @@ class PagedScheduler:
         if request.num_preemptions != record.preemptions:
             self._preempted(record, computed_tokens)
         prefetch = record.prefetch
-        if prefetch is None or record.is_loading:
+        if prefetch is None or record.stage is not Stage.LOOKING:
             return NOTHING
         if record.result is None:
             if prefetch.load_done.done():
@@ -191,7 +206,6 @@ class PagedScheduler:
 
     def _preempted(self, record: Record, computed_tokens: int) -> None:
         record.preemptions = record.request.num_preemptions
-        record.is_loading = False
         record.saved_chunks = None
         self._look_up(record, computed_tokens)
 
@@ -215,7 +229,7 @@ class PagedScheduler:
         error = TimeoutError(f"the server has not answered a lookup within {_LOOKUP_SECONDS} s")
         self._complaint.tell(error)
         self._end(record)
-        if record.link is not None and record.link.connection.received_frames == record.heard:
+        if self._client.heard() == record.heard:
             self._client.failed(error)
         return NOTHING
 
@@ -233,11 +247,10 @@ class PagedScheduler:
 
     def _offer(self, record: Record, found: LookupHits | LoadResult, computed_tokens: int) -> Answer:
         loaded_seconds = found.seconds if isinstance(found, LoadResult) else _FRESH_SECONDS
-        fresh_seconds = min(_FRESH_SECONDS, record.link.result_ttl_seconds / 2) if record.link is not None else 0.0
-        is_old = self._clock() - record.asked_at - loaded_seconds > fresh_seconds
+        is_old = self._clock() - record.asked_at - loaded_seconds > record.fresh_seconds
         if is_old or found.start_chunk * self._chunk_tokens > computed_tokens:  # the engine held more at that time
             self._look_up(record, computed_tokens)
-            return NOT_YET if record.prefetch is not None else NOTHING
+            return NOT_YET if record.stage is Stage.LOOKING else NOTHING
         tokens = (found.start_chunk + found.chunks) * self._chunk_tokens - computed_tokens
         if tokens <= 0 or not found.chunks:
             self._end(record)
@@ -274,13 +287,13 @@ class PagedScheduler:
             return
         if record in self._arriving:  # it has loaded, and got the blocks of the rest
             self._arriving[record] = 0
-        if record.prefetch is None or record.is_loading:
+        if record.prefetch is None or record.stage is not Stage.LOOKING:
             return
         record.no_room_since = None
         if not tokens:
             self._end(record)
             return
-        record.is_loading = True
+        record.stage = Stage.LOADING
         first_token, end_token = record.first_token, record.first_token + tokens
         self._arriving[record] = self._geometry.blocks(request.num_tokens) - self._geometry.blocks(end_token)
         self._orders.loads.append(
@@ -291,8 +304,7 @@ class PagedScheduler:
         """The workers have read, or failed to: what is not in the blocks is computed, and not looked for again."""
         for request_id in request_ids:
             record = self._records.get(request_id)
-            if record is not None and record.is_loading:
-                record.is_loading = False
+            if record is not None and record.stage is Stage.LOADING:
                 self._end(record)
 
     def finish(self, request_id: str) -> bool:
@@ -300,7 +312,7 @@ class PagedScheduler:
         record = self._records.pop(request_id, None)
         if record is None:
             return False
-        waits = record.saves and not record.is_loading
+        waits = record.saves and record.stage is not Stage.LOADING
         if waits:
             self._finished.append(request_id)
             self._sending.add(request_id)
@@ -313,7 +325,8 @@ class PagedScheduler:
         self._sending.difference_update(request_ids)
 
     def _end(self, record: Record) -> None:
-        """Give back all that the prefetch holds, whatever its stage."""
+        """Release all that the prefetch holds, whatever its stage."""
+        record.stage = Stage.DONE
         prefetch, record.prefetch = record.prefetch, None
         record.hits = record.result = None
         record.needs = (-1, 0, 0)

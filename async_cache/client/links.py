@@ -1,0 +1,196 @@
+"""One link after the other: a new one is dialled when one is lost, and a server that has fallen silent is given up."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from enum import Enum
+
+from async_cache.client.link import Link, Lost
+from async_cache.errors import CacheClosedError, ConnectionLostError
+from async_cache.protocol.messages import Ping
+
+_FIRST_DELAY_SECONDS = 0.02
+_LONGEST_DELAY_SECONDS = 1.0
+_ATTEMPT_SECONDS = 5.0
+_CLOSE_SECONDS = 5.0
+_LAST_CHANCE_SECONDS = 0.05
+
+Dial = Callable[[Lost, float], Awaitable[Link]]
+"""Makes a link within so many seconds, and has it call the first argument when it is lost."""
+
+
+def backoff() -> Iterator[float]:
+    """Seconds to wait between attempts: twice as long each time, up to a second."""
+    delay = _FIRST_DELAY_SECONDS
+    while True:
+        yield delay
+        delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
+
+
+class LinksState(Enum):
+    """NEW -> OPENING -> OPEN -> CLOSED; a `close` leads to CLOSED from everywhere."""
+
+    NEW = "new"
+    OPENING = "opening"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Links:
+    """What a client is connected by: `current` is None while there is no connection. See `LinksState`.
+
+    A call that needs a connection waits in `ready` for the attempt that comes next, and fails with it.
+    """
+
+    def __init__(self, dial: Dial, *, connect_timeout_seconds: float, heartbeat_seconds: float | None):
+        self.current: Link | None = None
+        self._dial = dial
+        self._connect_timeout_seconds = connect_timeout_seconds
+        self._heartbeat_seconds = heartbeat_seconds
+        self._state = LinksState.NEW
+        self._lost = asyncio.Event()
+        self._error: Exception = ConnectionLostError("there was no connection yet")
+        self._heard_before = 0  # over the links before the current one, and its welcome
+        self._waiting: list[asyncio.Future[Link]] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # Life.
+
+    async def open(self) -> None:
+        """Connect, and stay connected. Raises CacheClosedError, and what the last attempt failed with."""
+        if self._state is not LinksState.NEW:
+            raise CacheClosedError("a client is opened once")
+        self._state = LinksState.OPENING
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._connect_timeout_seconds
+        for delay in backoff():
+            try:
+                await self._attempt(max(deadline - clock(), delay))
+                break
+            except ConnectionLostError:
+                if clock() + delay > deadline:
+                    raise
+                await asyncio.sleep(delay)
+        if self._is_closed:
+            await self.close()  # once more: the link has come since
+            self.check_open()
+        self._state = LinksState.OPEN
+        self._tasks.append(asyncio.create_task(self._stay_connected()))
+        if self._heartbeat_seconds is not None:
+            self._tasks.append(asyncio.create_task(self._beat(self._heartbeat_seconds)))
+
+    async def close(self) -> None:
+        """Wait for what was committed, and close; idempotent. All who wait for something else get CacheClosedError."""
+        self._state = LinksState.CLOSED
+        error = CacheClosedError("the client was closed")
+        link, self.current = self.current, None
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._settle_waiters(error)
+        if link is not None:
+            await link.close(error, _CLOSE_SECONDS)
+
+    # Asking for a link.
+
+    @property
+    def _is_closed(self) -> bool:
+        return self._state is LinksState.CLOSED
+
+    def check_open(self) -> None:
+        """Raises CacheClosedError, unless the client is open."""
+        if self._state is not LinksState.OPEN:
+            what = "was closed" if self._is_closed else "is not open: use `async with`"
+            raise CacheClosedError(f"the client {what}")
+
+    def connected(self) -> Link:
+        """The link that there is now. Raises CacheClosedError, or the error of the last connection or attempt."""
+        self.check_open()
+        link = self.current  # once: another thread may ask
+        if link is None:
+            raise self._error.with_traceback(None)
+        return link
+
+    async def ready(self) -> Link:
+        """The link, or the next one. Raises CacheClosedError, and what the next attempt fails with."""
+        self.check_open()
+        if self.current is not None:
+            return self.current
+        future: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        return await future
+
+    @property
+    def error(self) -> Exception:
+        """Why there is no link, where there is none."""
+        return self._error
+
+    def heard(self) -> int:
+        """How many messages have come so far, over all links: the same number as before says that none has come."""
+        link = self.current
+        return self._heard_before + (link.heard if link is not None else 0)
+
+    # Staying connected.
+
+    async def _attempt(self, timeout_seconds: float) -> Link:
+        link = await self._dial(self._connection_lost, timeout_seconds)
+        if not link.connection.is_open:  # lost already, when `_connection_lost` could not know whose it was
+            raise link.reason.with_traceback(None)
+        self._heard_before += 1
+        self.current = link
+        return link
+
+    def _connection_lost(self, error: Exception) -> None:
+        link, self.current = self.current, None
+        if link is not None:
+            self._heard_before += link.heard
+            self._error = error
+            self._lost.set()
+
+    async def _stay_connected(self) -> None:
+        clock = asyncio.get_running_loop().time
+        delays, connected = backoff(), clock()
+        while True:
+            await self._lost.wait()
+            self._lost.clear()
+            waits = clock() - connected < _LONGEST_DELAY_SECONDS  # it was welcomed, and sent away
+            while self.current is None:
+                if waits:
+                    await asyncio.sleep(next(delays) * random.uniform(0.5, 1))
+                else:
+                    waits, delays = True, backoff()
+                try:
+                    self._settle_waiters(await self._attempt(_ATTEMPT_SECONDS))
+                except Exception as error:
+                    self._error = error
+                    self._settle_waiters(error)
+            connected = clock()
+
+    def _settle_waiters(self, outcome: Link | Exception) -> None:
+        """Give those who wait for an attempt what it has come to."""
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if future.done():
+                continue
+            if isinstance(outcome, Link):
+                future.set_result(outcome)
+            else:
+                future.set_exception(outcome)
+
+    async def _beat(self, seconds: float) -> None:
+        """Give up a server that does not say anything, also when it is asked to."""
+        asked = -1
+        while True:
+            await asyncio.sleep(seconds)
+            link = self.current
+            if link is None:
+                continue
+            heard = self.heard()
+            if heard == asked:
+                await asyncio.sleep(_LAST_CHANCE_SECONDS)  # where this loop was held up, the answer is there, unread
+            if heard == asked == self.heard():
+                link.abort(f"the server has not answered for {seconds} s")
+            else:
+                link.send(Ping(link.next_number()))
+            asked = heard
