@@ -1,7 +1,7 @@
 """Every error that the cache raises on purpose.
 
     AsyncCacheError
-    ├── ConfigError (ValueError)      a setting or a backend URL that can not be used
+    ├── ConfigError (ValueError)      a setting or a backend URL that cannot be used
     ├── CacheClosedError              the cache is not open, or closed while the call waited
     ├── RequestError
     │   ├── UnknownRequestError (KeyError)   never prefetched, claimed already, ended, or swept
@@ -21,11 +21,11 @@ from a prefetch: it shortens the result, and `Shortfall` says why. Only a `Cache
 
 
 class AsyncCacheError(Exception):
-    """Root of the tree."""
+    """The root of all errors that the cache raises on purpose."""
 
 
 class ConfigError(AsyncCacheError, ValueError):
-    """A setting, or the URL of a backend, can not be used."""
+    """A setting, or the URL of a backend, cannot be used."""
 
 
 class CacheClosedError(AsyncCacheError):
@@ -33,7 +33,7 @@ class CacheClosedError(AsyncCacheError):
 
 
 class RequestError(AsyncCacheError):
-    """The request can not do what was asked of it."""
+    """A request cannot do what was asked of it."""
 
 
 class UnknownRequestError(RequestError, KeyError):

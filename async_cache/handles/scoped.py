@@ -15,7 +15,7 @@ class Scoped(ABC, Generic[C]):
 
     @property
     def chunks(self) -> tuple[C, ...]:
-        """The chunks in order."""
+        """The chunks in the order of the prompt; none before it is entered."""
         return self._chunks
 
     @abstractmethod

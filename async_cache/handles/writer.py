@@ -112,7 +112,7 @@ class WriterState(Enum):
 
 
 class Writer(Scoped[WriteChunk]):
-    """`async with` it, or `await` it and `close()` later.
+    """A writer of one rank's chunks: `async with` it, or `await` it and `close()` later.
 
     While it is open it is a sequence of the chunks that L1 lacks of this rank, in order. If L1 cannot make room for
     all, there are fewer, and `shortfall` says why. Leaving discards what was not committed; leaving by `async with`

@@ -22,8 +22,8 @@ def page_of(rank: int, offset: int) -> int:
 class Entry(Struct, gc=False, eq=False):
     """A chunk in L1: a block of memory for each rank that has one, and the objects that are published in them.
 
-    Evictable while it has neither leases (requests) nor holds (I/O). A detached entry can not be found any more, and
-    leaves memory with its last lease or hold.
+    It may be evicted while it has neither leases (of requests) nor holds (of I/O). A detached entry cannot be found any
+    more, and leaves memory with its last lease or hold.
     """
 
     chunk_hash: bytes
@@ -42,7 +42,7 @@ class Entry(Struct, gc=False, eq=False):
     newer: "Entry | None" = None
 
     def offset(self, rank: int) -> int:
-        """Where the rank's block begins in the arena."""
+        """Where the block of a rank begins in the arena, in bytes."""
         return (self.pages >> rank * _PAGE_BITS & _PAGE_MASK) * PAGE_BYTES
 
     def place(self, rank: int, offset: int) -> None:
@@ -55,7 +55,7 @@ class Entry(Struct, gc=False, eq=False):
         self.pages |= page_of(rank, offset)
 
     def blocks(self) -> list[tuple[int, int]]:
-        """(offset, bytes) of each block."""
+        """The (offset, bytes) of each block that the entry has."""
         if self.ranks == 1:
             return [(self.pages * PAGE_BYTES, self.room_bytes)]
         rooms = self.layout.objects.room_bytes

@@ -48,18 +48,18 @@ class L1Store:
 
     @property
     def used_bytes(self) -> int:
-        """All that is not free."""
+        """The bytes of L1 that are not free: resident, reserved or quarantined."""
         return self.arena.size_bytes - self._extents.free_bytes
 
     @property
     def available_bytes(self) -> int:
-        """What is free or may be evicted."""
+        """The bytes of L1 that are free or may be evicted."""
         return self._extents.free_bytes + self.evictable_bytes
 
     # Reading: lease -> release. I/O that reads an entry holds it.
 
     def lease(self, entries: Iterable[Entry]) -> None:
-        """Keep entries for a request, each until its `release`. They keep their turn to be evicted until then."""
+        """Keep entries for a request, each until its `release`. Their places in the eviction order do not change."""
         count = leased = kept = 0
         for entry in entries:
             count += 1
@@ -74,7 +74,7 @@ class L1Store:
         self.evictable_bytes -= leased - kept
 
     def release(self, entries: Iterable[Entry]) -> None:
-        """Give back a lease of each. The tail of a prefix comes before its head, so that it is evicted before it."""
+        """Release one lease of each entry. The tail of a prefix comes before its head, so that it is evicted first."""
         use = self._policy.use
         for entry in entries:
             entry.leases -= 1
@@ -89,13 +89,13 @@ class L1Store:
                     self._free(entry)
 
     def hold(self, entry: Entry) -> None:
-        """Keep an entry while I/O uses its memory. Its turn to be evicted does not change."""
+        """Keep an entry while I/O uses its memory. Its place in the eviction order does not change."""
         if not entry.holds and not entry.leases and not entry.detached:
             self.evictable_bytes -= entry.room_bytes
         entry.holds += 1
 
     def unhold(self, entry: Entry) -> None:
-        """Give back one hold."""
+        """Take one hold of an entry away; a detached one leaves memory with the last."""
         entry.holds -= 1
         if not entry.holds and not entry.leases:
             if entry.detached:
@@ -104,7 +104,7 @@ class L1Store:
                 self.evictable_bytes += entry.room_bytes
 
     def touch(self, chunk_hashes: Iterable[bytes]) -> None:
-        """These were used just now, the last one most recently."""
+        """Mark chunks as used just now, the last one most recently."""
         for chunk_hash in chunk_hashes:
             entry = self.index.get(chunk_hash)
             if entry is not None and not entry.leases:
@@ -113,7 +113,7 @@ class L1Store:
     # Writing: reserve -> commit | discard.
 
     def reserve(self, layout: ModelLayout, blocks: Sequence[tuple[bytes, int]], owner: str = "") -> list[Reservation]:
-        """Room for each (chunk hash, rank), evicting what it takes; for the first so many, if not all find room."""
+        """Reserve room for each (chunk hash, rank), evicting what it takes; for the first ones, if not all find room."""
         made: list[Reservation] = []
         begin = 0
         rooms = layout.objects.room_bytes
@@ -134,12 +134,12 @@ class L1Store:
         return made
 
     def reserve_within(self, entry: Entry, rank: int) -> Reservation:
-        """The unpublished part of an entry's block, which is held until the reservation is done."""
+        """Reserve the unpublished part of an entry's block; the entry is held until the reservation is done."""
         self.hold(entry)
         return Reservation(entry.chunk_hash, entry.layout, rank, entry.offset(rank), 0, entry.owner, entry)
 
     def commit(self, reservation: Reservation, mask: int, after: bytes | None = None) -> Entry:
-        """Publish the objects in `mask`; the entry where they, or those of an earlier commit, can be found.
+        """Publish the objects in `mask`. Returns the entry where they, or those of an earlier commit, can be found.
 
         `after`: the chunk before it in its prefix, to be evicted after this one.
         """
@@ -194,7 +194,7 @@ class L1Store:
         entry.present |= mask
 
     def discard(self, reservations: Iterable[Reservation]) -> None:
-        """Give rooms back unpublished, also from quarantine. Once is enough, twice does no harm."""
+        """Free rooms unpublished, also from quarantine. Once is enough, twice does no harm."""
         rooms = []
         for reservation in reservations:
             if reservation.state is not _DONE:
@@ -206,7 +206,7 @@ class L1Store:
         self._extents.free_all(rooms)
 
     def quarantine(self, reservation: Reservation) -> None:
-        """Somebody may still touch the room: set it aside until `discard`."""
+        """Set a room aside until `discard`: somebody may still touch it."""
         if reservation.state is _RESERVED:
             reservation.state = _QUARANTINED
             self.reserved_bytes -= reservation.size_bytes
@@ -265,7 +265,7 @@ class L1Store:
         return offsets
 
     def _evict_for(self, size: int) -> int | None:
-        """Evict until a block fits, and take it. None if that can not be: then nothing is evicted."""
+        """Evict until a block fits, and take it. None if that cannot be: then nothing is evicted."""
         if size > self.available_bytes:
             return None
         victims = self._oldest_together(size) or self._oldest_and_behind(size)
@@ -274,7 +274,7 @@ class L1Store:
         return self._extents.allocate(size, 1)[0] if victims else None
 
     def _victims(self) -> Iterator[Entry]:
-        """What may be evicted, in order. What is leased comes back to the policy with its release."""
+        """The entries that may be evicted, in order. A leased one comes back to the policy with its release."""
         for entry in self._policy.victims():
             if entry.leases:
                 self._policy.suspend(entry)
@@ -282,7 +282,7 @@ class L1Store:
                 yield entry
 
     def _oldest_together(self, size: int) -> Collection[Entry]:
-        """Those of the oldest that lie side by side and leave room for a block; nobody if they are too scattered."""
+        """The oldest entries that lie side by side and leave room for a block; none if they are too scattered."""
         gaps = Gaps(self._extents)
         tried: list[Entry] = []
         considered = 0
@@ -301,7 +301,7 @@ class L1Store:
         return ()
 
     def _oldest_and_behind(self, size: int) -> Collection[Entry]:
-        """The oldest that leaves room for a block together with what lies behind it; nobody if none was found."""
+        """The oldest entry that leaves room for a block together with what lies behind it; none if there is none."""
         if self._entry_at is None:
             self._entry_at = self._blocks_in_index()
         entry_at, steps = self._entry_at, 0
@@ -334,13 +334,13 @@ class L1Store:
             tell(self._observers.evicted, _observed(entry), Removal.CAPACITY)
 
     def close(self) -> None:
-        """Let go of all entries. Those that somebody still reads keep their memory."""
+        """Remove all entries. Those that somebody still reads keep their memory."""
         self.closed = True
         for entry in list(self.index.values()):  # the links between them would keep them alive
             self._detach(entry, Removal.LOST)
 
     def check_integrity(self) -> None:
-        """Every total agrees with the records, and no two blocks overlap."""
+        """Assert that every total agrees with the records, and that no two blocks overlap."""
         entries = [*self.index.values(), *self._detached]
         evictable = [entry for entry in self._policy.victims() if not entry.leases]
         blocks = sorted(block for entry in entries for block in entry.blocks())

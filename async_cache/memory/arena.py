@@ -11,7 +11,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Arena:
-    """The memory itself: `fd` to map it elsewhere, `view` to use it here."""
+    """A block of shared memory: `fd` to map it elsewhere, `view` to use it here."""
 
     def __init__(self, size_bytes: int):
         self.size_bytes = size_bytes

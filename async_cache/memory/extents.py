@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class Extents:
-    """The free ranges of [0, size): best fit, neighbours merged at once.
+    """The free list of [0, size) as ranges: best fit, neighbours merged at once.
 
     Blocks of one size come back to back from the same extent; a freed hole is taken again by what fits it best.
     """
@@ -40,7 +40,7 @@ class Extents:
         return self._begin_of.get(begin, begin), end + self._length_at.get(end, 0)
 
     def free(self, begin: int, size_bytes: int) -> None:
-        """Give a range back."""
+        """Free a range, which merges with the free ranges that touch it."""
         end = begin + size_bytes
         before = self._begin_of.get(begin)
         if before is not None:
@@ -53,7 +53,7 @@ class Extents:
         self._add(begin, end - begin)
 
     def free_all(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Give ranges, as (begin, bytes), back: a row of them costs little more than one."""
+        """Free ranges, as (begin, bytes): a row of them costs little more than one."""
         begin = end = 0
         for first, size_bytes in sorted(ranges):
             if first != end:
@@ -91,7 +91,7 @@ class Extents:
             del self._lengths[bisect_left(self._lengths, length)]
 
     def check_integrity(self) -> None:
-        """Free ranges lie within, do not touch each other, and every index of them agrees."""
+        """Assert that free ranges lie within, do not touch each other, and that every index of them agrees."""
         ranges = sorted(self._length_at.items())
         assert sum(length for _, length in ranges) == self.free_bytes
         assert all(b + length < ranges[i + 1][0] for i, (b, length) in enumerate(ranges[:-1]))

@@ -1,4 +1,4 @@
-"""Memory files that processes share: memfds, their seals, and mappings of them that can not be written to."""
+"""Memory files that processes share: memfds, their seals, and mappings of them that cannot be written to."""
 
 import ctypes
 import fcntl
@@ -49,12 +49,12 @@ def cannot_shrink(fd: int) -> bool:
 def map_read_only(fd: int, size_bytes: int) -> memoryview:
     """Another process's memory. It stays mapped until the last view of it is gone.
 
-    The pages can not be written to, whatever the view says: torch warns of tensors over a view that is read-only.
+    The pages cannot be written to, whatever the view says: torch warns of tensors over a view that is read-only.
     """
     address = _libc.mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
     if address == _MAP_FAILED:
         error = ctypes.get_errno()
-        raise OSError(error, f"memory can not be mapped: {os.strerror(error)}")
+        raise OSError(error, f"memory cannot be mapped: {os.strerror(error)}")
     array = (ctypes.c_ubyte * size_bytes).from_address(address)
     weakref.finalize(array, _libc.munmap, address, size_bytes).atexit = False
     return memoryview(array).cast("B")

@@ -8,13 +8,13 @@ from async_cache.prompt.layout import Prompt, check_ranks
 
 
 def check_prompt(prompt: Prompt) -> None:
-    """Raises TypeError for what is no prompt."""
+    """Check that it is a prompt. Raises TypeError."""
     if not isinstance(prompt, Prompt):
         raise TypeError(f"prompt must come from ModelLayout.prompt, not be a {type(prompt).__name__}")
 
 
 def check_request_id(request_id: str, longest: int) -> str:
-    """Text of 1 to `longest` characters."""
+    """Check that a request id is text of 1 to `longest` characters, and return it. Raises TypeError or ValueError."""
     if not isinstance(request_id, str):
         raise TypeError(f"request_id must be a str, not {type(request_id).__name__}")
     if not 0 < len(request_id) <= longest:
@@ -23,7 +23,7 @@ def check_request_id(request_id: str, longest: int) -> str:
 
 
 def check_seconds(name: str, seconds: float | None) -> None:
-    """None, or a finite number that is not negative."""
+    """Check for None, or a finite number that is not negative. Raises TypeError or ValueError."""
     if seconds is None:
         return
     if type(seconds) not in (int, float):
@@ -33,7 +33,7 @@ def check_seconds(name: str, seconds: float | None) -> None:
 
 
 def start_of(prompt: Prompt, skip_tokens: int) -> int:
-    """The chunk at which a prefetch begins that skips so many tokens."""
+    """The chunk at which a prefetch begins that skips so many tokens. Raises TypeError or ValueError."""
     if type(skip_tokens) is not int:
         raise TypeError(f"skip_tokens must be an int, not {type(skip_tokens).__name__}")
     if skip_tokens < 0:
@@ -42,12 +42,12 @@ def start_of(prompt: Prompt, skip_tokens: int) -> int:
 
 
 def ranks_of(prompt: Prompt, ranks: Sequence[int] | None) -> tuple[int, ...]:
-    """The ranks that a prefetch loads, ascending; all if None."""
+    """The ranks that a prefetch loads, ascending; all if None. Raises TypeError or ValueError."""
     world_size = prompt.layout.world_size
     return tuple(range(world_size)) if ranks is None else check_ranks(ranks, world_size)
 
 
 def check_tier(tier: Any) -> None:
-    """One of the two ways to clear."""
+    """Check that it is one of the two ways to clear. Raises ValueError."""
     if tier not in ("l1", "all"):
         raise ValueError(f'tier must be "l1" or "all", not {tier!r}')

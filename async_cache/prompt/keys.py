@@ -53,7 +53,7 @@ def pack_tokens(tokens: Any) -> bytes:
         data = _pack_list(tokens) if isinstance(tokens, (list, tuple)) else _pack_buffer(memoryview(tokens))
     except OverflowError:
         raise ValueError(f"token ids must be between 0 and {MAX_TOKEN_ID}") from None
-    except (TypeError, ValueError) as error:  # ValueError: it can not be seen as a buffer, NumPy's dates for one
+    except (TypeError, ValueError) as error:  # ValueError: it cannot be seen as a buffer, NumPy's dates for one
         if isinstance(tokens, Sequence) and not isinstance(tokens, (list, tuple, memoryview, array)):
             return pack_tokens(list(tokens))
         raise TypeError(f"token ids must be a flat sequence of integers: {error}") from None

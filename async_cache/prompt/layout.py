@@ -65,7 +65,7 @@ class ModelLayout:
         """A prompt known only by an engine's own chained block hashes, each for `block_tokens` tokens.
 
         It never meets a prompt made from tokens, nor one of another block size. Hashes that are seeded at random are
-        found again by nobody else.
+        never found again.
         """
         check_count("block_tokens", block_tokens)
         if self.chunk_tokens % block_tokens:
@@ -102,7 +102,7 @@ class ModelLayout:
         return self._root("tokens", "", "")
 
     def same_bytes(self, other: "ModelLayout") -> bool:
-        """Whether the chunks of both may meet, whoever reads them: their hashes do."""
+        """Whether both lay chunks out alike, so that their hashes may meet. The number of readers does not matter."""
         return self is other or self._bytes_digest == other._bytes_digest
 
     @cached_property
@@ -112,7 +112,7 @@ class ModelLayout:
 
     @property
     def block_bytes(self) -> tuple[int, ...]:
-        """By rank, the bytes of a chunk."""
+        """The bytes of a chunk, by rank."""
         return self.objects.block_bytes
 
 
@@ -200,7 +200,7 @@ class Prompt:
 
 
 def check_ranks(ranks: Sequence[int], world_size: int) -> tuple[int, ...]:
-    """Distinct ranks within the world, ascending."""
+    """Distinct ranks within the world, ascending. Raises TypeError or ValueError for anything else."""
     checked = tuple(ranks)
     for rank in checked:
         check_index("rank", rank, world_size)
@@ -210,7 +210,7 @@ def check_ranks(ranks: Sequence[int], world_size: int) -> tuple[int, ...]:
 
 
 def check_index(name: str, value: int, bound: int) -> None:
-    """A rank or a reader."""
+    """Check a rank, a reader, or another index below `bound`. Raises TypeError or ValueError."""
     if type(value) is not int:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if not 0 <= value < bound:

@@ -57,7 +57,7 @@ class ObjectGroup:
 
     @cached_property
     def size_bytes(self) -> int:
-        """Bytes of one object."""
+        """The bytes of one object of this group."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
@@ -90,7 +90,7 @@ class ChunkObjects:
 
     @cached_property
     def windows(self) -> tuple[tuple[int, int], ...]:
-        """(window_chunks, mask) of the groups of which only the end of a prefix is needed."""
+        """The (window_chunks, mask) of groups of which only the end of a prefix is needed."""
         masks: dict[int, int] = {}
         for g, group in enumerate(self._groups):
             if group.window_chunks is not None:

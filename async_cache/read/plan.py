@@ -23,7 +23,7 @@ class Plan(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The chunks that are promised."""
+        """The number of chunks that are promised."""
         return len(self.needed)
 
 
@@ -57,7 +57,7 @@ class Planner:
             here[number] |= load.wanted
         served = coverage.lengths(layout, _united(here, found.masks()))
         for number, load in loads.items():
-            if load.abandoned:  # what starts again can not take more with it
+            if load.abandoned:  # what starts again cannot take more with it
                 here[number] = objects.full_mask
         partly = bool(loads) or any(entries)
 
