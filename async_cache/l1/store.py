@@ -113,7 +113,7 @@ class L1Store:
     # Writing: reserve -> commit | discard.
 
     def reserve(self, layout: ModelLayout, blocks: Sequence[tuple[bytes, int]], owner: str = "") -> list[Reservation]:
-        """Reserve room for each (chunk hash, rank), evicting what it takes; for the first ones, if not all find room."""
+        """Reserve room for each (chunk hash, rank), evicting what it takes; for the first ones, if all do not fit."""
         made: list[Reservation] = []
         begin = 0
         rooms = layout.objects.room_bytes
