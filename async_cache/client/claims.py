@@ -41,7 +41,7 @@ class ClaimCall(Call):
             fail(waiter, reason)
 
     def pass_on(self) -> None:
-        """Give the result to the first who still waits, or where nobody does, back to the server."""
+        """Give the result to the first who still waits, or where nobody does, return it to the server."""
         assert self.result is not None
         for waiter in self.waiters:
             if not waiter.done():

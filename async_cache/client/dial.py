@@ -16,7 +16,10 @@ from async_cache.protocol.messages import Hello
 
 
 async def dial(address: Address, hello: Hello, lost: Lost, timeout_seconds: float) -> Link:
-    """Connect. Raises ConnectionLostError if nobody answers, and what the server refuses the client with."""
+    """A link to the server at an address. Raises ConnectionLostError if there is none, or none that answers in time.
+
+    What the server refuses the client with is raised as well. `lost` is called once the link is lost.
+    """
     try:
         async with asyncio.timeout(timeout_seconds):
             return await _dial(address, hello, lost)
@@ -83,7 +86,7 @@ async def _connect(address: Address) -> socket.socket:
 
 
 def _check_owner(sock: socket.socket) -> None:
-    """Whoever makes a socket in a directory that is open to all would be told tokens and prompts."""
+    """Raises AccessDeniedError for a socket that another user has made, who would be sent tokens and prompts."""
     if sock.family == socket.AF_UNIX:
         _, owner, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
         if owner not in (0, os.getuid()):

@@ -1,4 +1,4 @@
-"""The layouts of one link: prompts name theirs by an index, which the server is told once."""
+"""The layouts of one link: prompts name theirs by an index, under which the server gets it once."""
 
 from async_cache.client.calls import Line, Registration
 from async_cache.errors import LimitError
@@ -8,7 +8,7 @@ from async_cache.protocol.prompts import describe, layout_of, pack
 
 
 class Layouts:
-    """Those that this client has registered over a link, and those that the server has described to it."""
+    """The layouts that a client has registered over a link, and those that the server has described to it."""
 
     def __init__(self, line: Line) -> None:
         self._line = line

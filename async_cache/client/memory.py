@@ -22,10 +22,10 @@ class Segment:
         self.fd = make_memfd("async_cache segment")
         self._map: mmap.mmap | None = None
         self._extents = Extents(0)
-        self._freed: deque[tuple[int, int]] = deque()  # by whatever thread let go last
+        self._freed: deque[tuple[int, int]] = deque()  # by the threads that had the last views
 
     def grow(self, size_bytes: int) -> None:
-        """Give it its size, once."""
+        """Give the segment its size, once."""
         os.ftruncate(self.fd, size_bytes)
         seal_size(self.fd)
         self._map = mmap.mmap(self.fd, size_bytes)
@@ -45,6 +45,6 @@ class Segment:
         return made
 
     def close(self) -> None:
-        """Let go of the file. Views keep the memory."""
+        """Close the file. Views keep the memory."""
         os.close(self.fd)
         self._map = None

@@ -99,7 +99,7 @@ class ClientThread:
         return self._pid != os.getpid()
 
     def post(self, call: Callable[..., object], *args: Any) -> bool:
-        """Have the client's thread call it; whether it does: if not, the client is closed, and holds nothing."""
+        """Have the client's thread call something; whether it does: a client that is closed holds nothing any more."""
         assert self._loop is not None
         if self._thread is threading.current_thread():
             call(*args)

@@ -42,7 +42,7 @@ OF_SGLANG = {  # what else may be in the extra config: SGLang reads it itself
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What of `--hicache-storage-backend-extra-config` is for the cache. docs/sglang.md has it in a table."""
+    """The options in `--hicache-storage-backend-extra-config` that are the cache's. docs/sglang.md has a table."""
 
     url: str | None = None
     namespace: str = ""
@@ -64,7 +64,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @classmethod
     def of(cls, extra_config: dict[str, Any] | None) -> "Options":
-        """Raises ConfigError for what is no option, or can not be its value."""
+        """The options in an extra config. Raises ConfigError for what is no option, or cannot be its value."""
         given = {name: value for name, value in (extra_config or {}).items() if name not in OF_SGLANG}
         try:
             options = msgspec.convert(given, cls)
@@ -81,7 +81,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def layout_of(options: Options, config: HiCacheStorageConfig, pool: Any) -> ModelLayout:
-    """All that fixes the bytes of this rank's pages. Raises ConfigError if a page of the host pool is no such thing."""
+    """The layout of all that fixes the bytes of this rank's pages. Raises ConfigError if the pool has no such pages."""
     model = options.model or config.model_name
     if not model:
         raise ConfigError('SGLang does not say which model it serves: set "model" in the extra config')
@@ -109,9 +109,9 @@ def layout_of(options: Options, config: HiCacheStorageConfig, pool: Any) -> Mode
 
 
 class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
-    """The class for `class_name`. May be called from any thread. Raises ConfigError for options that can not be used.
+    """The class for `class_name`. May be called from any thread. Raises ConfigError for options that cannot be used.
 
-    The answers of a batch are those of a prefix of it: what follows the first missing page is told to be missing.
+    The answers of a batch are those of a prefix of it: what follows the first missing page counts as missing.
     """
 
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: dict[str, Any] | None = None):
@@ -120,21 +120,21 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         self._rank = 0 if storage_config.is_mla_model else storage_config.tp_rank
         self._layout: ModelLayout | None = None
         self._refusal: Exception = ConfigError("SGLang has not registered its host memory pool yet")
-        self._told: str | None = None
+        self._warned: str | None = None
         self._lacks_room = False
         self._loads: deque[tuple[int, float]] = deque(maxlen=1000)  # (pages, GB/s) since the last `get_stats`
         self._saves: deque[tuple[int, float]] = deque(maxlen=1000)
         self._client = OptionalClient(self._options.client, self._options.retry_seconds)
-        self._or_miss(self._client.get, None)  # to tell at once
+        self._or_miss(self._client.get, None)  # where there is no server, that is logged now
 
     def close(self) -> None:
-        """SGLang calls it when the backend is detached."""
+        """Close the client: SGLang calls this when the backend is detached."""
         self._client.close()
 
     # The host pools.
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
-        """The pool of the KV: its pages are what is stored."""
+        """Note the pool of the KV: its pages are what is stored."""
         super().register_mem_pool_host(mem_pool_host)
         try:
             self._layout = layout = layout_of(self._options, self._config, mem_pool_host)
@@ -152,15 +152,15 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
             )
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: str) -> None:
-        """Other pools beside it are those of models that this backend does not support."""
+        """Refuse other pools beside that of the KV: this backend does not support their models."""
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
         if host_pool_name != PoolName.KV:
-            what = f"this model keeps {str(host_pool_name)!r} beside its KV, which can not be stored here"
+            what = f"this model keeps {str(host_pool_name)!r} beside its KV, which cannot be stored here"
             self._refuse(ConfigError(f"{what}: use another --hicache-storage-backend for it"))
 
     def _refuse(self, error: Exception) -> None:
         self._layout, self._refusal = None, error
-        self._tell(error)
+        self._warn(error)
 
     # Failures.
 
@@ -170,19 +170,19 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         except Exception as error:
             if isinstance(error, ConnectionLostError | TimeoutError):
                 self._client.failed(error)
-            self._tell(error)
+            self._warn(error)
             return miss
-        if self._told is not None and self._layout is not None:
-            self._told = None
+        if self._warned is not None and self._layout is not None:
+            self._warned = None
             log.info("SGLang uses the cache again")
         return value
 
-    def _tell(self, error: Exception) -> None:
-        """One line, until it is another one or all is well."""
+    def _warn(self, error: Exception) -> None:
+        """Log one line, until it is another one or all is well."""
         expected = isinstance(error, AsyncCacheError | ValueError | TimeoutError)
         text = self._text_of(error)
-        if text != self._told:
-            self._told = text
+        if text != self._warned:
+            self._warned = text
             log.warning("SGLang goes on without the cache: %s", text, exc_info=None if expected else error)
 
     def _text_of(self, error: Exception) -> str:
@@ -203,7 +203,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         return self._or_miss(lambda: self._count(keys), 0)
 
     def exists(self, key: str) -> bool:
-        """As `batch_exists`, of one."""
+        """Whether a page is there, for all ranks."""
         return self.batch_exists([key]) == 1
 
     def _count(self, keys: Sequence[str]) -> int:
@@ -213,7 +213,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
     # Reading.
 
     def batch_get_v1(self, keys: list[str], host_indices: "torch.Tensor", extra_info: Any = None) -> list[bool]:
-        """Straight from the server's memory into the pages of the host pool that begin at these indices."""
+        """Copy straight from the server's memory into the pages of the host pool that begin at these indices."""
         pool, taken = self.mem_pool_host, [False] * len(keys)
 
         def take(number: int, page: "torch.Tensor") -> None:
@@ -232,7 +232,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
     def batch_get(
         self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
     ) -> "list[torch.Tensor | None]":
-        """Into the targets, or without any, into new tensors; None for what is missing."""
+        """Copy pages into the targets, or without any, into new tensors; None for what is missing."""
         taken: list[torch.Tensor | None] = [None] * len(keys)
 
         def take(number: int, page: "torch.Tensor") -> None:
@@ -246,7 +246,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         return taken if self._or_miss(lambda: self._load(keys, take), False) else [None] * len(keys)
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> "torch.Tensor | None":
-        """As `batch_get`, of one."""
+        """Copy a page into the target, or without one, into a new tensor; None if it is missing."""
         return self.batch_get([key], None if target_location is None else [target_location])[0]
 
     def _load(self, keys: Sequence[str], take: "Callable[[int, torch.Tensor], None]") -> bool:
@@ -274,7 +274,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
     # Writing.
 
     def batch_set_v1(self, keys: list[str], host_indices: "torch.Tensor", extra_info: Any = None) -> list[bool]:
-        """Straight from the pages of the host pool that begin at these indices."""
+        """Store straight from the pages of the host pool that begin at these indices."""
         pool, none = self.mem_pool_host, [False] * len(keys)
 
         def save() -> list[bool]:
@@ -286,11 +286,11 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
     def batch_set(
         self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
-        """Whether all could be stored."""
+        """Store pages; whether all could be."""
         return all(self._or_miss(lambda: self._save(keys, values.__getitem__), [False]))
 
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
-        """As `batch_set`, of one."""
+        """Store a page; whether it could be."""
         return self.batch_set([key], [value])
 
     def _save(self, keys: Sequence[str], page_of: "Callable[[int], torch.Tensor]") -> list[bool]:
@@ -305,12 +305,12 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
                 del room
                 chunk.commit()
             stored = len(keys) if writer.shortfall is None else writer[-1].index + 1 if len(writer) else 0
-            self._tell_of_room(prompt, found=stored > 0 or not keys)
+            self._warn_of_room(prompt, found=stored > 0 or not keys)
             self._count_traffic(self._saves, len(writer), time.perf_counter() - began)
         return [number < stored for number in range(len(keys))]
 
-    def _tell_of_room(self, prompt: Prompt, *, found: bool) -> None:
-        """One line, until a page has found room."""
+    def _warn_of_room(self, prompt: Prompt, *, found: bool) -> None:
+        """Log one line, until a page has found room."""
         if not found and not self._lacks_room:
             log.warning(
                 "a page of %d bytes finds no room in the server's memory: if that lasts, give it more --l1-bytes",
@@ -329,11 +329,11 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
     # Models with other pools beside their KV.
 
     def batch_exists_v2(self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None) -> Any:
-        """The KV; nothing where there are other pools."""
+        """How many of the first keys are there; none where there are other pools beside the KV."""
         return PoolTransferResult(self.batch_exists(keys), {}) if not pool_transfers else PoolTransferResult.empty()
 
     def batch_get_v2(self, transfers: Any, extra_info: Any = None) -> dict[str, list[bool]]:
-        """Nothing."""
+        """Copy nothing: other pools beside the KV are not supported."""
         return {transfer.name: [False] * len(transfer.keys or ()) for transfer in transfers}
 
     batch_set_v2 = batch_get_v2
@@ -341,7 +341,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
     # Looking at it and emptying it.
 
     def clear(self) -> None:
-        """Empty the server, of all engines that use it. A token that is bound to salts may not."""
+        """Empty the server, of all engines that use it; a token that is bound to salts may not. Failing is logged."""
         try:
             deleted = self._client.get().clear("all", timeout_seconds=self._options.timeout_seconds)
         except Exception as error:
@@ -350,7 +350,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
             log.info("SGLang has emptied the cache: %d chunks", deleted.chunks)
 
     def get_stats(self) -> StorageMetrics | None:
-        """What was moved since the last time, if SGLang collects metrics."""
+        """The pages moved and their speed since it was last asked, if SGLang collects metrics."""
         if not self._config.enable_storage_metrics:
             return None
         loads, saves = ([log.popleft() for _ in range(len(log))] for log in (self._loads, self._saves))

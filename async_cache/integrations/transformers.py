@@ -5,8 +5,8 @@
     await prefix.store(tokens, kv)
 
 Bit-equal, and not only alike: a sum of floats depends on how the work is cut. So a prompt is always computed in steps
-that end where a chunk ends. Whoever begins where the stored chunks end repeats the last steps of whoever stored them:
-the same shapes over the same bytes. (On one machine, that is, with one version of torch and as many threads.) KV that
+that end where a chunk ends. Who begins where the stored chunks end repeats the last steps of who stored them: the same
+shapes over the same bytes. (On one machine, that is, with one version of torch and as many threads.) KV that
 was computed in other steps, such as that of generated tokens, can be stored as well; it is alike. A model
 whose positions depend on the length of the whole prompt is refused.
 
@@ -74,13 +74,13 @@ def kv_layout(
     try:
         _compute(model, torch.zeros(1, dtype=torch.long), kv)
     except Exception as error:
-        raise ValueError(f"{name!r} can not be cached: it does not compute a token from its id alone") from error
+        raise ValueError(f"{name!r} cannot be cached: it does not compute a token from its id alone") from error
     if kv.get_seq_length() != 1:
-        raise ValueError(f"{name!r} can not be cached: it does not fill the cache that it is given")
+        raise ValueError(f"{name!r} cannot be cached: it does not fill the cache that it is given")
     kinds = {(part.shape, part.dtype) for layer in kv.layers for part in (layer.keys, layer.values)}
     if len(kinds) > 1:
         shapes = ", ".join(sorted(f"{tuple(shape)} of {dtype}" for shape, dtype in kinds))
-        raise ValueError(f"{name!r} can not be cached: keys and values of a token are not all alike, but {shapes}")
+        raise ValueError(f"{name!r} cannot be cached: keys and values of a token are not all alike, but {shapes}")
     ((_, heads, _, width), dtype) = kinds.pop()
     group = ObjectGroup((2, len(kv.layers), heads, chunk_tokens, width), str(dtype).removeprefix("torch."))
     known = revision if revision is not None else getattr(config, "_commit_hash", None) or ""
@@ -95,14 +95,14 @@ def check_cacheable(config: PreTrainedConfig, name: str) -> None:
     for number, layer in enumerate(layers):
         if type(layer) is not DynamicLayer:
             kind = type(layer).__name__
-            raise ValueError(f"{name!r} can not be cached: layer {number} has no full attention, but a {kind}")
+            raise ValueError(f"{name!r} cannot be cached: layer {number} has no full attention, but a {kind}")
     if config.is_encoder_decoder or not layers:
-        raise ValueError(f"{name!r} can not be cached: it is not a decoder of which all KV is attention's")
+        raise ValueError(f"{name!r} cannot be cached: it is not a decoder of which all KV is attention's")
     rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     for parameters in (rope, *rope.values()):
         if isinstance(parameters, dict) and parameters.get("rope_type") in _LENGTH_DEPENDENT:
             kind = parameters["rope_type"]
-            raise ValueError(f"{name!r} can not be cached: its {kind} positions depend on the length of the prompt")
+            raise ValueError(f"{name!r} cannot be cached: its {kind} positions depend on the length of the prompt")
 
 
 @torch.no_grad()
@@ -118,8 +118,8 @@ class CachedPrefix:
     """Prefills prompts of one model through a cache, which is to be open while it is used.
 
     Whatever fails in the cache, the model computes: a fault makes the prefix shorter. A server that is lost or denies
-    access, and a cache that is closed or could not be opened, are told in one line until it works again. Tokens are a
-    flat sequence of ids, or a tensor of one dimension.
+    access, and a cache that is closed or could not be opened, are one line in the log until it works again.
+    Tokens are a flat sequence of ids, or a tensor of one dimension.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class CachedPrefix:
     ):
         """`chunk_tokens`, `name`, `revision`: see `kv_layout`. `salt` separates tenants, `adapter` names a LoRA.
 
-        The model computes one token. Raises as `kv_layout`.
+        The model computes one token. Raises ValueError for a model that cannot be cached, TypeError for what is none.
         """
         if not isinstance(cache, AsyncCache | CacheClient):
             raise TypeError(f"cache must be an AsyncCache or a CacheClient, not {type(cache).__name__}")
@@ -145,8 +145,8 @@ class CachedPrefix:
         self._cache = cache
         self._model = model
         self._salt, self._adapter = salt, adapter
-        self._told: dict[str, str] = {}  # by what is not done, why
-        self.prompt([])  # a salt or an adapter that can not be used is known now
+        self._warned: dict[str, str] = {}  # by what is not done, why
+        self.prompt([])  # a salt or an adapter that cannot be used is known now
 
     def prompt(self, tokens: Any) -> Prompt:
         """The prompt of these tokens, for calls of the cache."""
@@ -157,7 +157,7 @@ class CachedPrefix:
     def prefetch(
         self, tokens: Any, *, request_id: str | None = None, deadline_seconds: float | None = None
     ) -> Prefetch:
-        """Look up what is cached of a prompt, and load it: two futures, as of `AsyncCache.prefetch`. Then `read` it.
+        """Look up what is cached of a prompt, and load it: a future for the count, one for the bytes. Then `read` it.
 
         At least the last token is left to be computed: its logits are what a prefill is for.
         """
@@ -173,7 +173,7 @@ class CachedPrefix:
                 kv = await _to_its_end(self._rebuild, [chunk.tensors()[0] for chunk in lease])
                 if not lease.held:
                     raise ConnectionLostError("the connection was lost while the KV was copied")
-                self._told.pop(_READ, None)
+                self._warned.pop(_READ, None)
                 return Loaded(kv, lease.result)
         except asyncio.CancelledError:
             with suppress(AsyncCacheError):
@@ -183,13 +183,13 @@ class CachedPrefix:
             return self._without_cache(error, request_id)
 
     def _without_cache(self, error: AsyncCacheError, request_id: str = "") -> Loaded:
-        self._tell(_READ, error)
+        self._warn(_READ, error)
         return Loaded(self._rebuild(()), _nothing(request_id))
 
-    def _tell(self, what: str, error: AsyncCacheError) -> None:
-        """One line, until it is another one or all is well."""
-        if self._told.get(what) != str(error):
-            self._told[what] = str(error)
+    def _warn(self, what: str, error: AsyncCacheError) -> None:
+        """Log one line, until it is another one or all is well."""
+        if self._warned.get(what) != str(error):
+            self._warned[what] = str(error)
             log.warning("prompts are %s: %s", what, error)
 
     async def load(self, tokens: Any, *, deadline_seconds: float | None = None) -> Loaded:
@@ -213,7 +213,7 @@ class CachedPrefix:
     async def prefill(self, tokens: Any, *, deadline_seconds: float | None = None) -> Prefilled:
         """Load what is cached of a prompt, and compute the rest, in threads. To have that cached too, `store` it.
 
-        Raises ValueError for tokens that the model can not read, and for a model that is being trained.
+        Raises ValueError for tokens that the model cannot read, and for a model that is being trained.
         """
         ids = self._checked(tokens)
         kv, result = await self.load(ids, deadline_seconds=deadline_seconds)
@@ -250,9 +250,9 @@ class CachedPrefix:
                     await _to_its_end(_copy_chunk, layers, chunk.index, chunk.tensors()[0])
                     chunk.commit()
                     taken += 1
-            self._told.pop(_STORED, None)
+            self._warned.pop(_STORED, None)
         except AsyncCacheError as error:
-            self._tell(_STORED, error)
+            self._warn(_STORED, error)
         return taken
 
     # What callers give.

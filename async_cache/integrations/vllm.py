@@ -3,7 +3,7 @@
     --kv-transfer-config '{"kv_connector": "AsyncCacheConnector", "kv_role": "kv_both",
         "kv_connector_module_path": "async_cache.integrations.vllm", "kv_load_failure_policy": "recompute"}'
 
-`docs/vllm.md` has the options. What can not be used is one line in the log, and vLLM serves on without the cache.
+`docs/vllm.md` has the options. What cannot be used is one line in the log, and vLLM serves on without the cache.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ _SPECS = {FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAt
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Those of `kv_connector_extra_config`. `model` names the weights, where the path that vLLM got does not."""
+    """The options in `kv_connector_extra_config`. `model` names the weights, where the path that vLLM got does not."""
 
     url: str | None = None
     namespace: str = ""
@@ -80,7 +80,7 @@ class Metadata(KVConnectorMetadata):  # type: ignore[misc]
 
 
 class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """Both of its sides; vLLM makes one in its scheduler, and one in each worker."""
+    """The connector's two sides: vLLM makes one in its scheduler, and one in each worker."""
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"):
         super().__init__(vllm_config, role, kv_cache_config)
@@ -151,18 +151,18 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         self._scheduler.add(request, identity(request), held, load=load)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
-        """As `PagedScheduler.match`."""
+        """The tokens that can be loaded beyond those computed, None to ask again, and whether that is asynchronous."""
         if self._scheduler is None:
             return 0, False
         return self._scheduler.match(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
-        """As `PagedScheduler.place`."""
+        """Note the blocks that a request has got, and order the load of its external tokens into them."""
         if self._scheduler is not None:
             self._scheduler.place(request, blocks.get_block_ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> Metadata:
-        """As `PagedScheduler.step`."""
+        """The orders of a step, for the workers."""
         if self._scheduler is None:
             return Metadata(Orders())
         state = scheduler_output.kv_connector_block_state
@@ -170,7 +170,7 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         return Metadata(self._scheduler.step(scheduled, state.get_block_ids, scheduler_output.preempted_req_ids or ()))
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        """The workers' loads and saves have ended."""
+        """Note the workers' loads and saves that have ended."""
         if self._scheduler is not None:
             self._scheduler.loaded(connector_output.finished_recving or ())
             self._scheduler.sent(connector_output.finished_sending or ())
@@ -192,7 +192,7 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
     # The worker's side.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """There is something to copy from and to."""
+        """Make the worker: now there is memory to copy from and to."""
         if self._geometry is None:
             return
         blocks = self._kv_cache_config.num_blocks
@@ -213,24 +213,24 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         return metadata.orders
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """Blocks are about to change hands."""
+        """Wait for what reads blocks that are about to change hands."""
         assert isinstance(kv_connector_metadata, Metadata)
         if self._worker is not None:
             self._worker.preempted(kv_connector_metadata.orders.preempted)
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
-        """Loads begin, of requests that are not in this step."""
+        """Begin the loads of requests that are not in this step."""
         if self._worker is not None:
             self._worker.load(self._orders().loads)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """No step reads what is being loaded."""
+        """Do nothing: no step reads what is being loaded."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Chunks are saved once the step has ended."""
+        """Do nothing: chunks are saved once the step has ended."""
 
     def wait_for_save(self) -> None:
-        """The step has ended: saves begin."""
+        """Begin the saves: the step has ended."""
         if self._worker is not None:
             orders = self._orders()
             self._worker.save(orders.saves)
@@ -239,7 +239,7 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
                 self._worker.settle()  # a window's blocks change hands while the request goes on
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """What has ended. A load that fell short is told by its blocks, or where these are ambiguous, as a whole."""
+        """What has ended. Of a load that fell short its blocks have failed, or where these are ambiguous, all of it."""
         if self._worker is None:
             return KVConnectorTransferResults()
         received = self._worker.received()
@@ -252,12 +252,12 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         )
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """As `get_transfer_results`, without the loads that fell short as a whole."""
+        """The requests whose saves have ended, and those whose loads have."""
         results = self.get_transfer_results(finished_req_ids)
         return results.finished_sending, results.finished_recving
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks that vLLM is to compute."""
+        """The blocks that vLLM is to compute, since it was last asked."""
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 

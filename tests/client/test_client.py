@@ -287,6 +287,18 @@ async def test_a_client_that_was_never_opened_is_closed_for_good(url: str) -> No
             await client.open()
 
 
+async def test_a_client_that_is_closed_while_it_opens_is_closed(url: str) -> None:
+    client = connect(url, connect_timeout_seconds=SECONDS)
+    opening = asyncio.create_task(client.open())
+    await asyncio.sleep(0)
+    await client.close()
+    async with serve(url):
+        with pytest.raises(CacheClosedError, match="the client was closed"):
+            await opening
+        with pytest.raises(CacheClosedError, match="the client was closed"):
+            await client.ping()
+
+
 async def test_close_breaks_those_who_wait(url: str) -> None:
     gate = GatedBackend(MemoryBackend(), "lookup")
     async with serve(url, gate), connect(url) as client:
@@ -513,6 +525,26 @@ async def test_a_server_that_answers_is_not_given_up(url: str) -> None:
             async with asyncio.timeout(0.5):
                 await prefetch.lookup_done
         assert client._links.current is link
+
+
+async def test_a_client_knows_whether_it_has_heard_from_its_server(url: str) -> None:
+    async with served_twice(url) as (server, gate, again), connect(url, heartbeat_seconds=None) as client:
+        await client.lookup(PROMPT)  # the answer to the layout has come
+        gate.hold("lookup")
+        before = client.heard()
+        client.prefetch(PROMPT)
+        await gate.reached("lookup", 2)
+        assert client.heard() == before, "there is no answer yet"
+        await client.ping()
+        assert client.heard() > before
+        before = client.heard()
+        await server.close()
+        await is_lost(client)
+        gate.release()
+        await again()
+        await until(lambda: client._links.current is not None)
+        assert client.heard() > before, "another server has said welcome"
+        client.check_connected()
 
 
 async def test_a_killed_server_fails_those_who_wait_in_under_a_second_and_another_is_found(url: str) -> None:

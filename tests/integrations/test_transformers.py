@@ -420,7 +420,7 @@ def test_a_model_has_the_name_and_the_commit_that_it_was_loaded_by() -> None:
 
 @pytest.mark.parametrize("kind", ["MistralConfig", "Gemma3TextConfig", "Qwen3NextConfig", "T5Config"])
 def test_a_model_without_full_attention_in_every_layer_is_refused(kind) -> None:
-    with pytest.raises(ValueError, match="'m' can not be cached: "):
+    with pytest.raises(ValueError, match="'m' cannot be cached: "):
         integration.check_cacheable(getattr(transformers, kind)(), "m")
 
 
@@ -429,7 +429,7 @@ def test_a_model_whose_positions_depend_on_what_follows_is_refused(kind) -> None
     rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = transformers.LlamaConfig(**SIZES)
     config.rope_parameters = rope
-    with pytest.raises(ValueError, match=f"'m' can not be cached: its {kind} positions"):
+    with pytest.raises(ValueError, match=f"'m' cannot be cached: its {kind} positions"):
         integration.check_cacheable(config, "m")
 
 
@@ -443,7 +443,7 @@ def test_a_model_with_one_latent_head_is_cached_by_the_shape_that_it_has_or_refu
     sizes = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
     config = transformers.DeepseekV3Config(**SIZES | sizes | {"num_key_value_heads": 4}, first_k_dense_replace=3)
     deepseek = transformers.DeepseekV3ForCausalLM(config).eval()
-    with pytest.raises(ValueError, match="'m' can not be cached: keys and values of a token are not all alike"):
+    with pytest.raises(ValueError, match="'m' cannot be cached: keys and values of a token are not all alike"):
         kv_layout(deepseek, name="m")
 
 

@@ -1,12 +1,14 @@
-"""What the engines have in common whose KV lies in pages: blocks of a few tokens, found through a table.
+"""What engines have in common that keep KV in pages: blocks of a few tokens, found through a table.
 
-orders     what the scheduler's process tells the workers', and where a chunk lies in pages
+orders     the orders of the scheduler's process to the workers', and where a chunk lies in pages
+records    the scheduler's record of a request, from its lookup to its end
 scheduler  `PagedScheduler`: looks prompts up, decides when a load is worth its blocks, says what is to be saved
 worker     `PagedWorker`: copies between leases and pages, behind the forward pass
 """
 
 from async_cache.integrations.paged.orders import Geometry, LoadOrder, Orders, Pages, SaveOrder
-from async_cache.integrations.paged.scheduler import EngineRequest, PagedScheduler
+from async_cache.integrations.paged.records import EngineRequest
+from async_cache.integrations.paged.scheduler import PagedScheduler
 from async_cache.integrations.paged.worker import PagedWorker
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What the scheduler's process tells the workers', and where a chunk lies in pages."""
+"""The orders of the scheduler's process to the workers', and where a chunk lies in pages."""
 
 import logging
 import math
@@ -48,7 +48,7 @@ class Geometry:
         return list(tables.values())
 
     def blocks(self, tokens: int) -> int:
-        """That an engine needs for so many."""
+        """The blocks that an engine needs for so many tokens."""
         return sum(math.ceil(min(tokens, most) / block_tokens) for block_tokens, most in self._tables)
 
 
@@ -75,7 +75,7 @@ class SaveOrder:
 
 @dataclass
 class Orders:
-    """Those of one step. `preempted` requests lose their blocks in it; `finished` ones wait for their saves."""
+    """The orders of one step. `preempted` requests lose their blocks in it; `finished` ones wait for their saves."""
 
     loads: list[LoadOrder] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
@@ -84,15 +84,15 @@ class Orders:
 
 
 class Complaint:
-    """Tells why the cache is not used: one line a minute, not one for each request."""
+    """The log's lines on why the cache is not used: one a minute for each kind of error, not one for each request."""
 
     def __init__(self, interval_seconds: float = 60.0):
         self._interval_seconds = interval_seconds
-        self._told: dict[str, float] = {}
+        self._logged_at: dict[str, float] = {}
 
-    def tell(self, error: BaseException) -> None:
-        """Log it, unless an error of its kind was logged a moment ago."""
+    def log(self, error: BaseException) -> None:
+        """Log an error, unless one of its kind was logged a moment ago."""
         kind, now = type(error).__name__, time.monotonic()
-        if now - self._told.get(kind, -self._interval_seconds) >= self._interval_seconds:
-            self._told[kind] = now
+        if now - self._logged_at.get(kind, -self._interval_seconds) >= self._interval_seconds:
+            self._logged_at[kind] = now
             log.warning("requests are served without the cache: %s (%s)", error, kind)

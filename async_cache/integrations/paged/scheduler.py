@@ -3,14 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import Enum
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from async_cache.client.blocking import BlockingClient, BlockingFuture, BlockingPrefetch
 from async_cache.errors import AsyncCacheError, RequestError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged.orders import Complaint, Geometry, LoadOrder, Orders, SaveOrder, Tables
+from async_cache.integrations.paged.records import EngineRequest, Record, Stage
 from async_cache.prompt.layout import Prompt
 from async_cache.values import LoadResult, LookupHits
 
@@ -24,8 +24,8 @@ Answer = tuple[int | None, bool]
 NOT_YET: Answer = (None, False)
 NOTHING: Answer = (0, False)
 
-_LOOKUP_SECONDS = 2.0  # no request is held up for longer: by default, a server gives a backend one second
-_LAST_CHANCE_SECONDS = 0.1  # where this process was held, the answer is there, unread
+_LOOKUP_SECONDS = 2.0  # no request waits for longer: by default, a server gives a backend one second
+_LAST_CHANCE_SECONDS = 0.1  # where this process was held up, the answer is there, unread
 _OFFER_SECONDS = 30.0  # so often what the engine holds is offered to the server, which may have lost it
 _MAX_OFFERED = 4096
 _PATIENCE_SECONDS = 2.0  # so long others may take the blocks that a request is too large for
@@ -33,68 +33,11 @@ _RESET_SECONDS = 10.0
 _FRESH_SECONDS = 30.0  # what was loaded longer ago is asked for anew: a server drops what nobody comes for
 
 
-class EngineRequest(Protocol):
-    """What is used of an engine's request."""
-
-    request_id: str
-    all_token_ids: Sequence[int]
-    num_computed_tokens: int
-    num_preemptions: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Of the prompt, and those generated so far."""
-
-
-class Stage(Enum):
-    """LOOKING -> LOADING -> DONE, and from there to LOOKING by a preemption, or when what was found is out of date.
-
-    A request for which nothing is looked up, or nothing found, is DONE at once: all of it is computed.
-    """
-
-    LOOKING = "looking"  # there is a `prefetch`, and the engine asks for its outcome
-    LOADING = "loading"  # the request has its blocks, and the workers fill them
-    DONE = "done"
-
-
-class Record:
-    """What is known of one request of the engine. See `Stage`."""
-
-    __slots__ = (
-        "asked_at", "first_token", "fresh_seconds", "give_up_at", "heard", "hits", "identity", "loads", "needs",
-        "no_room_since", "offer_from", "offer_until", "preemptions", "prefetch", "request", "result", "saved_chunks",
-        "saves", "stage",
-    )  # fmt: skip
-
-    def __init__(self, request: EngineRequest, identity: Mapping[str, Any], *, loads: bool):
-        self.request = request
-        self.identity = identity
-        self.loads = loads
-        self.preemptions = request.num_preemptions
-        self.stage = Stage.DONE
-        self.prefetch: BlockingPrefetch | None = None
-        self.asked_at = 0.0
-        self.heard = 0  # what had come from the server by then
-        self.fresh_seconds = 0.0  # how long what was loaded is there
-        self.give_up_at: float | None = None
-        self.hits: LookupHits | None = None
-        self.offer_from = self.offer_until = 0.0  # when the load is expected to be short
-        self.result: LoadResult | None = None
-        self.needs = (-1, 0, 0)  # computed tokens, and the blocks that all the rest, and what is loaded, then need
-        self.no_room_since: float | None = None
-        self.first_token = 0
-        self.saved_chunks: int | None = None  # None until it is computed
-        self.saves = False
-
-    def __repr__(self) -> str:
-        return f"<Record {self.request.request_id!r}, {self.stage.value}>"
-
-
 class PagedScheduler:
     """The scheduler's side of one engine. No call waits but `reset`: each looks at futures, or leaves work to a thread.
 
     `threshold_seconds`: a load that is expected to end within it gets its blocks before it has ended.
-    `free_blocks`: how many the engine has now. Whoever is offered a place and does not fit holds up all behind it.
+    `free_blocks`: how many the engine has now. A request that is offered a place and does not fit delays all behind it.
     """
 
     def __init__(
@@ -123,14 +66,14 @@ class PagedScheduler:
         self._sending: set[str] = set()  # finished, and not saved yet
         self._offered: dict[bytes, float] = {}  # when, by the last chunk of what the engine held
         self._complaint = Complaint()
-        self._opened()  # where there is no server, that is told now, and not with the first request
+        self._opened()  # where there is no server, that is logged now, and not with the first request
 
     def close(self) -> None:
-        """Give back what is held, and close the client."""
+        """Close the client; the server releases what is held."""
         self._client.close()
 
     def reset(self) -> bool:
-        """Empty the cache, of all who use the server, and forget what it has said. Whether that was done."""
+        """Empty the cache, of all who use the server, and drop what it has said. Whether that was done."""
         for record in self._records.values():
             if record.stage is not Stage.LOADING:
                 self._end(record)
@@ -149,7 +92,7 @@ class PagedScheduler:
         try:
             return self._client.get()
         except Exception as error:
-            self._complaint.tell(error)
+            self._complaint.log(error)
             self._offered.clear()
             return None
 
@@ -162,7 +105,10 @@ class PagedScheduler:
     # Looking up.
 
     def add(self, request: EngineRequest, identity: Mapping[str, Any], computed_tokens: int, *, load: bool) -> None:
-        """A request that is new; the engine holds `computed_tokens` of it. `identity`: as for `ModelLayout.prompt`."""
+        """Begin with a new request, of which the engine holds `computed_tokens`: look it up, where it may `load`.
+
+        `identity` has the keyword arguments of `ModelLayout.prompt`: `salt`, `adapter` and `media`.
+        """
         record = self._records[request.request_id] = Record(request, identity, loads=load and self._loads)
         self._look_up(record, computed_tokens)
 
@@ -181,11 +127,11 @@ class PagedScheduler:
             record.prefetch = client.prefetch(prompt, skip_tokens=computed_tokens)
             record.stage = Stage.LOOKING
         except (AsyncCacheError, ValueError) as error:
-            self._complaint.tell(error)
+            self._complaint.log(error)
         record.asked_at, record.give_up_at = self._clock(), None
 
     def match(self, request: EngineRequest, computed_tokens: int) -> Answer:
-        """What can be loaded beyond `computed_tokens`; asked in every step until the request is placed."""
+        """What can be loaded beyond `computed_tokens`; to be asked in every step until the request is placed."""
         record = self._records.get(request.request_id)
         if record is None:
             return NOTHING
@@ -213,12 +159,12 @@ class PagedScheduler:
         error = future.exception()
         if error is None:
             return future.result()
-        self._complaint.tell(error)
+        self._complaint.log(error)
         self._end(record)
         return None
 
     def _still_looking(self, record: Record) -> Answer:
-        """No request is held up by its lookup for long. A server that has said nothing at all is left alone."""
+        """No request waits long for its lookup. A server that has said nothing at all is left alone."""
         now = self._clock()
         if now - record.asked_at < _LOOKUP_SECONDS:
             return NOT_YET
@@ -227,7 +173,7 @@ class PagedScheduler:
         if now < record.give_up_at:
             return NOT_YET
         error = TimeoutError(f"the server has not answered a lookup within {_LOOKUP_SECONDS} s")
-        self._complaint.tell(error)
+        self._complaint.log(error)
         self._end(record)
         if self._client.heard() == record.heard:
             self._client.failed(error)
@@ -281,7 +227,7 @@ class PagedScheduler:
     # Placed, until it is over.
 
     def place(self, request: EngineRequest, tables: Callable[[], Tables], tokens: int) -> None:
-        """The request has got blocks, `tokens` of them to be loaded."""
+        """Note that the request has got blocks, and order the load of `tokens` into them."""
         record = self._records.get(request.request_id)
         if record is None:
             return
@@ -301,14 +247,14 @@ class PagedScheduler:
         )
 
     def loaded(self, request_ids: Iterable[str]) -> None:
-        """The workers have read, or failed to: what is not in the blocks is computed, and not looked for again."""
+        """Note what the workers have read, or failed to: the rest is computed, and not looked for again."""
         for request_id in request_ids:
             record = self._records.get(request_id)
             if record is not None and record.stage is Stage.LOADING:
                 self._end(record)
 
     def finish(self, request_id: str) -> bool:
-        """The request is over, or aborted; whether its blocks have to wait until the workers have saved them."""
+        """End a request, done or aborted; whether its blocks have to wait until the workers have saved them."""
         record = self._records.pop(request_id, None)
         if record is None:
             return False
@@ -321,7 +267,7 @@ class PagedScheduler:
         return waits
 
     def sent(self, request_ids: Iterable[str]) -> None:
-        """Finished requests that the workers have saved."""
+        """Note finished requests that the workers have saved."""
         self._sending.difference_update(request_ids)
 
     def _end(self, record: Record) -> None:
@@ -362,7 +308,7 @@ class PagedScheduler:
         return orders
 
     def _save(self, record: Record, end_chunk: int, tables: Callable[[str], Tables | None], orders: Orders) -> None:
-        """The chunks up to there that were not saved yet. Where there is no server, they are saved later."""
+        """Order the chunks up to there to be saved, as far as they were not. Without a server, that is for later."""
         request_id = record.request.request_id
         blocks = tables(request_id) if self._opened() is not None else None
         if blocks is None:
@@ -371,7 +317,7 @@ class PagedScheduler:
         try:
             prompt = self._prompt(record, end_chunk * self._chunk_tokens)
         except ValueError as error:
-            self._complaint.tell(error)
+            self._complaint.log(error)
             return
         if start_chunk is None:
             start_chunk = self._first_chunk(prompt, record.request.num_computed_tokens // self._chunk_tokens)
@@ -380,7 +326,7 @@ class PagedScheduler:
             orders.saves.append(SaveOrder(request_id, prompt, start_chunk, blocks))
 
     def _first_chunk(self, prompt: Prompt, held_chunks: int) -> int:
-        """To save first. What the engine held is saved too, now and then: a server that was replaced lacks it."""
+        """The chunk to save first. What the engine held is saved too, now and then: a new server lacks it."""
         if not held_chunks:
             return 0
         last, now = prompt.chunk_hashes[held_chunks - 1], self._clock()

@@ -26,7 +26,7 @@ _PAUSE_SECONDS = 5.0  # without saves, after one that the server did not answer
 
 @dataclass
 class Received:
-    """Loads that have ended: all of them, those that fell short, and the blocks that these did not fill."""
+    """The loads that have ended: all of them, those that fell short, and the blocks that these did not fill."""
 
     request_ids: set[str] = field(default_factory=set)
     short: set[str] = field(default_factory=set)
@@ -127,16 +127,16 @@ class PagedWorker:
             wait(futures)
 
     def finish(self, request_ids: Iterable[str]) -> None:
-        """These requests have ended, and wait for their saves."""
+        """Note requests that have ended, and wait for their saves."""
         self._finished.update(request_ids)
 
     def sent(self) -> set[str]:
-        """Of the finished requests, those whose saves have ended since it was last asked."""
+        """The finished requests whose saves have ended since it was last asked."""
         for request_id, futures in list(self._saves.items()):
             if all(future.done() for future in futures):
                 del self._saves[request_id]
                 for error in filter(None, (future.exception() for future in futures)):
-                    self._complaint.tell(error)
+                    self._complaint.log(error)
         sent = {request_id for request_id in self._finished if request_id not in self._saves}
         self._finished -= sent
         return sent
@@ -151,7 +151,7 @@ class PagedWorker:
             received.request_ids.add(request_id)
             filled = order.first_token
             if (error := future.exception()) is not None:
-                self._complaint.tell(error)
+                self._complaint.log(error)
             else:
                 filled = future.result()
             if filled < order.end_token:
@@ -173,7 +173,7 @@ class PagedWorker:
                 filled = await self._copy(self._fill, lease, order)
                 return filled if lease.held else order.first_token
         except (AsyncCacheError, TimeoutError) as error:
-            self._complaint.tell(error)
+            self._complaint.log(error)
             return order.first_token
 
     def _fill(self, lease: ReadLease, order: LoadOrder) -> int:
@@ -209,10 +209,10 @@ class PagedWorker:
         except (AsyncCacheError, TimeoutError) as error:
             if isinstance(error, ConnectionLostError | TimeoutError):
                 self._saves_from = self._loop.time() + _PAUSE_SECONDS
-            self._complaint.tell(error)
+            self._complaint.log(error)
 
     def _blocks(self, order: SaveOrder, index: int) -> list[list[int]] | None:
-        """By pages, those of a chunk; None where a window has passed, and the chunk is not whole."""
+        """The blocks of a chunk, by pages; None where a window has passed, and the chunk is not whole."""
         begin, end = index * self._chunk_tokens, (index + 1) * self._chunk_tokens
         numbers = [pages.blocks(order.tables, begin, end) for pages in self._geometry.pages]
         return None if any(NO_BLOCK in blocks for blocks in numbers) else numbers
@@ -233,7 +233,7 @@ class PagedWorker:
         return True
 
     async def _copy(self, copy: Callable[..., T], *args: Any) -> T:
-        """In the copier's thread."""
+        """Run a copy in the copier's thread."""
         return await self._loop.run_in_executor(self._copier, copy, *args)
 
 
