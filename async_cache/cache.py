@@ -95,10 +95,11 @@ class AsyncCache:
         openings: dict[Backend, asyncio.Task[None]] = {}
         try:
             for backend in self._backends:
+                timeout = backend.limits.load_timeout_seconds or self._config.load_timeout_seconds
                 openings[backend] = opening = asyncio.create_task(backend.open())
-                await asyncio.wait((opening,), timeout=self._config.load_timeout_seconds)
+                await asyncio.wait((opening,), timeout=timeout)
                 if not opening.done():
-                    raise BackendError(f"{backend.name} was not open within {self._config.load_timeout_seconds} s")
+                    raise BackendError(f"{backend.name} was not open within {timeout} s")
                 opening.result()
         except BaseException:
             for opening in openings.values():

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from async_cache.client.client import CacheClient, connect
-from async_cache.config import CacheConfig, Given, ServerConfig
+from async_cache.config import CacheConfig, Given, ServerConfig, hide_password
 from async_cache.errors import AsyncCacheError, ConfigError
 from async_cache.protocol.address import Address
 from async_cache.server.process import serve as serve_until_signal
@@ -78,7 +78,7 @@ def serve(
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     cache_given, server_given = given(config, listen, l1_bytes, l2)
     cache_config, server_config = CacheConfig.of(cache_given), ServerConfig.of(server_given)
-    size, where = show_bytes(cache_config.l1_bytes), " ".join(cache_config.l2) or "no storage"
+    size, where = show_bytes(cache_config.l1_bytes), hide_password(" ".join(cache_config.l2)) or "no storage"
 
     def ready(addresses: Sequence[Address]) -> None:
         console.print(f"serving at {' '.join(map(str, addresses))}", soft_wrap=True, highlight=False)
@@ -163,7 +163,7 @@ def show_value(name: str, value: Any) -> str:
         )
     if name.endswith("_bytes"):
         return show_bytes(value)
-    return "\n".join(value) if isinstance(value, tuple) else str(value)
+    return "\n".join(map(hide_password, value)) if isinstance(value, tuple) else str(value)
 
 
 def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], Awaitable[None]]) -> None:
@@ -173,7 +173,7 @@ def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], 
         try:
             token = token_file.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"can not read the token in {token_file}: {error}") from error
+            raise ConfigError(f"cannot read the token in {token_file}: {error}") from error
 
     async def run() -> None:
         async with connect(url or ServerConfig.load().listen[0], token=token) as client:

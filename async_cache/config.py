@@ -2,14 +2,17 @@
 
 import os
 import re
+import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args
 from urllib.parse import quote
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 
 from async_cache.errors import ConfigError
 from async_cache.prompt.keys import check_label
@@ -40,6 +43,11 @@ def default_l2() -> tuple[str, ...]:
     return (f"fs://{quote(base)}/async_cache?capacity=10GiB",)
 
 
+def hide_password(text: str) -> str:
+    """A text without the users and passwords of the URLs in it."""
+    return re.sub("//[^/?#]*@", "//***@", text)
+
+
 class Given(NamedTuple):
     """A value that somebody has set, and where: a file, a variable, or a flag of the command line."""
 
@@ -47,40 +55,65 @@ class Given(NamedTuple):
     origin: str
 
 
+_LARGEST = 2**63 - 1
+Seconds = Annotated[float, Meta(gt=0, le=sys.float_info.max, title="a number", description="more than 0 and finite")]
+Share = Annotated[float, Meta(gt=0, le=1, title="a number", description="at most 1 and more than 0")]
+Count = Annotated[int, Meta(gt=0, le=_LARGEST, title="a whole number", description="more than 0 and less than 2**63")]
+Bytes = Annotated[Count, Meta(examples=["10GiB"])]  # may be written with a unit
+URLs = Sequence[str]
+
+
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A table of settings, checked when it is made."""
+    """A table of settings, each checked by its type when the table is made."""
 
     SECTION: ClassVar[str] = ""
     """Its table in the file; the settings of the cache itself stand before all tables."""
 
     def __post_init__(self) -> None:
-        for setting in msgspec.structs.fields(self):
-            self._check(setting.name, setting.type, getattr(self, setting.name))
+        for name in self.__struct_fields__:
+            msgspec.structs.force_setattr(self, name, self.check(name, getattr(self, name)))
 
-    def _check(self, name: str, kind: Any, value: Any) -> None:
-        if kind == tuple[str, ...]:
+    @classmethod
+    def check(cls, name: str, value: Any) -> Any:
+        """The value, if the setting may have it; a list of URLs becomes a tuple. Raises ConfigError."""
+        kind = cls._kind(name)
+        if kind == URLs:
             if not isinstance(value, (list, tuple)):
                 raise ConfigError(f"{name} must be a list of URLs, not one {type(value).__name__}")
             if not all(isinstance(url, str) for url in value):
                 raise ConfigError(f"{name} must be a list of URLs")
-            msgspec.structs.force_setattr(self, name, tuple(value))
-            return
-        whole = kind is int
-        if type(value) is bool or not isinstance(value, int if whole else (int, float)):
-            raise ConfigError(f"{name} must be {'a whole number' if whole else 'a number'}, not {value!r}")
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"{name} must be more than 0, not {value!r}")
-        if whole and value >= 2**63:
-            raise ConfigError(f"{name} must be less than 2**63, not {value!r}")
-        if name.endswith("_share") and value > 1:
-            raise ConfigError(f"{name} must be at most 1, not {value!r}")
+            return tuple(value)
+        plain, meta, *_ = get_args(kind)
+        for wanted, told in ((plain, meta.title), (kind, meta.description)):
+            try:
+                msgspec.convert(value, wanted)
+            except msgspec.ValidationError:
+                raise ConfigError(f"{name} must be {told}, not {value!r}") from None
+        return value
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> Any:
+        """The value of a setting that was written as text: a size may have a unit. Raises ConfigError."""
+        kind = cls._kind(name)
+        if kind == URLs:
+            return tuple(text.split())
+        if kind == Bytes:
+            return cls.check(name, parse_bytes(text))
+        return cls.check(name, _parse_number(name, text) if kind in (Seconds, Share, Count) else text)
+
+    @classmethod
+    def _kind(cls, name: str) -> Any:
+        kinds = _kinds(cls)
+        if name not in kinds:
+            raise ConfigError(f"unknown setting {name!r}: there are {', '.join(kinds)}")
+        return kinds[name]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Self:
         """Settings from a TOML file, if given, overridden by variables of the environment.
 
         Sizes may be written as "10GiB". In the environment, the URLs of a list are separated by white space.
-        Raises ConfigError for an unknown key, a value that does not fit, or a file that can not be read.
+        Raises ConfigError for an unknown key, a value that does not fit, or a file that cannot be read.
         """
         return cls.of(cls.given(path, environ))
 
@@ -110,64 +143,62 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         values = {}
         for name, (value, origin) in given.items():
             try:
-                values[name] = cls._convert(name, value)
+                values[name] = cls.parse(name, value) if isinstance(value, str) else cls.check(name, value)
             except ConfigError as error:
                 raise ConfigError(f"{origin}: {error}") from error
         return cls(**values)
 
-    @classmethod
-    def _convert(cls, name: str, value: Any) -> Any:
-        kinds = {setting.name: setting.type for setting in msgspec.structs.fields(cls)}
-        if name not in kinds:
-            raise ConfigError(f"unknown setting {name!r}: there are {', '.join(kinds)}")
-        if not isinstance(value, str):
-            return value
-        if kinds[name] == tuple[str, ...]:
-            return tuple(value.split())
-        if kinds[name] not in (int, float):
-            raise ConfigError(f"{name} must be tables of the file")
-        if name.endswith("_bytes"):
-            return parse_bytes(value)
-        try:
-            return int(value) if kinds[name] is int else float(value)
-        except ValueError:
-            raise ConfigError(f"{name} must be a number, not {value!r}") from None
+
+@cache
+def _kinds(table: type[Settings]) -> dict[str, Any]:
+    """The type of each setting, which says what it may be."""
+    return {setting.name: setting.type for setting in msgspec.structs.fields(table)}
+
+
+def _parse_number(name: str, text: str) -> int | float:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    raise ConfigError(f"{name} must be a number, not {text!r}")
 
 
 class CacheConfig(Settings, frozen=True, kw_only=True):
     """Settings of one cache. `docs/configuration.md` has them in a table.
 
-    Raises ConfigError for a value that can not be used.
+    Raises ConfigError for a value that cannot be used. Its `repr` hides the passwords of URLs.
     """
 
-    l1_bytes: int = 2**30
+    l1_bytes: Bytes = 2**30
     """Size of L1, the arena in shared memory; rounded down to whole pages."""
-    l2: tuple[str, ...] = field(default_factory=default_l2)
+    l2: URLs = field(default_factory=default_l2)
     """One URL for each storage backend, the fastest first; empty for a cache in memory only."""
-    lookup_timeout_seconds: float = 1.0
+    lookup_timeout_seconds: Seconds = 1.0
     """How long a lookup waits for a backend before it goes on without it."""
-    load_timeout_seconds: float = 30.0
+    load_timeout_seconds: Seconds = 30.0
     """How long one batch of loads may take, from the start of its I/O."""
-    store_timeout_seconds: float = 30.0
+    store_timeout_seconds: Seconds = 30.0
     """How long one batch of write-back, or a deletion, may take."""
-    result_ttl_seconds: float = 60.0
+    result_ttl_seconds: Seconds = 60.0
     """How long a finished prefetch waits to be claimed or read."""
-    lease_ttl_seconds: float = 300.0
+    lease_ttl_seconds: Seconds = 300.0
     """How long a claimed or read request may hold its leases."""
-    reservation_ttl_seconds: float = 300.0
+    reservation_ttl_seconds: Seconds = 300.0
     """How long a writer may go without a commit."""
-    close_timeout_seconds: float = 5.0
+    close_timeout_seconds: Seconds = 5.0
     """How long `close` waits for write-back, and then for I/O that does not end."""
-    prefetch_share: float = 0.75
+    prefetch_share: Share = 0.75
     """The part of L1 that loads in flight may hold."""
-    writeback_share: float = 0.25
+    writeback_share: Share = 0.25
     """The part of L1 that writes in flight may hold."""
-    load_inflight_bytes: int = 256 * 2**20
+    load_inflight_bytes: Bytes = 256 * 2**20
     """Bytes that are asked of one backend at a time; further loads queue."""
-    breaker_failures: int = 3
+    breaker_failures: Count = 3
     """Failures in a row after which a backend is left alone."""
-    breaker_reset_seconds: float = 5.0
+    breaker_reset_seconds: Seconds = 5.0
     """How long it is left alone before one call tries it again."""
+
+    def __repr__(self) -> str:
+        return hide_password(super().__repr__())
 
 
 class TenantConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -183,49 +214,25 @@ class TenantConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class ServerConfig(Settings, frozen=True, kw_only=True):
     """Settings of a server beside those of its cache. `docs/configuration.md` has them in a table.
 
-    Raises ConfigError for a value that can not be used.
+    Raises ConfigError for a value that cannot be used.
     """
 
     SECTION: ClassVar[str] = "server"
 
-    listen: tuple[str, ...] = field(default_factory=lambda: (default_url(),))
+    listen: URLs = field(default_factory=lambda: (default_url(),))
     """Where to listen: URLs of Unix sockets, and of TCP ports."""
-    max_connections: int = 4096
+    max_connections: Count = 4096
     """Connections at a time."""
-    max_requests: int = 4096
+    max_requests: Count = 4096
     """Prefetches, waits, reads and writers of one connection at a time."""
-    hello_timeout_seconds: float = 5.0
+    hello_timeout_seconds: Seconds = 5.0
     """How long a new connection may take to introduce itself."""
-    stall_timeout_seconds: float = 30.0
+    stall_timeout_seconds: Seconds = 30.0
     """How long a client may not read what it is sent."""
-    shutdown_timeout_seconds: float = 5.0
+    shutdown_timeout_seconds: Seconds = 5.0
     """How long a shutdown may take."""
     tenants: dict[str, TenantConfig] = {}
     """By name: their tokens, and their salts. A port beyond loopback needs one."""
-
-    def _check(self, name: str, kind: Any, value: Any) -> None:
-        if name != "tenants":
-            super()._check(name, kind, value)
-            return
-        try:
-            tenants = msgspec.convert(msgspec.to_builtins(value), type=kind)
-        except (msgspec.ValidationError, TypeError) as error:
-            raise ConfigError(f"tenants: {error}") from error
-        tokens: set[str] = set()
-        for tenant, config in tenants.items():
-            for label in (tenant, *(config.salts or ())):
-                _check_label(label)
-            if not tenant:
-                raise ConfigError("tenants: a tenant needs a name")
-            if not config.tokens:
-                raise ConfigError(f"tenants: {tenant!r} has no token")
-            for token in config.tokens:
-                if not 16 <= len(token) <= 512:
-                    raise ConfigError(f"tenants: a token of {tenant!r} does not have 16 to 512 characters")
-                if token in tokens:
-                    raise ConfigError(f"tenants: a token of {tenant!r} is there twice")
-                tokens.add(token)
-        msgspec.structs.force_setattr(self, name, tenants)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,6 +242,33 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
         for address in addresses:
             if not address.is_local and not self.tenants:
                 raise ConfigError(f"{address} can be reached from other machines: it needs tenants with tokens")
+
+    @classmethod
+    def check(cls, name: str, value: Any) -> Any:
+        """The value, if the setting may have it. Raises ConfigError, which tells no token."""
+        return _check_tenants(value) if name == "tenants" else super().check(name, value)
+
+
+def _check_tenants(value: Any) -> dict[str, TenantConfig]:
+    try:
+        tenants = msgspec.convert(msgspec.to_builtins(value), dict[str, TenantConfig])
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ConfigError(f"tenants: {error}") from error
+    tokens: set[str] = set()
+    for tenant, config in tenants.items():
+        for label in (tenant, *(config.salts or ())):
+            _check_label(label)
+        if not tenant:
+            raise ConfigError("tenants: a tenant needs a name")
+        if not config.tokens:
+            raise ConfigError(f"tenants: {tenant!r} has no token")
+        for token in config.tokens:
+            if not 16 <= len(token) <= 512:
+                raise ConfigError(f"tenants: a token of {tenant!r} does not have 16 to 512 characters")
+            if token in tokens:
+                raise ConfigError(f"tenants: a token of {tenant!r} is there twice")
+            tokens.add(token)
+    return tenants
 
 
 def _check_label(label: str) -> None:
@@ -248,4 +282,4 @@ def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"can not read {os.fspath(path)}: {error}") from error
+        raise ConfigError(f"cannot read {os.fspath(path)}: {error}") from error

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from distribution import BACKEND, install
 
 from async_cache import CacheConfig, CacheStats, ServerConfig
 
@@ -256,7 +257,7 @@ def test_a_token_is_read_from_a_file(directory: Path, tenants: Path) -> None:
             assert complaint(process) == "the server does not know this token"
         assert "xxx" not in complaint(run(directory, "ping", "--url", tcp, "--token-file", "long"))
     for name in ("none", "binary"):
-        assert complaint(run(directory, "ping", "--token-file", name)).startswith(f"can not read the token in {name}: ")
+        assert complaint(run(directory, "ping", "--token-file", name)).startswith(f"cannot read the token in {name}: ")
 
 
 def test_config_never_shows_a_token(directory: Path, tenants: Path) -> None:
@@ -356,6 +357,37 @@ def test_serve_uses_what_config_shows(directory: Path) -> None:
         assert finish(process).returncode == 0
 
 
+# Storage of other packages.
+
+
+def test_serve_takes_the_scheme_of_another_package(directory: Path) -> None:
+    install(directory, "kv_remote", remote="kv_remote:make")
+    path = os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])
+    url = "remote://user:secret@host:7/0?lookup_timeout=5&capacity_bytes=64"
+    with serving(directory, "--l2", url, PYTHONPATH=path) as (_, _):
+        stats = json.loads(printed(directory, "status", "--json"))
+    assert stats["backends"] == {"remote host:7/0": {"objects": 0, "used_bytes": 0, "capacity_bytes": 64}}
+
+
+def test_serve_tells_what_is_wrong_with_another_package(directory: Path) -> None:
+    install(directory, "kv_remote", BACKEND.replace("url.hostname", "url.absent"), remote="kv_remote:make")
+    path = os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])
+    done = run(
+        directory, "serve", "--l2", "remote://user:secret@host:7/0", PYTHONPATH=path, ASYNC_CACHE_L1_BYTES="1MiB"
+    )
+    line = complaint(done)
+    assert line.startswith("remote://***@host:7/0: kv_remote:make of kv_remote 1.5 failed: AttributeError")
+    assert "secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["config", "serve"])
+def test_the_passwords_of_urls_are_not_shown(command: str, directory: Path) -> None:
+    url = "redis://user:secret@host:7/0"
+    done = run(directory, command, "--l2", url, ASYNC_CACHE_L1_BYTES="1MiB")
+    assert "redis://***@host:7/0" in done.stdout
+    assert "secret" not in done.stdout + done.stderr
+
+
 # What can not be used.
 
 
@@ -370,8 +402,8 @@ def test_serve_uses_what_config_shows(directory: Path) -> None:
         (["--listen", "tcp://0.0.0.0:0"], "[server.tenants.a]\ntokens = []\n", "token"),
         ([], "l3 = 5", "c.toml: unknown setting 'l3'"),
         ([], "[server]\nport = 5", "c.toml: unknown setting 'port'"),
-        (["-c", "none.toml"], "", "can not read none.toml"),
-        (["-c", "."], "", "can not read .: "),
+        (["-c", "none.toml"], "", "cannot read none.toml"),
+        (["-c", "."], "", "cannot read .: "),
     ],
 )
 def test_settings_that_can_not_be_used_are_told(

@@ -3,15 +3,19 @@
 import inspect
 import os
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+from distribution import install
 
 from async_cache.config import CacheConfig, ServerConfig, Settings, TenantConfig, default_l2, parse_bytes
 from async_cache.errors import ConfigError
+from async_cache.l2.backend import Limits
 from async_cache.l2.filesystem.backend import FileSystemBackend
-from async_cache.l2.registry import from_url
+from async_cache.l2.registry import GROUP, from_url
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
 BACKENDS, SERVER = (
@@ -88,6 +92,31 @@ def test_the_document_has_the_urls_and_parameters_of_every_backend() -> None:
     assert [line.strip() for line in re.findall(r"^    \w+://.*$", BACKENDS, re.MULTILINE)] == forms
     parameters = [name for form in forms for name in re.findall(r"[?&](\w+)=", form)]
     assert re.findall(r"^\| \| `(\w+)`", DOCUMENT, re.MULTILINE) == parameters
+
+
+def test_the_document_has_the_limits_that_any_url_may_have() -> None:
+    table = BACKENDS.partition("| parameter of any URL |")[2].partition("\n\n")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", table, re.MULTILINE))
+    assert list(rows.values()) == list(Limits.__struct_fields__)
+    for parameter, setting in rows.items():
+        assert getattr(from_url(f"memory://?{parameter}=7").limits, setting) == 7
+        assert setting in CacheConfig.__struct_fields__
+    for url in re.findall(r"`(\w+://[^`]*breaker[^`]*)`", BACKENDS):
+        assert from_url(url).limits != Limits()
+
+
+def test_the_document_shows_how_another_package_gives_a_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = re.findall(r"^```python\n# kv_remote.py\n(.*?)^```$", BACKENDS, re.M | re.S)
+    ((group, scheme, value, url),) = re.findall(
+        r'entry-points\."([^"]*)"\]`, the line `(\w+) = "([\w:]*)"`, makes backends of `([^`]*)`', BACKENDS
+    )
+    assert group == GROUP
+    made = "\n    def __new__(cls, *arguments, **named):\n        raise LookupError(arguments, named)"
+    install(tmp_path, "kv_remote", source.replace(" ...", made), **{scheme: value})
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kv_remote", raising=False)
+    with pytest.raises(ConfigError, match=re.escape("LookupError: (('host', 7000), {'ttl': 60.0})")):
+        from_url(url)
 
 
 def test_the_document_has_the_defaults_of_the_file_system() -> None:
@@ -178,11 +207,16 @@ def test_no_urls_are_a_cache_in_memory_only() -> None:
     assert load(ASYNC_CACHE_L2="").l2 == CacheConfig(l2=()).l2 == ()
 
 
-def test_a_list_of_urls_is_kept_as_it_was(tmp_path: Path) -> None:
+def test_a_list_of_urls_is_kept_as_it_was() -> None:
     urls = ["memory://b", "memory://a"]
-    config = CacheConfig(l2=urls)  # type: ignore[arg-type]
+    config = CacheConfig(l2=urls)
     urls.clear()
     assert config.l2 == ("memory://b", "memory://a")
+
+
+@pytest.mark.parametrize(("kind", "name"), [(CacheConfig, "l2"), (ServerConfig, "listen")])
+def test_a_list_of_urls_is_of_the_declared_type(kind: type[Settings], name: str) -> None:
+    assert get_type_hints(kind)[name] == Sequence[str], "a type checker lets a user pass a list"
 
 
 def test_settings_are_frozen() -> None:
@@ -324,7 +358,7 @@ def test_a_file_that_can_not_be_read_is_named(content: bytes | None, tmp_path: P
     path = tmp_path / "cache.toml"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match=f"can not read {re.escape(str(path))}"):
+    with pytest.raises(ConfigError, match=f"cannot read {re.escape(str(path))}"):
         load(path)
 
 
@@ -452,6 +486,13 @@ def test_tenants_are_not_taken_from_the_environment(path: Path) -> None:
     with pytest.raises(ConfigError, match="tenants") as caught:
         load_server(path)
     assert TOKENS[0] not in str(caught.value)
+
+
+def test_a_configuration_that_is_logged_does_not_tell_passwords() -> None:
+    config = CacheConfig(l2=["redis://user:secret@host/0", "memory://"])
+    assert "secret" not in repr(config)
+    assert "('redis://***@host/0', 'memory://')" in repr(config)
+    assert config.l2[0] == "redis://user:secret@host/0"
 
 
 def test_a_configuration_that_is_logged_does_not_tell_its_tokens() -> None:

@@ -37,7 +37,7 @@ from async_cache import (
     WriterClosedError,
 )
 from async_cache.l2.memory import MemoryBackend
-from async_cache.testing import GatedBackend, ThrottledBackend, Verb
+from async_cache.testing import GatedBackend, ThrottledBackend, Verb, flip_bit
 
 PAGE = 4096
 PLAIN = ModelLayout("plain", (ObjectGroup((PAGE + 5,), "uint8"),), chunk_tokens=2, readers_per_rank=2)
@@ -337,7 +337,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.calm = False
         for which in some:
             for key in prompt.layout.objects.keys([(prompt.chunk_hashes[index], prompt.layout.objects.full_mask)]):
-                self.memories[which].damage(key, bit)
+                flip_bit(self.memories[which], key, bit)
 
     # What must be true.
 

@@ -6,12 +6,16 @@ from enum import Enum
 
 from msgspec import Struct
 
+from async_cache.config import CacheConfig
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
 
 
 class LoadOutcome(Enum):
-    """What became of one object that was asked for."""
+    """What became of one object that was to be loaded.
+
+    LOADED: its buffer has the verified bytes. GONE: it is not there. CORRUPT: what was stored failed verification.
+    """
 
     LOADED = "loaded"
     GONE = "gone"
@@ -19,13 +23,22 @@ class LoadOutcome(Enum):
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """What one backend needs of time, where that differs from the settings of the cache; None: as they say."""
+    """What one backend needs of time. None stands for the setting of the same name of the cache.
+
+    Raises ConfigError for a value that the setting may not have.
+    """
 
     lookup_timeout_seconds: float | None = None
     load_timeout_seconds: float | None = None
     store_timeout_seconds: float | None = None
     breaker_failures: int | None = None
     breaker_reset_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if value is not None:
+                CacheConfig.check(name, value)
 
 
 class Backend(ABC):
@@ -40,8 +53,9 @@ class Backend(ABC):
     """
 
     name: str
+    """What it is called in statistics, logs and errors; no two backends of a cache have the same."""
     limits: Limits = Limits()
-    """Its own timeouts and breaker; `lookup_timeout` and the like in a URL set them."""
+    """Its own timeouts and breaker, which come before the settings of the cache; parameters of its URL set them."""
 
     async def open(self) -> None:  # noqa: B027 (a backend without resources needs none)
         """Become ready to answer. Recovery of a large index goes on behind it."""
@@ -56,7 +70,7 @@ class Backend(ABC):
     def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
         """For each chunk, whether all these objects, given as (rank, group), are present; if so they are pinned.
 
-        None, and no pin, if that can not be said without waiting, or if a chunk has some of them only.
+        None, and no pin, if that cannot be said without waiting, or if only some objects of a chunk are present.
         """
         return None
 
@@ -80,15 +94,18 @@ class Backend(ABC):
 
     @abstractmethod
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
-        """Remove objects, pinned or not; the number that were there. What is stored again later has pins of its own."""
+        """Remove objects, pinned or not, and say how many were there. What is stored again later has its own pins."""
 
     @abstractmethod
     def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
-        """Every object with its size in bytes, for recovery and listing."""
+        """Iterate over all objects, each with its size in bytes, for recovery and listing."""
 
     @abstractmethod
     def usage(self) -> BackendUsage:
-        """What it holds, as far as it knows."""
+        """What the backend holds, as far as it knows without waiting."""
 
     async def close(self) -> None:  # noqa: B027
-        """Let go of threads and files; idempotent. Waits for calls that touch buffers, but not for a dead disk."""
+        """End threads and close files; idempotent. Waits for calls that touch buffers, but not for a dead disk."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {getattr(self, 'name', 'without a name')!r}>"

@@ -1,26 +1,41 @@
-"""From the URL of a backend to the backend."""
+"""From the URL of a backend to the backend: our own schemes, and those of other packages.
 
-import re
+A package gives a scheme by an entry point: in the group `async_cache.backends`, by the scheme's name, a callable that
+makes a backend, not opened yet, from a `BackendURL`.
+"""
+
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NamedTuple
+from urllib.parse import unquote, unquote_plus
 
-from async_cache.config import parse_bytes
+import msgspec
+
+from async_cache.config import CacheConfig, hide_password
 from async_cache.errors import ConfigError
-from async_cache.l2.backend import Backend
+from async_cache.l2.backend import Backend, Limits
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
+from async_cache.l2.url import BackendURL
+
+GROUP = "async_cache.backends"
 
 
-@dataclass(frozen=True)
-class _Scheme:
-    """How the URLs of one scheme become the arguments of its implementation."""
-
+class _Scheme(NamedTuple):
     form: str  # shown to whoever wrote a URL that does not fit
-    make: Callable[..., Backend]
-    place: Callable[[SplitResult], dict[str, Any]]  # from what stands before the "?"
-    parameters: dict[str, tuple[str, Callable[[str], Any]]]  # by name: the argument it sets, and its parser
+    make: Callable[[BackendURL], Backend]
+
+
+_OWN = {
+    "memory": _Scheme("memory://[name]?capacity=1GiB", MemoryBackend.from_url),
+    "fs": _Scheme(
+        "fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4", FileSystemBackend.from_url
+    ),
+}
+_LIMITS = {name.removesuffix("_seconds"): name for name in Limits.__struct_fields__}
+"""The parameters that every URL may have, and the limit that each sets."""
+_PARSERS = {parameter: partial(CacheConfig.parse, name) for parameter, name in _LIMITS.items()}
 
 
 def from_url(url: str) -> Backend:
@@ -30,98 +45,81 @@ def from_url(url: str) -> Backend:
         fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4
 
     `capacity` is in bytes or with a unit; "none" is no bound. Without it, memory is unbounded and a directory
-    is bounded to 10 GiB. A path is absolute; in it, "?", "#" and "%" are percent-encoded.
+    is bounded to 10 GiB. A path is absolute; in it, "?", "#" and "%" are percent-encoded. Other schemes are those of
+    installed packages. `lookup_timeout`, `load_timeout`, `store_timeout` and `breaker_reset` in seconds, and
+    `breaker_failures`, may stand in any URL, and come before the settings of the cache.
 
-    Raises ConfigError, which names the URL and what is allowed.
+    Raises ConfigError, which names the URL without its password, and what is allowed or who made it.
     """
+    allowed = f"; allowed: {' or '.join(scheme.form for scheme in _OWN.values())}"
     try:
-        parts = urlsplit(url)
-        scheme = _SCHEMES.get(parts.scheme)
-        if scheme is None:
-            raise ValueError(f"unknown scheme {parts.scheme!r}")
-        arguments = _arguments(scheme, parts)
-    except ValueError as error:  # a ConfigError of parse_bytes is one, too
-        forms = " or ".join(known.form for known in _SCHEMES.values())
-        raise ConfigError(f"{_shown(url)}: {error}; allowed: {forms}") from error
-    return scheme.make(**arguments)
+        parts = BackendURL.parse(url)
+        own = _OWN.get(parts.scheme)
+        make = own.make if own is not None else partial(_make, _find(parts.scheme))
+        if own is None:
+            allowed = ""
+        parts, limits = _split_limits(parts)
+        backend = make(parts)
+    except ConfigError as error:
+        raise ConfigError(f"{hide_password(url)}: {error}{allowed}") from error
+    if limits:
+        backend.limits = msgspec.structs.replace(backend.limits, **limits)
+    return backend
 
 
-def _arguments(scheme: _Scheme, parts: SplitResult) -> dict[str, Any]:
-    if parts.fragment:
-        raise ValueError("a fragment means nothing here")
-    arguments = scheme.place(parts)
-    for name, value in parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)):
-        if name not in scheme.parameters:
-            raise ValueError(f"unknown parameter {name!r}")
-        argument, parse = scheme.parameters[name]
-        if argument in arguments:
-            raise ValueError(f"parameter {name!r} is repeated")
-        try:
-            arguments[argument] = parse(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    return arguments
+def _split_limits(url: BackendURL) -> tuple[BackendURL, dict[str, Any]]:
+    """The URL without the parameters that set limits, and the limits."""
+    fields = url.query.split("&")
+    ours = [field for field in fields if unquote_plus(field.partition("=")[0]) in _LIMITS]
+    values = BackendURL("", "", "", "&".join(ours), "").parameters(**_PARSERS)
+    rest = url._replace(query="&".join(field for field in fields if field not in ours))
+    return rest, {_LIMITS[parameter]: value for parameter, value in values.items()}
 
 
-def _shown(url: str) -> str:
-    """The URL without a password."""
-    return re.sub(r"//[^/?#]*@", "//***@", url)
+# Other packages.
 
 
-def _name(parts: SplitResult) -> dict[str, Any]:
-    if parts.path:
-        raise ValueError("memory has no path")
-    return {"name": parts.netloc} if parts.netloc else {}
+def _find(scheme: str) -> list[EntryPoint]:
+    """What packages have for a scheme that is not ours: one entry point, or more than one if they contradict."""
+    found = list(entry_points(group=GROUP, name=scheme)) if scheme else []
+    if not found:
+        others = sorted({entry_point.name for entry_point in entry_points(group=GROUP)} - set(_OWN))
+        of_packages = f" (installed packages have {', '.join(others)})" if others else ""
+        raise ConfigError(f"unknown scheme {scheme!r}{of_packages}")
+    return found
 
 
-def _directory(parts: SplitResult) -> dict[str, Any]:
-    if parts.netloc:
-        raise ValueError("a directory has no host")
-    if not parts.path.startswith("/"):
-        raise ValueError(f"the path {parts.path!r} is not absolute")
-    return {"path": unquote(parts.path)}
+def _make(found: list[EntryPoint], url: BackendURL) -> Backend:
+    """The backend that another package makes of the URL. Raises ConfigError, whatever the package does."""
+    if len(found) > 1:
+        raise ConfigError(f"{' and '.join(sorted(map(_who, found)))} both give the scheme {url.scheme!r}")
+    (entry_point,) = found
+    who = _who(entry_point)
+    try:
+        make = entry_point.load()
+    except Exception as error:
+        raise ConfigError(f"{who} cannot be imported: {_told(error, url)}") from error
+    try:
+        backend = make(url)
+    except Exception as error:
+        raise ConfigError(f"{who} failed: {_told(error, url)}") from error
+    if not isinstance(backend, Backend):
+        raise ConfigError(f"{who} made no Backend, but {type(backend).__name__}")
+    if not isinstance(getattr(backend, "name", None), str):
+        raise ConfigError(f"{who} made a Backend without a name")
+    return backend
 
 
-def _capacity(text: str) -> int | None:
-    if text == "none":
-        return None
-    size_bytes = parse_bytes(text)
-    if not size_bytes:
-        raise ValueError('must be more than 0, or "none" for no bound')
-    return size_bytes
+def _who(entry_point: EntryPoint) -> str:
+    """What an entry point names, and the package that it belongs to."""
+    dist = entry_point.dist
+    return f"{entry_point.value} of {f'{dist.name} {dist.version}' if dist is not None else 'an unknown package'}"
 
 
-def _threads(text: str) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,3}", text):
-        raise ValueError(f"{text!r} is not a number from 1 to 9999")
-    return int(text)
-
-
-def _choice(**values: Any) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        if text not in values:
-            raise ValueError(f"{text!r} is not {' or '.join(values)}")
-        return values[text]
-
-    return parse
-
-
-_SCHEMES = {
-    "memory": _Scheme(
-        form="memory://[name]?capacity=1GiB",
-        make=MemoryBackend,
-        place=_name,
-        parameters={"capacity": ("capacity_bytes", _capacity)},
-    ),
-    "fs": _Scheme(
-        form="fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4",
-        make=FileSystemBackend,
-        place=_directory,
-        parameters={
-            "capacity": ("capacity_bytes", _capacity),
-            "durability": ("durability", _choice(none="none", fsync="fsync")),
-            "direct": ("direct", _choice(true=True, false=False)),
-            "threads": ("threads", _threads),
-        },
-    ),
-}
+def _told(error: Exception, url: BackendURL) -> str:
+    """What an exception says, in one line and without the password of the URL."""
+    text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    text = " ".join(text.split())
+    for password in (url.password, unquote(url.password or "")):
+        text = text.replace(password, "***") if password else text
+    return text

@@ -15,6 +15,7 @@ from async_cache.testing.backends import (
     ThrottledBackend,
     Verb,
     WrappedBackend,
+    flip_bit,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "ThrottledBackend",
     "Verb",
     "WrappedBackend",
+    "flip_bit",
 ]

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from async_cache.errors import BackendError
 from async_cache.l2.backend import Backend, LoadOutcome
-from async_cache.l2.memory import MemoryBackend
+from async_cache.l2.memory import STEP_BYTES, MemoryBackend
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
 
@@ -27,6 +27,7 @@ class WrappedBackend(Backend):
     def __init__(self, inner: Backend):
         self.inner = inner
         self.name = inner.name
+        self.limits = inner.limits
         self.calls: Counter[str] = Counter()
         self.keys_asked: Counter[str] = Counter()
 
@@ -179,7 +180,17 @@ class BitFlipBackend(WrappedBackend):
     async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers) -> None:
         if verb == "load" and self.calls[verb] == self._nth:
             for key in keys:
-                self._memory.damage(key, self._bit)
+                flip_bit(self._memory, key, self._bit)
+
+
+def flip_bit(memory: MemoryBackend, key: ObjectKey, bit: int = 0) -> bool:
+    """Flip one bit of a stored object, as failing memory would; False if there is no such object."""
+    stored = memory._objects.get(key)  # what a user of the backend has no way to
+    if stored is None:
+        return False
+    piece, index = divmod(bit // 8, STEP_BYTES)
+    stored.pieces[piece][index] ^= 1 << bit % 8
+    return True
 
 
 def _checked(verbs: Sequence[Verb]) -> Sequence[Verb]:

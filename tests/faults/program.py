@@ -32,7 +32,7 @@ from async_cache import (
 from async_cache.l2 import Backend
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.memory import MemoryBackend
-from async_cache.testing import WrappedBackend
+from async_cache.testing import WrappedBackend, flip_bit
 
 from .interleaving import ShuffledLoop
 
@@ -109,7 +109,7 @@ class Rough(WrappedBackend):
             if fault == "hang":
                 await asyncio.sleep(3 * TIMEOUT)
             elif verb == "load":
-                self.memory.damage(self.random.choice(keys))
+                flip_bit(self.memory, self.random.choice(keys))
 
     def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
         found = self.memory.lookup_nowait(chunk_hashes, objects) if self.at_hand else None

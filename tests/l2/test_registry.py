@@ -1,25 +1,28 @@
-"""URLs of backends: what each becomes, and what is refused."""
+"""URLs of backends: what each becomes, and what is refused; schemes of other packages; limits in any URL."""
 
+import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+from urllib.parse import SplitResult
 
 import pytest
+from distribution import BACKEND, install
 
+from async_cache import AsyncCache, CacheConfig
 from async_cache.errors import ConfigError
-from async_cache.l2 import registry
+from async_cache.l2.backend import Limits
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.registry import from_url
+from async_cache.l2.url import BackendURL
 
 
-@pytest.fixture
-def filesystem(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+class Recorded(FileSystemBackend):
     """The arguments that a URL gives the file system backend."""
-    scheme = replace(registry._SCHEMES["fs"], make=lambda **arguments: arguments)
-    monkeypatch.setitem(registry._SCHEMES, "fs", scheme)
-    return cast("Callable[[str], dict[str, Any]]", from_url)
+
+    def __init__(self, path: Any, **arguments: Any):
+        self.arguments = {"path": path} | arguments
 
 
 @pytest.mark.parametrize(
@@ -57,8 +60,9 @@ def test_memory(url: str, name: str, capacity_bytes: int | None) -> None:
         ("fs:///kv?direct=true", {"path": "/kv", "direct": True}),
     ],
 )
-def test_filesystem(filesystem: Callable[[str], dict[str, Any]], url: str, arguments: dict[str, Any]) -> None:
-    assert filesystem(url) == arguments
+def test_filesystem(url: str, arguments: dict[str, Any]) -> None:
+    made = Recorded.from_url(BackendURL.parse(url))
+    assert made.arguments == {"capacity_bytes": 10 * 2**30} | arguments
 
 
 def test_a_directory_is_bounded_to_10_gib_unless_the_url_says_otherwise(tmp_path: Path) -> None:
@@ -110,3 +114,189 @@ def test_a_password_is_not_shown(scheme: str) -> None:
         from_url(f"{scheme}://user:secret@host/0")
     assert "secret" not in str(caught.value)
     assert "host" in str(caught.value)
+
+
+# The URL, as it is given to what makes a backend.
+
+
+def test_a_url_is_a_split_result_that_hides_its_password() -> None:
+    url = BackendURL.parse("redis://user:secret@host:6379/0?ttl=5")
+    assert isinstance(url, SplitResult)
+    assert (url.scheme, url.hostname, url.port, url.password) == ("redis", "host", 6379, "secret")
+    assert url.geturl() == "redis://user:secret@host:6379/0?ttl=5"
+    assert repr(url) == str(url) == "BackendURL('redis://***@host:6379/0?ttl=5')"
+
+
+def test_parameters_are_decoded_and_parsed_and_what_is_not_given_is_left_out() -> None:
+    url = BackendURL.parse("x://host?name=a%20%26+b&empty=&count=7")
+    assert url.parameters(name=str, count=int, empty=str, other=int) == {"name": "a & b", "empty": "", "count": 7}
+    assert BackendURL.parse("x://host").parameters(name=str) == {}
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("x://?b=1", "unknown parameter 'b'"),
+        ("x://?a=1&a=2", "parameter 'a' is repeated"),
+        ("x://?a=one", "a: invalid literal"),
+        ("x://?a", "bad query field: 'a'"),
+        ("x://?a=1&", "bad query field: ''"),
+        ("x://?a=1#b", "a fragment"),
+    ],
+)
+def test_parameters_that_can_not_be_used_are_refused(url: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        BackendURL.parse(url).parameters(a=int)
+
+
+# Limits.
+
+ALL_LIMITS = "lookup_timeout=0.5&load_timeout=60&store_timeout=90&breaker_failures=7&breaker_reset=1.5"
+
+
+@pytest.mark.parametrize("query", [ALL_LIMITS, f"capacity=4096&{ALL_LIMITS}", f"{ALL_LIMITS}&capacity=4096"])
+def test_any_url_may_have_limits(query: str, tmp_path: Path) -> None:
+    for url in (f"memory://?{query}", f"fs://{tmp_path}?{query}"):
+        assert from_url(url).limits == Limits(
+            lookup_timeout_seconds=0.5,
+            load_timeout_seconds=60,
+            store_timeout_seconds=90,
+            breaker_failures=7,
+            breaker_reset_seconds=1.5,
+        )
+        assert from_url(url).usage().capacity_bytes in (4096, None if "memory" in url else 10 * 2**30)
+
+
+def test_a_url_without_limits_leaves_them_to_the_settings() -> None:
+    assert from_url("memory://").limits == Limits()
+    assert from_url("memory://?load_timeout=5").limits == Limits(load_timeout_seconds=5)
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ("lookup_timeout=0", "lookup_timeout_seconds must be more than 0"),
+        ("load_timeout=-1", "load_timeout_seconds must be more than 0"),
+        ("store_timeout=inf", "store_timeout_seconds must be more than 0 and finite"),
+        ("breaker_failures=2.5", "breaker_failures must be a whole number"),
+        ("breaker_reset=", "breaker_reset_seconds must be a number, not ''"),
+        ("breaker_reset", "bad query field"),
+        ("lookup_timeout=1&lookup_timeout=2", "'lookup_timeout' is repeated"),
+        ("%6Cookup_timeout=much", "lookup_timeout: "),
+        ("lookup_timeout_seconds=1", "unknown parameter 'lookup_timeout_seconds'"),
+    ],
+)
+def test_limits_that_can_not_be_used_are_refused(query: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_url(f"memory://?{query}")
+    assert str(caught.value).startswith(f"memory://?{query}: ")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, True, "1", float("inf")], ids=repr)
+def test_limits_of_a_ready_made_backend_are_checked_too(value: Any) -> None:
+    for name in Limits.__struct_fields__:
+        with pytest.raises(ConfigError, match=f"^{name} must be"):
+            Limits(**{name: value})
+
+
+# Schemes of other packages.
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Installs distributions for one test."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install_here(name: str, source: str | None = BACKEND, **schemes: str) -> None:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        install(tmp_path, name, source, **schemes)
+
+    return install_here
+
+
+async def test_a_cache_uses_the_scheme_of_another_package(packages: Callable[..., None]) -> None:
+    packages("kv_remote", remote="kv_remote:make", other="kv_remote:nothing")
+    config = CacheConfig(l1_bytes=4096, l2=["remote://user:pw@host:7/0?lookup_timeout=5&capacity_bytes=64"])
+    async with AsyncCache(config) as cache:
+        (usage,) = (await cache.stats()).backends.items()
+        assert usage[0] == "remote host:7/0"
+        assert usage[1].capacity_bytes == 64
+        assert cache.core.guards[0].timeouts.lookup_seconds == 5
+        assert cache.core.guards[0].timeouts.load_seconds == 30
+
+
+def test_limits_of_a_url_come_before_those_of_the_package(packages: Callable[..., None]) -> None:
+    source = """
+from async_cache.l2 import Limits
+from async_cache.l2.memory import MemoryBackend
+class Slow(MemoryBackend):
+    limits = Limits(lookup_timeout_seconds=5, load_timeout_seconds=100)
+def make(url):
+    assert "timeout" not in url.query, url
+    return Slow(url.query)
+"""
+    packages("kv_slow", source, slow="kv_slow:make")
+    made = from_url("slow://host?a=%20&lookup_timeout=2&b=c")
+    assert made.limits == Limits(lookup_timeout_seconds=2, load_timeout_seconds=100)
+    assert made.name == "a=%20&b=c"
+    assert (
+        from_url("slow://host").limits
+        == type(made).limits
+        == Limits(lookup_timeout_seconds=5, load_timeout_seconds=100)
+    )
+
+
+def test_our_own_schemes_are_not_those_of_another_package(packages: Callable[..., None]) -> None:
+    packages("kv_taker", memory="kv_taker:make", fs="kv_taker:make")
+    assert type(from_url("memory://near")) is MemoryBackend
+
+
+def test_an_unknown_scheme_is_told_with_those_of_packages(packages: Callable[..., None]) -> None:
+    packages("kv_remote", remote="kv_remote:make", remotes="kv_remote:make")
+    with pytest.raises(
+        ConfigError, match=r"unknown scheme 'rmote' \(installed packages have remote, remotes\); allowed"
+    ):
+        from_url("rmote://host")
+
+
+@pytest.mark.parametrize(
+    ("source", "value", "reason"),
+    [
+        (BACKEND, "kv_bad:absent", "kv_bad:absent of kv_bad 1.5 cannot be imported: AttributeError"),
+        (BACKEND, "kv_absent:make", "kv_absent:make of kv_bad 1.5 cannot be imported: ModuleNotFoundError"),
+        ("raise OSError('no library')", "kv_bad:make", "kv_bad 1.5 cannot be imported: OSError: no library"),
+        ("make =", "kv_bad:make", "kv_bad 1.5 cannot be imported: SyntaxError"),
+        ("make = 5", "kv_bad:make", "kv_bad 1.5 failed: TypeError: 'int' object is not callable"),
+        ("def make(url): raise KeyError(url.geturl())", "kv_bad:make", "kv_bad 1.5 failed: KeyError: 'bad://user:***@"),
+        ("def make(url): return url.port", "kv_bad:make", "kv_bad 1.5 failed: ValueError: Port"),
+        ("def make(url): return url.parameters()", "kv_bad:make", "kv_bad 1.5 failed: unknown parameter 'a'"),
+        ("def make(url): return None", "kv_bad:make", "kv_bad:make of kv_bad 1.5 made no Backend, but NoneType"),
+        (
+            BACKEND + "class Nameless(MemoryBackend):\n    def __init__(self, url): pass\n",
+            "kv_bad:Nameless",
+            "made a Backend without a name",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_package_is_told_with_the_url_and_the_package(
+    source: str, value: str, reason: str, packages: Callable[..., None]
+) -> None:
+    packages("kv_bad", source, bad=value)
+    with pytest.raises(ConfigError) as caught:
+        from_url("bad://user:se%63ret@host:port/0?a=1")
+    message = str(caught.value)
+    assert message.startswith("bad://***@host:port/0?a=1: ")
+    assert reason in message
+    assert "secret" not in message
+    assert "se%63ret" not in message
+
+
+def test_a_scheme_of_two_packages_is_refused(packages: Callable[..., None]) -> None:
+    packages("kv_one", shared="kv_one:make")
+    packages("kv_two", shared="kv_two:make")
+    with pytest.raises(ConfigError) as caught:
+        from_url("shared://host")
+    assert str(caught.value) == (
+        "shared://host: kv_one:make of kv_one 1.5 and kv_two:make of kv_two 1.5 both give the scheme 'shared'"
+    )

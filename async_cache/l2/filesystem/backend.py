@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from heapq import merge
 from itertools import islice
 from threading import Event
-from typing import Any, Literal
+from typing import Any, Literal, Self
+from urllib.parse import unquote
 
 from aiofiles.os import makedirs, wrap
 
@@ -21,12 +22,15 @@ from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome
 from async_cache.l2.filesystem.directory import Found, RecordDirectory
 from async_cache.l2.filesystem.workers import DaemonExecutor, settle
-from async_cache.l2.index import Index
+from async_cache.l2.index import Chunk, Index
+from async_cache.l2.url import BackendURL, capacity, one_of, whole_number
 from async_cache.prompt.keys import ObjectKey
-from async_cache.values import BackendUsage
+from async_cache.retention.policy import EvictionPolicy
+from async_cache.values import BackendUsage, Removal
 
 logger = logging.getLogger(__name__)
 
+CAPACITY_BYTES = 10 * 2**30
 CLOSE_SECONDS = 2.0
 SLICE = 256  # what the loop does with many objects, it does for so many at a time: a millisecond
 
@@ -39,10 +43,11 @@ _take = wrap(lambda iterator, count: list(islice(iterator, count)))
 class FileSystemBackend(Backend):
     """The directory `path`, made if it is not there; other processes may use it at the same time.
 
-    `capacity_bytes` bounds the sum of the objects' sizes (a file has 64 bytes more; None: no bound): the least recently
-    used chunks without a pin make room. `durability="fsync"`: what was stored survives a power failure; otherwise it
-    is written when the kernel likes to, and what was torn is found out by its checksum. `direct` keeps objects of
-    whole pages in page-aligned memory out of the page cache, where the file system can. `threads` read at a time.
+    `capacity_bytes` bounds the sum of the objects' sizes (a file has 64 bytes more; None: no bound): chunks without a
+    pin make room, in the order of `policy`, the least recently used first by default. `durability="fsync"`: what was
+    stored survives a power failure; otherwise it is written when the kernel likes to, and what was torn is found out
+    by its checksum. `direct` keeps objects of whole pages in page-aligned memory out of the page cache, where the file
+    system can. `threads` read at a time.
 
     Raises ConfigError for arguments, and in `open` for a path, that can not be used.
     """
@@ -51,10 +56,11 @@ class FileSystemBackend(Backend):
         self,
         path: str | os.PathLike[str],
         *,
-        capacity_bytes: int | None = 10 * 2**30,
+        capacity_bytes: int | None = CAPACITY_BYTES,
         durability: Literal["none", "fsync"] = "none",
         direct: bool = False,
         threads: int = 4,
+        policy: EvictionPolicy[Chunk] | None = None,
     ):
         if capacity_bytes is not None and capacity_bytes < 1:
             raise ConfigError(f"capacity_bytes must be at least 1, or None for no bound, not {capacity_bytes}")
@@ -66,11 +72,27 @@ class FileSystemBackend(Backend):
         self.name = f"fs://{self.path}"
         self.capacity_bytes = capacity_bytes
         self._fsync, self._direct, self._threads = durability == "fsync", direct, threads
-        self._index = Index()
+        self._index = Index(policy)
         self._writing_bytes = 0
         self._unlinking: list[list[ObjectKey]] = []  # no longer in the index, perhaps still on the disk
         self._watches: dict[int, set[ObjectKey]] = {}
         self._executors: tuple[DaemonExecutor, ...] = ()
+
+    @classmethod
+    def from_url(cls, url: BackendURL) -> Self:
+        """The backend of a URL `fs:///path`, whose parameters are the arguments. Raises ConfigError."""
+        if url.netloc:
+            raise ConfigError("a directory has no host")
+        if not url.path.startswith("/"):
+            raise ConfigError(f"the path {url.path!r} is not absolute")
+        parameters = url.parameters(
+            capacity=capacity,
+            durability=one_of(none="none", fsync="fsync"),
+            direct=one_of(true=True, false=False),
+            threads=whole_number(most=9999),
+        )
+        capacity_bytes = parameters.pop("capacity", CAPACITY_BYTES)
+        return cls(unquote(url.path), capacity_bytes=capacity_bytes, **parameters)
 
     async def open(self) -> None:
         self._loads = DaemonExecutor(self._threads, f"{self.name} load")
@@ -141,8 +163,8 @@ class FileSystemBackend(Backend):
         return outcomes
 
     def _note_losses(self, keys: Sequence[ObjectKey], outcomes: list[LoadOutcome | OSError]) -> None:
-        lost = (LoadOutcome.GONE, LoadOutcome.CORRUPT)
-        self._forget([key for key, outcome in zip(keys, outcomes, strict=True) if outcome in lost])
+        for lost, removal in ((LoadOutcome.GONE, Removal.LOST), (LoadOutcome.CORRUPT, Removal.DAMAGED)):
+            self._drop([key for key, outcome in zip(keys, outcomes, strict=True) if outcome is lost], removal)
         for fault in outcomes:
             if isinstance(fault, OSError):
                 raise BackendError(f"{self.name}: {fault}") from fault
@@ -181,7 +203,7 @@ class FileSystemBackend(Backend):
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
         try:
-            return await asyncio.shield(self._unlink(list(keys)))
+            return await asyncio.shield(self._unlink(list(keys), Removal.DELETED))
         except OSError as error:
             raise BackendError(f"{self.name}: {error}") from error
 
@@ -196,7 +218,7 @@ class FileSystemBackend(Backend):
 
     @property
     def pins(self) -> int:
-        """Pins that were not given back yet."""
+        """The number of pins that were not given back yet."""
         return sum(self._index.pins.values())
 
     def usage(self) -> BackendUsage:
@@ -212,7 +234,7 @@ class FileSystemBackend(Backend):
                 ended = await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))
             finally:  # also where the caller waits no longer: who waits for a thread that is stuck would do so for ever
                 self._given_up.set_result(None)
-            while self._index.forget(SLICE):  # noqa: ASYNC110 (nothing is waited for)
+            while self._index.clear(SLICE):  # noqa: ASYNC110 (nothing is waited for)
                 await asyncio.sleep(0)
             if all(ended):  # a thread that is stuck could otherwise meet a number that means another file by then
                 self._directory.close()
@@ -239,20 +261,21 @@ class FileSystemBackend(Backend):
             return True
         evicted = self._index.evict(self._index.used_bytes + self._writing_bytes + size_bytes - self.capacity_bytes)
         if evicted:
-            self._unlink(evicted)
+            self._unlink(evicted, Removal.CAPACITY)
         return evicted is not None
 
-    def _unlink(self, keys: list[ObjectKey]) -> "asyncio.Future[int]":
-        """Forget objects and remove their files, after the changes that were submitted before."""
-        self._forget(keys)
+    def _unlink(self, keys: list[ObjectKey], removal: Removal) -> "asyncio.Future[int]":
+        """Drop objects and remove their files, after the changes that were submitted before."""
+        self._drop(keys, removal)
         future = asyncio.wrap_future(self._changes.submit(self._directory.unlink, keys))
         self._unlinking.append(keys)
         future.add_done_callback(self._unlinked)
         return future
 
-    def _forget(self, keys: Sequence[ObjectKey]) -> None:
+    def _drop(self, keys: Sequence[ObjectKey], removal: Removal) -> None:
+        """Take objects out of the index, and tell those who wait for a thread."""
         for key in keys:
-            self._index.drop(key)
+            self._index.drop(key, removal)
         for watch in self._watches.values():
             watch.update(keys)
 
@@ -263,7 +286,7 @@ class FileSystemBackend(Backend):
 
     @contextmanager
     def _watch(self) -> Iterator[set[ObjectKey]]:
-        """The objects forgotten while one waits for a thread: what it tells of them is out of date."""
+        """The objects that were dropped while one waits for a thread: what it says of them is out of date."""
         removed: set[ObjectKey] = set()
         self._watches[id(removed)] = removed
         try:
