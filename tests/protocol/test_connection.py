@@ -243,8 +243,13 @@ async def test_a_peer_that_goes_is_noticed_once() -> None:
 
 async def test_nothing_is_received_until_the_last_reason_for_a_pause_is_gone() -> None:
     async with open_end(stall_seconds=10.0) as end:
+        transport = end.connection._transport
+        assert transport is not None and transport.is_reading()
         end.connection.pause_reading()
         await fill(end)
+        end.connection.resume_reading()
+        assert not transport.is_reading()
+        end.connection.pause_reading()
         await end.say(Ping(1))
         reading = asyncio.create_task(end.hear())
         await end.connection.drained()
