@@ -433,8 +433,8 @@ def test_an_address_in_use_is_told(server: Path, directory: Path) -> None:
             for each in (url, port)
         ]
         unix, tcp = (complaint(finish(process)) for process in processes)
-    assert unix == f"can not listen at {server}/async_cache.sock: a server is listening there already"
-    assert tcp == f"can not listen at {port}: Address already in use"
+    assert unix == f"cannot listen at {server}/async_cache.sock: a server is listening there already"
+    assert tcp == f"cannot listen at {port}: Address already in use"
     assert printed(server, "ping"), "the server that is there goes on"
 
 
@@ -443,7 +443,7 @@ def test_nothing_but_a_socket_is_replaced_and_none_of_the_addresses_is_used(dire
     for name, reason in {"file": "it is there, and not a socket", "file/socket": ""}.items():
         arguments = [f"--listen=unix://{directory}/{each}" for each in ("first", name)]
         line = complaint(run(directory, "serve", *arguments, ASYNC_CACHE_L1_BYTES="1MiB", ASYNC_CACHE_L2=""))
-        assert line.startswith("can not listen at ")
+        assert line.startswith("cannot listen at ")
         assert line.endswith(reason)
         assert f"{directory}/file" in line
     assert (directory / "file").read_text() == "mine"

@@ -15,7 +15,7 @@ _MAX_PATH_BYTES = 107  # of a Unix socket, see unix(7)
 
 @dataclass(frozen=True)
 class Address:
-    """A path of a Unix socket, or a host and port."""
+    """Where a server listens: the path of a Unix socket, or a host and port."""
 
     path: str = ""
     host: str = ""
@@ -23,7 +23,7 @@ class Address:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """From a URL; in a path, "?", "#" and "%" are percent-encoded. Raises ConfigError."""
+        """The address that a URL names; in a path, "?", "#" and "%" are percent-encoded. Raises ConfigError."""
         if not isinstance(url, str):
             raise ConfigError(f"an address must be a URL, not {type(url).__name__}")
         try:
@@ -37,7 +37,7 @@ class Address:
             if parts.scheme == "tcp":
                 if parts.path or not parts.hostname or parts.port is None:
                     raise ValueError("a host and a port are needed, and no path")
-                parts.hostname.encode("idna")  # what can not be looked up is refused here
+                parts.hostname.encode("idna")  # what cannot be looked up is refused here
                 return cls(host=parts.hostname, port=parts.port)
             raise ValueError(f"unknown scheme {parts.scheme!r}")
         except ValueError as error:
@@ -60,7 +60,7 @@ class Address:
 
 
 def default_url() -> str:
-    """The socket that a server listens at, and a client looks for, if nothing else is said: the user's own."""
+    """The URL of the user's own socket: a server listens there, and a client connects to it, by default."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     if not base.startswith("/"):
         base = str(Path(tempfile.gettempdir()) / f"async_cache-{os.getuid()}")

@@ -186,8 +186,6 @@ class Connection(asyncio.Protocol):
     def _resume(self, reason: Pause) -> None:
         """Receive again, if that was the last reason not to."""
         self._pauses.discard(reason)
-        if self._pauses:
-            return
         self._take()
         if self.is_open and not self._pauses:
             assert self._transport is not None

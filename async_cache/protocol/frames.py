@@ -6,8 +6,9 @@ from async_cache.errors import ProtocolError
 
 HEADER_BYTES = 4
 MAX_GREETING_BYTES = 4096
-"""Of the first frame in each direction: what a peer may send that nobody knows yet."""
+"""The largest payload of the first frame in each direction: so much may be sent by a peer that is not known yet."""
 MAX_PAYLOAD_BYTES = 16 * 2**20
+"""The largest payload of every other frame."""
 DATA_BYTES = 256 * 2**10
 """KV bytes in one frame: so much of one transfer goes before the messages behind it get their turn."""
 
@@ -19,7 +20,7 @@ def frame(payload: bytes) -> bytes:
 
 
 def check_size(size_bytes: int, limit_bytes: int) -> None:
-    """Raises ProtocolError for a length that a frame can not have."""
+    """Check that a frame may have a payload of this size. Raises ProtocolError."""
     if not 0 < size_bytes <= limit_bytes:
         raise ProtocolError(f"a frame of {size_bytes} bytes: 1 to {limit_bytes} are allowed")
 
@@ -34,7 +35,7 @@ class FrameReader:
     def feed(self, data: bytes) -> Iterator[memoryview]:
         """The payloads that are complete now, each valid until the next. Raises ProtocolError for a bad length.
 
-        Of what could not be taken because of an error, nothing can be read any more.
+        After an error, nothing can be read any more.
         """
         if self._kept:
             self._kept += data

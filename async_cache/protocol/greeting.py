@@ -1,7 +1,7 @@
 """The first frame in each direction, with the file descriptors that travel beside it over a Unix socket.
 
-It is read and written on the bare socket, since a transport passes no descriptors; and it is all that a peer may send
-before it is known.
+It is read and written on the bare socket, since a transport passes no descriptors; and a peer that is not known yet may
+send nothing else.
 """
 
 import asyncio
@@ -21,7 +21,10 @@ _welcome_decoder = Decoder(Welcome | Failed)
 
 
 async def receive_hello(sock: socket.socket) -> tuple[Hello, int | None]:
-    """What a client says first, and its descriptor, which is the caller's to close."""
+    """What a client says first, and its descriptor, which is the caller's to close.
+
+    Raises ProtocolError for anything but a Hello, ConnectionLostError if the client is gone.
+    """
     payload, descriptor = await _receive(sock)
     try:
         return _hello_decoder.decode(payload), descriptor
@@ -40,7 +43,7 @@ async def send(sock: socket.socket, message: Hello | Welcome | Failed, descripto
 
 
 async def greet(sock: socket.socket, hello: Hello, descriptor: int | None) -> tuple[Welcome, int | None]:
-    """Introduce a client; what the server says, and its descriptor. Raises what the server refuses it with."""
+    """Introduce a client; what the server says, and its descriptor. Raises the ServiceError that it refuses with."""
     with suppress(BrokenPipeError, ConnectionResetError):  # it has refused already, and said why
         await send(sock, hello, descriptor)
     payload, received = await _receive(sock)

@@ -29,7 +29,7 @@ from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, Loo
 VERSION = 1
 DIGEST_BYTES = 32
 MAX_CHUNKS = 2**17
-"""Of the prompt in one message."""
+"""The most chunks that the prompt of a message may have."""
 
 Number = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -49,7 +49,7 @@ class Message(Struct, array_like=True, tag=True, forbid_unknown_fields=True, gc=
 
 
 class Hello(Message):
-    """From the client. Over a Unix socket, the file descriptor of the client's segment may travel with it."""
+    """The client introduces itself. Over a Unix socket, the descriptor of its segment may travel with this."""
 
     version: Annotated[int, Meta(ge=0, lt=2**16)]
     token: Annotated[str, Meta(max_length=1024)] | None = None
@@ -57,9 +57,10 @@ class Hello(Message):
 
 
 class Welcome(Message):
-    """From the server. With `mapped`, the file descriptor of the arena travels with it, to be mapped read-only.
+    """The server lets a client in. With `mapped`, the descriptor of the arena travels with it, to be mapped read-only.
 
-    Without `trusted`, prompts are to be sent as token ids or an engine's blocks: the server makes the digests itself.
+    To a client that is not `trusted`, digests prove nothing: it sends token ids, or an engine's blocks or digests, and
+    the server makes the chunk hashes itself.
     """
 
     version: int
@@ -73,7 +74,7 @@ class Welcome(Message):
 
 
 class Group(Message):
-    """As `ObjectGroup`."""
+    """A group of a layout: shape and dtype of an object, its window in chunks, the ranks that hold it (None: all)."""
 
     shape: Annotated[list[Annotated[int, Meta(ge=1, lt=2**48)]], Meta(min_length=1, max_length=32)]
     dtype: Annotated[str, Meta(max_length=32)]
@@ -82,7 +83,7 @@ class Group(Message):
 
 
 class Layout(Message):
-    """As `ModelLayout`."""
+    """What fixes the bytes of a model's chunks: its groups, tokens in a chunk, ranks, readers of each rank."""
 
     model: Name
     groups: Annotated[list[Group], Meta(min_length=1, max_length=4096)]
@@ -146,7 +147,7 @@ class RegisterLayout(Message):
 
 
 class Prefetch(Message):
-    """Answered by LookupDone and LoadDone, both pushed, and RequestOver when the request is."""
+    """Look a prompt up and load it. Answered by LookupDone and LoadDone, both pushed, and RequestOver at its end."""
 
     number: Number
     prompt: WirePrompt
@@ -181,21 +182,21 @@ class QueryPrefetchStatus(Message):
 
 
 class Unclaim(Message):
-    """Give back a result that came when nobody waited for it any more: it is for who asks next. Answered by Done."""
+    """Undo a claim whose result came too late for those who waited: the next who asks gets it. Answered by Done."""
 
     number: Number
     request_id: RequestId
 
 
 class Lookup(Message):
-    """Count only. Answered by Hits."""
+    """Count what is cached of a prompt. Answered by Hits."""
 
     number: Number
     prompt: WirePrompt
 
 
 class AcquireRead(Message):
-    """Wait for the load, then read. Answered by ReadAcquired, and ReadData where the arena is not mapped."""
+    """Wait for a load, then read. Answered by ReadAcquired, and ReadData where the arena is not mapped."""
 
     number: Number
     request_id: RequestId
@@ -204,7 +205,7 @@ class AcquireRead(Message):
 
 
 class ReleaseRead(Message):
-    """Leave the read of that number. Answered by Done."""
+    """Release a read, by the number of its AcquireRead. Answered by Done."""
 
     number: Number
     read: Number
@@ -241,21 +242,21 @@ class CommitStore(Message):
 
 
 class CloseStore(Message):
-    """Discard what was not committed. Answered by Done."""
+    """Close a store, and discard what was not committed. Answered by Done."""
 
     number: Number
     store: Number
 
 
 class Renew(Message):
-    """Let the request's time begin anew. Answered by Done."""
+    """Begin a request's time to live anew. Answered by Done."""
 
     number: Number
     request_id: RequestId
 
 
 class EndRequest(Message):
-    """Give back all that the request holds. Answered by Done."""
+    """End a request: all that it holds is released. Answered by Done."""
 
     number: Number
     request_id: RequestId
@@ -283,13 +284,13 @@ class Flush(Message):
 
 
 class Stats(Message):
-    """Answered by Counted."""
+    """Ask for the statistics of the cache. Answered by Counted."""
 
     number: Number
 
 
 class Ping(Message):
-    """Answered by Done."""
+    """Ask whether the server is there. Answered by Done."""
 
     number: Number
 
@@ -322,7 +323,7 @@ Request = (
 
 
 class Done(Message):
-    """It is done, and there is nothing to tell."""
+    """What was asked for is done, and has no result."""
 
     number: int
 
@@ -335,7 +336,7 @@ class LayoutRegistered(Message):
 
 
 class Failed(Message):
-    """It could not be done. `number` 0: the connection is about to be closed, and this is why."""
+    """What was asked for could not be done. `number` 0: the connection is about to be closed, and this is why."""
 
     number: int
     code: str
@@ -363,21 +364,21 @@ class RequestOver(Message):
 
 
 class RequestClaimed(Message):
-    """Pushed: the result of a prefetch was handed out, to whoever, or given back."""
+    """Pushed: the result of a prefetch was handed out, to whichever client, or its claim was undone."""
 
     number: int
     claimed: bool
 
 
 class Hits(Message):
-    """Of a query, or a lookup."""
+    """The hits of a request that was queried, or of a prompt that was looked up."""
 
     number: int
     hits: LookupHits
 
 
 class Loaded(Message):
-    """Of a query that claimed it."""
+    """The result of a request, for the client that has claimed it."""
 
     number: int
     result: LoadResult
@@ -389,7 +390,7 @@ class ReadAcquired(Message):
     That is in the arena, or where this is not mapped, in a buffer of `buffer_bytes`, of which ReadData then brings the
     `data_bytes` that can be read.
     `layout`: that of the request, described where the client has not registered it.
-    `absent`: (n, groups) of what can not be read of a chunk though its block is there: what is outside a window.
+    `absent`: (n, groups) of what cannot be read of a chunk though its block is there: what is outside a window.
     """
 
     number: int
@@ -402,7 +403,7 @@ class ReadAcquired(Message):
 
 
 class ReadData(Message):
-    """Bytes of a read, for its buffer."""
+    """Bytes of a read, for the client's buffer of it."""
 
     number: int
     offset: int
@@ -424,21 +425,21 @@ class StoreClosed(Message):
 
 
 class Removed(Message):
-    """Of a delete or clear."""
+    """What a Delete or Clear has removed."""
 
     number: int
     deleted: Deleted
 
 
 class Flushed(Message):
-    """Of a flush."""
+    """What a Flush has waited for."""
 
     number: int
     result: FlushResult
 
 
 class Counted(Message):
-    """Of stats: a map."""
+    """The statistics of the cache, as a map."""
 
     number: int
     stats: CacheStats

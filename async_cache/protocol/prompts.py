@@ -28,7 +28,7 @@ def describe(layout: ModelLayout) -> Layout:
 
 
 def layout_of(description: Layout) -> ModelLayout:
-    """The layout that was sent. Raises ValueError or TypeError for one that can not be."""
+    """The layout that was sent. Raises ValueError or TypeError if it is impossible."""
     groups = tuple(
         ObjectGroup(
             tuple(group.shape),
@@ -49,7 +49,7 @@ def layout_of(description: Layout) -> ModelLayout:
 
 
 def difference(ours: Layout, theirs: Layout) -> str:
-    """In what two layouts of a model differ, for people."""
+    """A text for people: in what two layouts of a model differ."""
     parts = []
     for name in ("chunk_tokens", "world_size", "readers_per_rank", "revision"):
         here, there = getattr(ours, name), getattr(theirs, name)
@@ -66,7 +66,10 @@ def _shapes(layout: Layout) -> str:
 
 
 def pack(prompt: Prompt, layout: int, *, trusted: bool) -> WirePrompt:
-    """A prompt to send: its digests, or where these prove nothing, what they are made from."""
+    """A prompt to send: its digests if the client is trusted, else what they are made from.
+
+    Raises ValueError for a prompt of which only the digests are known, without trust.
+    """
     if trusted:
         return Digests(layout, prompt.root, prompt.tokens, prompt.salt, b"".join(prompt.chunk_hashes))
     match prompt.source:
@@ -77,11 +80,11 @@ def pack(prompt: Prompt, layout: int, *, trusted: bool) -> WirePrompt:
         case DigestSource(digests):
             return EngineDigests(layout, prompt.salt, prompt.adapter, list(digests))
         case None:
-            raise ValueError("a prompt of which only the hashes are known can not be sent without trust")
+            raise ValueError("a prompt of which only the hashes are known cannot be sent without trust")
 
 
 def unpack(wire: WirePrompt, layout: ModelLayout) -> Prompt:
-    """The prompt that was sent. Raises ValueError or TypeError for one that can not be."""
+    """The prompt that was sent. Raises ValueError or TypeError if it is impossible."""
     if isinstance(wire, Digests):
         hashes = _split(wire.chunk_hashes)
         if wire.tokens // layout.chunk_tokens != len(hashes):

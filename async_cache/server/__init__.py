@@ -1,11 +1,16 @@
 """The service: one cache for all the processes of a machine.
 
-access    who may connect, and which salts it may use
-listener  sockets to listen at: Unix and TCP
-registry  what the connections share: which of them hold a request, equal layouts
-session   one connection: what it asks for, what it holds, and what is given back when it ends
-server    accepts connections, and ends them
-process   runs a server until a signal
+process     the server as a process, which runs until a signal
+server      accepts connections, and ends them
+listener    sockets to listen at: Unix and TCP
+access      who may connect, which salts it may use, and which request ids are its own
+session     one connection: what it asks for, and the table of what it holds
+held        what is in that table: the common part, and messages that wait for their answer
+layouts     layouts that clients register, and the prompts that name them
+prefetches  prefetches that are held: pushes, and which connections hold a request together
+reads       reads that are held: leases, and their bytes in frames
+writers     writers that are held: bytes from a segment or from frames, until they are committed
+segment     memory that a client writes to, and the server only reads
 """
 
 from async_cache.server.server import Server

@@ -10,9 +10,9 @@ from async_cache.protocol.connection import Connection
 
 
 class Held(ABC):
-    """Something that a client asked for, and that lasts: HELD, under the number of its message, -> GONE.
+    """Something that a client asked for, and that is held under the number of its message until it is gone.
 
-    What is made takes the place of what has had the number until then.
+    A new one takes the place of what had the number before: a read that of the wait for it.
     """
 
     __slots__ = ("_connection", "_held", "_number")

@@ -15,10 +15,10 @@ _BACKLOG = 1024
 
 
 class Listener:
-    """LISTENING -> CLOSED."""
+    """A socket that listens until it is closed."""
 
     def __init__(self, address: Address):
-        """Raises ConfigError for an address that can not be listened at, and says whose it is."""
+        """Listen at an address. Raises ConfigError, which says what is in the way."""
         self._inode = 0
         try:
             if address.path:
@@ -27,14 +27,14 @@ class Listener:
                 self.socket = self._bind_tcp(address)
                 address = Address(host=address.host, port=self.socket.getsockname()[1])
         except OSError as error:
-            raise ConfigError(f"can not listen at {address}: {error.strerror or error}") from error
+            raise ConfigError(f"cannot listen at {address}: {error.strerror or error}") from error
         self.address = address
 
     def _bind_unix(self, path: Path) -> socket.socket:
-        """Bind under another name first: what stands under its own can be connected to from the first moment."""
+        """Bind under another name first, so that clients can connect from the moment when the right name is there."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.parent.stat().st_uid not in (0, os.getuid()):
-            raise ConfigError(f"can not listen at {path}: its directory belongs to somebody else")
+            raise ConfigError(f"cannot listen at {path}: its directory belongs to somebody else")
         made = socket.socket(socket.AF_UNIX)
         new = path.with_name(f".{os.getpid():x}")
         try:
@@ -57,7 +57,7 @@ class Listener:
 
     @staticmethod
     def _bind_in(made: socket.socket, path: Path) -> None:
-        """By way of its directory: the name may be longer than the one that it will have."""
+        """Bind by way of the directory, since this name may be too long for a socket."""
         directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             made.bind(f"/proc/self/fd/{directory}/{path.name}")
@@ -78,7 +78,7 @@ class Listener:
         return made
 
     def close(self) -> None:
-        """Listen no more. What has taken the place of a Unix socket stays."""
+        """Stop listening, and remove the Unix socket, unless another one has taken its place."""
         self.socket.close()
         path = self.address.path
         if path:
@@ -89,7 +89,7 @@ class Listener:
 
 @contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """One server at a time looks whether an address is free and takes it, or gives it up."""
+    """Let one server at a time find an address free and take it, or give it up."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -99,11 +99,11 @@ def _alone_in(directory: Path) -> Iterator[None]:
 
 
 def _check_free(path: Path) -> None:
-    """Whether a server listens there: one that is dead is replaced. Raises ConfigError."""
+    """Check that no server listens there; the socket of a dead one may be replaced. Raises ConfigError."""
     if not path.exists():
         return
     if not path.is_socket():
-        raise ConfigError(f"can not listen at {path}: it is there, and not a socket")
+        raise ConfigError(f"cannot listen at {path}: it is there, and not a socket")
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
@@ -113,4 +113,4 @@ def _check_free(path: Path) -> None:
         except OSError as error:
             if error.errno != errno.EAGAIN:  # that is one whose backlog is full
                 raise
-    raise ConfigError(f"can not listen at {path}: a server is listening there already")
+    raise ConfigError(f"cannot listen at {path}: a server is listening there already")

@@ -43,16 +43,16 @@ class HeldPrefetch(Held):
         self._connection.send(messages.LoadDone(self._number, self._scope.outer(result)))
 
     def claimed(self, claimed: bool) -> None:
-        """Tell the client that the result was handed out, or given back, by whoever's doing."""
+        """Tell the client that the result was handed out, or its claim undone, by any connection."""
         self._connection.send(messages.RequestClaimed(self._number, claimed))
 
     def over(self) -> None:
-        """Tell the client that the request is over, by whoever's doing."""
+        """Tell the client that the request is over, for any reason."""
         self._gone()
         self._connection.send(messages.RequestOver(self._number))
 
     def undo(self) -> None:
-        """Cancel the prefetch. It is held on: its request is not over, and what has loaded stays."""
+        """Cancel the prefetch. It stays held, since its request is not over, and what has loaded stays."""
         self.prefetch.cancel()
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs a server until a signal."""
+"""The server as a process, which runs until a signal."""
 
 import asyncio
 import logging
@@ -26,9 +26,9 @@ _CLOSE_PART = 0.4  # of the time for a shutdown: for write-back, and as much for
 async def serve(
     cache_config: CacheConfig, server_config: ServerConfig, ready: Callable[[Sequence[Address]], None]
 ) -> None:
-    """Serve a cache until SIGTERM or SIGINT; `ready` is told where, once clients can connect.
+    """Serve a cache until SIGTERM or SIGINT; `ready` is called with the addresses, once clients can connect.
 
-    The process ends, with exit code 1, where storage holds up the shutdown beyond `shutdown_timeout_seconds`.
+    The process ends, with exit code 1, if storage delays the shutdown beyond `shutdown_timeout_seconds`.
     """
     timeout = server_config.shutdown_timeout_seconds
     close_timeout = min(cache_config.close_timeout_seconds, _CLOSE_PART * timeout)
@@ -59,20 +59,20 @@ async def serve(
 
 async def _open(stack: AsyncExitStack, cache_config: CacheConfig, server_config: ServerConfig) -> Server:
     for url in server_config.listen:
-        # It is known at once where this can not be, and not after the memory is there.
+        # An address that is taken is known at once, and not only when the memory is there.
         Listener(Address.parse(url)).close()
     cache = await stack.enter_async_context(AsyncCache(cache_config))
     return await stack.enter_async_context(Server(cache, server_config))
 
 
 def _allow_descriptors() -> None:
-    """Each connection takes two: as many as this process may have."""
+    """Allow as many descriptors as this process may have: each connection takes two."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _end_after(seconds: float) -> None:
-    """End the process if it is still there: also its threads, that no other way ends."""
+    """End the process if it is still there then: nothing else would end threads that are stuck in storage."""
 
     def end() -> None:
         sys.stderr.write("gave up waiting for storage\n")

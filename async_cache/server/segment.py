@@ -1,4 +1,4 @@
-"""A client's segment: memory that the client writes, and the server only reads."""
+"""A client's segment: memory that the client writes to, and the server only reads."""
 
 import ctypes
 import os
@@ -11,14 +11,14 @@ from async_cache.prompt.objects import PAGE_BYTES
 
 
 class ClientSegment:
-    """RECEIVED, then MAPPED with the first copy, when the client has given it its size, -> CLOSED.
+    """The segment of a connection. It is mapped with the first copy, by when the client has given it its size.
 
-    Only a memfd of ordinary pages is taken: a file would make the server wait for its disk. And one that is mapped can
-    not be cut short any more: reading beyond its end would be a signal, and not an error.
+    Only a memfd of ordinary pages is taken: a file would make the server wait for its disk. And one that is mapped
+    cannot be cut short any more: reading beyond its end would be a signal, and not an error.
     """
 
     def __init__(self, fd: int, limit_bytes: int):
-        """Takes over the file descriptor, or refuses it. Raises ProtocolError."""
+        """Take over a descriptor, and close it if it is refused. Raises ProtocolError."""
         self._fd = fd
         self._limit_bytes = limit_bytes
         self._view: memoryview | None = None
@@ -30,9 +30,9 @@ class ClientSegment:
             raise ProtocolError("the segment of a client must have ordinary pages")
 
     def copy(self, offset: int, views: Sequence[memoryview]) -> None:
-        """Fill views, one after the other, from `offset` on; without the interpreter's lock.
+        """Fill views, one after the other, with what lies from `offset` on; without the interpreter's lock.
 
-        Raises ValueError for what lies beyond its end, or a segment that can not be mapped.
+        Raises ValueError for what lies beyond the end, or if the segment cannot be mapped.
         """
         size_bytes = sum(map(len, views))
         segment = self._mapped()
@@ -53,11 +53,11 @@ class ClientSegment:
             try:
                 self._view = map_read_only(self._fd, size_bytes)
             except OSError as error:
-                raise ValueError(f"the segment of a client can not be read: {error.strerror}") from error
+                raise ValueError(f"the segment of a client cannot be read: {error.strerror}") from error
         return self._view
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the descriptor, and unmap the memory; may be called more than once."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd, self._view = -1, None

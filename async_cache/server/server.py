@@ -1,4 +1,4 @@
-"""Accepts connections, and ends them."""
+"""`Server`: accepts connections, and ends them."""
 
 import asyncio
 import logging
@@ -7,6 +7,7 @@ import socket
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from enum import Enum
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,10 +33,19 @@ _TELL_SECONDS = 0.5  # for the open connections to take their last message
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
 
+class ServerState(Enum):
+    """NEW -> LISTENING -> CLOSED; a new one may be closed at once."""
+
+    NEW = "new"
+    LISTENING = "listening"
+    CLOSED = "closed"
+
+
 class Server:
-    """NEW -> LISTENING -> CLOSED, by `async with` or by `open` and `close`. The cache that it serves is open before."""
+    """A server of a cache that is open, by `async with`, or by `open` and `close`; its states are in `ServerState`."""
 
     def __init__(self, cache: AsyncCache, config: ServerConfig):
+        self._state = ServerState.NEW
         self._cache = cache
         self._config = config
         self._access = Access(config.tenants)
@@ -51,11 +61,14 @@ class Server:
 
     @property
     def addresses(self) -> list[Address]:
-        """Where it listens; a port 0 has become a real one."""
+        """The addresses that it listens at; a port 0 has become a real one."""
         return [listener.address for listener in self._listeners]
 
     async def open(self) -> Self:
-        """Listen at all addresses, or none. Raises ConfigError."""
+        """Listen at all addresses, or none. Raises ConfigError; a server is opened once, or raises CacheClosedError."""
+        if self._state is not ServerState.NEW:
+            raise CacheClosedError("a server is opened once")
+        self._state = ServerState.LISTENING
         try:
             for url in self._config.listen:
                 self._listeners.append(Listener(Address.parse(url)))
@@ -67,10 +80,15 @@ class Server:
         return self
 
     async def close(self) -> None:
-        """No more connections, then the open ones told and ended; idempotent. The cache stays open."""
+        """Accept no more connections, and end the open ones, which hear why; idempotent. The cache stays open."""
         if self._closing is None:
+            self._state = ServerState.CLOSED
             self._closing = asyncio.create_task(self._close())
         await asyncio.shield(self._closing)
+
+    def __repr__(self) -> str:
+        addresses = "".join(f" {address}" for address in self.addresses)
+        return f"<Server, {self._state.value}{addresses}, {len(self._sessions)} connections>"
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -117,7 +135,7 @@ class Server:
             self._spawn(self._welcome(sock))
 
     async def _welcome(self, sock: socket.socket) -> None:
-        """Let one client introduce itself, and in, or tell it why not."""
+        """Let one client introduce itself, and then in; or say why not."""
         segment = None
         try:
             sock.setblocking(False)
@@ -166,21 +184,21 @@ class Server:
         return self._access.admit(hello.token, over_unix=over_unix)
 
     def session(self, tenant: Tenant, namespace: str, segment: ClientSegment | None, *, mapped: bool) -> Session:
-        """What serves one connection; it takes over the segment."""
+        """A new session, which serves one connection and owns the segment."""
         session = Session(self._shared, tenant, namespace, segment, mapped=mapped, closed=self._sessions.discard)
         self._sessions.add(session)
         return session
 
 
 async def _refuse(sock: socket.socket, error: AsyncCacheError) -> None:
-    """Tell why, if the client listens."""
+    """Say why, if the client listens, and close."""
     with sock, suppress(OSError, TimeoutError):
         async with asyncio.timeout(_TELL_SECONDS):
             await send(sock, failed(0, error))
 
 
 def _keep_alive(sock: socket.socket) -> None:
-    """Notice that another host is gone without a word."""
+    """Have the system notice that a host is gone without a word."""
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEPALIVE.items():

@@ -43,9 +43,9 @@ class Shared:
 
 
 class Session:
-    """OPEN -> CLOSED, with its connection: then nothing is held any more, but what a copy still touches.
+    """What serves one connection. All that it holds is in one table, by the numbers of the messages that asked for it.
 
-    What it holds is all in one table, under the numbers of the messages that asked for it.
+    When the connection is gone, nothing is held any more, but what a copy still touches.
     """
 
     def __init__(
@@ -73,6 +73,9 @@ class Session:
         self._tasks: set[asyncio.Task[None]] = set()
         self._left = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+
+    def __repr__(self) -> str:
+        return f"<Session of tenant {self._tenant.name!r}, {len(self.held)} held, {self.connection!r}>"
 
     # Messages, as they come.
 

@@ -1,6 +1,7 @@
 """A connection: messages in order, back-pressure, and an end that loses nothing that was sent."""
 
 import asyncio
+import itertools
 import logging
 import socket
 from collections.abc import AsyncIterator
@@ -25,6 +26,7 @@ class End:
     def __init__(self, stall_seconds: float | None = None, fault: Exception | None = None):
         self.received: list[Any] = []
         self.fault = fault
+        self.pause_behind = 0  # so many messages
         self.lost: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self.connection = Connection(Decoder(Request), self.take, self.lost.set_result, stall_seconds=stall_seconds)
         self.peer, self.sock = socket.socketpair()
@@ -35,6 +37,8 @@ class End:
     def take(self, message: Any) -> None:
         self.received.append(message)
         self._took.set()
+        if len(self.received) == self.pause_behind:
+            self.connection.pause_reading()
         if self.fault is not None:
             raise self.fault
 
@@ -235,3 +239,64 @@ async def test_a_peer_that_goes_is_noticed_once() -> None:
         await end.lost
         end.connection.send(Done(1))
         assert not end.connection.is_open
+
+
+async def test_nothing_is_received_until_the_last_reason_for_a_pause_is_gone() -> None:
+    async with open_end(stall_seconds=10.0) as end:
+        transport = end.connection._transport
+        assert transport is not None and transport.is_reading()
+        end.connection.pause_reading()
+        await fill(end)
+        end.connection.resume_reading()
+        assert not transport.is_reading()
+        end.connection.pause_reading()
+        await end.say(Ping(1))
+        reading = asyncio.create_task(end.hear())
+        await end.connection.drained()
+        done, _ = await asyncio.wait((end.lost,), timeout=0.02)
+        assert not done and end.received == [] and "busy" in repr(end.connection)
+        end.connection.resume_reading()
+        await end.took(1)
+        reading.cancel()
+
+
+async def test_a_pause_begins_behind_the_message_that_asks_for_it_and_ends_with_the_next() -> None:
+    async with open_end() as end:
+        end.pause_behind = 2
+        await end.say(Ping(1), Ping(2), Ping(3))
+        await end.took(2)
+        await end.say(Ping(4))
+        await asyncio.wait((end.lost,), timeout=0.02)
+        assert end.received == [Ping(1), Ping(2)]
+        end.connection.resume_reading()
+        assert end.received == [Ping(1), Ping(2), Ping(3)]
+        await end.took(4)
+
+
+async def test_others_have_their_turn_while_many_messages_are_received() -> None:
+    async with open_end() as end:
+        end.connection.pause_reading()
+        await end.say(*[Ping(n) for n in range(1, 1001)])
+        await asyncio.wait((end.lost,), timeout=0.02)
+        end.connection.resume_reading()
+        counts = [len(end.received)]
+        while counts[-1] < 1000:
+            await asyncio.sleep(0)
+            counts.append(len(end.received))
+        assert max(b - a for a, b in itertools.pairwise([0, *counts])) <= 128
+        assert end.received == [Ping(n) for n in range(1, 1001)]
+
+
+@pytest.mark.parametrize("how", ["abort", "lost"])
+async def test_one_that_is_given_up_before_it_is_made_ends_and_is_lost_once(how: str) -> None:
+    end = End()
+    if how == "abort":
+        end.connection.abort()
+    else:
+        end.connection.connection_lost(None)
+    await asyncio.get_running_loop().connect_accepted_socket(lambda: end.connection, end.sock)
+    async with asyncio.timeout(20):
+        assert await asyncio.get_running_loop().sock_recv(end.peer, 1) == b""
+        assert await end.lost is None
+    assert not end.connection.is_open and "lost" in repr(end.connection)
+    end.peer.close()

@@ -81,7 +81,7 @@ def test_what_is_no_socket_is_left_alone(tmp_path):
 
 def test_a_tcp_port_in_use_is_refused(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert "can not listen at tcp://127.0.0.1" in refused(tmp_path, f"tcp://127.0.0.1:{taken.getsockname()[1]}")
+        assert "cannot listen at tcp://127.0.0.1" in refused(tmp_path, f"tcp://127.0.0.1:{taken.getsockname()[1]}")
 
 
 def test_the_first_address_is_given_up_where_the_second_is_taken(tmp_path):
