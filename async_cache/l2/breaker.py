@@ -4,7 +4,14 @@ from enum import Enum
 
 
 class BreakerState(Enum):
-    """CLOSED -> OPEN after failures in a row; OPEN -> HALF_OPEN for one trial; HALF_OPEN -> CLOSED | OPEN by it."""
+    """Whether calls are made.
+
+    CLOSED -> OPEN             after failures in a row
+    OPEN -> HALF_OPEN          when a trial begins
+    HALF_OPEN -> CLOSED        the trial succeeded
+    HALF_OPEN -> OPEN          it failed, or was given up
+    OPEN -> CLOSED             a call that had begun before succeeded
+    """
 
     CLOSED = "closed"
     OPEN = "open"
@@ -18,8 +25,8 @@ class Breaker:
         self.state = BreakerState.CLOSED
         self.retry_at = 0.0
         """When the next trial may begin, by the loop's clock, unless it is CLOSED."""
+        self.reset_seconds = reset_seconds
         self._limit = failures
-        self._reset_seconds = reset_seconds
         self._failures = 0
 
     def allows(self, now: float) -> bool:
@@ -27,7 +34,7 @@ class Breaker:
         return self.state is BreakerState.CLOSED or now >= self.retry_at
 
     def begin(self, now: float) -> bool:
-        """The same, and the call is about to be made: a trial has its turn, and no other until it is over.
+        """Whether a call may be made now; the caller makes it then. No other is made during a trial.
 
         A trial of which nothing is heard within `reset_seconds` is followed by another one.
         """
@@ -35,23 +42,26 @@ class Breaker:
             return False
         if self.state is not BreakerState.CLOSED:
             self.state = BreakerState.HALF_OPEN
-            self.retry_at = now + self._reset_seconds
+            self.retry_at = now + self.reset_seconds
         return True
 
     def succeeded(self) -> None:
-        """A call succeeded: the backend is well."""
+        """Count a call that succeeded: the backend is well."""
         self._failures = 0
         self.state = BreakerState.CLOSED
 
     def failed(self, now: float) -> None:
-        """A call failed, or did not end in time."""
+        """Count a call that failed, or did not end in time."""
         self._failures += 1
         if self.state is BreakerState.HALF_OPEN or self._failures >= self._limit:
             self.state = BreakerState.OPEN
-            self.retry_at = now + self._reset_seconds
+            self.retry_at = now + self.reset_seconds
 
     def abandoned(self, now: float) -> None:
-        """A call was given up by its caller, and says nothing: the next one may be the trial."""
+        """Count a call that was given up by its caller: it says nothing, and the next one may be the trial."""
         if self.state is BreakerState.HALF_OPEN:
             self.state = BreakerState.OPEN
             self.retry_at = now
+
+    def __repr__(self) -> str:
+        return f"<Breaker {self.state.value}, {self._failures} failures in a row of {self._limit}>"

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class CallTimeoutError(BackendError):
-    """The call took too long. It was cancelled, but may not have ended: until then it owns its buffers."""
+    """A call took too long. It was cancelled, but may not have ended: until then it owns its buffers."""
 
 
 class Timeouts(Struct, frozen=True):
@@ -34,9 +34,9 @@ class Timeouts(Struct, frozen=True):
 
 
 class Call(Generic[T]):
-    """One call to a backend: RUNNING -> ENDED. What it was given is its own until it has ended, whoever gives it up.
+    """One call to a backend, in a task of its own, which owns its buffers until it has ended, whoever gives it up.
 
-    The guard counts its outcome, once, whether somebody waits for it or not.
+    Its outcome is counted once, by whichever comes first: its end, its timeout, or that it is cancelled.
     """
 
     __slots__ = ("_answers", "_counted", "_guard", "_task", "_timeout_seconds")
@@ -51,15 +51,15 @@ class Call(Generic[T]):
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing that it was given is touched any more."""
+        """Whether the backend touches nothing any more that it was given."""
         return self._task.done()
 
     def when_ended(self, callback: Callable[[], object]) -> None:
-        """Call this in the loop's next turn after it has ended."""
+        """Call a function in the loop's next turn after the call has ended."""
         self._task.add_done_callback(lambda _: callback())
 
     def cancel(self) -> None:
-        """Ask it to end. It says nothing about its backend then."""
+        """Ask the call to end; unless it was counted before, it says nothing about the backend."""
         if not self._task.done():
             self._count(self._guard.abandoned)
             self._task.cancel()
@@ -70,9 +70,10 @@ class Call(Generic[T]):
         return task.result() if task.done() and not task.cancelled() and task.exception() is None else None
 
     async def result(self) -> T:
-        """Its result. Raises BackendError for a failure or a wrong number of answers, CallTimeoutError for silence.
+        """Wait for what the backend returns, and check it.
 
-        Where the caller is cancelled the call goes on, until it is cancelled as well.
+        Raises BackendError for a failure or a wrong number of answers, CallTimeoutError for silence. Where the waiter
+        is cancelled, the call goes on.
         """
         task = self._task
         await asyncio.wait((task,), timeout=self._timeout_seconds)
@@ -111,7 +112,7 @@ class Call(Generic[T]):
 
 
 class Guard:
-    """A backend with its limits, its breaker, its meter, and the calls that are out."""
+    """A backend with its timeouts, its breaker, its meter, and the calls that are out."""
 
     def __init__(self, backend: Backend, breaker: Breaker, timeouts: Timeouts | None = None):
         self.backend = backend
@@ -138,7 +139,7 @@ class Guard:
 
     @property
     def name(self) -> str:
-        """That of the backend."""
+        """The name of the backend."""
         return self.backend.name
 
     # Calls.
@@ -170,7 +171,7 @@ class Guard:
         return task
 
     def lookup_nowait(self, layout: ModelLayout, chunk_hashes: Sequence[bytes], mask: int) -> list[bool] | None:
-        """For each chunk, whether all objects of a mask are there, and pinned; None if the backend must be asked."""
+        """For each chunk, whether all objects of a mask are present, and then pinned; None: `lookup` must be asked."""
         if self.breaker.state is not BreakerState.CLOSED:
             return None
         try:
@@ -187,7 +188,10 @@ class Guard:
         return None
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
-        """Which objects are there, and pinned; None if the backend failed, stayed silent, or is left alone."""
+        """For each key, whether its object is present, and then pinned.
+
+        None where the backend failed, stayed silent or is left alone: it pins nothing then, or gives it back.
+        """
         call = self._begin(self.timeouts.lookup_seconds, len(keys), self.backend.lookup, keys)
         if call is None:
             return None
@@ -232,7 +236,7 @@ class Guard:
             call.cancel()
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
-        """Give back a pin of each key."""
+        """Give back one pin of each key. What the backend raises is logged."""
         if not keys:
             return
         try:
@@ -241,7 +245,7 @@ class Guard:
             log.exception("backend %s could not unpin", self.name)
 
     def unpin_found(self, keys: Sequence[ObjectKey], found: Sequence[bool]) -> None:
-        """Give back the pins of those that were found."""
+        """Give back the pins of those keys that were found. There may be fewer or more answers than keys."""
         self.unpin([key for key, there in zip(keys, found, strict=False) if there])
 
     def usage(self) -> BackendUsage | None:
@@ -267,23 +271,26 @@ class Guard:
             if not task.cancelled():
                 task.exception()  # looked at: nobody else does
 
+    def __repr__(self) -> str:
+        return f"<Guard of {self.backend!r}, {self.breaker.state.value}, {len(self._tasks)} calls out>"
+
     # What calls say of the backend.
 
     def succeeded(self) -> None:
-        """A call succeeded."""
+        """Count a call that succeeded."""
         if self.breaker.state is not BreakerState.CLOSED:
             log.info("backend %s is back", self.name)
         self.breaker.succeeded()
 
     def failed(self, why: str) -> None:
-        """A call failed, or did not end in time."""
+        """Count a call that failed, or did not end in time; `why` is logged."""
         before = self.breaker.state
         self.breaker.failed(self._loop.time())
         left_alone = before is BreakerState.CLOSED and self.breaker.state is BreakerState.OPEN
         log.warning("backend %s: %s%s", self.name, why, "; it is left alone for a while" if left_alone else "")
 
     def abandoned(self) -> None:
-        """A call was given up, and says nothing."""
+        """Count a call that was given up by its caller, and says nothing."""
         self.breaker.abandoned(self._loop.time())
 
 
@@ -292,5 +299,5 @@ async def _list_keys(backend: Backend) -> list[ObjectKey]:
 
 
 async def _call(verb: Callable[..., Awaitable[T]], arguments: tuple[Any, ...]) -> T:
-    """So that whatever a backend raises, and when, is raised in the call's own task."""
+    """Call and await a backend in one coroutine, so that whatever it raises, and when, is raised in the call's task."""
     return await verb(*arguments)

@@ -7,7 +7,7 @@ _GROWTH = 1.1  # of the fastest call, with each call: a backend may become slowe
 
 
 class Meter:
-    """The bytes that are to be loaded from one backend, and its throughput so far."""
+    """The bytes that are to be loaded from one backend, and how fast that went so far."""
 
     def __init__(self) -> None:
         self.queued_bytes = 0
@@ -20,17 +20,17 @@ class Meter:
         self._idle.set()
 
     def queued(self, size_bytes: int) -> None:
-        """So many more bytes are to be loaded."""
+        """Count bytes that are to be loaded."""
         if not self.queued_bytes:
             self._measured_at = self._loop.time()
             self._idle.clear()
         self.queued_bytes += size_bytes
 
     def ended(self, size_bytes: int, call_seconds: float | None = None) -> None:
-        """So many bytes are no longer to be loaded; if they were, it took the time since the last that were.
+        """Count bytes that are no longer to be loaded.
 
-        `call_seconds`: what their call took, None if nothing was loaded. Where many calls are out at a time, all
-        together may take no longer than one.
+        `call_seconds` is what their call took, None if they were not loaded. The throughput counts the time since the
+        last bytes that were, since many calls that are out together may take no longer than one.
         """
         now = self._loop.time()
         self.queued_bytes -= size_bytes
@@ -50,7 +50,7 @@ class Meter:
         return max((self.queued_bytes + size_bytes) * self._seconds / self._bytes, self._fastest_call_seconds or 0.0)
 
     async def wait_until_idle(self, timeout_seconds: float) -> None:
-        """Return when no load is queued or under way, or the time is over."""
+        """Wait until no load is queued or under way, or the time is over."""
         if self.queued_bytes:
             waiter = self._loop.create_task(self._idle.wait())
             try:
@@ -59,8 +59,8 @@ class Meter:
                 waiter.cancel()
 
 
-def expected_load_seconds(meters_and_bytes: "list[tuple[Meter, int]]") -> float | None:
-    """How long loads from several backends side by side should take; None if one of them was not measured yet."""
+def expected_load_seconds(meters_and_bytes: list[tuple[Meter, int]]) -> float | None:
+    """How long it should take to load from several backends at once; None if one of them was not measured yet."""
     expected = [meter.expected_load_seconds(size_bytes) for meter, size_bytes in meters_and_bytes]
     known = [seconds for seconds in expected if seconds is not None]
     return max(known, default=0.0) if len(known) == len(expected) else None

@@ -18,7 +18,7 @@ class Tombstones:
 
     @contextmanager
     def watch(self) -> "Iterator[Tombstones]":
-        """All that has a tombstone at some time until the end: what a lookup that was out meanwhile must not find."""
+        """All that has a tombstone at any time within the block: what a lookup that is out there must not find."""
         seen = Tombstones()
         seen._hashes, seen._all = self._hashes.copy(), self._all
         self._watchers.append(seen)

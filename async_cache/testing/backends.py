@@ -65,6 +65,9 @@ class WrappedBackend(Backend):
     async def close(self) -> None:
         await self.inner.close()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.inner!r}>"
+
     async def _begin(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers = ()) -> None:
         self.calls[verb] += 1
         self.keys_asked[verb] += len(keys)

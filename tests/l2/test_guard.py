@@ -1,0 +1,485 @@
+"""A guarded backend: every call ends and counts once, late pins are given back, and nothing is half open for ever."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import wraps
+from typing import Any
+
+import pytest
+
+from async_cache import AsyncCache, CacheConfig
+from async_cache.errors import BackendError
+from async_cache.l2.backend import Backend, Limits, LoadOutcome
+from async_cache.l2.breaker import Breaker, BreakerState
+from async_cache.l2.guard import CallTimeoutError, Guard, Timeouts
+from async_cache.l2.memory import MemoryBackend
+from async_cache.l2.registry import from_url
+from async_cache.prompt.keys import ObjectKey
+from async_cache.prompt.layout import ModelLayout
+from async_cache.prompt.objects import ObjectGroup
+from async_cache.testing import FailingBackend, GatedBackend, Verb, WrappedBackend
+from async_cache.testing.conformance import content, key, put, views
+from async_cache.testing.virtual import run_virtual
+
+CLOSED, OPEN, HALF_OPEN = BreakerState
+TIMEOUTS = Timeouts(lookup_seconds=1.0, load_seconds=2.0, store_seconds=3.0)
+KEYS = [key(n) for n in range(3)]
+RESET_SECONDS = 100.0
+
+
+class Counted(Breaker):
+    """A breaker that knows what it was told."""
+
+    def __init__(self, failures: int = 3) -> None:
+        super().__init__(failures, RESET_SECONDS)
+        self.told: list[str] = []
+
+    def succeeded(self) -> None:
+        self.told.append("succeeded")
+        super().succeeded()
+
+    def failed(self, now: float) -> None:
+        self.told.append("failed")
+        super().failed(now)
+
+    def abandoned(self, now: float) -> None:
+        self.told.append("abandoned")
+        super().abandoned(now)
+
+    def on_trial(self) -> "Counted":
+        """The same, whose next call is the one trial."""
+        self.state = BreakerState.OPEN
+        return self
+
+
+class Answering(WrappedBackend):
+    """Lookups, loads and stores answer as told, after they have done their work."""
+
+    def __init__(self, inner: Backend, answer: Callable[[list[Any]], Any]):
+        super().__init__(inner)
+        self.answer = answer
+
+    async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        return self.answer(await super().lookup(keys))
+
+    async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+        return self.answer(await super().load(keys, buffers))
+
+    async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
+        return self.answer(await super().store(keys, buffers))
+
+
+class Late(WrappedBackend):
+    """Lookups that are cancelled go on to their end all the same, and answer a minute later."""
+
+    async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        end = asyncio.get_running_loop().time() + 60
+        while asyncio.get_running_loop().time() < end:
+            try:
+                await asyncio.sleep(end - asyncio.get_running_loop().time())
+            except asyncio.CancelledError:
+                continue
+        return await super().lookup(keys)
+
+
+def buffers() -> list[memoryview]:
+    return views([bytearray(100) for _ in KEYS])
+
+
+async def load(guard: Guard) -> Any:
+    call = guard.begin_load(KEYS, buffers())
+    assert call is not None
+    return await call.result()
+
+
+async def store(guard: Guard) -> Any:
+    call = guard.begin_store(KEYS, buffers())
+    assert call is not None
+    return await call.result()
+
+
+VERBS: dict[str, Callable[[Guard], Awaitable[Any]]] = {
+    "lookup": lambda guard: guard.lookup(KEYS),
+    "load": load,
+    "store": store,
+    "delete": lambda guard: guard.delete(KEYS),
+    "keys": lambda guard: guard.keys(),
+}
+
+
+def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test in virtual time."""
+
+    @wraps(test)
+    def run(**arguments: Any) -> None:
+        run_virtual(test(**arguments))
+
+    return run
+
+
+# One outcome of each call.
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@virtual
+async def test_a_call_that_succeeds_is_counted_once(verb: str) -> None:
+    guard = Guard(MemoryBackend(), Counted().on_trial(), TIMEOUTS)
+    assert isinstance(await VERBS[verb](guard), list | int)
+    await asyncio.sleep(10)
+    assert guard.breaker.told == ["succeeded"]
+    assert guard.breaker.state is CLOSED
+
+
+@pytest.mark.parametrize("error", [OSError("dead"), BackendError("dead"), TypeError("dead")])
+@pytest.mark.parametrize("verb", ["lookup", "load", "store", "delete"])
+@virtual
+async def test_a_call_that_fails_is_counted_once(verb: Any, error: Exception) -> None:
+    guard = Guard(FailingBackend(MemoryBackend(), verb, error=error), Counted().on_trial(), TIMEOUTS)
+    if verb == "lookup":
+        assert await guard.lookup(KEYS) is None
+    else:
+        with pytest.raises(BackendError, match="dead"):
+            await VERBS[verb](guard)
+    await asyncio.sleep(10)
+    assert guard.breaker.told == ["failed"]
+    assert guard.breaker.state is OPEN
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+@pytest.mark.parametrize(("verb", "seconds"), [("lookup", 1.0), ("load", 2.0), ("store", 3.0), ("delete", 3.0)])
+@virtual
+async def test_a_call_that_is_silent_is_counted_once_when_its_time_is_over(
+    verb: Any, seconds: float, stubborn: bool
+) -> None:
+    gate = GatedBackend(MemoryBackend(), verb, stubborn=stubborn)
+    guard = Guard(gate, Counted().on_trial(), TIMEOUTS)
+    if verb == "lookup":
+        assert await guard.lookup(KEYS) is None
+    else:
+        with pytest.raises(CallTimeoutError, match=f"memory did not answer within {seconds} s"):
+            await VERBS[verb](guard)
+    assert asyncio.get_running_loop().time() == seconds
+    assert guard.breaker.told == ["failed"]
+    gate.release()
+    await asyncio.sleep(10)
+    assert guard.breaker.told == ["failed"]
+
+
+@pytest.mark.parametrize("verb", ["lookup", "load", "store", "delete"])
+@virtual
+async def test_a_call_that_is_given_up_says_nothing_and_the_next_one_tries(verb: Any) -> None:
+    gate = GatedBackend(MemoryBackend(), verb)
+    guard = Guard(gate, Counted().on_trial(), TIMEOUTS)
+    waiter = asyncio.ensure_future(VERBS[verb](guard))
+    await gate.reached(verb)
+    assert guard.breaker.state is HALF_OPEN
+    assert not guard.allows()
+    waiter.cancel()
+    await asyncio.wait((waiter,))
+    if verb in ("load", "store"):  # it goes on: who began it says when it is over
+        assert guard.breaker.told == []
+        await guard.close(1.0)
+    assert guard.breaker.told == ["abandoned"]
+    assert guard.allows()
+
+
+@virtual
+async def test_a_call_nobody_waits_for_is_counted_too() -> None:
+    guard = Guard(FailingBackend(MemoryBackend(), "load"), Counted(1), TIMEOUTS)
+    assert guard.begin_load(KEYS, buffers()) is not None
+    await asyncio.sleep(0.1)
+    assert guard.breaker.told == ["failed"]
+    assert guard.begin_load(KEYS, buffers()) is None
+
+
+@virtual
+async def test_a_call_cancelled_twice_and_after_its_time_is_counted_once() -> None:
+    gate = GatedBackend(MemoryBackend(), "load", stubborn=True)
+    guard = Guard(gate, Counted(), TIMEOUTS)
+    call = guard.begin_load(KEYS, buffers())
+    assert call is not None
+    with pytest.raises(CallTimeoutError):
+        await call.result()
+    call.cancel()
+    call.cancel()
+    assert not call.has_ended
+    ended: list[bool] = []
+    call.when_ended(lambda: ended.append(call.has_ended))
+    gate.release()
+    await asyncio.sleep(0.1)
+    assert ended == [True]
+    assert guard.breaker.told == ["failed"]
+
+
+@virtual
+async def test_a_call_that_is_cancelled_before_its_first_step_is_given_up() -> None:
+    backend = WrappedBackend(MemoryBackend())
+    guard = Guard(backend, Counted().on_trial(), TIMEOUTS)
+    call = guard.begin_load(KEYS, buffers())
+    assert call is not None
+    call.cancel()
+    with pytest.raises(BackendError, match="cancelled"):
+        await call.result()
+    assert not backend.calls
+    assert guard.breaker.told == ["abandoned"]
+    assert guard.allows()
+
+
+@virtual
+async def test_a_trial_that_never_says_anything_is_followed_by_another() -> None:
+    gate = GatedBackend(MemoryBackend(), "load", stubborn=True)
+    guard = Guard(gate, Counted().on_trial(), TIMEOUTS)
+    assert guard.begin_load(KEYS, buffers()) is not None  # and whoever began it raises before it waits
+    assert guard.begin_load(KEYS, buffers()) is None
+    await asyncio.sleep(RESET_SECONDS)
+    assert guard.breaker.state is HALF_OPEN
+    gate.release()
+    assert await load(guard) == [LoadOutcome.GONE] * 3
+    assert guard.breaker.state is CLOSED
+
+
+# Answers that make no sense.
+
+
+@pytest.mark.parametrize("answer", [lambda a: a[:-1], lambda a: a + a[-1:], tuple, lambda a: None, lambda a: 5])
+@pytest.mark.parametrize("verb", ["lookup", "load", "store"])
+@virtual
+async def test_an_answer_of_another_length_is_a_failure(verb: str, answer: Any) -> None:
+    memory = MemoryBackend()
+    guard = Guard(Answering(memory, answer), Counted(), TIMEOUTS)
+    if verb == "lookup":
+        assert await guard.lookup(KEYS) is None
+    else:
+        with pytest.raises(BackendError, match="did not answer 3 questions"):
+            await VERBS[verb](guard)
+    assert guard.breaker.told == ["failed"]
+
+
+@pytest.mark.parametrize(("answer", "left"), [(lambda a: a[:-1], 1), (lambda a: a + a[-1:], 0), (lambda a: None, 3)])
+@virtual
+async def test_what_a_wrong_answer_says_was_pinned_is_unpinned(answer: Any, left: int) -> None:
+    memory = MemoryBackend()
+    await put(memory, range(3), 100)
+    guard = Guard(Answering(memory, answer), Counted(), TIMEOUTS)
+    assert await guard.lookup(KEYS) is None
+    await asyncio.sleep(0.1)
+    assert memory.pins == left
+
+
+@virtual
+async def test_a_number_of_deleted_objects_that_is_none_is_a_failure() -> None:
+    class Odd(MemoryBackend):
+        async def delete(self, keys: Sequence[ObjectKey]) -> int:
+            return None  # type: ignore[return-value]
+
+    with pytest.raises(BackendError, match="did not say how much it deleted"):
+        await Guard(Odd(), Counted(), TIMEOUTS).delete(KEYS)
+
+
+# Pins of answers that nobody waits for.
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+@virtual
+async def test_the_pins_of_a_late_answer_are_given_back(given_up: bool) -> None:
+    memory = MemoryBackend()
+    await put(memory, range(2), 100)
+    guard = Guard(Late(memory), Counted(), TIMEOUTS)
+    lookup = asyncio.ensure_future(guard.lookup(KEYS))
+    await asyncio.sleep(0.5)
+    if given_up:
+        lookup.cancel()
+        await asyncio.wait((lookup,))
+    else:
+        assert await lookup is None
+    unpinned: Counter[ObjectKey] = Counter()
+    memory.unpin = unpinned.update  # type: ignore[method-assign]
+    await asyncio.sleep(100)
+    assert unpinned == dict.fromkeys(KEYS[:2], 1)
+    assert memory.pins == 2
+    assert guard.breaker.told == ["abandoned" if given_up else "failed"]
+
+
+@virtual
+async def test_an_answer_at_once_of_another_length_is_none_and_unpinned(caplog: pytest.LogCaptureFixture) -> None:
+    layout = ModelLayout("model", (ObjectGroup((100,), "uint8"),), chunk_tokens=1)
+    hashes = [k.chunk_hash for k in KEYS]
+
+    class Odd(MemoryBackend):
+        def lookup_nowait(self, chunk_hashes: Any, objects: Any) -> list[bool] | None:
+            found = super().lookup_nowait(chunk_hashes, objects)
+            return found and found[:2]
+
+    memory = Odd()
+    await put(memory, range(2), 100)
+    guard = Guard(memory, Counted(), TIMEOUTS)
+    assert guard.lookup_nowait(layout, hashes, layout.objects.full_mask) is None
+    assert memory.pins == 0
+    assert "did not answer at once with a list of 3" in caplog.text
+
+
+@virtual
+async def test_while_it_is_not_closed_nothing_is_answered_at_once() -> None:
+    layout = ModelLayout("model", (ObjectGroup((100,), "uint8"),), chunk_tokens=1)
+    memory = MemoryBackend()
+    await put(memory, range(3), 100)
+    guard = Guard(memory, Counted().on_trial(), TIMEOUTS)
+    assert guard.lookup_nowait(layout, [KEYS[0].chunk_hash], layout.objects.full_mask) is None
+    assert await guard.lookup(KEYS[:1]) == [True]
+    assert guard.lookup_nowait(layout, [KEYS[0].chunk_hash], layout.objects.full_mask) == [True]
+
+
+@pytest.mark.parametrize("error", [OSError("dead"), asyncio.CancelledError()])
+@virtual
+async def test_what_raises_where_nothing_may_is_logged(error: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def dead(*_: Any) -> Any:
+        raise error
+
+    backend = MemoryBackend()
+    backend.unpin = backend.usage = backend.lookup_nowait = dead  # type: ignore[method-assign]
+    guard = Guard(backend, Counted(), TIMEOUTS)
+    layout = ModelLayout("model", (ObjectGroup((100,), "uint8"),), chunk_tokens=1)
+    guard.unpin(KEYS)
+    assert guard.usage() is None
+    assert guard.lookup_nowait(layout, [KEYS[0].chunk_hash], layout.objects.full_mask) is None
+    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 3
+
+
+# The end.
+
+
+@virtual
+async def test_close_cancels_what_is_out_and_waits_no_longer_than_it_may(caplog: pytest.LogCaptureFixture) -> None:
+    gate = GatedBackend(MemoryBackend(), "load", "store", stubborn=True)
+    guard = Guard(gate, Counted(), TIMEOUTS)
+    calls = [guard.begin_load(KEYS, buffers()), guard.begin_store(KEYS, buffers())]
+    await gate.reached("store")
+    await guard.close(7.0)
+    assert asyncio.get_running_loop().time() == 7.0
+    assert "2 calls have not ended at close" in caplog.text
+    gate.release()
+    await asyncio.sleep(1)
+    assert all(call is not None and call.has_ended for call in calls)
+
+
+# Limits.
+
+ROW = CacheConfig(
+    l2=(),
+    lookup_timeout_seconds=11,
+    load_timeout_seconds=12,
+    store_timeout_seconds=13,
+    breaker_failures=2,
+    breaker_reset_seconds=14,
+)
+GIVEN = "lookup_timeout=21&load_timeout=22&store_timeout=23&breaker_failures=4&breaker_reset=24"
+
+
+@pytest.mark.parametrize(("query", "first", "failures", "reset"), [("", 11, 2, 14), (GIVEN, 21, 4, 24)])
+@virtual
+async def test_the_limits_of_a_url_come_before_the_settings(query: str, first: int, failures: int, reset: int) -> None:
+    loop = asyncio.get_running_loop()
+    verbs: list[tuple[Verb, int]] = [("lookup", 0), ("load", 1), ("store", 2), ("delete", 2)]
+    for verb, more in verbs:
+        gate = GatedBackend(from_url(f"memory://?{query}"), verb)
+        guard = Guard.of(gate, ROW)
+        for _ in range(failures):
+            begin = loop.time()
+            assert guard.allows()
+            await asyncio.wait((asyncio.ensure_future(VERBS[verb](guard)),))
+            assert loop.time() - begin == first + more
+        assert not guard.allows()
+        await asyncio.sleep(reset - 0.001)
+        assert not guard.allows()
+        await asyncio.sleep(0.001)
+        assert guard.allows()
+
+
+@virtual
+async def test_each_limit_comes_alone() -> None:
+    for name in Limits.__struct_fields__:
+        backend = MemoryBackend()
+        backend.limits = Limits(**{name: 5})
+        guard = Guard.of(backend, ROW)
+        found = [*(getattr(guard.timeouts, f"{verb}_seconds") for verb in ("lookup", "load", "store"))]
+        found += [guard.breaker._limit, guard.breaker.reset_seconds]
+        assert found == [5 if name == each else getattr(ROW, each) for each in Limits.__struct_fields__]
+
+
+LAYOUT = ModelLayout("model", (ObjectGroup((100,), "uint8"),), chunk_tokens=1)
+PROMPT = LAYOUT.prompt([1, 2, 3])
+
+
+async def filled(*, silent: Any, query: str = "") -> GatedBackend:
+    """A backend that has all of the prompt, and does not answer calls of one verb."""
+    backend = GatedBackend(from_url(f"memory://?{query}"), silent)
+    keys = [ObjectKey(chunk_hash, 0, 0) for chunk_hash in PROMPT.chunk_hashes]
+    assert all(await backend.inner.store(keys, views([content(n, 100) for n in range(3)])))
+    return backend
+
+
+@pytest.mark.parametrize(("query", "seconds"), [("", 11), ("lookup_timeout=3", 3), ("load_timeout=3", 11)])
+@virtual
+async def test_a_cache_waits_for_a_lookup_as_long_as_the_url_says(query: str, seconds: float) -> None:
+    async with AsyncCache(ROW, [await filled(silent="lookup", query=query)]) as cache:
+        assert (await cache.prefetch(PROMPT).lookup_done).chunks == 0
+        assert asyncio.get_running_loop().time() == seconds
+
+
+@pytest.mark.parametrize(("query", "seconds"), [("", 12), ("load_timeout=3", 3), ("lookup_timeout=3", 12)])
+@virtual
+async def test_a_cache_waits_for_a_load_as_long_as_the_url_says(query: str, seconds: float) -> None:
+    async with AsyncCache(ROW, [await filled(silent="load", query=query)]) as cache:
+        prefetch = cache.prefetch(PROMPT)
+        assert (await prefetch.lookup_done).chunks == 3
+        assert (await prefetch.load_done).chunks == 0
+        assert asyncio.get_running_loop().time() == seconds
+
+
+@pytest.mark.parametrize(("query", "seconds"), [("", 13), ("store_timeout=3", 3)])
+@virtual
+async def test_a_cache_waits_for_a_deletion_as_long_as_the_url_says(query: str, seconds: float) -> None:
+    async with AsyncCache(ROW, [await filled(silent="delete", query=query)]) as cache:
+        with pytest.raises(BackendError):
+            await cache.delete(PROMPT)
+        assert asyncio.get_running_loop().time() == seconds
+
+
+@pytest.mark.parametrize(("limits", "seconds"), [(Limits(), 12), (Limits(load_timeout_seconds=3), 3)])
+@virtual
+async def test_a_cache_waits_for_a_backend_to_open_as_long_as_it_says(limits: Limits, seconds: float) -> None:
+    class Closed(MemoryBackend):
+        async def open(self) -> None:
+            await asyncio.sleep(1000)
+
+    backend = Closed()
+    backend.limits = limits
+    with pytest.raises(BackendError, match=f"not open within {seconds}"):
+        await AsyncCache(ROW, [backend]).open()
+
+
+@pytest.mark.parametrize(("query", "calls"), [("", 2), ("breaker_failures=5", 5)])
+@virtual
+async def test_a_cache_leaves_a_backend_alone_after_as_many_failures_as_the_url_says(query: str, calls: int) -> None:
+    broken = FailingBackend(from_url(f"memory://?{query}&breaker_reset=3".replace("?&", "?")), "lookup", times=None)
+    async with AsyncCache(ROW, [broken]) as cache:
+        for _ in range(10):
+            await cache.prefetch(PROMPT).lookup_done
+        assert broken.calls["lookup"] == calls
+        await asyncio.sleep(3)
+        for _ in range(10):
+            await cache.prefetch(PROMPT).lookup_done
+        assert broken.calls["lookup"] == calls + 1
+
+
+@virtual
+async def test_guards_and_backends_can_be_printed() -> None:
+    gate = GatedBackend(MemoryBackend("near"), "load")
+    guard = Guard(gate, Counted(), TIMEOUTS)
+    assert repr(guard) == "<Guard of <GatedBackend of <MemoryBackend 'near'>>, closed, 0 calls out>"
+    guard.begin_load(KEYS, buffers())
+    assert "1 calls out" in repr(guard)
+    await guard.close(1.0)
+    assert repr(from_url("fs:///var/kv")) == "<FileSystemBackend 'fs:///var/kv'>"
