@@ -57,6 +57,8 @@ from async_cache.values import (
 )
 from async_cache.write.writer import WriteChunk, Writer
 
+__version__ = "0.1.0"
+
 __all__ = [
     # the cache and what it is made from
     "AsyncCache",

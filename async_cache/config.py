@@ -3,7 +3,7 @@
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import quote
@@ -58,7 +58,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             self._check(setting.name, setting.type, getattr(self, setting.name))
 
     def _check(self, name: str, kind: Any, value: Any) -> None:
-        if kind == tuple[str, ...]:
+        if kind == Sequence[str]:
             if not isinstance(value, (list, tuple)):
                 raise ConfigError(f"{name} must be a list of URLs, not one {type(value).__name__}")
             if not all(isinstance(url, str) for url in value):
@@ -122,7 +122,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ConfigError(f"unknown setting {name!r}: there are {', '.join(kinds)}")
         if not isinstance(value, str):
             return value
-        if kinds[name] == tuple[str, ...]:
+        if kinds[name] == Sequence[str]:
             return tuple(value.split())
         if kinds[name] not in (int, float):
             raise ConfigError(f"{name} must be tables of the file")
@@ -142,7 +142,7 @@ class CacheConfig(Settings, frozen=True, kw_only=True):
 
     l1_bytes: int = 2**30
     """Size of L1, the arena in shared memory; rounded down to whole pages."""
-    l2: tuple[str, ...] = field(default_factory=default_l2)
+    l2: Sequence[str] = field(default_factory=default_l2)
     """One URL for each storage backend, the fastest first; empty for a cache in memory only."""
     lookup_timeout_seconds: float = 1.0
     """How long a lookup waits for a backend before it goes on without it."""
@@ -188,7 +188,7 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
 
     SECTION: ClassVar[str] = "server"
 
-    listen: tuple[str, ...] = field(default_factory=lambda: (default_url(),))
+    listen: Sequence[str] = field(default_factory=lambda: (default_url(),))
     """Where to listen: URLs of Unix sockets, and of TCP ports."""
     max_connections: int = 4096
     """Connections at a time."""
