@@ -57,6 +57,8 @@ from async_cache.values import (
     Shortfall,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     # the cache and what it is made from
     "AsyncCache",

@@ -1,4 +1,4 @@
-"""The command line: `async-cache serve | ping | status | config`."""
+"""The command line: `async-cache serve | ping | status | config`, and `async-cache --version`."""
 
 import logging
 import sys
@@ -13,6 +13,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from async_cache import __version__
 from async_cache.client.client import CacheClient, connect
 from async_cache.config import CacheConfig, Given, ServerConfig, hide_password
 from async_cache.errors import AsyncCacheError, ConfigError
@@ -62,6 +63,22 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version, and exit."""
+    if wanted:
+        console.print(f"async-cache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    """The options that stand before a command."""
 
 
 @app.command()

@@ -11,19 +11,17 @@ async def main() -> None:
     async with AsyncCache(CacheConfig(l1_bytes=2**20, l2=["memory://"])) as cache:
         async with cache.store(prompt) as writer:
             for chunk in writer:
-                chunk.views[0][:] = bytes([chunk.index + 1]) * layout.groups[0].size_bytes
+                for view in filter(None, chunk.views):  # one for each group of layers
+                    view[:] = bytes([chunk.index + 1]) * len(view)
                 chunk.commit()
-        await cache.flush()  # to L2 ...
-        await cache.clear(tier="l1")  # ... and forgotten in memory, as after a restart
+        await cache.flush()  # written to L2 ...
+        await cache.clear(tier="l1")  # ... and gone from memory, as after a restart
 
         prefetch = cache.prefetch(prompt)
-        hits = await prefetch.lookup_done
-        print(f"{hits.tokens} of {prompt.tokens} tokens are cached, {hits.load_bytes} bytes are to be loaded")
-        result = await prefetch.load_done
-        print(f"{result.tokens} tokens are in memory")
+        print((await prefetch.lookup_done).tokens, "of", prompt.tokens, "tokens are cached")
+        print((await prefetch.load_done).tokens, "tokens are in memory")
         async with cache.read(prefetch.request_id) as lease:
-            for chunk in lease:
-                print(f"chunk {chunk.index} begins with {bytes(chunk.views[0][:4])}")
+            print("the chunks begin with", [bytes(view[:2]) for chunk in lease for view in chunk.views if view])
 
 
 uvloop.run(main())

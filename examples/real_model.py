@@ -28,7 +28,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from async_cache import AsyncCache, CacheConfig, connect
 from async_cache.integrations.transformers import CachedPrefix
@@ -62,17 +62,19 @@ class Report(msgspec.Struct, kw_only=True):
 # The model.
 
 
-def load_model() -> tuple[PreTrainedModel, AutoTokenizer]:
-    kinds = track((AutoTokenizer, AutoModelForCausalLM), "Load tokenizer, model", console=console)
-    tokenizer, model = (kind.from_pretrained(MODEL_DIR, gguf_file=MODEL) for kind in kinds)
+def load_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with console.status("Load tokenizer, model"):
+        tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, gguf_file=MODEL)
+        model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, gguf_file=MODEL)
     return model, tokenizer
 
 
-def read_prompt(tokenizer: AutoTokenizer) -> list[int]:
+def read_prompt(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Document first, question last: other questions about the document share all its chunks."""
     message = {"role": "user", "content": f"{DOCUMENT}\n\n{QUESTION}"}
     text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    return tokenizer(text)["input_ids"]
+    tokens: list[int] = tokenizer(text)["input_ids"]
+    return tokens
 
 
 @torch.inference_mode()
@@ -90,7 +92,9 @@ def answer(model: PreTrainedModel, logits: torch.Tensor, kv: DynamicCache) -> li
 # One process. The model computes in threads, as it does in a server: the loop stays free for the cache.
 
 
-async def serve(directory: Path, server: str | None, model: PreTrainedModel, tokenizer: AutoTokenizer) -> Report:
+async def serve(
+    directory: Path, server: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Report:
     tokens = read_prompt(tokenizer)
     async with connect(server) if server else AsyncCache(CacheConfig(l2=[f"fs://{directory}/kv"])) as cache:
         prefix = CachedPrefix(cache, model, chunk_tokens=CHUNK_TOKENS, name=MODEL)
@@ -124,7 +128,7 @@ async def serve(directory: Path, server: str | None, model: PreTrainedModel, tok
         prefill_seconds=first_token - rebuilt,
         first_token_seconds=first_token,
         answer=reply,
-        text=tokenizer.decode(reply, skip_special_tokens=True),
+        text=str(tokenizer.decode(reply, skip_special_tokens=True)),
     )
 
 

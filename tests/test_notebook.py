@@ -100,5 +100,9 @@ def test_its_plots_are_there_and_of_a_moderate_size(notebook) -> None:
     assert all(len(plot) < PLOT_BYTES for plot in plots(notebook))
 
 
+def test_the_readme_shows_its_second_plot(committed) -> None:
+    assert plots(committed)[1] == (NOTEBOOK.parents[1] / "docs" / "two_futures.png").read_bytes()
+
+
 def test_no_path_of_a_machine_is_committed() -> None:
     assert not re.search(r"/(home|root|work|usr|Users|tmp)/", NOTEBOOK.read_text())

@@ -1,4 +1,4 @@
-"""The README: its Python runs as it stands, beside a server with the defaults."""
+"""The README: its Python runs as it stands, beside a server with the defaults, and finds what it has stored."""
 
 import os
 import re
@@ -42,3 +42,5 @@ def test_the_python_of_the_readme_runs(block: str, tmp_path: Path, environ: dict
     command = [sys.executable, "-W", "error", "-c", block]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"^8 (of 9 )?tokens are cached$", done.stdout, re.MULTILINE)
+    assert "the chunks begin with [b'\\x01\\x01', b'\\x02\\x02']\n" in done.stdout

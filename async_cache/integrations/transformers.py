@@ -10,7 +10,7 @@ shapes over the same bytes. (On one machine, that is, with one version of torch 
 was computed in other steps, such as that of generated tokens, can be stored as well; it is alike. A model
 whose positions depend on the length of the whole prompt is refused.
 
-Needs `async_cache[transformers]`.
+Needs `async-kv-cache[transformers]`.
 """
 
 import asyncio

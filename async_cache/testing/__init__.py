@@ -4,7 +4,7 @@
     conformance  the suite that admits a backend: subclass `BackendSuite`
     virtual      `run_virtual` runs a coroutine on a clock that jumps
 
-The backends are exported here. The other two need the extra `async_cache[testing]`, so they are imported from
+The backends are exported here. The other two need the extra `async-kv-cache[testing]`, so they are imported from
 their own modules.
 """
 

@@ -4,7 +4,7 @@
         async def make(self, tmp_path):
             return MyBackend(tmp_path)
 
-The other two methods are optional; the tests that need them are skipped without them. Needs `async_cache[testing]`.
+The other two methods are optional; the tests that need them are skipped without them. Needs `async-kv-cache[testing]`.
 """
 
 import asyncio

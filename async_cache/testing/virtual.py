@@ -1,4 +1,4 @@
-"""Virtual time: a test of an hour's worth of deadlines ends in milliseconds. Needs `async_cache[testing]`."""
+"""Virtual time: a test of an hour's worth of deadlines ends in milliseconds. Needs `async-kv-cache[testing]`."""
 
 import asyncio
 import warnings

@@ -19,7 +19,7 @@ from async_cache.testing import BitFlipBackend, FailingBackend, GatedBackend
 from async_cache.values import Shortfall
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", reason="needs the extra async_cache[transformers]")
+transformers = pytest.importorskip("transformers", reason="needs the extra async-kv-cache[transformers]")
 integration = pytest.importorskip("async_cache.integrations.transformers")
 CachedPrefix, kv_layout = integration.CachedPrefix, integration.kv_layout
 
