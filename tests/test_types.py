@@ -1,4 +1,4 @@
-"""What users are shown passes `mypy --strict`, as they would run it: the README's Python, the examples, the notebook."""
+"""What users are shown passes `mypy --strict` as they would run it: the README's Python, the examples, the notebook."""
 
 import json
 import re
