@@ -120,8 +120,9 @@ class Index:
         if size_bytes > 0:
             return None
         evicted = [key for chunk_hash in victims for key, _ in self.objects_of(chunk_hash)]
+        removal = Removal.CAPACITY  # by name it would cost a tenth of a microsecond for each
         for chunk_hash in victims:
-            self._set(chunk_hash, _NOTHING, Removal.CAPACITY)
+            self._set(chunk_hash, _NOTHING, removal)
         return evicted
 
     def clear(self, count: int) -> bool:

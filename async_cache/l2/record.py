@@ -1,4 +1,4 @@
-"""The format of a record: one object, with what tells that it is whole, and that it is the one asked for. Pure.
+"""The format of a record, which is one object and what proves that it is whole, and the one asked for. No I/O.
 
 A record, version 1, little endian. The body comes first, where O_DIRECT finds it aligned, and the trailer can be
 written when the checksum is known:
@@ -28,19 +28,19 @@ _NAME = re.compile(r"([0-9a-f]{64})\.(0|[1-9][0-9]{0,9})\.(0|[1-9][0-9]{0,9})\.k
 
 
 def file_name(key: ObjectKey) -> str:
-    """The name of an object's record."""
+    """The name of the record of an object."""
     chunk_hash, rank, group = key
     return f"{chunk_hash.hex()}.{rank}.{group}.kv"
 
 
 def parse_name(name: str) -> ObjectKey | None:
-    """The key of a record with this name; None for any other name."""
+    """The key of the object whose record has this name; None if no record has it."""
     match = _NAME.fullmatch(name)
     return match and ObjectKey(bytes.fromhex(match[1]), int(match[2]), int(match[3]))
 
 
 def write_trailer(into: bytearray | mmap | memoryview, key: ObjectKey, size_bytes: int, checksum: int) -> None:
-    """Put the trailer of a body of so many bytes, with this XXH3-64, at the beginning of a buffer."""
+    """Put the trailer of a body, of so many bytes and with this XXH3-64, at the beginning of a buffer."""
     TRAILER.pack_into(into, 0, MAGIC, *key, size_bytes, checksum)
 
 
@@ -50,5 +50,5 @@ def is_trailer(tail: bytes | bytearray | mmap | memoryview, key: ObjectKey, size
 
 
 def body_bytes(record_bytes: int) -> int | None:
-    """The size of the body in a record of so many bytes; None if a record can not be that short."""
+    """The size of the body in a record of so many bytes; None if a record cannot be that short."""
     return record_bytes - TRAILER_BYTES if record_bytes >= TRAILER_BYTES else None

@@ -1,4 +1,4 @@
-"""Tombstones: what is being deleted must not be found, wherever it still lies."""
+"""Tombstones: what is being deleted is not found, wherever it still lies."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator

@@ -10,14 +10,14 @@ T = TypeVar("T", bound=Linked)
 
 
 class LeastRecentlyUsed(Ring[T]):
-    """The item that was not used for the longest time is evicted first: its order is the ring's."""
+    """A policy that evicts what was not used for the longest time: its order is that of the ring."""
 
     def suspend(self, item: T) -> None:
         """Leave the item out until its next use."""
         self.discard(item)
 
     def left(self, item: T, removal: Removal) -> None:
-        """Forget the item, whatever it left for."""
+        """Take the item out of the order, whatever it left for."""
         self.discard(item)
 
     def victims(self) -> Iterator[T]:

@@ -16,13 +16,13 @@ class EvictionPolicy(Protocol[T]):
     """
 
     def use(self, item: T, before: T | None = None) -> None:
-        """The item was used just now; or it is to be evicted right before another one. It may be known or not."""
+        """An item, known or not, was used just now; or it is to be evicted right before another one."""
 
     def suspend(self, item: T) -> None:
-        """The item must stay for now, and need not be among the victims until its next `use`."""
+        """An item must stay for now, and need not be among the victims until its next `use`."""
 
     def left(self, item: T, removal: Removal) -> None:
-        """The item is gone, and why. It may be known or not."""
+        """An item, known or not, has gone, and why."""
 
     def victims(self) -> Iterator[T]:
-        """All items that are known, in the order in which they should go. The last one may leave meanwhile."""
+        """Iterate over all known items, in the order in which they should go. The one that came last may leave."""

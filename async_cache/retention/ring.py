@@ -1,7 +1,7 @@
-"""The order of use, as a ring through the things themselves.
+"""An order of use, as a ring through the items themselves.
 
-Every operation is a few assignments, and two links are all the memory that it takes. What the garbage collector does
-not know must be discarded, to be freed.
+Every operation is a few assignments, and two links are all the memory that it takes. The links keep items alive that
+the garbage collector does not know: these must be discarded to be freed.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from msgspec import Struct
 
 
 class Linked(Protocol):
-    """What can be in a ring, in one at a time."""
+    """An item that can be in a ring, in one at a time."""
 
     older: Self | None
     newer: Self | None
 
 
 class _End(Struct, gc=False, eq=False):
-    """Between the most and the least recently used."""
+    """The place between the most and the least recently used item."""
 
     older: "_End | None" = None
     newer: "_End | None" = None
@@ -28,14 +28,14 @@ T = TypeVar("T", bound=Linked)
 
 
 class Ring(Generic[T]):
-    """The least recently used comes first."""
+    """Items in the order of their use, the least recently used first."""
 
     def __init__(self) -> None:
         self._end: T = _End()  # type: ignore[assignment]  # it is never handed out
         self._end.older = self._end.newer = self._end
 
     def use(self, item: T, before: T | None = None) -> None:
-        """It was used just now, unless it is to go right before another one. It may be in the ring or not."""
+        """Make an item, in the ring or not, the most recently used one; or place it right before another one."""
         if item.newer is not None:
             self.discard(item)
         newer = before if before is not None and before.newer is not None else self._end
@@ -45,18 +45,18 @@ class Ring(Generic[T]):
         older.newer = newer.older = item
 
     def discard(self, item: T) -> None:
-        """Take it out, if it is in the ring."""
+        """Take an item out, if it is in the ring."""
         older, newer = item.older, item.newer
         if older is not None and newer is not None:
             older.newer, newer.older = newer, older
             item.older = item.newer = None
 
     def oldest(self) -> T | None:
-        """The least recently used."""
+        """The least recently used item."""
         return next(iter(self), None)
 
     def __iter__(self) -> Iterator[T]:
-        """In the order of use. The last one that came may be discarded meanwhile."""
+        """Iterate in the order of use. The item that came last may be discarded meanwhile."""
         item = self._end.newer
         while item is not self._end:
             assert item is not None

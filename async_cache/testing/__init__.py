@@ -1,4 +1,4 @@
-"""What tests of a cache, and of a backend, are made of.
+"""Tools for tests of a cache, and of a backend.
 
     backends     backends that wait at a gate, run at a set speed, fail the Nth call, or flip a bit
     conformance  the suite that admits a backend: subclass `BackendSuite`

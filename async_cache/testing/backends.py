@@ -1,7 +1,7 @@
 """Backends that make another one wait, slow down, fail or rot, to see in a test what its caller does then.
 
-They wrap each other as well. What they do, they do before the inner call: cancelled there, a call has pinned
-nothing and touched no buffer. They use the loop's clock and no threads, so they run under virtual time.
+They can wrap each other. What they do, they do before the inner call: a call that is cancelled there has pinned nothing
+and touched no buffer. They use the loop's clock and no threads, so they run in virtual time.
 """
 
 import asyncio
@@ -22,7 +22,11 @@ Buffers = Sequence[memoryview]
 
 
 class WrappedBackend(Backend):
-    """Hands everything on to `inner`, under its name, and counts: `calls` begun and `keys_asked`, by verb."""
+    """A backend that hands everything on to `inner`, with its name and limits, and counts by verb.
+
+    `calls` are those that have begun, `keys_asked` the keys in them. It never answers a lookup at once, since nothing
+    could be done before that.
+    """
 
     def __init__(self, inner: Backend):
         self.inner = inner
@@ -32,7 +36,7 @@ class WrappedBackend(Backend):
         self.keys_asked: Counter[str] = Counter()
 
     async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers) -> None:
-        """What a subclass does before each inner call: wait, or raise. `calls` counts this one already."""
+        """Wait, or raise, before an inner call: for subclasses. `calls` counts the call already."""
 
     async def open(self) -> None:
         await self.inner.open()
@@ -75,10 +79,10 @@ class WrappedBackend(Backend):
 
 
 class GatedBackend(WrappedBackend):
-    """Calls of the held verbs wait at a gate until it is released.
+    """A backend whose calls of the held verbs wait at a gate until it is released.
 
-    With `stubborn`, a load or store that is cancelled at the gate ends only when the gate is released, and
-    raises CancelledError then: like a thread on a dead disk, it owns its buffers until it ends.
+    With `stubborn`, a load or store that is cancelled at the gate ends only when the gate is released, and raises
+    CancelledError then: like a thread on a dead disk, it owns its buffers until it ends.
     """
 
     def __init__(self, inner: Backend, *verbs: Verb, stubborn: bool = False):
@@ -90,19 +94,19 @@ class GatedBackend(WrappedBackend):
             self.hold(*verbs)
 
     def hold(self, *verbs: Verb) -> None:
-        """Let calls of these verbs (of all, if none is named) wait from now on."""
+        """Let calls of these verbs wait from now on; of all verbs, if none is named."""
         for verb in _checked(verbs):
             self._gates.setdefault(verb, asyncio.Event())
 
     def release(self, *verbs: Verb) -> None:
-        """Let go of the calls that wait, and hold none from now on; of all verbs, if none is named."""
+        """Let the calls of these verbs go on, and hold none from now on; of all verbs, if none is named."""
         for verb in _checked(verbs):
             gate = self._gates.pop(verb, None)
             if gate is not None:
                 gate.set()
 
     async def reached(self, verb: Verb, count: int = 1) -> None:
-        """Return once `count` calls of the verb have begun in total: each is at the gate, or was."""
+        """Wait until `count` calls of the verb have begun in total: each is at the gate, or was."""
         while self.calls[verb] < count:
             await self._arrival.wait()
 
@@ -145,7 +149,7 @@ class ThrottledBackend(WrappedBackend):
 
 
 class FailingBackend(WrappedBackend):
-    """Calls of one verb raise `error` (a BackendError if none is given): `times` of them, from the `nth` on.
+    """A backend whose calls of one verb raise `error`, or a BackendError: `times` of them, from the `nth` on.
 
     `nth` counts from 1; `times` None is for ever.
     """
@@ -172,7 +176,7 @@ class FailingBackend(WrappedBackend):
 
 
 class BitFlipBackend(WrappedBackend):
-    """Before the `nth` load call, counted from 1, one bit of each object that it asks for flips at rest."""
+    """A backend in which, before the `nth` load from 1 on, one bit of each object that it asks for flips at rest."""
 
     def __init__(self, inner: MemoryBackend, nth: int = 1, bit: int = 0):
         super().__init__(inner)

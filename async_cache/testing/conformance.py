@@ -32,7 +32,7 @@ CANARY = 0xA5
 
 
 class BackendSuite:
-    """Subclass it, named `Test...`, and say how to make the backend."""
+    """The tests that every backend passes: name a subclass `Test...`, and say there how to make the backend."""
 
     pytestmark = pytest.mark.asyncio
 
@@ -41,7 +41,7 @@ class BackendSuite:
         raise NotImplementedError
 
     async def capacity_backend(self, tmp_path: Path, capacity_bytes: int) -> Backend:
-        """The same, bounded. What it adds to an object (a header, padding) must be less than 1/16 of a MiB."""
+        """The same, with a bound. What it adds to an object (a header, padding) must be less than 1/16 of a MiB."""
         pytest.skip("no bounded backend")
 
     async def damage(self, backend: Backend, key: ObjectKey, bit: int) -> None:
@@ -50,6 +50,7 @@ class BackendSuite:
 
     @pytest_asyncio.fixture
     async def backend(self, tmp_path: Path) -> AsyncIterator[Backend]:
+        """An open backend."""
         backend = await self.make(tmp_path)
         await backend.open()
         yield backend
@@ -57,7 +58,7 @@ class BackendSuite:
 
     @pytest_asyncio.fixture
     async def full(self, tmp_path: Path) -> AsyncIterator[Backend]:
-        """Room for the objects 0 to 3 of a MiB, and no more; they are there."""
+        """An open backend with room for the objects 0 to 3 of a MiB, which are there, and for no more."""
         backend = await self.capacity_backend(tmp_path, 4 * MIB + MIB // 2)
         await backend.open()
         assert await put(backend, range(4), MIB) == [True] * 4
@@ -345,7 +346,7 @@ async def get(backend: Backend, numbers: Sequence[int], size_bytes: int) -> list
 
 
 async def find(backend: Backend, numbers: Sequence[int]) -> list[bool]:
-    """Which objects are there; pins nothing."""
+    """For each object, whether it is there; it is not pinned then."""
     keys = [key(n) for n in numbers]
     found = await backend.lookup(keys)
     backend.unpin([k for k, present in zip(keys, found, strict=True) if present])
@@ -358,7 +359,7 @@ async def nothing_is_pinned(full: Backend) -> bool:
 
 
 async def cancelled_after(steps: int, call: Coroutine[Any, Any, T]) -> T | None:
-    """Cancel a call when the loop has turned so often; its result if it was done before, else None."""
+    """Cancel a call when the loop has turned so often; return its result if it was done before, else None."""
     task = asyncio.ensure_future(call)
     for _ in range(steps):
         await asyncio.sleep(0)

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end on a loop of its own, whose clock jumps to the next deadline; its result.
+    """Run a coroutine to its end on a loop of its own, whose clock jumps to the next deadline, and return its result.
 
     The clock starts at 0 and moves only when every task waits. Tasks that are left at the end are cancelled.
     There are no threads and no real sockets here. Raises `async_solipsism.SleepForeverError` where all tasks

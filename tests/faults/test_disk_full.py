@@ -111,7 +111,7 @@ async def test_a_directory_that_can_not_be_made_is_a_typed_error(disk):
     with suppress(OSError):
         for number in range(200):
             (disk / str(number)).touch()
-    with pytest.raises(BackendError, match="can not be opened"):
+    with pytest.raises(BackendError, match="cannot be opened"):
         await FileSystemBackend(disk / "kv").open()
     (disk / "0").unlink()
     async with open_cache(FileSystemBackend(disk / "kv"), breaker_reset_seconds=0.01) as cache:

@@ -808,7 +808,7 @@ async def test_a_path_that_is_no_directory_is_refused(tmp_path, place):
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     backend = FileSystemBackend(tmp_path / place)
-    with pytest.raises(ConfigError, match="can not be used"):
+    with pytest.raises(ConfigError, match="cannot be used"):
         await backend.open()
     await backend.close()
 

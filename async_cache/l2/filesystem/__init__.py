@@ -1,4 +1,4 @@
-"""Objects as files of a local directory.
+"""Objects as files of a local directory: the default backend.
 
 backend    `FileSystemBackend`: decides in an index, and lets threads do what blocks
 directory  records in a directory: read, write, list, remove

@@ -49,7 +49,7 @@ class FileSystemBackend(Backend):
     by its checksum. `direct` keeps objects of whole pages in page-aligned memory out of the page cache, where the file
     system can. `threads` read at a time.
 
-    Raises ConfigError for arguments, and in `open` for a path, that can not be used.
+    Raises ConfigError for arguments, and in `open` for a path, that cannot be used.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class FileSystemBackend(Backend):
             )
             self._executors = executors
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise ConfigError(f"{self.name} can not be used: {error}") from error
+            raise ConfigError(f"{self.name} cannot be used: {error}") from error
         except OSError as error:
-            raise BackendError(f"{self.name} can not be opened: {error}") from error
+            raise BackendError(f"{self.name} cannot be opened: {error}") from error
         finally:
             if not self._executors:
                 _shutdown(executors)
@@ -134,7 +134,7 @@ class FileSystemBackend(Backend):
         return [found or next(discovered) for found in present]
 
     async def _look_on_disk(self, keys: Sequence[ObjectKey]) -> None:
-        """Add to the index what another process has stored, or what recovery has not come to yet."""
+        """Add to the index what another process has stored, or what recovery has not reached yet."""
         with self._watch() as removed:
             removed.update(*self._unlinking)  # the search may still see them
             try:
@@ -185,7 +185,7 @@ class FileSystemBackend(Backend):
         return stored
 
     async def _write(self, keys: list[ObjectKey], buffers: list[memoryview]) -> list[OSError]:
-        """Write objects for which there is room, and index them; the faults."""
+        """Write objects for which there is room, and index them; returns the faults."""
         stop = Event()
         future = self._changes.submit(self._directory.store, keys, buffers, stop)
         with self._watch() as removed:
@@ -247,7 +247,7 @@ class FileSystemBackend(Backend):
     # Room, and what is removed for it.
 
     def _reserve(self, sizes: list[int]) -> list[bool]:
-        """Make room for objects that will be written, if not for all then for those that fit."""
+        """For each size, whether there is room now for an object that will be written."""
         whole = self._make_room(sum(sizes))
         room = []
         for size_bytes in sizes:
@@ -256,7 +256,7 @@ class FileSystemBackend(Backend):
         return room
 
     def _make_room(self, size_bytes: int) -> bool:
-        """Evict so that so many bytes fit; False, and nothing is evicted, if the pins do not allow it."""
+        """Evict until so many bytes fit; False, and nothing is evicted, if the pins do not allow it."""
         if self.capacity_bytes is None:
             return True
         evicted = self._index.evict(self._index.used_bytes + self._writing_bytes + size_bytes - self.capacity_bytes)
@@ -282,7 +282,7 @@ class FileSystemBackend(Backend):
     def _unlinked(self, future: "asyncio.Future[int]") -> None:
         self._unlinking.pop(0)  # one thread does them, in order
         if error := future.exception():
-            logger.warning("%s: can not remove: %s", self.name, error)
+            logger.warning("%s: cannot remove: %s", self.name, error)
 
     @contextmanager
     def _watch(self) -> Iterator[set[ObjectKey]]:
@@ -316,7 +316,7 @@ class FileSystemBackend(Backend):
 
 
 def _drain(run: list[Found]) -> Iterator[Found]:
-    """From the end, such that what was taken is free at once, and not all together with the run."""
+    """Iterate from the end, such that what was taken is freed at once, and not all together with the run."""
     while run:
         yield run.pop()
 

@@ -1,7 +1,7 @@
 """A directory of records (see `l2.record`), one file for each. All of it blocks: it is for threads.
 
-A writer fills a `tmp.<random>` and renames it: an object appears
-whole or not at all, whoever else writes the same one.
+A writer fills a file `tmp.<random>` and renames it, so that an object appears whole or not at all, whoever else writes
+the same one.
 """
 
 import errno
@@ -44,7 +44,8 @@ Found = tuple[int, bytes, int, int, int]
 class RecordDirectory:
     """The records of one directory, which is opened once: what becomes of its path later does not matter.
 
-    `stop` ends a call between two blocks; what it returns is then of no use. Raises OSError.
+    Where a call takes `stop`, setting it ends the call between two blocks: what it returns is of no use then. Each
+    method raises OSError.
     """
 
     def __init__(self, path: str, *, fsync: bool, direct: bool):
@@ -57,6 +58,7 @@ class RecordDirectory:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     def close(self) -> None:
+        """Close the directory; idempotent."""
         self._close()
 
     # Loads.
@@ -67,9 +69,9 @@ class RecordDirectory:
         outcomes: list[LoadOutcome | OSError | None],
         stop: Event,
     ) -> None:
-        """Fill bodies, and say in their places among the outcomes how it went, until nothing is left to do.
+        """Fill bodies until nothing is left to do, and put into `outcomes`, at the place of each, how it went.
 
-        Several threads may share an iterator: whoever is fast, or was woken first, does more of it.
+        Several threads may share the iterator: one that is fast, or was woken first, does more of the work.
         """
         tail = self._tail(spare_bytes=1)
         for place, key, body in todo:
@@ -115,7 +117,10 @@ class RecordDirectory:
     # Stores.
 
     def store(self, keys: Sequence[ObjectKey], bodies: Sequence[memoryview], stop: Event) -> list[OSError | None]:
-        """Write the records that are not there yet: None, or why it failed. Fewer than the keys if it was stopped."""
+        """Write the records that are not there yet; for each key None, or why it failed.
+
+        There are fewer answers than keys if the call was stopped.
+        """
         errors: list[OSError | None] = []
         for key, body in zip(keys, bodies, strict=True):
             if stop.is_set():
@@ -173,7 +178,7 @@ class RecordDirectory:
     # Names.
 
     def size(self, key: ObjectKey) -> int | None:
-        """Bytes of an object's body, from the size of its file; None if there is none."""
+        """The bytes of an object's body, by the size of its file; None if there is none."""
         try:
             status = self._stat(file_name(key))
         except FileNotFoundError:
@@ -181,10 +186,11 @@ class RecordDirectory:
         return _body_bytes(status)
 
     def sizes(self, keys: Sequence[ObjectKey]) -> list[int | None]:
+        """The `size` of each object."""
         return [self.size(key) for key in keys]
 
     def unlink(self, keys: Sequence[ObjectKey]) -> int:
-        """Remove what is there of the keys, and count it. A fault is raised after all were tried."""
+        """Remove the objects that are there, and count them. A fault is raised after all were tried."""
         removed, fault = 0, None
         for key in keys:
             try:
@@ -198,7 +204,10 @@ class RecordDirectory:
         return removed
 
     def scan(self) -> Iterator[list[Found]]:
-        """All records in lists of about SCAN_ENTRIES, each with the newest last. Removes what dead writers left."""
+        """Iterate over all records, in lists of up to SCAN_ENTRIES with the newest last.
+
+        It also removes what dead writers left behind.
+        """
         with os.scandir(self._fd) as entries:
             while batch := list(islice(entries, SCAN_ENTRIES)):
                 if found := sorted(filter(None, map(self._recover, batch))):
@@ -215,7 +224,7 @@ class RecordDirectory:
                 self._remove_leftover(entry.name)
         except OSError as error:
             if error.errno not in _NO_FILE:
-                logger.warning("can not recover %s: %s", entry.name, error)
+                logger.warning("cannot recover %s: %s", entry.name, error)
         return None
 
     def _remove_leftover(self, name: str) -> None:
@@ -251,14 +260,14 @@ class RecordDirectory:
 
 
 def _body_bytes(status: os.stat_result) -> int | None:
-    """Bytes of the body in a file of this status; None if it can not be a record."""
+    """The bytes of the body in a file of this status; None if it cannot be a record."""
     return body_bytes(status.st_size) if stat.S_ISREG(status.st_mode) else None
 
 
 def read_record(fd: int, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> bool:
-    """Fill `body`; whether the file is the record of `key`, of this length, and intact.
+    """Fill `body`, and say whether the file is the record of `key`, of this length, and intact.
 
-    `tail` is longer than a trailer, so that a file that is too long shows.
+    `tail` is longer than a trailer, so that a file that is too long is noticed.
     """
     size = len(body)
     digest = xxh3_64()

@@ -1,4 +1,4 @@
-"""Threads for calls that block, such that a dead disk holds up neither a cancelled caller for ever nor the exit."""
+"""Threads for calls that block. A dead disk holds up neither a cancelled caller for ever, nor the exit."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -33,6 +33,7 @@ class DaemonExecutor(Executor):
             Thread(target=_work, args=(self._queue, ended), name=f"{name} {number}", daemon=True).start()
 
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """Queue a call. Raises RuntimeError after `shutdown`."""
         if self._stopped:
             raise RuntimeError("the executor was shut down")
         future: Future[R] = Future()
@@ -40,14 +41,14 @@ class DaemonExecutor(Executor):
         return future
 
     def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:
-        """Let the threads end, after what is queued. It never waits: `ended` does."""
+        """End the threads after what is queued. It never waits: `ended` does."""
         if not self._stopped:
             self._stopped = True
             for _ in self._ends:
                 self._queue.put(None)
 
     async def ended(self, timeout_seconds: float) -> bool:
-        """Whether all threads have ended within this time."""
+        """Wait until all threads have ended, or the time is over; whether they have."""
         ends = [asyncio.wrap_future(end) for end in self._ends]
         _, stuck = await asyncio.wait(ends, timeout=timeout_seconds)
         return not stuck
@@ -72,13 +73,13 @@ def _work(queue: _Queue, ended: Future[None]) -> None:
 
 
 async def settle(futures: Sequence[Future[Any]], stop: Event, given_up: "asyncio.Future[None]") -> None:
-    """Wait until no thread works on any of the futures, which share their work: once one has ended, those that did not
-    begin are not needed. Raises what one of them raised.
+    """Wait until no thread works on any of the futures. Raises what one of them raised.
 
-    A cancel sets `stop`, which the functions look at between two steps, drops the calls that did not begin, and
-    waits for the others before it goes on, however often it is repeated: only then are their buffers free. Only when
-    the threads are `given_up`, at the close, does it leave them alone; a call that never ends would keep the loop.
-    Raises BackendError then.
+    They share their work: once one has ended, those that did not begin are not needed.
+
+    A cancel sets `stop`, which the functions look at between two steps, drops the calls that did not begin, and waits
+    for the others before it goes on, however often it is repeated: only then are their buffers free. When the threads
+    are `given_up`, at the close, it waits no longer and raises BackendError, since a stuck call would keep the loop.
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()

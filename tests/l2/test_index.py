@@ -1,0 +1,216 @@
+"""The index of a backend: what is there, what is pinned, and what the policy is told of both."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.filesystem.backend import FileSystemBackend
+from async_cache.l2.index import Chunk, Index
+from async_cache.l2.memory import MemoryBackend
+from async_cache.l2.record import file_name
+from async_cache.testing import flip_bit
+from async_cache.testing.conformance import content, find, get, key, put, views
+from async_cache.values import Removal
+
+
+class MostRecentlyUsed:
+    """A policy that is not the default, keeps its order outside of the items, and knows all that it was told."""
+
+    def __init__(self) -> None:
+        self.items: dict[bytes, Chunk] = {}
+        self.told: list[tuple[bytes, Removal]] = []
+
+    def use(self, item: Chunk, before: Chunk | None = None) -> None:
+        self.items.pop(item.chunk_hash, None)
+        self.items[item.chunk_hash] = item
+
+    def suspend(self, item: Chunk) -> None:
+        raise AssertionError("an index suspends nothing")
+
+    def left(self, item: Chunk, removal: Removal) -> None:
+        assert self.items.pop(item.chunk_hash) is item
+        self.told.append((item.chunk_hash, removal))
+
+    def victims(self) -> Iterator[Chunk]:
+        return iter(list(reversed(self.items.values())))
+
+
+def hashes(*numbers: int) -> list[bytes]:
+    return [key(n).chunk_hash for n in numbers]
+
+
+def filled(count: int) -> tuple[Index, MostRecentlyUsed]:
+    """An index of chunks of one object of 10 bytes."""
+    policy = MostRecentlyUsed()
+    index = Index(policy)
+    for n in range(count):
+        index.put(key(n), 10)
+    return index, policy
+
+
+def test_the_policy_says_who_leaves_and_is_told_why() -> None:
+    index, policy = filled(4)
+    index.touch(hashes(1))
+    assert index.evict(15) == [key(1), key(3)]
+    index.drop(key(0), Removal.DELETED)
+    index.drop(key(9), Removal.DELETED)
+    index.drop(key(2), Removal.DAMAGED)
+    assert policy.told == [
+        (key(1).chunk_hash, Removal.CAPACITY),
+        (key(3).chunk_hash, Removal.CAPACITY),
+        (key(0).chunk_hash, Removal.DELETED),
+        (key(2).chunk_hash, Removal.DAMAGED),
+    ]
+    assert (index.objects, index.used_bytes) == (0, 0)
+
+
+def test_a_chunk_has_left_when_its_last_object_has() -> None:
+    index, policy = filled(0)
+    for group in range(3):
+        index.put(key(1, group=group), 10)
+    index.drop(key(1, group=0), Removal.DAMAGED)
+    index.drop(key(1, group=2), Removal.DAMAGED)
+    assert policy.told == []
+    index.drop(key(1, group=1), Removal.LOST)
+    assert policy.told == [(key(1).chunk_hash, Removal.LOST)]
+    index.check_integrity()
+
+
+def test_what_is_pinned_is_passed_over_and_nothing_leaves_if_that_is_not_enough() -> None:
+    index, policy = filled(4)
+    index.pin([key(3), key(1)])
+    assert index.evict(21) is None
+    assert policy.told == []
+    assert index.evict(20) == [key(2), key(0)]
+    index.unpin([key(3), key(1)])
+    assert index.evict(1) == [key(3)]
+    index.check_integrity()
+
+
+def test_what_is_pinned_at_once_is_all_or_nothing() -> None:
+    index, _ = filled(3)
+    assert not index.pin_chunks(hashes(0, 9), ((0, 0),))
+    assert not index.pin_chunks(hashes(0, 1), ((0, 0), (0, 1)))
+    assert not index.pins
+    assert index.pin_chunks(hashes(0, 1), ((0, 0),))
+    assert index.pin_present([key(1), key(9), key(1)]) == [True, False, True]
+    assert index.pins == dict(zip(hashes(0, 1), (1, 3), strict=True))
+
+
+def test_a_pin_outlives_its_chunk() -> None:
+    index, _ = filled(1)
+    assert index.pin_present([key(0)]) == [True]
+    index.drop(key(0), Removal.DELETED)
+    index.put(key(0), 10)
+    assert index.pin_present([key(0)]) == [True]
+    index.unpin([key(0)])
+    assert index.evict(1) is None
+    index.unpin([key(0), key(0)])
+    assert index.evict(1) == [key(0)]
+
+
+def test_what_is_put_as_the_oldest_leaves_first_and_changes_nothing_that_is_known() -> None:
+    index = Index()
+    for n in (1, 2):
+        index.put(key(n), 10)
+    for n in (3, 4):
+        index.put_oldest(key(n), 10)
+    index.put_oldest(key(1), 999)
+    index.put_oldest(key(1, group=1), 5)
+    index.check_integrity()
+    assert index.used_bytes == 45
+    assert index.evict(20) == [key(4), key(3)]
+    assert index.evict(10) == [key(1), key(1, group=1)]
+
+
+def test_all_leave_in_the_end_pinned_or_not() -> None:
+    index, policy = filled(5)
+    index.pin([key(1)])
+    assert [index.clear(2) for _ in range(4)] == [True, True, True, False]
+    assert len(policy.told) == 5
+    assert {removal for _, removal in policy.told} == {Removal.LOST}
+    assert (index.objects, index.used_bytes, index.chunk_hashes()) == (0, 0, [])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_totals_hold_whatever_is_called(seed: int) -> None:
+    chance = random.Random(seed)
+    index, _ = filled(0)
+    there: dict[object, int] = {}
+    for _ in range(400):
+        which = key(chance.randrange(6), chance.randrange(2))
+        match chance.choice(("put", "put", "oldest", "drop", "evict", "pin", "unpin")):
+            case "put":
+                size = chance.randrange(1, 20)
+                index.put(which, size)
+                there[which] = size
+            case "oldest":
+                index.put_oldest(which, 7)
+                there.setdefault(which, 7)
+            case "drop":
+                index.drop(which, Removal.DELETED)
+                there.pop(which, None)
+            case "evict":
+                for evicted in index.evict(chance.randrange(40)) or ():
+                    del there[evicted]
+            case "pin":
+                index.pin_present([which])
+            case "unpin":
+                index.unpin([which])
+        index.check_integrity()
+        assert (index.objects, index.used_bytes) == (len(there), sum(there.values()))
+
+
+# The backends that use it.
+
+
+def backends(folder: Path) -> list[tuple[Backend, MostRecentlyUsed]]:
+    """One of each, with room for four objects of 100 bytes."""
+    policies = MostRecentlyUsed(), MostRecentlyUsed()
+    return [
+        (MemoryBackend(capacity_bytes=400, policy=policies[0]), policies[0]),
+        (FileSystemBackend(folder / "kv", capacity_bytes=400, policy=policies[1]), policies[1]),
+    ]
+
+
+async def test_a_backend_asks_its_policy_and_tells_it_why_something_left(tmp_path: Path) -> None:
+    for backend, policy in backends(tmp_path):
+        await backend.open()
+        await put(backend, range(4), 100)
+        assert await find(backend, [0]) == [True]
+        assert await put(backend, [4], 100) == [True]
+        assert await find(backend, range(5)) == [False, True, True, True, True], "what was used last has left"
+        await backend.delete([key(4)])
+        if isinstance(backend, MemoryBackend):
+            assert flip_bit(backend, key(3))
+        else:
+            (tmp_path / "kv" / file_name(key(3))).write_bytes(bytes(164))
+        assert await get(backend, [3], 100) == [LoadOutcome.CORRUPT]
+        assert policy.told == [
+            (key(0).chunk_hash, Removal.CAPACITY),
+            (key(4).chunk_hash, Removal.DELETED),
+            (key(3).chunk_hash, Removal.DAMAGED),
+        ]
+        await backend.close()
+
+
+async def test_what_somebody_else_removed_from_a_directory_is_lost(tmp_path: Path) -> None:
+    _, (backend, policy) = backends(tmp_path)
+    await backend.open()
+    await put(backend, range(2), 100)
+    (tmp_path / "kv" / file_name(key(1))).unlink()
+    assert await get(backend, [0, 1], 100) == [content(0, 100), LoadOutcome.GONE]
+    assert policy.told == [(key(1).chunk_hash, Removal.LOST)]
+    await backend.close()
+
+
+async def test_a_chunk_that_is_stored_makes_no_room_for_itself(tmp_path: Path) -> None:
+    for backend, policy in backends(tmp_path):
+        await backend.open()
+        keys = [key(1, rank) for rank in range(5)]
+        assert sum(await backend.store(keys, views([bytes(100)] * 5))) == 4
+        assert policy.told == []
+        await backend.close()
