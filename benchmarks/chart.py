@@ -1,6 +1,6 @@
 """Draws docs/benchmarks.svg, the README's chart, from the first table of docs/benchmarks.md.
 
-    python benchmarks/chart.py [FILE]
+python benchmarks/chart.py [FILE]
 """
 
 import math
