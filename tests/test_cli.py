@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from distribution import BACKEND, install
 
-from async_cache import CacheConfig, CacheStats, ServerConfig
+from async_cache import CacheConfig, CacheStats, ServerConfig, __version__
 
 COMMAND = [sys.executable, "-m", "async_cache"]
 SECONDS = 30
@@ -138,6 +138,10 @@ def settings(text: str) -> dict[str, tuple[str, str]]:
 
 def test_help_lists_the_commands(shared: Path) -> None:
     assert re.findall(r"^│ (\w+) ", printed(shared, "--help").partition("Commands")[2], re.MULTILINE) == list(FLAGS)
+
+
+def test_the_version_is_printed(shared: Path) -> None:
+    assert printed(shared, "--version") == f"async-cache {__version__}\n"
 
 
 @pytest.mark.parametrize("command", FLAGS)

@@ -1,4 +1,4 @@
-"""What users are shown passes `mypy --strict` as they would run it: the README's Python, the examples, the notebook."""
+"""The README's Python, the examples and the notebook pass `mypy --strict`, as a user would run it."""
 
 import json
 import re
@@ -23,9 +23,8 @@ def blocks(markdown: str) -> list[str]:
 
 
 def cells(notebook: Path) -> list[str]:
-    return [
-        "".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"
-    ]
+    every = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in every if cell["cell_type"] == "code"]
 
 
 @pytest.mark.timeout(SECONDS + 10)

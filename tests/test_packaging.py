@@ -1,0 +1,95 @@
+"""What is installed: torch is an extra, names and versions agree, and the documents point to what is there."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import async_cache
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+WITHOUT_TORCH = """
+import asyncio, sys
+sys.modules |= {"torch": None, "numpy": None}
+from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup
+
+async def main():
+    layout = ModelLayout("toy", (ObjectGroup((4,), "uint8"),), chunk_tokens=4)
+    prompt = layout.prompt(range(4))
+    async with AsyncCache(CacheConfig(l1_bytes=2**20, l2=["memory://"])) as cache:
+        async with cache.store(prompt) as writer:
+            for chunk in writer:
+                chunk.views[0][:] = b"abcd"
+                chunk.commit()
+        async with cache.read((await cache.prefetch(prompt).load_done).request_id) as lease:
+            print([bytes(chunk.views[0]) for chunk in lease])
+            lease[0].tensors()
+
+asyncio.run(main())
+"""
+
+
+def needed(extra: str) -> set[str]:
+    """What an extra installs, by name, with what the extras that it names install."""
+    names: set[str] = set()
+    for requirement in EXTRAS[extra]:
+        own = re.match(rf"{PROJECT['name']}\[(.*)\]", requirement)
+        names |= set().union(*map(needed, own[1].split(","))) if own else {re.split(r"[^\w.-]", requirement)[0]}
+    return names
+
+
+def test_without_torch_and_numpy_all_but_tensors_works() -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.stdout == "[b'abcd']\n"
+    assert "ImportError: tensors need torch: pip install 'async-kv-cache[torch]'" in done.stderr
+
+
+def test_only_extras_need_torch() -> None:
+    assert not any(re.match(r"torch|numpy", requirement) for requirement in PROJECT["dependencies"])
+    assert [extra for extra in EXTRAS if "torch" in needed(extra)] == ["torch", "transformers", "demo", "dev"]
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *(ROOT / "async_cache").rglob("*.py")], ids=lambda path: path.name)
+def test_an_extra_that_is_named_exists(path: Path) -> None:
+    text = path.read_text()
+    assert "async_cache[" not in text, "the distribution is called async-kv-cache"
+    named = re.findall(r"(?:async-kv-cache|'\.)\[([\w,]+)\]", text)
+    assert {extra for extras in named for extra in extras.split(",")} <= set(EXTRAS)
+
+
+def test_types_are_shipped() -> None:
+    assert (Path(async_cache.__file__).parent / "py.typed").exists()
+
+
+def test_the_version_has_a_place_in_the_changelog() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", async_cache.__version__)
+    assert f"\n## {async_cache.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_targets_of_make_are_those_that_are_described() -> None:
+    targets = set(re.findall(r"^([a-z0-9]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)) - {"help"}
+    assert set(re.findall(r"\bmake ([a-z0-9]+)", (ROOT / "CONTRIBUTING.md").read_text())) == targets
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_of_a_document_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\((?!https?://)([^)\s]*)\)", document.read_text()):
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+def test_the_chart_shows_the_table(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "chart.py", tmp_path / "chart.svg"], check=True, timeout=50)
+    assert (tmp_path / "chart.svg").read_text() == (ROOT / "docs" / "benchmarks.svg").read_text()
