@@ -156,6 +156,9 @@ class Writing:
             if opened.expired is not None:
                 opened.expired()
 
+    def __repr__(self) -> str:
+        return f"<Writing, {len(self._open)} open>"
+
 
 async def _settled() -> None:
     """What was committed in L1 can be found at once."""
