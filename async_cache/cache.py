@@ -70,14 +70,17 @@ class AsyncCache:
             raise CacheClosedError("a cache is opened once")
         self._state = CacheState.OPENING
         try:
-            await self._open()
+            core = await self._open()
         except BaseException:
             self._state = CacheState.CLOSED
             raise
-        self._state = CacheState.OPEN
+        if self._state is CacheState.CLOSED:  # by `close`, meanwhile
+            await core.close()
+            raise CacheClosedError("the cache was closed")
+        self._core, self._state = core, CacheState.OPEN
         return self
 
-    async def _open(self) -> None:
+    async def _open(self) -> Core:
         try:
             arena = Arena(self._config.l1_bytes // PAGE_BYTES * PAGE_BYTES)
         except OSError as error:
@@ -89,7 +92,7 @@ class AsyncCache:
         except BaseException:
             arena.close()
             raise
-        self._core = Core(self._config, arena, self._backends)
+        return Core(self._config, arena, self._backends)
 
     async def _open_backends(self) -> None:
         openings: dict[Backend, asyncio.Task[None]] = {}

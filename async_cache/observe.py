@@ -69,29 +69,29 @@ class Observers:
 
     def add(self, observer: Observer) -> None:
         """Tell it of all that happens from now on."""
-        for event, told in self._lists():
+        for event, listeners in self._lists():
             if getattr(type(observer), event) is not getattr(Observer, event):
-                told.append(getattr(observer, event))
+                listeners.append(getattr(observer, event))
 
     def discard(self, observer: Observer) -> None:
         """Tell it nothing any more, but what has happened already."""
-        for event, told in self._lists():
+        for event, listeners in self._lists():
             callback = getattr(observer, event)
-            if callback in told:
-                told.remove(callback)
+            if callback in listeners:
+                listeners.remove(callback)
 
     def _lists(self) -> list[tuple[str, list[Any]]]:
         return [(event, getattr(self, event)) for event in vars(self)]
 
 
-def tell(told: list[Callable[..., None]], *event: Any) -> None:
-    """Tell those on a list of an event, in the loop's next turn."""
+def notify(listeners: list[Callable[..., None]], *event: Any) -> None:
+    """Call those on a list with an event, in the loop's next turn."""
     loop = asyncio.get_running_loop()
-    for callback in told:
-        loop.call_soon(_tell, callback, event)
+    for callback in listeners:
+        loop.call_soon(_call, callback, event)
 
 
-def _tell(callback: Callable[..., None], event: tuple[Any, ...]) -> None:
+def _call(callback: Callable[..., None], event: tuple[Any, ...]) -> None:
     try:
         callback(*event)
     except Exception:

@@ -26,15 +26,17 @@ class Promise(Generic[T]):
         """Whether there is neither a value nor an error yet."""
         return self._value is None and self._error is None
 
-    def resolve(self, value: T) -> None:
-        """Give the value to all who wait, and to all who ask later."""
-        if self.pending:
-            self._value = value
-            told, self._told = self._told, []
-            for callback in told:
-                self._tell(callback, value)
-            for waiter in self._take_waiters():
-                waiter.set_result(value)
+    def resolve(self, value: T) -> bool:
+        """Give the value to all who wait, and to all who ask later; whether it is the promise's outcome."""
+        if not self.pending:
+            return False
+        self._value = value
+        told, self._told = self._told, []
+        for callback in told:
+            self._tell(callback, value)
+        for waiter in self._take_waiters():
+            waiter.set_result(value)
+        return True
 
     def break_with(self, error: Exception) -> None:
         """Give an error to all who wait, and to all who ask later: no value will come."""
@@ -57,6 +59,11 @@ class Promise(Generic[T]):
     @staticmethod
     def _tell(callback: Callable[[T], None], value: T) -> None:
         asyncio.get_running_loop().call_soon(callback, value)
+
+    @property
+    def error(self) -> Exception | None:
+        """Why no value will come, if the promise is broken."""
+        return self._error
 
     def future(self) -> "asyncio.Future[T]":
         """A new future of the outcome, which is its caller's own."""

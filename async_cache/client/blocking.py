@@ -56,8 +56,9 @@ class BlockingPrefetch:
 
     def break_with(self, error: Exception) -> None:
         """Have both futures raise the error: nothing will come."""
-        self.lookup_done.set_exception(error)
-        self.load_done.set_exception(error)
+        for future in (self.lookup_done, self.load_done):
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
     def __repr__(self) -> str:
         state = "done" if self.load_done.done() else "loading" if self.lookup_done.done() else "looking up"
@@ -79,7 +80,11 @@ class BlockingWriter(Writer):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-        self._wait(self.settled())
+        try:
+            self._wait(self.settled())
+        except Exception:
+            if error is None:  # else the error of the body is the one to hear of
+                raise
 
 
 class BlockingClient:
@@ -318,7 +323,7 @@ async def _entered(scoped: E) -> E:
 
 
 def _pass_on(to: BlockingFuture[T], outcome: "asyncio.Future[T]") -> None:
-    if to.cancelled():
+    if not to.set_running_or_notify_cancel():  # its owner has cancelled it
         return
     error = outcome.exception()
     if error is not None:

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from async_cache.aio.promise import Promise
-from async_cache.errors import ProtocolError, WriterClosedError
+from async_cache.errors import ConnectionLostError, ProtocolError, WriterClosedError
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Writer
 from async_cache.prompt.layout import ModelLayout, Prompt
@@ -169,7 +169,7 @@ class Commit(Call):
         self.answered.set_result(None)
 
 
-class RequestState(Enum):
+class PrefetchState(Enum):
     """OPEN <-> CLAIMED, by whoever asks for the result, or returns it. Both -> LEFT, by a reader of this client.
 
     Whether it was the last reader, and the id is free, only the server knows.
@@ -181,7 +181,7 @@ class RequestState(Enum):
 
 
 class PrefetchCall(Call):
-    """A prefetch: what it asked for, and what the server says of it until its request is over. See `RequestState`."""
+    """A prefetch: what it asked for, and what the server says of it until its request is over. See `PrefetchState`."""
 
     __slots__ = (
         "_line", "hits", "number", "prefetch", "prompt", "ranks", "request_id", "result", "start_chunk", "state",
@@ -196,7 +196,7 @@ class PrefetchCall(Call):
         self.prompt = prompt
         self.start_chunk = start_chunk
         self.ranks = ranks
-        self.state = RequestState.OPEN
+        self.state = PrefetchState.OPEN
         self.hits: Promise[LookupHits] = Promise()
         self.result: Promise[LoadResult] = Promise()
         self.prefetch = Prefetch(self, self._cancel)
@@ -212,10 +212,11 @@ class PrefetchCall(Call):
         elif kind is messages.LoadDone:
             self.result.resolve(answer.result)
         elif kind is messages.RequestClaimed:
-            if self.state is not RequestState.LEFT:
-                self.state = RequestState.CLAIMED if answer.claimed else RequestState.OPEN
+            if self.state is not PrefetchState.LEFT:
+                self.state = PrefetchState.CLAIMED if answer.claimed else PrefetchState.OPEN
         elif kind is messages.RequestOver:
             self._free_id()
+            self.lost(ConnectionLostError("the request ended before its result had come"))  # where it did: a fault
             return True
         elif kind is messages.Failed:
             self._free_id()

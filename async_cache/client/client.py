@@ -8,7 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from async_cache.client.calls import PrefetchCall, RequestState
+from async_cache.client.calls import PrefetchCall, PrefetchState
 from async_cache.client.dial import dial
 from async_cache.client.link import Link
 from async_cache.client.links import Dial, Links
@@ -153,9 +153,9 @@ class CacheClient:
         start_chunk, here = start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
         link = self._links.current
         known = link.requests.get(request_id) if link is not None else None
-        if known is not None and known.state is not RequestState.LEFT:
+        if known is not None and known.state is not PrefetchState.LEFT:
             same = known.asks_for(prompt, start_chunk, here)
-            if same and known.state is RequestState.OPEN:
+            if same and known.state is PrefetchState.OPEN:
                 return known.prefetch
             raise RequestConflictError(f"request {request_id!r} is in use{'' if same else ' for another prompt'}")
         call = PrefetchCall(link, request_id, prompt, start_chunk, here)
@@ -229,6 +229,7 @@ class CacheClient:
             check_index(name, value, 2**32)
         link = await self._links.ready()
         number = link.next_number()
+        request = link.requests.get(request_id)
         acquired, memory = await link.acquire(messages.AcquireRead(number, request_id, rank, reader))
         layout = link.layouts.find(acquired.layout)
         objects = dict.fromkeys(range(len(acquired.offsets)), layout.objects.rank_masks[rank])
@@ -238,15 +239,15 @@ class CacheClient:
             ReadChunk(acquired.result.start_chunk + n, offset, rank, objects[n], layout, memory)
             for n, offset in enumerate(acquired.offsets)
         )
-        release = partial(self._post, self._release, link, number, request_id)
+        release = partial(self._post, self._release, link, number, request)
         undo = partial(self._post, link.undo, number)
         return Entered(acquired.result, layout, chunks, release, undo, lambda: link.connection.is_open)
 
     @staticmethod
-    def _release(link: Link, number: int, request_id: str) -> None:
+    def _release(link: Link, number: int, request: PrefetchCall | None) -> None:
         link.send(messages.ReleaseRead(link.next_number(), number))
-        if (request := link.requests.get(request_id)) is not None:
-            request.state = RequestState.LEFT
+        if request is not None:
+            request.state = PrefetchState.LEFT
 
     def store(self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0) -> Writer:
         """Write a rank's chunks from `start_chunk` on, those that L1 lacks: `async with` the writer, or `await` it.

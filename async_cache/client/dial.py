@@ -51,16 +51,18 @@ async def _dial(address: Address, hello: Hello, lost: Lost) -> Link:
         if segment is not None:
             segment.grow(welcome.arena_bytes)
         link = Link(welcome, arena, segment, lost)
-        loop = asyncio.get_running_loop()
-        if address.path:
-            await loop.create_unix_connection(lambda: link.connection, sock=sock)
-        else:
-            await loop.create_connection(lambda: link.connection, sock=sock)
     except BaseException:
         sock.close()
         if segment is not None:
             segment.close()
         raise
+    # From here on the transport owns the socket, and the link its segment. Where this is given up, they are closed as
+    # with every connection that is lost: to close them here as well would hit whoever has their numbers by then.
+    loop = asyncio.get_running_loop()
+    if address.path:
+        await loop.create_unix_connection(lambda: link.connection, sock=sock)
+    else:
+        await loop.create_connection(lambda: link.connection, sock=sock)
     return link
 
 

@@ -19,8 +19,8 @@ from async_cache.protocol.messages import Decoder, Message, error_of
 
 A = TypeVar("A")
 
-Lost = Callable[[Exception], None]
-"""Is called once with the reason, when a connection is lost."""
+Lost = Callable[["Link", Exception], None]
+"""Is called once with the link and the reason, when its connection is lost."""
 
 _links: "weakref.WeakSet[Link]" = weakref.WeakSet()
 _decoder = Decoder(messages.Answer)
@@ -132,11 +132,11 @@ class Link:
 
     def prefetch(self, call: PrefetchCall, deadline_seconds: float | None) -> None:
         """Begin a prefetch. Raises what a layout or prompt is refused with."""
-        self.detach(call.request_id)
         layout = call.prompt.layout
         ranks = None if len(call.ranks) == layout.world_size else list(call.ranks)
         skip_tokens = call.start_chunk * layout.chunk_tokens
         wire = self.pack(call.prompt)
+        self.detach(call.request_id)
         self.begin(
             messages.Prefetch(call.number, wire, call.request_id, skip_tokens, ranks, deadline_seconds),
             call,
@@ -200,4 +200,4 @@ class Link:
         if self.segment is not None:
             self.segment.close()
         self._gone.set()
-        self._lost(reason)
+        self._lost(self, reason)

@@ -53,6 +53,7 @@ class Links:
         self._heard_before = 0  # over the links before the current one, and its welcome
         self._waiting: list[asyncio.Future[Link]] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._closing: asyncio.Task[None] | None = None
 
     # Life.
 
@@ -72,7 +73,7 @@ class Links:
                     raise
                 await asyncio.sleep(delay)
         if self._is_closed:
-            await self.close()  # once more: the link has come since
+            await self._close()  # once more: the link has come since
             self.check_open()
         self._state = LinksState.OPEN
         self._tasks.append(asyncio.create_task(self._stay_connected()))
@@ -82,6 +83,11 @@ class Links:
     async def close(self) -> None:
         """Wait for what was committed, and close; idempotent. All who wait for something else get CacheClosedError."""
         self._state = LinksState.CLOSED
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)  # to the end, also where the caller is cancelled
+
+    async def _close(self) -> None:
         error = CacheClosedError("the client was closed")
         link, self.current = self.current, None
         for task in self._tasks:
@@ -115,7 +121,7 @@ class Links:
     async def ready(self) -> Link:
         """The link, or the next one. Raises CacheClosedError, and what the next attempt fails with."""
         self.check_open()
-        if self.current is not None:
+        if self.current is not None and self.current.connection.is_open:
             return self.current
         future: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
@@ -141,9 +147,9 @@ class Links:
         self.current = link
         return link
 
-    def _connection_lost(self, error: Exception) -> None:
-        link, self.current = self.current, None
-        if link is not None:
+    def _connection_lost(self, link: Link, error: Exception) -> None:
+        if link is self.current:
+            self.current = None
             self._heard_before += link.heard
             self._error = error
             self._lost.set()

@@ -45,6 +45,7 @@ class Segment:
         return made
 
     def close(self) -> None:
-        """Close the file. Views keep the memory."""
-        os.close(self.fd)
-        self._map = None
+        """Close the file, once; views keep the memory."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd, self._map = -1, None

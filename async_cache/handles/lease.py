@@ -28,12 +28,16 @@ class ReadChunk:
         self.index = index
         self.offset = offset
         self.objects = objects
-        self._memory, self._layout, self._rank = memory, layout, rank
+        self._memory: memoryview | None = memory
+        self._layout, self._rank = layout, rank
         self._views: tuple[memoryview | None, ...] | None = None
 
     @property
     def views(self) -> tuple[memoryview | None, ...]:
-        """The bytes of each group's object, read-only; None outside its window, or where the rank lacks the group."""
+        """The bytes of each group's object, read-only; None outside its window, or where the rank lacks the group.
+
+        Raises RuntimeError once the lease was released.
+        """
         if self._views is None:
             self._views = tuple(view.toreadonly() if view is not None else None for view in self._slices())
         return self._views
@@ -41,11 +45,13 @@ class ReadChunk:
     def tensors(self) -> "tuple[torch.Tensor | None, ...]":
         """A tensor over each group's bytes, without a copy, which must not be written to; None as in `views`.
 
-        Raises ImportError where torch is not installed.
+        Raises ImportError where torch is not installed, and RuntimeError once the lease was released.
         """
         return tensors.over(self._slices(), self._layout.groups)
 
     def _slices(self) -> Iterator[memoryview | None]:
+        if self._memory is None:
+            raise RuntimeError("the lease was released")
         for span in self.spans():
             yield self._memory[span[0] : span[1]] if span is not None else None
 
@@ -63,8 +69,9 @@ class ReadChunk:
 
     def _close(self) -> None:
         """Make a use after the release an error, where nobody has built on the views."""
-        self._memory = memoryview(b"")
-        for view in self._views or ():
+        self._memory = None
+        views, self._views = self._views, None
+        for view in views or ():
             if view is not None:
                 try:
                     view.release()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from async_cache.l1.entry import Entry, Reservation, ReservationState, page_of
 from async_cache.memory.arena import Arena
 from async_cache.memory.extents import Extents, Gaps
-from async_cache.observe import ObservedChunk, Observers, tell
+from async_cache.observe import ObservedChunk, Observers, notify
 from async_cache.prompt.layout import ModelLayout
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import Removal
@@ -146,7 +146,7 @@ class L1Store:
         if reservation.within is not None:
             reservation.within.present |= mask
             self.discard((reservation,))
-            self._tell_committed(reservation.within)
+            self._notify_committed(reservation.within)
             return reservation.within
         chunk_hash, rank = reservation.chunk_hash, reservation.rank
         entry = self.index.get(chunk_hash)
@@ -158,7 +158,7 @@ class L1Store:
             if not missing or entry.holds or entry.leases:
                 if missing and not entry.holds:
                     self._copy(reservation, entry, missing)
-                    self._tell_committed(entry)
+                    self._notify_committed(entry)
                 self.discard((reservation,))
                 return entry
             self._take_block(entry, rank)  # incomplete and unused: the new block replaces it
@@ -178,12 +178,12 @@ class L1Store:
             self.leased_bytes += size
         elif not entry.holds:
             self.evictable_bytes += size
-        self._tell_committed(entry)
+        self._notify_committed(entry)
         return entry
 
-    def _tell_committed(self, entry: Entry) -> None:
+    def _notify_committed(self, entry: Entry) -> None:
         if self._observers.committed:
-            tell(self._observers.committed, _observed(entry))
+            notify(self._observers.committed, _observed(entry))
 
     def _copy(self, reservation: Reservation, entry: Entry, mask: int) -> None:
         """Complete an incomplete block that somebody reads: what it lacks, nobody has seen."""
@@ -227,7 +227,7 @@ class L1Store:
         """Let an entry be found no more from now on; its memory goes when the last lease and hold have gone."""
         self._detach(entry, removal)
         if self._observers.removed:
-            tell(self._observers.removed, _observed(entry), removal)
+            notify(self._observers.removed, _observed(entry), removal)
 
     def _detach(self, entry: Entry, removal: Removal) -> None:
         del self.index[entry.chunk_hash]
@@ -331,7 +331,7 @@ class L1Store:
         if entry.unwritten:
             self._on_evict_unwritten(entry)
         if self._observers.evicted:
-            tell(self._observers.evicted, _observed(entry), Removal.CAPACITY)
+            notify(self._observers.evicted, _observed(entry), Removal.CAPACITY)
 
     def close(self) -> None:
         """Remove all entries. Those that somebody still reads keep their memory."""

@@ -39,7 +39,7 @@ class Call(Generic[T]):
     Its outcome is counted once, by whichever comes first: its end, its timeout, or that it is cancelled.
     """
 
-    __slots__ = ("_answers", "_counted", "_guard", "_task", "_timeout_seconds")
+    __slots__ = ("_answers", "_counted", "_guard", "_is_trial", "_task", "_timeout_seconds")
 
     def __init__(self, guard: "Guard", task: "asyncio.Task[T]", timeout_seconds: float, answers: int | None):
         self._guard = guard
@@ -47,6 +47,7 @@ class Call(Generic[T]):
         self._timeout_seconds = timeout_seconds
         self._answers = answers
         self._counted = False
+        self._is_trial = guard.breaker.state is BreakerState.HALF_OPEN
         task.add_done_callback(self._ended)
 
     @property
@@ -61,7 +62,7 @@ class Call(Generic[T]):
     def cancel(self) -> None:
         """Ask the call to end; unless it was counted before, it says nothing about the backend."""
         if not self._task.done():
-            self._count(self._guard.abandoned)
+            self._count_failure(self._guard.abandoned)
             self._task.cancel()
 
     def returned(self) -> T | None:
@@ -79,7 +80,7 @@ class Call(Generic[T]):
         await asyncio.wait((task,), timeout=self._timeout_seconds)
         if not task.done():
             why = f"did not answer within {self._timeout_seconds} s"
-            self._count(self._guard.failed, why)
+            self._count_failure(self._guard.failed, why)
             task.cancel()
             raise CallTimeoutError(f"{self._guard.name} {why}")
         if task.cancelled():
@@ -99,11 +100,17 @@ class Call(Generic[T]):
 
     def _ended(self, task: "asyncio.Task[T]") -> None:
         if task.cancelled():
-            self._count(self._guard.abandoned)
+            self._count_failure(self._guard.abandoned)
         elif (error := self._error()) is not None:
-            self._count(self._guard.failed, repr(error))
+            self._count_failure(self._guard.failed, repr(error))
         else:
             self._count(self._guard.succeeded)
+
+    def _count_failure(self, outcome: Callable[..., None], *arguments: str) -> None:
+        """Count it, unless another call is the trial now, of which one that began before says nothing."""
+        if self._is_trial or self._guard.breaker.state is not BreakerState.HALF_OPEN:
+            self._count(outcome, *arguments)
+        self._counted = True
 
     def _count(self, outcome: Callable[..., None], *arguments: str) -> None:
         if not self._counted:

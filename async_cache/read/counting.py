@@ -33,6 +33,8 @@ async def count_hits(
     missing = {n: lacks for n, mask in enumerate(here) if (lacks := layout.objects.full_mask & ~mask)}
     asked = Asked(layout, hashes, missing)
     with ask_nowait(guards, asked, tombstones) or await ask(guards, asked, tombstones) as found:
+        if l1.closed:
+            raise CacheClosedError("the cache was closed")
         for number, mask in found.masks().items():
             here[number] |= mask
         length = coverage.lengths(layout, here)[-1]

@@ -29,7 +29,7 @@ _WAITING = LoadState.WAITING  # by name it would cost a tenth of a microsecond
 
 
 class Loader:
-    """Everything that is on its way from L2 to L1. `settled` is told what has arrived for a request, or has not."""
+    """Everything that is on its way from L2 to L1. `arrived` hears of what has come for a request, and what has not."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Loader:
         guards: Sequence[Guard],
         tombstones: Tombstones,
         config: CacheConfig,
-        settled: Callable[[Request, Sequence[Arrival]], None],
+        arrived: Callable[[Request, Sequence[Arrival]], None],
     ):
         self.shared_loads = 0
         """Objects that a request did not have to load because another one did."""
@@ -46,7 +46,7 @@ class Loader:
         self._l1 = l1
         self._guards = guards
         self._tombstones = tombstones
-        self._settled = settled
+        self._arrived = arrived
         self._batches = Batches(
             guards,
             l1.arena.view,
@@ -126,7 +126,7 @@ class Loader:
         self._drop(dead)
         for load in dead:
             load.failure = Shortfall.GONE
-        self._tell([(load, None) for load in dead])
+        self._deliver([(load, None) for load in dead])
 
     def expected_seconds(self, chunk_hashes: Iterable[bytes], sources: Iterable[tuple[Guard, int]]) -> float | None:
         """How long what is on its way of these chunks, and so many bytes more, should take with what is queued before.
@@ -237,12 +237,12 @@ class Loader:
         self._drop(dead)
         for load in dead:
             load.failure = load.failure or Shortfall.BACKEND_ERROR
-        self._tell([(load, self._l1.find(load.chunk_hash)) for load in dead])
+        self._deliver([(load, self._l1.find(load.chunk_hash)) for load in dead])
 
     # The end of a load, and of its room.
 
     def _settle(self, loads: Iterable[ChunkLoad]) -> None:
-        """Publish what was loaded, and tell those who wait."""
+        """Publish what was loaded, and deliver it to those who wait."""
         l1, settled = self._l1, []
         for load in loads:
             self._end(load, LoadState.SETTLED)
@@ -256,9 +256,9 @@ class Loader:
                     else:
                         l1.discard((reservation,))
             settled.append((load, entry or l1.find(load.chunk_hash)))
-        self._tell(settled)
+        self._deliver(settled)
 
-    def _tell(self, settled: Iterable[tuple[ChunkLoad, Entry | None]]) -> None:
+    def _deliver(self, settled: Iterable[tuple[ChunkLoad, Entry | None]]) -> None:
         arrivals: dict[Request, list[Arrival]] = {}
         for load, entry in settled:
             for request, number in load.shares.items():
@@ -268,7 +268,7 @@ class Loader:
                     arrivals[request] = [(number, entry, load.failure)]
             load.shares = {}
         for request, arrived in arrivals.items():
-            self._settled(request, arrived)
+            self._arrived(request, arrived)
 
     def _drop(self, dead: Sequence[ChunkLoad]) -> None:
         """Drop what nobody wants: its pins go at once, its memory when no call touches it."""

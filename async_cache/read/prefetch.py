@@ -6,7 +6,7 @@ reserved for it, before anybody else gets a turn.
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from async_cache.aio.sweeper import Sweeper
@@ -16,7 +16,7 @@ from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
 from async_cache.l2.tombstones import Tombstones
-from async_cache.observe import Observers, tell
+from async_cache.observe import Observers, notify
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
 from async_cache.read.batches import ChunkLoad
@@ -118,9 +118,9 @@ class PrefetchController:
                 found = ask_nowait(self._guards, asked, self._tombstones)
                 if found is None:
                     return asked
-            else:
-                self._catch_up(request, found.numbers)
             with found:
+                if request.task is not None:
+                    self._catch_up(request, found)
                 self._promise(request, found)
         except Exception:
             self._fail(request)
@@ -162,16 +162,30 @@ class PrefetchController:
                 missing[number] = lacks
         return missing
 
-    def _catch_up(self, request: Request, numbers: Iterable[int]) -> None:
-        """Lease and join what has come while L2 was asked."""
+    def _catch_up(self, request: Request, found: Found) -> None:
+        """Lease and join what has come while L2 was asked.
+
+        A hash that somebody made up may have come with another layout: what was found of it must not get a room beside
+        that, and counts as not there.
+        """
         hashes, find, table, layout = request.hashes, self._l1.find, self._loader.in_flight(), request.prompt.layout
-        for number in numbers:
-            entry, load = find(hashes[number]), table.get(hashes[number])
-            if entry is not None and request.entries[number] is None and entry.layout.same_bytes(layout):
-                self._l1.lease((entry,))
-                request.entries[number] = entry
-            if load is not None and load.layout.same_bytes(layout):
-                _join(request, number, load)
+        others = set()
+        for number in found.numbers:
+            chunk_hash = hashes[number]
+            entry, load = find(chunk_hash), table.get(chunk_hash)
+            if entry is not None and request.entries[number] is None:
+                if entry.layout.same_bytes(layout):
+                    self._l1.lease((entry,))
+                    request.entries[number] = entry
+                else:
+                    others.add(chunk_hash)
+            if load is not None:
+                if load.layout.same_bytes(layout):
+                    _join(request, number, load)
+                else:
+                    others.add(chunk_hash)
+        if others:
+            found.leave_out(others)
 
     def _promise(self, request: Request, found: Found) -> None:
         """Promise a prefix: make sure of it, have the rest loaded, and then say so."""
@@ -206,7 +220,16 @@ class PrefetchController:
     # From the promise to the result.
 
     def arrived(self, request: Request, arrivals: Sequence[Arrival]) -> None:
-        """Take note that chunks have arrived, or have not; the last one ends the load."""
+        """Take note that chunks have arrived, or have not; the last one ends the load.
+
+        Whatever raises here is a fault of this request, and of no other that waits for the same chunks.
+        """
+        try:
+            self._take_note(request, arrivals)
+        except Exception:
+            self._fail(request)
+
+    def _take_note(self, request: Request, arrivals: Sequence[Arrival]) -> None:
         entries, needed, local = request.entries, request.needed, request.local_mask
         looking_up = request.state is RequestState.LOOKING_UP
         new: list[Entry] = []
@@ -270,9 +293,8 @@ class PrefetchController:
             load_bytes=load_bytes,
             expected_load_seconds=expected_load_seconds,
         )
-        request.hits.resolve(hits)
-        if self._observers.promised:
-            tell(self._observers.promised, request.prefetch, hits)
+        if request.hits.resolve(hits) and self._observers.promised:
+            notify(self._observers.promised, request.prefetch, hits)
 
     def _say_result(self, request: Request, shortfall: Shortfall | None) -> None:
         length, from_l2 = request.length, len(request.from_l2)
@@ -290,9 +312,8 @@ class PrefetchController:
             shortfall=shortfall,
             seconds=self._loop.time() - request.began,
         )
-        request.result.resolve(result)
-        if self._observers.loaded:
-            tell(self._observers.loaded, request.prefetch, result)
+        if request.result.resolve(result) and self._observers.loaded:
+            notify(self._observers.loaded, request.prefetch, result)
 
     # What ends a request before it has loaded.
 

@@ -29,8 +29,27 @@ class Request:
     """The record of a request. Chunks are numbered from `start_chunk` on, and objects are masks of bits."""
 
     __slots__ = (
-        "began", "claimed", "deadline", "entries", "from_l2", "hits", "inside", "loads", "local_mask", "needed",
-        "prefetch", "prompt", "ranks", "readers", "reasons", "request_id", "result", "rooms", "start_chunk", "state",
+        "__weakref__",
+        "began",
+        "claimed",
+        "deadline",
+        "entries",
+        "from_l2",
+        "hits",
+        "inside",
+        "loads",
+        "local_mask",
+        "needed",
+        "prefetch",
+        "prompt",
+        "ranks",
+        "readers",
+        "reasons",
+        "request_id",
+        "result",
+        "rooms",
+        "start_chunk",
+        "state",
         "task",
     )  # fmt: skip
 

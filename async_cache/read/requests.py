@@ -13,7 +13,7 @@ from async_cache.errors import (
     UnknownRequestError,
 )
 from async_cache.l1.store import L1Store
-from async_cache.observe import Observers, tell
+from async_cache.observe import Observers, notify
 from async_cache.prompt.layout import Prompt, check_index
 from async_cache.read.request import Request, RequestState
 from async_cache.values import LoadResult, LookupHits, Shortfall
@@ -214,7 +214,7 @@ class Requests:
         self._uses.discard(request)
         self._release_if_left(request)
         if self._observers.over:
-            tell(self._observers.over, prefetch)
+            notify(self._observers.over, prefetch)
 
     def _release_if_left(self, request: Request) -> None:
         if not request.inside:

@@ -49,7 +49,9 @@ class HeldPrefetch(Held):
     def over(self) -> None:
         """Tell the client that the request is over, for any reason."""
         self._gone()
-        self._connection.send(messages.RequestOver(self._number))
+        error = self.prefetch.promised.result.error
+        over = messages.RequestOver(self._number) if error is None else messages.failed(self._number, error)
+        self._connection.send(over)
 
     def undo(self) -> None:
         """Cancel the prefetch. It stays held, since its request is not over, and what has loaded stays."""

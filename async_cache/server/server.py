@@ -138,15 +138,16 @@ class Server:
         """Let one client introduce itself, and then in; or say why not."""
         segment = None
         try:
+            arena_bytes = len(self._cache.memory)
             sock.setblocking(False)
             async with asyncio.timeout(self._config.hello_timeout_seconds):
                 hello, descriptor = await self._hear(sock)
                 if descriptor is not None:
-                    segment = ClientSegment(descriptor, len(self._cache.memory))
+                    segment = ClientSegment(descriptor, arena_bytes)
                 tenant = self._admit(hello, over_unix=sock.family == socket.AF_UNIX)
                 mapped = tenant.trusted and sock.family == socket.AF_UNIX
                 ttl = self._cache.core.config.result_ttl_seconds
-                welcome = Welcome(VERSION, len(self._cache.memory), mapped, tenant.trusted, ttl)
+                welcome = Welcome(VERSION, arena_bytes, mapped, tenant.trusted, ttl)
                 await send(sock, welcome, self._readable if mapped else None)
             _keep_alive(sock)
             session = self.session(tenant, hello.namespace, segment, mapped=mapped)

@@ -6,6 +6,7 @@ it.
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from async_cache.cache import AsyncCache
 from async_cache.config import ServerConfig
 from async_cache.errors import AsyncCacheError, LimitError, ProtocolError
+from async_cache.handles.prefetch import Promised
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.messages import Decoder, Message, failed
@@ -70,6 +72,7 @@ class Session:
         self._holders = shared.holders
         self._reads = Reads(self.held, self.connection, cache.memory, self._layouts, self._scope, mapped=mapped)
         self._writers = Writers(self.held, self.connection, segment, shared.copiers)
+        self._claims: weakref.WeakValueDictionary[str, Promised] = weakref.WeakValueDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
         self._left = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -151,8 +154,10 @@ class Session:
 
     def _unclaim(self, message: messages.Unclaim) -> None:
         request_id = self._scope.inner(message.request_id)
-        self._cache.core.requests.unclaim(request_id)
-        self._holders.claimed(request_id, False)
+        request = self._claims.pop(request_id, None)
+        if request is not None and self._cache.core.requests.find(request_id) is request:
+            self._cache.core.requests.unclaim(request_id)
+            self._holders.claimed(request_id, False)
         self._done(message)
 
     def _renew(self, message: messages.Renew) -> None:
@@ -195,6 +200,8 @@ class Session:
     async def _query_status(self, message: messages.QueryPrefetchStatus) -> Message | None:
         request_id = self._scope.inner(message.request_id)
         result = await self._cache.core.requests.query_status(request_id)
+        if (request := self._cache.core.requests.find(request_id)) is not None:
+            self._claims[request_id] = request
         self._holders.claimed(request_id, True)
         loaded = messages.Loaded(message.number, self._scope.outer(result))
         if result.chunks:

@@ -57,8 +57,7 @@ class Remover:
     async def clear(self, tier: str) -> Deleted:
         """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1"). Carried to its end likewise."""
         if tier == "l1":
-            resident, leased = await self._clear_l1(keep_needed=True)
-            return Deleted(len(resident), leased)
+            return await self._carry(self._clear_written())
         self._tombstones.bury(None)
         self._loader.delete(list(self._loader.in_flight()))
         return await self._carry(self._clear_all())
@@ -99,6 +98,10 @@ class Remover:
         finally:
             self._tombstones.lift(hashes)
             self._write_again(hashes)
+
+    async def _clear_written(self) -> Deleted:
+        resident, leased = await self._clear_l1(keep_needed=True)
+        return Deleted(len(resident), leased)
 
     async def _clear_all(self) -> Deleted:
         try:
