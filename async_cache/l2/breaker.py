@@ -53,7 +53,7 @@ class Breaker:
     def failed(self, now: float) -> None:
         """Count a call that failed, or did not end in time."""
         self._failures += 1
-        if self.state is BreakerState.HALF_OPEN or self._failures >= self._limit:
+        if self._failures >= self._limit:  # and so they remain until a success: a trial that fails opens it again
             self.state = BreakerState.OPEN
             self.retry_at = now + self.reset_seconds
 

@@ -50,7 +50,8 @@ class Counted(Breaker):
 
     def on_trial(self) -> "Counted":
         """The same, whose next call is the one trial."""
-        self.state = BreakerState.OPEN
+        for _ in range(3):
+            super().failed(-RESET_SECONDS)
         return self
 
 
