@@ -12,9 +12,9 @@ from async_cache import AsyncCache, CacheClient, ConnectionLostError, ProtocolEr
 from async_cache.client.calls import (
     Commit,
     PrefetchCall,
+    PrefetchState,
     Question,
     ReadCall,
-    RequestState,
     StoreCall,
     StoreState,
 )
@@ -135,10 +135,10 @@ async def test_a_prefetch_is_told_until_its_request_is_over() -> None:
     call = PrefetchCall(None, "r", PROMPT, 0, (0,))
     assert not call.on(messages.LoadDone(1, RESULT))
     assert await call.prefetch.load_done == RESULT
-    assert not call.on(messages.RequestClaimed(1, True)) and call.state is RequestState.CLAIMED
-    assert not call.on(messages.RequestClaimed(1, False)) and call.state is RequestState.OPEN
-    call.state = RequestState.LEFT
-    assert not call.on(messages.RequestClaimed(1, False)) and call.state is RequestState.LEFT
+    assert not call.on(messages.RequestClaimed(1, True)) and call.state is PrefetchState.CLAIMED
+    assert not call.on(messages.RequestClaimed(1, False)) and call.state is PrefetchState.OPEN
+    call.state = PrefetchState.LEFT
+    assert not call.on(messages.RequestClaimed(1, False)) and call.state is PrefetchState.LEFT
     assert call.on(messages.RequestOver(1))
 
 

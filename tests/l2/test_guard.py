@@ -187,6 +187,24 @@ async def test_a_call_that_is_given_up_says_nothing_and_the_next_one_tries(verb:
 
 
 @virtual
+async def test_a_call_from_before_a_trial_says_nothing_of_the_trial() -> None:
+    gate = GatedBackend(MemoryBackend(), "load")
+    guard = Guard(gate, Counted(1), TIMEOUTS)
+    early = guard.begin_load(KEYS, buffers())
+    assert early is not None
+    guard.breaker.failed(asyncio.get_running_loop().time())
+    await asyncio.sleep(RESET_SECONDS)
+    trial = guard.begin_load(KEYS, buffers())
+    assert trial is not None and guard.breaker.state is HALF_OPEN
+    early.cancel()
+    await asyncio.sleep(0)
+    assert guard.breaker.state is HALF_OPEN and not guard.allows()
+    trial.cancel()
+    assert guard.allows()
+    await guard.close(1.0)
+
+
+@virtual
 async def test_a_call_nobody_waits_for_is_counted_too() -> None:
     guard = Guard(FailingBackend(MemoryBackend(), "load"), Counted(1), TIMEOUTS)
     assert guard.begin_load(KEYS, buffers()) is not None

@@ -13,11 +13,12 @@ from async_cache.l1.store import L1Store
 from async_cache.l2.memory import MemoryBackend
 from async_cache.observe import Observer, Observers
 from async_cache.prompt import coverage
+from async_cache.prompt.layout import Prompt
 from async_cache.read.loads import Loader
 from async_cache.read.lookup import Found
 from async_cache.read.plan import Planner
 from async_cache.read.prefetch import PrefetchController
-from async_cache.testing.backends import WrappedBackend
+from async_cache.testing.backends import GatedBackend, WrappedBackend
 
 # Two objects a chunk, so that a chunk can be in L1 in part; a window, so that a part is not needed.
 LAYOUT = ModelLayout(
@@ -235,3 +236,27 @@ def test_nobody_is_told_of_what_nobody_overrides() -> None:
     observers = Observers()
     observers.add(Observer())
     assert not any(vars(observers).values())
+
+
+async def test_a_hash_that_somebody_made_up_gets_no_room_beside_that_of_another_layout() -> None:
+    big = ModelLayout("m", (ObjectGroup((6000,), "uint8"),), chunk_tokens=4)
+    small = ModelLayout("m", (ObjectGroup((16,), "uint8"),), chunk_tokens=4)
+    real = big.prompt(range(4))
+    forged = Prompt(small, real.root, 4, "", "", None, list(real.chunk_hashes))
+    memory = MemoryBackend()
+    await memory.store(big.objects.keys([(real.chunk_hashes[0], 1)]), [memoryview(bytearray(b"\xee" * 6000))])
+    backend = GatedBackend(memory)
+    async with AsyncCache(CacheConfig(l1_bytes=2**16, lookup_timeout_seconds=60), [backend]) as cache:
+        backend.hold("lookup", "load")
+        first, second = cache.prefetch(real), cache.prefetch(forged)
+        await asyncio.sleep(0)
+        backend.release("lookup")
+        assert (await first.lookup_done).chunks == 1
+        assert (await second.lookup_done).chunks == 0
+        cache.check_integrity()
+        backend.release()
+        assert ((await first.load_done).chunks, (await second.load_done).chunks) == (1, 0)
+        assert bytes(cache.memory).count(b"\xee") == 6000
+        for prefetch in (first, second):
+            await cache.end_request(prefetch.request_id)
+        assert await nothing_is_held(cache, memory)

@@ -1,0 +1,158 @@
+"""`AsyncCache` at its ends: closed while it opens, while it is asked, while it is cleared."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from async_cache import (
+    AsyncCache,
+    CacheClosedError,
+    CacheConfig,
+    ConnectionLostError,
+    ModelLayout,
+    ObjectGroup,
+    ServerConfig,
+    connect,
+)
+from async_cache.l2.memory import MemoryBackend
+from async_cache.server import Server
+from async_cache.testing import GatedBackend
+
+LAYOUT = ModelLayout("m", (ObjectGroup((8,), "uint8"),), chunk_tokens=4)
+PROMPT = LAYOUT.prompt(range(9))
+
+
+async def until(cache: AsyncCache, *gone: str) -> None:
+    """Return when these counters of the cache are 0."""
+    async with asyncio.timeout(5):
+        while any(getattr(await cache.stats(), name) for name in gone):  # noqa: ASYNC110 (it is asked each turn)
+            await asyncio.sleep(0)
+
+
+class SlowToOpen(MemoryBackend):
+    """Opens when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.may = asyncio.Event(), asyncio.Event()
+
+    async def open(self) -> None:
+        self.begun.set()
+        await self.may.wait()
+
+
+async def test_a_cache_that_is_closed_while_it_opens_does_not_open() -> None:
+    backend = SlowToOpen()
+    cache = AsyncCache(CacheConfig(l1_bytes=2**20), [backend])
+    opening = asyncio.create_task(cache.open())
+    await backend.begun.wait()
+    await cache.close()
+    backend.may.set()
+    with pytest.raises(CacheClosedError, match="was closed"):
+        await opening
+    with pytest.raises(CacheClosedError):
+        await cache.stats()
+    assert repr(cache).startswith("<AsyncCache, closed")
+
+
+async def test_a_lookup_that_the_cache_closes_upon_says_so() -> None:
+    backend = GatedBackend(MemoryBackend(), "lookup")
+    cache = await AsyncCache(CacheConfig(l1_bytes=2**20, close_timeout_seconds=0.1), [backend]).open()
+    lookup = asyncio.create_task(cache.lookup(PROMPT))
+    await asyncio.sleep(0)
+    await cache.close()
+    with pytest.raises(CacheClosedError):
+        await lookup
+
+
+async def test_a_clear_is_carried_to_its_end_where_its_caller_is_cancelled() -> None:
+    prompt = LAYOUT.prompt(range(4 * 1000))
+    async with AsyncCache(CacheConfig(l1_bytes=8 * 2**20, l2=["memory://"])) as cache:
+        async with cache.store(prompt) as writer:
+            for chunk in writer:
+                chunk.commit()
+        await cache.flush()
+        clearing = asyncio.create_task(cache.clear("l1"))
+        await asyncio.sleep(0)
+        clearing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await clearing
+        await until(cache, "l1_chunks")
+
+
+async def test_a_cache_that_is_closed_before_its_server_breaks_the_futures_of_clients(tmp_path: Path) -> None:
+    backend = GatedBackend(MemoryBackend(), "lookup")
+    url = f"unix://{tmp_path}/s"
+    cache = await AsyncCache(CacheConfig(l1_bytes=2**20, close_timeout_seconds=0.1), [backend]).open()
+    async with Server(cache, ServerConfig(listen=[url])), connect(url) as client:
+        prefetch = client.prefetch(PROMPT)
+        await client.ping()
+        await cache.close()
+        for future in (prefetch.lookup_done, prefetch.load_done):
+            with pytest.raises((CacheClosedError, ConnectionLostError)):
+                await asyncio.wait_for(future, 5)
+
+
+async def test_a_cancelled_close_of_a_client_leaves_no_connection(tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/s"
+    async with AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache, Server(cache, ServerConfig(listen=[url])):
+        for steps in range(4):
+            client = await connect(url).open()
+            async with client.store(PROMPT) as writer:
+                for chunk in writer:
+                    chunk.commit()
+            prefetch = client.prefetch(PROMPT)
+            await prefetch.load_done
+            await client.read(prefetch.request_id)
+            closing = asyncio.create_task(client.close())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            closing.cancel()
+            await asyncio.wait([closing])
+            await client.close()
+            await until(cache, "requests", "leases")
+
+
+async def test_a_late_release_is_of_its_own_request(tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/s"
+    other = LAYOUT.prompt(range(100, 109))
+    async with (
+        AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache,
+        Server(cache, ServerConfig(listen=[url])),
+        connect(url) as client,
+    ):
+        async with client.store(PROMPT) as writer:
+            for chunk in writer:
+                chunk.commit()
+        await client.prefetch(PROMPT, request_id="a").load_done
+        lease = await client.read("a")
+        await client.end_request("a")
+        again = client.prefetch(PROMPT, request_id="a")
+        await again.load_done
+        lease.release()
+        assert client.prefetch(PROMPT, request_id="a") is again
+        with pytest.raises(Exception, match="in use for another prompt"):
+            client.prefetch(other, request_id="a")
+
+
+async def test_a_result_that_is_given_back_late_is_not_that_of_another_request(tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/s"
+    async with (
+        AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache,
+        Server(cache, ServerConfig(listen=[url])),
+        connect(url) as one,
+        connect(url) as two,
+    ):
+        async with one.store(PROMPT) as writer:
+            for chunk in writer:
+                chunk.commit()
+        await one.prefetch(PROMPT, request_id="a").load_done
+        result = await two.query_status("a")
+        await one.end_request("a")
+        await one.prefetch(PROMPT, request_id="a").load_done
+        await one.query_status("a")
+        two.unclaim(result)
+        await two.ping()
+        with pytest.raises(Exception, match="claimed"):
+            await two.query_status("a")
