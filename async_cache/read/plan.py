@@ -8,7 +8,7 @@ from async_cache.config import CacheConfig
 from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
 from async_cache.prompt import coverage
-from async_cache.read.batches import ChunkLoad
+from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Loader
 from async_cache.read.lookup import Found
 from async_cache.read.request import Request
