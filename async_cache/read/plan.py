@@ -126,7 +126,7 @@ class Planner:
         spare = sum(
             entry.room_bytes
             for entry in request.entries[len(lacking.needed) :]
-            if entry is not None and entry.leases == 1 and not entry.holds
+            if entry is not None and entry.leases == 1 and not entry.pins
         )
         return size <= self._l1.available_bytes + spare
 
