@@ -121,7 +121,7 @@ class Remover:
             if entry is not None and not (keep_needed and _is_needed(entry)):
                 resident.add(chunk_hash)
                 leased += entry.leases > 0
-                self._writeback.forget(entry)
+                self._writeback.withdraw(entry)
                 self._l1.remove(entry)
         return resident, leased
 
@@ -168,7 +168,7 @@ class Remover:
         return {key.chunk_hash for key in keys}
 
     async def _landed(self, guard: Guard, chunk_hashes: set[bytes] | None) -> bool:
-        return await self._writeback.landed(guard, chunk_hashes, guard.timeouts.store_seconds)
+        return await self._writeback.writes_ended(guard, chunk_hashes)
 
 
 def _check(guard: Guard, landed: bool) -> None:

@@ -102,10 +102,17 @@ class Writing:
         opened = OpenWriter(writer, prompt, rank, missing, made, expired)
         self._open.add(opened)
         chunks = tuple(
-            WriteChunk(index, reservation.offset, layout, rank, partial(self._lend, opened, position))
-            for position, (index, reservation) in enumerate(zip(missing, made, strict=False))
+            WriteChunk(index, reservation.offset, layout, rank)
+            for index, reservation in zip(missing, made, strict=False)
         )
-        return Opened(chunks, shortfall, partial(self._commit, opened), partial(self._close, opened), _settled)
+        return Opened(
+            chunks,
+            shortfall,
+            partial(self._commit, opened),
+            partial(self._close, opened),
+            _settled,
+            partial(self._lend, opened),
+        )
 
     def _lend(self, opened: OpenWriter, position: int) -> Block:
         """The memory of a chunk, to make views of."""
@@ -155,6 +162,9 @@ class Writing:
             opened.writer.expire()
             if opened.expired is not None:
                 opened.expired()
+
+    def __repr__(self) -> str:
+        return f"<Writing, {len(self._open)} open>"
 
 
 async def _settled() -> None:

@@ -1,0 +1,246 @@
+"""The chunks that wait to be stored in one backend: batches of them, the calls that are out, back-off."""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection
+from enum import Enum
+from functools import partial
+
+from msgspec import Struct
+
+from async_cache.errors import BackendError
+from async_cache.l1.entry import Entry
+from async_cache.l1.store import L1Store
+from async_cache.l2.guard import Call, Guard
+from async_cache.prompt.keys import ObjectKey
+
+log = logging.getLogger(__name__)
+
+_BATCH_BYTES = 32 * 2**20
+_BATCH_OBJECTS = 256  # of a call: the loop handles so many in a millisecond or two, and a disk has time for their names
+_ATTEMPTS = 5
+_FIRST_BACKOFF_SECONDS = 0.1
+_LOADS_GO_FIRST_SECONDS = 1.0  # how long a write gives way to loads
+
+
+class Pending(Struct, eq=False, gc=False):
+    """A chunk that some backend has not stored yet. How many queues it is in is its entry's `unwritten`."""
+
+    entry: Entry
+    epoch: int  # the flushes that had been called when it began to wait
+    stored: int = 0  # the objects that some backend has stored since then, by bit
+
+
+class Outcome(Enum):
+    """How a chunk left a queue."""
+
+    STORED = "stored"
+    DROPPED = "dropped"  # the backend did not take it, or L1 needed its room
+    WITHDRAWN = "withdrawn"  # it was deleted, or more of it waits for its turn
+
+
+class Write:
+    """A batch that is being stored: RUNNING -> ENDED. It holds its chunks until then, also where it was given up."""
+
+    __slots__ = ("batch", "ended", "size_bytes")
+
+    def __init__(self, batch: list[Pending]):
+        self.batch = batch
+        self.size_bytes = sum(pending.entry.room_bytes for pending in batch)
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def __repr__(self) -> str:
+        return f"<Write of {len(self.batch)} chunks, {'ended' if self.ended.done() else 'running'}>"
+
+
+class WriteQueue:
+    """The queue of one backend. A chunk is WAITING -> IN FLIGHT -> gone, with its outcome, or WAITING again.
+
+    A chunk may wait while it is in flight: more of it was committed after its write began.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        l1: L1Store,
+        share_bytes: int,
+        longest_backoff_seconds: float,
+        commits_paused: Callable[[], Awaitable[None]],
+        left: Callable[[Pending, Outcome, int], None],
+    ):
+        self.guard = guard
+        self.waiting: OrderedDict[Pending, int] = OrderedDict()  # -> attempts so far
+        self.in_flight: dict[Pending, int] = {}
+        self._l1 = l1
+        self._share_bytes = share_bytes
+        self._longest_backoff_seconds = longest_backoff_seconds
+        self._commits_paused = commits_paused
+        self._left = left
+        self._writes: set[Write] = set()
+        self._held_bytes = 0
+        self._wake = asyncio.Event()
+
+    def add(self, pending: Pending) -> bool:
+        """Let a chunk wait for its turn; False if it does already."""
+        if pending in self.waiting:
+            return False
+        self.waiting[pending] = 0
+        self._wake.set()
+        return True
+
+    def discard(self, pending: Pending, outcome: Outcome) -> None:
+        """Let a chunk wait no longer. Where it is in flight, that goes on."""
+        if self.waiting.pop(pending, None) is not None:
+            self._left(pending, outcome, 0)
+
+    async def writes_ended(self, chunk_hashes: Collection[bytes] | None) -> bool:
+        """Whether the writes that run now, of these chunks or of any, ended before the backend's `store_timeout`."""
+        running = [
+            write.ended
+            for write in self._writes
+            if chunk_hashes is None or any(pending.entry.chunk_hash in chunk_hashes for pending in write.batch)
+        ]
+        if not running:
+            return True
+        _, stuck = await asyncio.wait(running, timeout=self.guard.timeouts.store_seconds)
+        return not stuck
+
+    async def run(self) -> None:
+        """Write what waits, a batch at a time, until cancelled."""
+        backoff = _FIRST_BACKOFF_SECONDS
+        while True:
+            while not self.waiting:
+                self._wake.clear()
+                await self._wake.wait()
+            try:
+                answered = await self._write_next()
+            except Exception:  # it must end neither the queue nor the hope of those who wait for a flush
+                log.exception("write-back to %s failed", self.guard.name)
+                for pending in list(self.in_flight):
+                    self._settle(pending, 0)
+                answered = False
+            if answered:
+                backoff = _FIRST_BACKOFF_SECONDS
+            else:
+                await self._back_off(backoff)
+                backoff = min(2 * backoff, self._longest_backoff_seconds)
+
+    async def _back_off(self, seconds: float) -> None:
+        if not self.guard.allows():
+            seconds = max(seconds, self.guard.breaker.retry_at - asyncio.get_running_loop().time())
+        await asyncio.sleep(seconds)
+
+    async def _write_next(self) -> bool:
+        """Write a batch when its time has come; whether the backend did its part."""
+        await self.guard.meter.wait_until_idle(_LOADS_GO_FIRST_SECONDS)
+        await self._commits_paused()
+        if self._held_bytes >= self._share_bytes:
+            await self._wait_for_stuck()
+            return True
+        batch = self._pick()
+        return not batch or await self._write(batch)  # what waited may have been evicted
+
+    async def _wait_for_stuck(self) -> None:
+        """Calls that timed out hold all that writes may hold. If none ever ends, what waits is dropped."""
+        stuck = [write.ended for write in self._writes]
+        timeout = self.guard.timeouts.store_seconds
+        ended, _ = await asyncio.wait(stuck, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not ended:
+            for pending in list(self.waiting):
+                self.discard(pending, Outcome.DROPPED)
+
+    def _pick(self) -> list[Pending]:
+        """What goes next: as much as one call should carry, and writes in flight may hold."""
+        batch: list[Pending] = []
+        limit = min(_BATCH_BYTES, self._share_bytes)
+        size = objects = 0
+        for pending in self.waiting:
+            size += pending.entry.room_bytes
+            objects += pending.entry.present.bit_count()
+            if batch and (size > limit or objects > _BATCH_OBJECTS):
+                break
+            batch.append(pending)
+        for pending in batch:
+            self.in_flight[pending] = self.waiting.pop(pending)
+        return batch
+
+    async def _write(self, batch: list[Pending]) -> bool:
+        """Store a batch; whether the backend has all of it now."""
+        masks = {pending: pending.entry.present for pending in batch}
+        keys = {
+            key: pending
+            for pending, mask in masks.items()
+            for key in pending.entry.layout.objects.keys([(pending.entry.chunk_hash, mask)])
+        }
+        stored: set[ObjectKey] = set()
+        try:
+            await self._store(batch, keys, stored)
+        finally:
+            unstored = {pending for key, pending in keys.items() if key not in stored}
+            for pending, mask in masks.items():
+                self._settle(pending, 0 if pending in unstored else mask)
+        return not unstored
+
+    async def _store(self, batch: list[Pending], keys: dict[ObjectKey, Pending], stored: set[ObjectKey]) -> None:
+        """Store what the backend lacks, and add to `stored` what it has then."""
+        guard = self.guard
+        call: Call[list[bool]] | None = None
+        write = self._hold(batch)
+        try:
+            there = await guard.lookup(list(keys))
+            if there is None:
+                return
+            guard.unpin_found(list(keys), there)
+            stored.update(key for key, found in zip(keys, there, strict=True) if found)
+            missing = [key for key in keys if key not in stored]
+            if missing:
+                call = guard.begin_store(missing, [self._buffer(keys[key].entry, key) for key in missing])
+            if call is not None:
+                done = await call.result()
+                stored.update(key for key, ok in zip(missing, done, strict=True) if ok)
+        except BackendError:
+            return
+        finally:
+            if call is None or call.has_ended:
+                self._release(write)
+            else:
+                call.cancel()
+                call.when_ended(partial(self._release, write))
+
+    def _hold(self, batch: list[Pending]) -> Write:
+        """Keep the memory of a batch until its write has ended."""
+        write = Write(batch)
+        self._held_bytes += write.size_bytes
+        self._writes.add(write)
+        for pending in batch:
+            self._l1.hold(pending.entry)
+        return write
+
+    def _release(self, write: Write) -> None:
+        self._held_bytes -= write.size_bytes
+        self._writes.discard(write)
+        write.ended.set_result(None)
+        for pending in reversed(write.batch):
+            self._l1.unhold(pending.entry)
+
+    def _settle(self, pending: Pending, stored: int) -> None:
+        """A write is over for one of its chunks, of which the backend has the objects in `stored` now."""
+        attempts = self.in_flight.pop(pending) + 1
+        if pending.entry.detached or (pending in self.waiting and not stored):
+            self._left(pending, Outcome.WITHDRAWN, 0)
+        elif stored:
+            self._left(pending, Outcome.STORED, stored)
+        elif attempts < _ATTEMPTS:
+            self.waiting[pending] = attempts
+        else:
+            self._left(pending, Outcome.DROPPED, 0)
+
+    def _buffer(self, entry: Entry, key: ObjectKey) -> memoryview:
+        span = entry.layout.objects.spans[key.rank][key.group]
+        assert span is not None
+        offset = entry.offset(key.rank)
+        return self._l1.arena.view[offset + span[0] : offset + span[1]].toreadonly()
+
+    def __repr__(self) -> str:
+        return f"<WriteQueue of {self.guard.name}, {len(self.waiting)} waiting, {len(self.in_flight)} in flight>"

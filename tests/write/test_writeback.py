@@ -1,0 +1,157 @@
+"""Write-back: when it begins, what ends it, and that no error of its own does."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+import pytest
+
+from async_cache import AsyncCache, CacheConfig, FlushResult, ModelLayout, ObjectGroup
+from async_cache.l2 import Backend
+from async_cache.l2.backend import Limits
+from async_cache.l2.memory import MemoryBackend
+from async_cache.l2.meter import Meter
+from async_cache.prompt.keys import ObjectKey
+from async_cache.prompt.objects import ChunkObjects
+from async_cache.testing import FailingBackend, GatedBackend
+from async_cache.testing.backends import WrappedBackend
+from async_cache.testing.virtual import run_virtual
+
+PAGE = 4096
+LAYOUT = ModelLayout("model", (ObjectGroup((16,), "uint8"),), chunk_tokens=4)
+TWO_RANKS = ModelLayout("model", (ObjectGroup((16,), "uint8"),), chunk_tokens=4, world_size=2)
+
+
+def play(backend: Backend, scene: Callable[[AsyncCache], Awaitable[None]], **settings: float) -> None:
+    """Run a scene in virtual time, with a cache over the backend."""
+
+    async def main() -> None:
+        async with AsyncCache(CacheConfig(l1_bytes=64 * PAGE, l2=[], **settings), [backend]) as cache:
+            await scene(cache)
+            cache.check_integrity()
+
+    run_virtual(main())
+
+
+async def store(cache: AsyncCache, number: int, *, layout: ModelLayout = LAYOUT, rank: int = 0) -> None:
+    """Commit one chunk."""
+    async with cache.store(layout.prompt(range(number * 100, number * 100 + 4)), rank=rank) as writer:
+        for chunk in writer:
+            chunk.commit()
+
+
+class Timed(WrappedBackend):
+    """Notes when it is asked to store how much."""
+
+    def __init__(self, inner: Backend):
+        super().__init__(inner)
+        self.stored: list[tuple[float, int]] = []
+
+    async def before(self, verb: str, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:
+        if verb == "store":
+            self.stored.append((round(asyncio.get_running_loop().time(), 4), len(keys)))
+
+
+@pytest.mark.parametrize(("commits", "after"), [(1, 0.003), (3, 0.007), (100, 0.025)])
+def test_a_write_waits_for_a_pause_in_a_burst_of_commits_but_not_for_ever(
+    commits: int, after: float
+) -> None:
+    timed = Timed(MemoryBackend())
+
+    async def scene(cache: AsyncCache) -> None:
+        for number in range(commits):
+            await store(cache, number)
+            await asyncio.sleep(0.002)
+        await cache.flush()
+        assert timed.stored[0][0] == pytest.approx(after, abs=0.0011)
+
+    play(timed, scene)
+
+
+def test_what_was_committed_a_while_ago_is_written_at_once() -> None:
+    timed = Timed(MemoryBackend())
+
+    async def scene(cache: AsyncCache) -> None:
+        for number in range(3):
+            await store(cache, number)
+        await cache.flush()
+        first, second, third = (time for time, _ in timed.stored)
+        assert first == second == third
+
+    play(timed, scene, writeback_share=1 / 64)  # a chunk at a time
+
+
+def test_an_error_of_its_own_does_not_end_the_queue_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_until_idle = Meter.wait_until_idle
+    errors = [RuntimeError("a bug"), RuntimeError("once more")]
+
+    async def failing(self: Meter, timeout_seconds: float) -> None:
+        if errors:
+            raise errors.pop()
+        await wait_until_idle(self, timeout_seconds)
+
+    monkeypatch.setattr(Meter, "wait_until_idle", failing)
+
+    async def scene(cache: AsyncCache) -> None:
+        await store(cache, 1)
+        assert await cache.flush() == FlushResult(written=1, pending=0, dropped=0)
+
+    play(MemoryBackend(), scene)
+
+
+def test_a_flush_returns_though_a_chunk_cannot_even_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: ChunkObjects, chunks: object) -> list[ObjectKey]:
+        raise RuntimeError("a bug")
+
+    async def scene(cache: AsyncCache) -> None:
+        with monkeypatch.context() as context:
+            context.setattr(ChunkObjects, "keys", failing)
+            await store(cache, 1)
+            assert await cache.flush() == FlushResult(written=0, pending=0, dropped=1)
+        await store(cache, 2)
+        assert await cache.flush() == FlushResult(written=1, pending=0, dropped=0)
+
+    play(MemoryBackend(), scene)
+
+
+def test_the_attempts_are_not_used_up_while_a_backend_is_left_alone() -> None:
+    backend = FailingBackend(MemoryBackend(), "store", times=3)
+    backend.limits = Limits(breaker_failures=1, breaker_reset_seconds=60)
+
+    async def scene(cache: AsyncCache) -> None:
+        await store(cache, 1)
+        assert await cache.flush() == FlushResult(written=1, pending=0, dropped=0)
+        assert asyncio.get_running_loop().time() == pytest.approx(180, abs=1)
+        assert backend.calls["store"] == 4
+
+    play(backend, scene, breaker_reset_seconds=5)
+
+
+def test_a_write_that_fails_while_more_of_its_chunk_waits_drops_nothing() -> None:
+    gate = GatedBackend(FailingBackend(MemoryBackend(), "store", times=1), "store")
+
+    async def scene(cache: AsyncCache) -> None:
+        await store(cache, 1, layout=TWO_RANKS)
+        await gate.reached("store")
+        await store(cache, 1, layout=TWO_RANKS, rank=1)
+        gate.release("store")
+        assert await cache.flush() == FlushResult(written=1, pending=0, dropped=0)
+        lookups = gate.calls["lookup"]
+        await store(cache, 1, layout=TWO_RANKS)
+        await cache.flush()
+        assert gate.calls["lookup"] == lookups  # nothing of it was dropped, that is to be stored anew
+
+    play(gate, scene)
+
+
+def test_what_write_back_holds_is_said_in_words() -> None:
+    gate = GatedBackend(MemoryBackend("disk"), "store")
+
+    async def scene(cache: AsyncCache) -> None:
+        await store(cache, 1)
+        await gate.reached("store")
+        assert repr(cache.core.writeback) == "<Writeback, 1 pending, 0 dropped>"
+        assert repr(cache.core.writing) == "<Writing, 0 open>"
+        gate.release("store")
+        await cache.flush()
+
+    play(gate, scene)
