@@ -210,7 +210,7 @@ class AsyncCache:
         does not have.
         """
         core = self.core
-        return ReadLease(partial(core.enter_read, check_request_id(request_id, _MAX_REQUEST_ID), rank, reader))
+        return ReadLease(partial(core.requests.enter, check_request_id(request_id, _MAX_REQUEST_ID), rank, reader))
 
     def store(self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0) -> Writer:
         """Write a rank's chunks from `start_chunk` on, those that L1 lacks: `async with` the writer, or `await` it."""

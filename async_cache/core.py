@@ -2,11 +2,9 @@
 
 import asyncio
 from collections.abc import Sequence
-from functools import partial
 
 from async_cache.aio.sweeper import Sweeper
 from async_cache.config import CacheConfig
-from async_cache.handles.lease import Entered, ReadChunk
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
 from async_cache.l2.guard import Guard
@@ -14,7 +12,7 @@ from async_cache.l2.tombstones import Tombstones
 from async_cache.memory.arena import Arena
 from async_cache.observe import Observers
 from async_cache.prompt.layout import Prompt
-from async_cache.read.counting import count_hits
+from async_cache.read.hits import count_hits
 from async_cache.read.loads import Loader
 from async_cache.read.prefetch import PrefetchController
 from async_cache.retention.lru import LeastRecentlyUsed
@@ -75,30 +73,6 @@ class Core:
     async def count_hits(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now."""
         return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones)
-
-    async def enter_read(self, request_id: str, rank: int, reader: int) -> Entered:
-        """Begin to read a request, once its load is done. Raises as `Requests.enter`."""
-        request = await self.requests.enter(request_id, rank, reader)
-        layout, start, entries = request.prompt.layout, request.start_chunk, request.entries
-        memory = memoryview(self.arena.view)  # of its own, which lives as long as the lease
-        chunks = tuple(
-            ReadChunk(
-                start + n,
-                entry.offset(rank) if (entry := entries[n]) is not None and entry.ranks >> rank & 1 else None,
-                rank,
-                needed,
-                layout,
-                memory,
-            )
-            for n, needed in enumerate(request.needed)
-        )
-        return Entered(
-            await request.result.wait(),
-            layout,
-            chunks,
-            partial(self.requests.leave, request),
-            partial(self.requests.undo_enter, request, rank, reader),
-        )
 
     def stats(self) -> CacheStats:
         """Count what is held now, and what was done since the cache was opened."""

@@ -11,7 +11,7 @@ prefetched when it arrives; the schedulers differ in whom they give the worker t
                      worker would idle, and could compute a hit in half of that time, it cancels the load and computes
 
 Half, because the worker is wanted by others, too: to compute whatever is merely quicker can queue longer than "loaded
-first" where misses keep the worker busy. The gain over "loaded first" is what the pipe can not carry: it grows with
+first" where misses keep the worker busy. The gain over "loaded first" is what the pipe cannot carry: it grows with
 the queue there. It is nothing where loads do not queue, and next to nothing where the worker is the bottleneck.
 
 The clock is virtual, so the figures are the same on every machine: they compare the schedulers, and say nothing of

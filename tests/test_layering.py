@@ -35,7 +35,7 @@ MAY_KNOW = {
     "l2": "config errors prompt retention values",
     "read": "aio config errors handles l1 l2 observe prompt values",
     "write": "aio config errors handles l1 l2 prompt read values",
-    "core": "aio config handles l1 l2 memory observe prompt read retention values write",
+    "core": "aio config l1 l2 memory observe prompt read retention values write",
     "cache": "config core errors handles l2 memory prompt values",
     # the same from other processes
     "server": "cache config errors handles memory observe prompt protocol values",

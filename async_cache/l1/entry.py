@@ -22,8 +22,8 @@ def page_of(rank: int, offset: int) -> int:
 class Entry(Struct, gc=False, eq=False):
     """A chunk in L1: a block of memory for each rank that has one, and the objects that are published in them.
 
-    It may be evicted while it has neither leases (of requests) nor holds (of I/O). A detached entry cannot be found any
-    more, and leaves memory with its last lease or hold.
+    It may be evicted while it has neither leases (of requests) nor pins (of I/O). A detached entry cannot be found any
+    more, and leaves memory with its last lease or pin.
     """
 
     chunk_hash: bytes
@@ -34,7 +34,7 @@ class Entry(Struct, gc=False, eq=False):
     pages: int = 0  # by rank, the first page of its block, in 32 bits each: one int whatever the world size
     room_bytes: int = 0  # memory that its blocks take
     leases: int = 0
-    holds: int = 0
+    pins: int = 0
     unwritten: int = 0  # backends that have not stored it yet
     dropped: bool = False  # some backend did not store it, and is not asked again until it is stored anew
     detached: bool = False

@@ -56,7 +56,7 @@ class L1Store:
         """The bytes of L1 that are free or may be evicted."""
         return self._extents.free_bytes + self.evictable_bytes
 
-    # Reading: lease -> release. I/O that reads an entry holds it.
+    # Reading: lease -> release, for requests; pin -> unpin, for I/O that uses the memory.
 
     def lease(self, entries: Iterable[Entry]) -> None:
         """Keep entries for a request, each until its `release`. Their places in the eviction order do not change."""
@@ -67,7 +67,7 @@ class L1Store:
             entry.leases = leases + 1
             if not leases:
                 leased += entry.room_bytes
-                if entry.holds or entry.detached:
+                if entry.pins or entry.detached:
                     kept += entry.room_bytes
         self.leases += count
         self.leased_bytes += leased
@@ -83,21 +83,21 @@ class L1Store:
                 self.leased_bytes -= entry.room_bytes
                 if not entry.detached:
                     use(entry)
-                    if not entry.holds:
+                    if not entry.pins:
                         self.evictable_bytes += entry.room_bytes
-                elif not entry.holds:
+                elif not entry.pins:
                     self._free(entry)
 
-    def hold(self, entry: Entry) -> None:
+    def pin(self, entry: Entry) -> None:
         """Keep an entry while I/O uses its memory. Its place in the eviction order does not change."""
-        if not entry.holds and not entry.leases and not entry.detached:
+        if not entry.pins and not entry.leases and not entry.detached:
             self.evictable_bytes -= entry.room_bytes
-        entry.holds += 1
+        entry.pins += 1
 
-    def unhold(self, entry: Entry) -> None:
-        """Take one hold of an entry away; a detached one leaves memory with the last."""
-        entry.holds -= 1
-        if not entry.holds and not entry.leases:
+    def unpin(self, entry: Entry) -> None:
+        """Take one pin of an entry away; a detached one leaves memory with the last."""
+        entry.pins -= 1
+        if not entry.pins and not entry.leases:
             if entry.detached:
                 self._free(entry)
             else:
@@ -134,8 +134,8 @@ class L1Store:
         return made
 
     def reserve_within(self, entry: Entry, rank: int) -> Reservation:
-        """Reserve the unpublished part of an entry's block; the entry is held until the reservation is done."""
-        self.hold(entry)
+        """Reserve the unpublished part of an entry's block; the entry is pinned until the reservation is done."""
+        self.pin(entry)
         return Reservation(entry.chunk_hash, entry.layout, rank, entry.offset(rank), 0, entry.owner, entry)
 
     def commit(self, reservation: Reservation, mask: int, after: bytes | None = None) -> Entry:
@@ -155,8 +155,8 @@ class L1Store:
             return entry
         if entry is not None and entry.ranks >> rank & 1:
             missing = mask & ~entry.present
-            if not missing or entry.holds or entry.leases:
-                if missing and not entry.holds:
+            if not missing or entry.pins or entry.leases:
+                if missing and not entry.pins:
                     self._copy(reservation, entry, missing)
                     self._notify_committed(entry)
                 self.discard((reservation,))
@@ -176,7 +176,7 @@ class L1Store:
             self._entry_at[reservation.offset] = entry
         if entry.leases:
             self.leased_bytes += size
-        elif not entry.holds:
+        elif not entry.pins:
             self.evictable_bytes += size
         self._notify_committed(entry)
         return entry
@@ -200,7 +200,7 @@ class L1Store:
             if reservation.state is not _DONE:
                 size = self._end(reservation)
                 if reservation.within is not None:
-                    self.unhold(reservation.within)
+                    self.unpin(reservation.within)
                 else:
                     rooms.append((reservation.offset, size))
         self._extents.free_all(rooms)
@@ -224,7 +224,7 @@ class L1Store:
     # Leaving.
 
     def remove(self, entry: Entry, removal: Removal = Removal.DELETED) -> None:
-        """Let an entry be found no more from now on; its memory goes when the last lease and hold have gone."""
+        """Let an entry be found no more from now on; its memory goes with the last lease and pin."""
         self._detach(entry, removal)
         if self._observers.removed:
             notify(self._observers.removed, _observed(entry), removal)
@@ -236,7 +236,7 @@ class L1Store:
             for offset, _ in entry.blocks():
                 del self._entry_at[offset]
         self._policy.left(entry, removal)
-        if entry.leases or entry.holds:
+        if entry.leases or entry.pins:
             self._detached.add(entry)
         else:
             self.evictable_bytes -= entry.room_bytes
@@ -278,7 +278,7 @@ class L1Store:
         for entry in self._policy.victims():
             if entry.leases:
                 self._policy.suspend(entry)
-            elif not entry.holds:
+            elif not entry.pins:
                 yield entry
 
     def _oldest_together(self, size: int) -> Collection[Entry]:
@@ -311,7 +311,7 @@ class L1Store:
                 first, last = self._extents.around(begin, begin + length)
                 while last - first < size:
                     after = entry_at.get(last)
-                    if after is None or after.leases or after.holds:
+                    if after is None or after.leases or after.pins:
                         break
                     row[after] = None
                     length = next(n for b, n in after.blocks() if b == last)
@@ -349,13 +349,13 @@ class L1Store:
         assert resident + self.reserved_bytes + self.quarantined_bytes == self.used_bytes
         assert self.leases == sum(e.leases for e in entries)
         assert self.leased_bytes == sum(e.room_bytes for e in entries if e.leases)
-        assert self.evictable_bytes == sum(e.room_bytes for e in evictable if not e.holds)
+        assert self.evictable_bytes == sum(e.room_bytes for e in evictable if not e.pins)
         assert {id(e) for e in evictable} == {id(e) for e in self.index.values() if not e.leases}
         for entry in entries:
-            assert entry.leases >= 0 and entry.holds >= 0 and entry.unwritten >= 0
+            assert entry.leases >= 0 and entry.pins >= 0 and entry.unwritten >= 0
             assert entry.present and entry.ranks and entry.room_bytes == sum(n for _, n in entry.blocks())
             assert entry.detached == (self.index.get(entry.chunk_hash) is not entry)
-            assert not entry.detached or entry.leases or entry.holds
+            assert not entry.detached or entry.leases or entry.pins
         assert self._entry_at is None or self._entry_at == self._blocks_in_index()
         self._extents.check_integrity()
 

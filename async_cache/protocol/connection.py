@@ -97,7 +97,7 @@ class Connection(asyncio.Protocol):
         """Hand what was sent to the transport now."""
         if self._out and self._transport is not None:
             out, self._out = self._out, []
-            self._transport.writelines(out)
+            self._transport.write(b"".join(out))
 
     async def drained(self) -> None:
         """Return when the peer has read enough for more to be sent. Raises ConnectionLostError."""

@@ -139,7 +139,7 @@ WirePrompt = Digests | TokenIds | Blocks | EngineDigests
 
 
 class RegisterLayout(Message):
-    """The client chooses the number `layout`, by which its prompts then name the layout. Answered by Done."""
+    """The client chooses the number `layout`, by which its prompts then name it. Answered by LayoutRegistered."""
 
     number: Number
     layout: Index

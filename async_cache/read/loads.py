@@ -1,6 +1,6 @@
 """L2 -> L1: each object is loaded once, however many requests want it.
 
-Requests hold shares of the loads that they want (see `batches.ChunkLoad`). A failed object tries the next holder before
+Requests hold shares of the loads that they want (see `load.ChunkLoad`). A failed object tries the next holder before
 its chunk falls short. The room of a chunk is freed only when no call touches it any more.
 """
 
@@ -14,7 +14,8 @@ from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.guard import Guard
 from async_cache.l2.meter import expected_load_seconds
 from async_cache.l2.tombstones import Tombstones
-from async_cache.read.batches import Batch, Batches, ChunkLoad, LoadState
+from async_cache.read.batches import Batch, Batches
+from async_cache.read.load import ChunkLoad, LoadState
 from async_cache.read.lookup import Asked, Found, Sources, ask
 from async_cache.read.request import Request
 from async_cache.values import Shortfall

@@ -8,7 +8,7 @@ from async_cache.config import CacheConfig
 from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
 from async_cache.prompt import coverage
-from async_cache.read.batches import ChunkLoad
+from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Loader
 from async_cache.read.lookup import Found
 from async_cache.read.request import Request
@@ -126,7 +126,7 @@ class Planner:
         spare = sum(
             entry.room_bytes
             for entry in request.entries[len(lacking.needed) :]
-            if entry is not None and entry.leases == 1 and not entry.holds
+            if entry is not None and entry.leases == 1 and not entry.pins
         )
         return size <= self._l1.available_bytes + spare
 

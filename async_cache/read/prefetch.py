@@ -19,7 +19,7 @@ from async_cache.l2.tombstones import Tombstones
 from async_cache.observe import Observers, notify
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
-from async_cache.read.batches import ChunkLoad
+from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Arrival, Loader
 from async_cache.read.lookup import Asked, Found, ask, ask_nowait
 from async_cache.read.plan import Planner

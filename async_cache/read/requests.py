@@ -1,6 +1,7 @@
 """Who knows a request: ids, claims and readers, and how requests end."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count
 
 from async_cache.aio.sweeper import Sweeper
@@ -12,6 +13,7 @@ from async_cache.errors import (
     RequestConflictError,
     UnknownRequestError,
 )
+from async_cache.handles.lease import Entered, ReadChunk
 from async_cache.l1.store import L1Store
 from async_cache.observe import Observers, notify
 from async_cache.prompt.layout import Prompt, check_index
@@ -117,8 +119,8 @@ class Requests:
         if request is not None:
             request.claimed = False
 
-    async def enter(self, request_id: str, rank: int, reader: int) -> Request:
-        """Begin to read a request, once its load is done.
+    async def enter(self, request_id: str, rank: int, reader: int) -> Entered:
+        """Begin to read a request, once its load is done: its chunks, and how the read ends.
 
         Raises UnknownRequestError, ReadConflictError if this rank and reader have read it already, and ValueError for
         a rank or reader that it does not have.
@@ -129,7 +131,7 @@ class Requests:
         check_index("reader", reader, layout.readers_per_rank)
         if rank not in request.ranks:
             raise ValueError(f"rank {rank} is not among the ranks {request.ranks} of request {request_id!r}")
-        await request.result.wait()
+        result = await request.result.wait()
         if request.state is RequestState.OVER:
             raise self._ended(request)
         if (rank, reader) in request.readers:
@@ -137,16 +139,37 @@ class Requests:
         request.readers.add((rank, reader))
         request.inside += 1
         self._use(request)
-        return request
+        return Entered(
+            result,
+            layout,
+            self._chunks(request, rank),
+            partial(self._leave, request),
+            partial(self._undo_enter, request, rank, reader),
+        )
 
-    def undo_enter(self, request: Request, rank: int, reader: int) -> None:
+    def _chunks(self, request: Request, rank: int) -> tuple[ReadChunk, ...]:
+        layout, start, entries = request.prompt.layout, request.start_chunk, request.entries
+        memory = memoryview(self._l1.arena.view)  # of its own, which lives as long as the lease
+        return tuple(
+            ReadChunk(
+                start + n,
+                entry.offset(rank) if (entry := entries[n]) is not None and entry.ranks >> rank & 1 else None,
+                rank,
+                needed,
+                layout,
+                memory,
+            )
+            for n, needed in enumerate(request.needed)
+        )
+
+    def _undo_enter(self, request: Request, rank: int, reader: int) -> None:
         """Undo an entry of which the reader never came to know: it may enter again."""
         request.readers.discard((rank, reader))
         request.inside -= 1
         if request.state is RequestState.OVER:
             self._release_if_left(request)
 
-    def leave(self, request: Request) -> None:
+    def _leave(self, request: Request) -> None:
         """End a read. The last of all that a request is for ends the request."""
         request.inside -= 1
         everybody = len(request.ranks) * request.prompt.layout.readers_per_rank

@@ -145,12 +145,12 @@ class Writeback:
             await asyncio.sleep(left)
 
     def check_integrity(self) -> None:
-        """An entry knows how many queues it is in, and holds are those of writes that run."""
+        """An entry knows how many queues it is in, and pins are those of writes that run."""
         places = [pending for queue in self._queues for pending in (*queue.waiting, *queue.in_flight)]
         assert all(pending.entry.unwritten == places.count(pending) for pending in places[:256])
         assert set(self._pending.values()) == set(places)
         assert all(self._pending[pending.entry] is pending for pending in places)
-        assert all(pending.entry.holds for queue in self._queues for pending in queue.in_flight)
+        assert all(pending.entry.pins for queue in self._queues for pending in queue.in_flight)
         assert not any(pending.entry.detached for queue in self._queues for pending in queue.waiting)
 
     def __repr__(self) -> str:

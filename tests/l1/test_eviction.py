@@ -119,10 +119,10 @@ def test_a_hold_does_not_change_whose_turn_it_is() -> None:
     l1 = make_store(4)
     put(l1, ONE, "a", 4)
     tail = l1.index[b"a3"]
-    l1.hold(tail)
+    l1.pin(tail)
     put(l1, ONE, "b", 1)
     assert left(l1, "a") == [0, 1, 3]
-    l1.unhold(tail)
+    l1.unpin(tail)
     put(l1, ONE, "b", 2, first=1)
     assert left(l1, "a") == [0, 1]
 
@@ -160,11 +160,11 @@ def test_neighbours_that_are_used_send_it_elsewhere() -> None:
     l1 = make_scattered(128)
     leased = lease(l1, "a", [7])
     held = l1.index[b"a12"]
-    l1.hold(held)
+    l1.pin(held)
     assert put(l1, FOUR, "b", 1) == 1
     assert gone(l1, 128) == [17, 18, 19, 20]
     release(l1, leased)
-    l1.unhold(held)
+    l1.unpin(held)
 
 
 @pytest.mark.parametrize("pages", [2, 16, 64])
@@ -244,7 +244,7 @@ class L1Machine(RuleBasedStateMachine):
                 self.l1.lease([entry])
                 self.leased.append(entry)
             elif use == "hold":
-                self.l1.hold(entry)
+                self.l1.pin(entry)
                 self.held.append(entry)
             elif use == "touch":
                 self.l1.touch([entry.chunk_hash])
@@ -256,7 +256,7 @@ class L1Machine(RuleBasedStateMachine):
         if self.leased:
             self.l1.release((self.leased.pop(data.draw(st.integers(0, len(self.leased) - 1))),))
         if self.held:
-            self.l1.unhold(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+            self.l1.unpin(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
     @invariant()
     def records_agree(self) -> None:
@@ -266,7 +266,7 @@ class L1Machine(RuleBasedStateMachine):
         for entry in self.leased:
             self.l1.release((entry,))
         for entry in self.held:
-            self.l1.unhold(entry)
+            self.l1.unpin(entry)
         for reservation in self.reserved:
             self.l1.discard((reservation,))
         for entry in list(self.l1.index.values()):

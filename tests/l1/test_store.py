@@ -93,11 +93,11 @@ def test_what_is_leased_or_held_stays(l1):
     put(l1, ONE, "abcdefghijklmnop")
     entries = [l1.index[name.encode()] for name in "op"]
     l1.lease(entries[:1])
-    l1.hold(entries[1])
+    l1.pin(entries[1])
     assert put(l1, ONE, "0123456789ABCDEF") == 14
     assert resident(l1) == "0123456789ABCDop"
     l1.release((entries[0],))
-    l1.unhold(entries[1])
+    l1.unpin(entries[1])
 
 
 def test_an_impossible_reservation_evicts_nothing(l1):
