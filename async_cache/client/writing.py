@@ -3,7 +3,6 @@
 import asyncio
 import ctypes
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Any
 
 from async_cache.client.calls import Commit, StoreCall
@@ -52,10 +51,10 @@ async def open_chunks(
         raise
     store = Store(link, post, number, call, blocks, prompt.layout.block_bytes[rank])
     chunks = tuple(
-        WriteChunk(index, offset, prompt.layout, rank, partial(store.lend, position))
-        for position, (index, (offset, _)) in enumerate(zip(reserved.chunks, blocks, strict=True))
+        WriteChunk(index, offset, prompt.layout, rank)
+        for index, (offset, _) in zip(reserved.chunks, blocks, strict=True)
     )
-    return Opened(chunks, reserved.shortfall, store.commit, store.close, store.settled)
+    return Opened(chunks, reserved.shortfall, store.lend, store.commit, store.close, store.settled)
 
 
 def _make_blocks(segment: Segment | None, layout: ModelLayout, rank: int, count: int) -> Blocks:

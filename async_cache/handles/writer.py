@@ -4,9 +4,10 @@ import asyncio
 import ctypes
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec import Struct
 
 from async_cache.errors import WriterClosedError
 from async_cache.handles.scoped import Scoped
@@ -21,24 +22,22 @@ Block = ctypes.Array[ctypes.c_ubyte]
 """The memory of one chunk and rank. Views and tensors keep it, whatever becomes of the writer."""
 
 
-class WriteChunk:
+class WriteChunk(Struct, eq=False):
     """One chunk to fill: `index` in the prompt, `offset` of its block; private until it is `committed`.
 
     The offset counts from the beginning of the cache's `memory`, or through a client, of the client's own segment; it
     is None where the block lies in neither.
     """
 
-    __slots__ = ("_block", "_commit", "_layout", "_lend", "_rank", "_views", "committed", "index", "offset")
-
-    def __init__(self, index: int, offset: int | None, layout: ModelLayout, rank: int, lend: Callable[[], Block]):
-        self.index = index
-        self.offset = offset
-        self.committed = False
-        self._layout, self._rank = layout, rank
-        self._lend = lend
-        self._commit: Callable[[], None] | None = None
-        self._block: Block | None = None  # once somebody sees it
-        self._views: tuple[memoryview | None, ...] = ()
+    index: int
+    offset: int | None
+    _layout: ModelLayout
+    _rank: int
+    committed: bool = False
+    _position: int = 0  # among the chunks of its writer
+    _opened: "Opened | None" = None  # while its writer is open
+    _block: Block | None = None  # once somebody sees it
+    _views: tuple[memoryview | None, ...] = ()
 
     @property
     def views(self) -> tuple[memoryview | None, ...]:
@@ -57,27 +56,25 @@ class WriteChunk:
     def commit(self) -> None:
         """Publish the chunk as it is now; it must not be written to any more. Raises WriterClosedError."""
         if not self.committed:
-            commit = self._commit  # once: another thread may close the writer
-            if commit is None:
+            opened = self._opened  # once: another thread may close the writer
+            if opened is None:
                 raise WriterClosedError("the writer is closed")
-            commit()
+            opened.commit(self._position)
             self.committed = True
 
     def _new_views(self) -> tuple[memoryview | None, ...]:
-        if self._commit is None:
+        opened, block = self._opened, self._block  # once: another thread may close the writer
+        if opened is None:
             raise WriterClosedError("the writer is closed")
-        block = self._block  # once: another thread may close the writer
         if block is None:
-            block = self._block = self._lend()
+            block = self._block = opened.lend(self._position)
         whole = memoryview(block).cast("B")
         spans = self._layout.objects.spans[self._rank]
         return tuple(whole[span[0] : span[1]] if span is not None else None for span in spans)
 
-    def _close(self, *, release: bool) -> None:
-        """End it; with `release`, a view that is used after this is an error, where nobody has built on it."""
-        views, self._views = self._views, ()
-        self._block = self._commit = None
-        for view in views if release else ():
+    def _release_views(self) -> None:
+        """Make the use of a view an error from now on, where nobody has built on it."""
+        for view in self._views:
             if view is not None:
                 try:
                     view.release()
@@ -85,19 +82,21 @@ class WriteChunk:
                     continue
 
     def __repr__(self) -> str:
-        state = "committed" if self.committed else "closed" if self._commit is None else "open"
+        state = "committed" if self.committed else "closed" if self._opened is None else "open"
         return f"<WriteChunk {self.index}, {state}>"
 
 
 class Opened(NamedTuple):
     """What opening a writer gives: chunks, why there may be fewer than are missing, and what acts on them.
 
-    `commit` publishes the chunk at a position among them. `close` gives back those at positions that were not
-    committed, and is called once. `settled` returns when all that was committed can be found.
+    `lend` gives the memory of the chunk at a position among them, and `commit` publishes it. `close` gives back those
+    at positions that were not committed, and is called once. `settled` returns when all that was committed can be
+    found.
     """
 
     chunks: tuple[WriteChunk, ...]
     shortfall: Shortfall | None
+    lend: Callable[[int], Block]
     commit: Callable[[int], None]
     close: Callable[[Sequence[int]], None]
     settled: Callable[[], Awaitable[None]]
@@ -148,9 +147,16 @@ class Writer(Scoped[WriteChunk]):
         self._state, before = WriterState.CLOSED, self._state
         if before is WriterState.OPEN:
             assert self._opened is not None
-            for chunk in self._chunks:
-                chunk._close(release=release)
-            self._opened.close([position for position, chunk in enumerate(self._chunks) if not chunk.committed])
+            uncommitted = []
+            for position, chunk in enumerate(self._chunks):
+                chunk._opened = None
+                if not chunk.committed:
+                    uncommitted.append(position)
+                if chunk._block is not None:
+                    if release:
+                        chunk._release_views()
+                    chunk._views, chunk._block = (), None
+            self._opened.close(uncommitted)
 
     async def _enter(self) -> None:
         async with self._entering:
@@ -163,7 +169,7 @@ class Writer(Scoped[WriteChunk]):
                 return
             self._state = WriterState.OPEN
             for position, chunk in enumerate(opened.chunks):
-                chunk._commit = partial(opened.commit, position)
+                chunk._position, chunk._opened = position, opened
 
     def _leave(self) -> None:
         self.close()

@@ -102,10 +102,11 @@ class Writing:
         opened = OpenWriter(writer, prompt, rank, missing, made, expired)
         self._open.add(opened)
         chunks = tuple(
-            WriteChunk(index, reservation.offset, layout, rank, partial(self._lend, opened, position))
-            for position, (index, reservation) in enumerate(zip(missing, made, strict=False))
+            WriteChunk(index, reservation.offset, layout, rank)
+            for index, reservation in zip(missing, made, strict=False)
         )
-        return Opened(chunks, shortfall, partial(self._commit, opened), partial(self._close, opened), _settled)
+        lend, commit = partial(self._lend, opened), partial(self._commit, opened)
+        return Opened(chunks, shortfall, lend, commit, partial(self._close, opened), _settled)
 
     def _lend(self, opened: OpenWriter, position: int) -> Block:
         """The memory of a chunk, to make views of."""
