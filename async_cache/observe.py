@@ -94,5 +94,5 @@ def notify(listeners: list[Callable[..., None]], *event: Any) -> None:
 def _call(callback: Callable[..., None], event: tuple[Any, ...]) -> None:
     try:
         callback(*event)
-    except Exception:
+    except (Exception, asyncio.CancelledError):
         log.exception("an observer failed: %r", callback)

@@ -33,7 +33,7 @@ class Promise(Generic[T]):
         self._value = value
         told, self._told = self._told, []
         for callback in told:
-            self._tell(callback, value)
+            asyncio.get_running_loop().call_soon(callback, value)
         for waiter in self._take_waiters():
             waiter.set_result(value)
         return True
@@ -47,18 +47,14 @@ class Promise(Generic[T]):
             self._told.clear()
 
     def tell(self, callback: Callable[[T], None]) -> None:
-        """Call this with the value once it has come, in the loop's next turn; never if the promise breaks.
+        """Call this with the value: now, if it has come, else in the loop's next turn after it has; not if it breaks.
 
-        Whatever it does or raises comes after the step that resolved the promise, and before its waiters go on.
+        So whatever it does or raises comes after the step that resolved the promise, and before its waiters go on.
         """
         if self._value is not None:
-            self._tell(callback, self._value)
+            callback(self._value)
         elif self._error is None:
             self._told.append(callback)
-
-    @staticmethod
-    def _tell(callback: Callable[[T], None], value: T) -> None:
-        asyncio.get_running_loop().call_soon(callback, value)
 
     @property
     def error(self) -> Exception | None:

@@ -194,7 +194,7 @@ class CacheClient:
     def unclaim(self, result: LoadResult) -> None:
         """Return a claimed result that nobody waits for any more: it is handed out once more."""
         if self._links.current is not None:
-            self._links.current.claims.unclaim(result.request_id)
+            self._links.current.claims.unclaim(result)
 
     async def renew(self, request_id: str) -> None:
         """Let the request's time begin anew. Raises UnknownRequestError."""

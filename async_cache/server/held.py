@@ -33,6 +33,11 @@ class Held(ABC):
         if self.is_held:
             del self._held[self._number]
 
+    @property
+    def counts(self) -> bool:
+        """Whether it takes one of the connection's requests; one that is over does not, and is about to go."""
+        return True
+
     @abstractmethod
     def undo(self) -> None:
         """Undo it, as if it had not been asked for: the client has given it up."""
@@ -48,18 +53,20 @@ class Held(ABC):
 class Wait(Held):
     """A task that answers a message. What it acquires for the client takes its place."""
 
-    __slots__ = ("task",)
+    __slots__ = ("_undone", "task")
 
     def __init__(
         self, number: int, held: dict[int, Held], connection: Connection, work: Coroutine[Any, Any, None]
     ) -> None:
         super().__init__(number, held, connection)
+        self._undone = False
         self.task = asyncio.get_running_loop().create_task(work)
         self.task.add_done_callback(lambda _: self._gone())
 
     def undo(self) -> None:
         """Cancel it, and answer that; what was answered already stays answered."""
-        if self.task.cancel():
+        if not self._undone and self.task.cancel():
+            self._undone = True
             self._connection.send(messages.Failed(self._number, "cancelled", "the client gave it up"))
 
     def release(self) -> None:

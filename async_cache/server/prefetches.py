@@ -2,7 +2,7 @@
 
 from async_cache.cache import AsyncCache
 from async_cache.handles.prefetch import Prefetch, Promised
-from async_cache.observe import Observer
+from async_cache.observe import Observer, Observers
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.server.access import Scope
@@ -53,6 +53,11 @@ class HeldPrefetch(Held):
         over = messages.RequestOver(self._number) if error is None else messages.failed(self._number, error)
         self._connection.send(over)
 
+    @property
+    def counts(self) -> bool:
+        """Whether its request is not over; that it is, is told a turn later."""
+        return self._holders.know(self)
+
     def undo(self) -> None:
         """Cancel the prefetch. It stays held, since its request is not over, and what has loaded stays."""
         self.prefetch.cancel()
@@ -63,8 +68,12 @@ class HeldPrefetch(Held):
         self._holders.discard(self)
 
 
+_holders_of: "dict[Observers, Holders]" = {}
+"""By the observers of a cache, the holders of its requests, while a server of it is open."""
+
+
 class Holders(Observer):
-    """The prefetches of a server's connections, by their requests.
+    """The prefetches of all connections to one cache, by their requests; several servers of a cache share them.
 
     An id may be used anew in the step in which its request ends, of which observers hear in the loop's next turn. So
     a request stands here for itself, and not its id.
@@ -73,11 +82,29 @@ class Holders(Observer):
     def __init__(self, cache: AsyncCache):
         self._requests, self._observers = cache.core.requests, cache.core.observers
         self._holders: dict[Promised, dict[HeldPrefetch, None]] = {}
-        self._observers.add(self)
+        self._servers = 0
+
+    @classmethod
+    def of(cls, cache: AsyncCache) -> "Holders":
+        """Those of a cache, for one more server, which has to `close` them."""
+        holders = _holders_of.get(cache.core.observers)
+        if holders is None:
+            holders = _holders_of[cache.core.observers] = cls(cache)
+            cache.core.observers.add(holders)
+        holders._servers += 1
+        return holders
 
     def close(self) -> None:
-        """Observe nothing any more."""
-        self._observers.discard(self)
+        """Observe nothing any more, once all servers of the cache have closed them."""
+        self._servers -= 1
+        if not self._servers:
+            del _holders_of[self._observers]
+            self._observers.discard(self)
+
+    def know(self, held: HeldPrefetch) -> bool:
+        """Whether the request of a prefetch is not over."""
+        request = held.prefetch.promised
+        return self._requests.find(request.request_id) is request
 
     def add(self, held: HeldPrefetch) -> None:
         """Have a request last as long as this prefetch is held."""
@@ -92,7 +119,7 @@ class Holders(Observer):
         del holders[held]
         if not holders:
             del self._holders[request]
-            if self._requests.find(request.request_id) is request:
+            if self.know(held):
                 self._requests.end(request.request_id)
 
     def claimed(self, request_id: str, claimed: bool) -> None:

@@ -50,7 +50,7 @@ class Server:
         self._config = config
         self._access = Access(config.tenants)
         self._shared = Shared(
-            cache, config, Holders(cache), SharedLayouts(), ThreadPoolExecutor(_COPIERS, thread_name_prefix="copy")
+            cache, config, Holders.of(cache), SharedLayouts(), ThreadPoolExecutor(_COPIERS, thread_name_prefix="copy")
         )
         self._listeners: list[Listener] = []
         self._sessions: set[Session] = set()

@@ -101,7 +101,9 @@ class Session:
         if number in self.held:
             raise ValueError(f"the number {number} is that of another request")
         if len(self.held) >= self._max_requests:
-            raise LimitError(f"{len(self.held)} requests of this connection are under way, which is the limit")
+            under_way = sum(held.counts for held in self.held.values())
+            if under_way >= self._max_requests:
+                raise LimitError(f"{under_way} requests of this connection are under way, which is the limit")
 
     def _wait(self, message: Any, handler: "_Waits") -> None:
         wait = Wait(message.number, self.held, self.connection, self._answer(message, handler))

@@ -45,7 +45,7 @@ class Sent:
 async def open_cache() -> AsyncIterator[tuple[AsyncCache, Holders]]:
     async with AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache:
         await fill(cache, PROMPT)
-        holders = Holders(cache)
+        holders = Holders.of(cache)
         yield cache, holders
         holders.close()
 
