@@ -156,3 +156,86 @@ async def test_a_result_that_is_given_back_late_is_not_that_of_another_request(t
         await two.ping()
         with pytest.raises(Exception, match="claimed"):
             await two.query_status("a")
+
+
+async def filled(cache: AsyncCache) -> None:
+    async with cache.store(PROMPT) as writer:
+        for chunk in writer:
+            chunk.commit()
+
+
+async def test_a_claim_on_a_connection_that_is_closing_hears_of_its_end(tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/s"
+    async with (
+        AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache,
+        Server(cache, ServerConfig(listen=[url])),
+        connect(url) as client,
+    ):
+        link = client._links.connected()
+        link.connection.abort()
+        claims = [asyncio.create_task(link.claims.claim("x")) for _ in range(2)]
+        for claim in claims:
+            with pytest.raises(ConnectionLostError):
+                await asyncio.wait_for(claim, 5)
+
+
+@pytest.mark.parametrize("chunks", [0, 2])
+async def test_a_claim_that_is_given_up_at_any_moment_loses_no_result(tmp_path: Path, chunks: int) -> None:
+    url = f"unix://{tmp_path}/s"
+    async with (
+        AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache,
+        Server(cache, ServerConfig(listen=[url])),
+        connect(url) as client,
+    ):
+        if chunks:
+            await filled(cache)
+        for steps in range(60):
+            prefetch = client.prefetch(PROMPT)
+            given_up = asyncio.create_task(client.query_status(prefetch.request_id))
+            for _ in range(steps // 2):
+                await asyncio.sleep(0)
+            given_up.cancel()
+            if steps % 2:
+                await asyncio.wait([given_up])
+            asked = await asyncio.wait_for(
+                asyncio.gather(given_up, client.query_status(prefetch.request_id), return_exceptions=True), 5
+            )
+            results = [result for result in asked if not isinstance(result, BaseException)]
+            assert [result.chunks for result in results] == [chunks], (steps, asked)
+            await client.end_request(prefetch.request_id)
+
+
+async def test_at_the_limit_an_id_that_was_ended_makes_room_at_once(tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/s"
+    async with (
+        AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache,
+        Server(cache, ServerConfig(listen=[url], max_requests=1)),
+        connect(url) as client,
+    ):
+        await client.prefetch(PROMPT, request_id="a").load_done
+        for _ in range(20):
+            ending = asyncio.create_task(client.end_request("a"))
+            await asyncio.sleep(0)
+            prefetch = client.prefetch(PROMPT, request_id="a")
+            await prefetch.load_done
+            await ending
+
+
+async def test_two_servers_of_a_cache_hold_a_request_together(tmp_path: Path) -> None:
+    urls = [f"unix://{tmp_path}/{n}" for n in (1, 2)]
+    async with (
+        AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache,
+        Server(cache, ServerConfig(listen=[urls[0]])),
+        Server(cache, ServerConfig(listen=[urls[1]])) as second,
+        connect(urls[1]) as two,
+    ):
+        await filled(cache)
+        async with connect(urls[0]) as one:
+            await one.prefetch(PROMPT, request_id="a").load_done
+            await two.prefetch(PROMPT, request_id="a").load_done
+        await two.ping()
+        async with asyncio.timeout(5):
+            assert (await two.query_status("a")).chunks == 2
+        await two.end_request("a")
+        await two.ping()
+        assert [session.held for session in second._sessions] == [{}]
