@@ -151,21 +151,30 @@ class StoreCall(Question):
 
 
 class Commit(Call):
-    """A chunk that is to be published. Its block is kept until the server has copied it; a failure is logged."""
+    """A chunk that is to be published. Its block is kept until the server has copied it; a failure is logged.
 
-    __slots__ = ("_block", "answered")
+    Until then `answered` is one of those that are `under_way`.
+    """
 
-    def __init__(self, block: "ctypes.Array[ctypes.c_ubyte]") -> None:
+    __slots__ = ("_block", "_under_way", "answered")
+
+    def __init__(self, block: "ctypes.Array[ctypes.c_ubyte]", under_way: "set[asyncio.Future[None]]") -> None:
         self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._block = block
+        self._under_way = under_way
+        under_way.add(self.answered)
 
     def on(self, answer: Any) -> bool:
         if type(answer) is messages.Failed and not isinstance(error := error_of(answer), WriterClosedError):
             log.warning("a chunk could not be committed: %s", error)
-        self.answered.set_result(None)
+        self._end()
         return True
 
     def lost(self, reason: Exception) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._under_way.discard(self.answered)
         self.answered.set_result(None)
 
 
@@ -178,6 +187,9 @@ class PrefetchState(Enum):
     OPEN = "open"
     CLAIMED = "claimed"
     LEFT = "left"
+
+
+OPEN, CLAIMED, LEFT = PrefetchState  # each access to a member of an enum is a call, in Python 3.11
 
 
 class PrefetchCall(Call):
@@ -196,7 +208,7 @@ class PrefetchCall(Call):
         self.prompt = prompt
         self.start_chunk = start_chunk
         self.ranks = ranks
-        self.state = PrefetchState.OPEN
+        self.state = OPEN
         self.hits: Promise[LookupHits] = Promise()
         self.result: Promise[LoadResult] = Promise()
         self.prefetch = Prefetch(self, self._cancel)
@@ -212,8 +224,8 @@ class PrefetchCall(Call):
         elif kind is messages.LoadDone:
             self.result.resolve(answer.result)
         elif kind is messages.RequestClaimed:
-            if self.state is not PrefetchState.LEFT:
-                self.state = PrefetchState.CLAIMED if answer.claimed else PrefetchState.OPEN
+            if self.state is not LEFT:
+                self.state = CLAIMED if answer.claimed else OPEN
         elif kind is messages.RequestOver:
             self._free_id()
             self.lost(ConnectionLostError("the request ended before its result had come"))  # where it did: a fault

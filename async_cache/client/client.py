@@ -8,7 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from async_cache.client.calls import PrefetchCall, PrefetchState
+from async_cache.client.calls import LEFT, OPEN, PrefetchCall
 from async_cache.client.dial import dial
 from async_cache.client.link import Link
 from async_cache.client.links import Dial, Links
@@ -117,11 +117,11 @@ class CacheClient:
         await self.close()
 
     async def _ask(self, answer: type[A], make: Callable[[int], Any]) -> A:
-        link = await self._links.ready()
+        link = self._links.current or await self._links.ready()
         return await link.ask(answer, make(link.next_number()))
 
     async def _ask_of(self, answer: type[A], make: Callable[[int, messages.WirePrompt], Any], prompt: Prompt) -> A:
-        link = await self._links.ready()
+        link = self._links.current or await self._links.ready()
         wire = await link.pack_hashed(prompt)
         return await link.ask(answer, make(link.next_number(), wire))
 
@@ -144,18 +144,19 @@ class CacheClient:
         Raises RequestConflictError if this client uses the id for something else; without a connection, the futures
         have ConnectionLostError.
         """
-        self._links.check_open()
+        link = self._links.current
+        if link is None:
+            self._links.check_open()
         check_prompt(prompt)
         if request_id is None:
             request_id = self.new_request_id()
         check_request_id(request_id, MAX_REQUEST_ID)
         check_seconds("deadline_seconds", deadline_seconds)
         start_chunk, here = start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
-        link = self._links.current
         known = link.requests.get(request_id) if link is not None else None
-        if known is not None and known.state is not PrefetchState.LEFT:
+        if known is not None and known.state is not LEFT:
             same = known.asks_for(prompt, start_chunk, here)
-            if same and known.state is PrefetchState.OPEN:
+            if same and known.state is OPEN:
                 return known.prefetch
             raise RequestConflictError(f"request {request_id!r} is in use{'' if same else ' for another prompt'}")
         call = PrefetchCall(link, request_id, prompt, start_chunk, here)
@@ -189,7 +190,8 @@ class CacheClient:
         The request may be one of any client of this tenant and namespace.
         """
         check_request_id(request_id, MAX_REQUEST_ID)
-        return await (await self._links.ready()).claims.claim(request_id)
+        link = self._links.current or await self._links.ready()
+        return await link.claims.claim(request_id)
 
     def unclaim(self, result: LoadResult) -> None:
         """Return a claimed result that nobody waits for any more: it is handed out once more."""
@@ -206,11 +208,13 @@ class CacheClient:
 
         Without a connection, nothing is held.
         """
-        self._links.check_open()
+        link = self._links.current
+        if link is None:
+            self._links.check_open()
         check_request_id(request_id, MAX_REQUEST_ID)
-        if self._links.current is not None:
-            self._links.current.detach(request_id)
-            await self._ask(messages.Done, lambda number: messages.EndRequest(number, request_id))
+        if link is not None:
+            link.detach(request_id)
+            await link.ask(messages.Done, messages.EndRequest(link.next_number(), request_id))
 
     # Reading and writing.
 
@@ -227,7 +231,7 @@ class CacheClient:
     async def _enter_read(self, request_id: str, rank: int, reader: int) -> Entered:
         for name, value in (("rank", rank), ("reader", reader)):
             check_index(name, value, 2**32)
-        link = await self._links.ready()
+        link = self._links.current or await self._links.ready()
         number = link.next_number()
         request = link.requests.get(request_id)
         acquired, memory = await link.acquire(messages.AcquireRead(number, request_id, rank, reader))
@@ -247,7 +251,7 @@ class CacheClient:
     def _release(link: Link, number: int, request: PrefetchCall | None) -> None:
         link.send(messages.ReleaseRead(link.next_number(), number))
         if request is not None:
-            request.state = PrefetchState.LEFT
+            request.state = LEFT
 
     def store(self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0) -> Writer:
         """Write a rank's chunks from `start_chunk` on, those that L1 lacks: `async with` the writer, or `await` it.

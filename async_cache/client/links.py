@@ -36,10 +36,14 @@ class LinksState(Enum):
     CLOSED = "closed"
 
 
-class Links:
-    """What a client is connected by: `current` is None while there is no connection. See `LinksState`.
+_OPEN = LinksState.OPEN  # each access to a member of an enum is a call, in Python 3.11
 
-    A call that needs a connection waits in `ready` for the attempt that comes next, and fails with it.
+
+class Links:
+    """What a client is connected by. See `LinksState`.
+
+    `current` is the link while the client is open and has a connection. A call that needs one waits in `ready` for the
+    attempt that comes next, and fails with it.
     """
 
     def __init__(self, dial: Dial, *, connect_timeout_seconds: float, heartbeat_seconds: float | None):
@@ -106,7 +110,7 @@ class Links:
 
     def check_open(self) -> None:
         """Raises CacheClosedError, unless the client is open."""
-        if self._state is not LinksState.OPEN:
+        if self._state is not _OPEN:
             what = "was closed" if self._is_closed else "is not open: use `async with`"
             raise CacheClosedError(f"the client {what}")
 

@@ -113,10 +113,8 @@ class Store:
             for begin in range(0, self._block_bytes, DATA_BYTES):
                 piece = data[begin : min(begin + DATA_BYTES, self._block_bytes)]
                 link.send(messages.StoreData(self._number, position, begin, piece))
-        commit = Commit(block)
-        self._commits.add(commit.answered)
-        commit.answered.add_done_callback(self._commits.discard)
-        link.begin(messages.CommitStore(link.next_number(), self._number, position, offset), commit)
+        message = messages.CommitStore(link.next_number(), self._number, position, offset)
+        link.begin(message, Commit(block, self._commits))
 
     def _send_close(self) -> None:
         if self._call.close() is not None:  # else the server knows already

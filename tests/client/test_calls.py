@@ -122,12 +122,14 @@ async def test_a_store_expires_its_writer_once_it_is_open(end: Any) -> None:
 
 async def test_a_commit_that_fails_or_is_lost_has_ended_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     for answer in (messages.Done(1), FAILED, messages.Failed(1, "writer_closed", "late"), None):
-        commit = Commit((ctypes.c_ubyte * 8)())
+        under_way: set[asyncio.Future[None]] = set()
+        commit = Commit((ctypes.c_ubyte * 8)(), under_way)
+        assert under_way == {commit.answered}
         if answer is None:
             commit.lost(LOST)
         else:
             assert commit.on(answer)
-        await commit.answered
+        assert commit.answered.done() and not under_way
     assert [record.getMessage() for record in caplog.records] == ["a chunk could not be committed: too many"]
 
 
