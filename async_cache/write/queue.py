@@ -81,10 +81,12 @@ class WriteQueue:
 
     def add(self, pending: Pending) -> bool:
         """Let a chunk wait for its turn; False if it does already."""
-        if pending in self.waiting:
+        waiting = self.waiting
+        if pending in waiting:
             return False
-        self.waiting[pending] = 0
-        self._wake.set()
+        if not waiting:
+            self._wake.set()
+        waiting[pending] = 0
         return True
 
     def discard(self, pending: Pending, outcome: Outcome) -> None:

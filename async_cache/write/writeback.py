@@ -58,17 +58,14 @@ class Writeback:
         """Store a chunk: objects of it were committed, or it is stored anew after it was dropped."""
         entry.dropped = False
         self._committed_at = self._clock()
-        queues = self._queues_for(entry)
+        queues = self._queues  # every chunk goes to every backend: this is where another choice would be made
         if queues:
             pending = self._pending.get(entry)
             if pending is None:
                 pending = self._pending[entry] = Pending(entry, self._epoch)
             for queue in queues:
-                entry.unwritten += queue.add(pending)
-
-    def _queues_for(self, entry: Entry) -> Sequence[WriteQueue]:
-        """The backends that a chunk is stored in: all of them."""
-        return self._queues
+                if queue.add(pending):
+                    entry.unwritten += 1
 
     def evicted(self, entry: Entry) -> None:
         """A chunk left L1 before it was stored: drop it."""
