@@ -101,6 +101,9 @@ class LeaseState(Enum):
     RELEASED = "released"
 
 
+_NEW, _ENTERED, _RELEASED = LeaseState  # each access to a member by its enum is a call, in Python 3.11
+
+
 class ReadLease(Scoped[ReadChunk]):
     """A reader's lease on what a request has loaded: `async with` it, or `await` it and `release()` later.
 
@@ -111,7 +114,7 @@ class ReadLease(Scoped[ReadChunk]):
     def __init__(self, enter: Callable[[], Awaitable[Entered]]):
         self._enter_read = enter
         self._entered: Entered | None = None
-        self._state = LeaseState.NEW
+        self._state = _NEW
 
     @property
     def result(self) -> LoadResult:
@@ -124,7 +127,7 @@ class ReadLease(Scoped[ReadChunk]):
 
         Whoever copies from a server's memory looks once more when the copy is done.
         """
-        return self._state is LeaseState.ENTERED and self._read.held()
+        return self._state is _ENTERED and self._read.held()
 
     @property
     def layout(self) -> ModelLayout:
@@ -148,9 +151,9 @@ class ReadLease(Scoped[ReadChunk]):
             self._read.undo()
 
     def _end(self) -> bool:
-        if self._state is not LeaseState.ENTERED:
+        if self._state is not _ENTERED:
             return False
-        self._state = LeaseState.RELEASED
+        self._state = _RELEASED
         for chunk in self._chunks:
             chunk._close()
         return True
@@ -159,7 +162,7 @@ class ReadLease(Scoped[ReadChunk]):
         if self._entered is None:
             self._entered = await self._enter_read()
             self._chunks = self._entered.chunks
-            self._state = LeaseState.ENTERED
+            self._state = _ENTERED
 
     def _leave(self) -> None:
         self.release()

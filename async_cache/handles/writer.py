@@ -110,6 +110,9 @@ class WriterState(Enum):
     CLOSED = "closed"
 
 
+_NEW, _OPEN, _CLOSED = WriterState  # each access to a member by its enum is a call, in Python 3.11
+
+
 class Writer(Scoped[WriteChunk]):
     """A writer of one rank's chunks: `async with` it, or `await` it and `close()` later.
 
@@ -123,12 +126,12 @@ class Writer(Scoped[WriteChunk]):
         self._open_chunks = open_chunks
         self._opened: Opened | None = None
         self._entering = asyncio.Lock()
-        self._state = WriterState.NEW
+        self._state = _NEW
 
     @property
     def is_open(self) -> bool:
         """Whether chunks can be committed."""
-        return self._state is WriterState.OPEN
+        return self._state is _OPEN
 
     def close(self) -> None:
         """Discard what was not committed. May be called more than once."""
@@ -144,8 +147,8 @@ class Writer(Scoped[WriteChunk]):
             await self._opened.settled()
 
     def _close(self, *, release: bool) -> None:
-        self._state, before = WriterState.CLOSED, self._state
-        if before is WriterState.OPEN:
+        self._state, before = _CLOSED, self._state
+        if before is _OPEN:
             assert self._opened is not None
             uncommitted = []
             for position, chunk in enumerate(self._chunks):
@@ -164,10 +167,10 @@ class Writer(Scoped[WriteChunk]):
                 return
             self._opened = opened = await self._open_chunks(self)
             self.shortfall, self._chunks = opened.shortfall, opened.chunks
-            if self._state is WriterState.CLOSED:  # from outside, before it was open
+            if self._state is _CLOSED:  # from outside, before it was open
                 opened.close(range(len(opened.chunks)))
                 return
-            self._state = WriterState.OPEN
+            self._state = _OPEN
             for position, chunk in enumerate(opened.chunks):
                 chunk._position, chunk._opened = position, opened
 

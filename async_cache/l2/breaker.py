@@ -18,11 +18,14 @@ class BreakerState(Enum):
     HALF_OPEN = "half-open"
 
 
+_CLOSED, _OPEN, _HALF_OPEN = BreakerState  # each access to a member by its enum is a call, in Python 3.11
+
+
 class Breaker:
     """Counts failures in a row: after `failures` of them no call is made for `reset_seconds`, and then one trial."""
 
     def __init__(self, failures: int, reset_seconds: float):
-        self.state = BreakerState.CLOSED
+        self.state = _CLOSED
         self.retry_at = 0.0
         """When the next trial may begin, by the loop's clock, unless it is CLOSED."""
         self.reset_seconds = reset_seconds
@@ -31,7 +34,7 @@ class Breaker:
 
     def allows(self, now: float) -> bool:
         """Whether a call may be made now: while it is CLOSED, or as the trial that is due."""
-        return self.state is BreakerState.CLOSED or now >= self.retry_at
+        return self.state is _CLOSED or now >= self.retry_at
 
     def begin(self, now: float) -> bool:
         """Whether a call may be made now; the caller makes it then. No other is made during a trial.
@@ -40,27 +43,27 @@ class Breaker:
         """
         if not self.allows(now):
             return False
-        if self.state is not BreakerState.CLOSED:
-            self.state = BreakerState.HALF_OPEN
+        if self.state is not _CLOSED:
+            self.state = _HALF_OPEN
             self.retry_at = now + self.reset_seconds
         return True
 
     def succeeded(self) -> None:
         """Count a call that succeeded: the backend is well."""
         self._failures = 0
-        self.state = BreakerState.CLOSED
+        self.state = _CLOSED
 
     def failed(self, now: float) -> None:
         """Count a call that failed, or did not end in time."""
         self._failures += 1
         if self._failures >= self._limit:  # and so they remain until a success: a trial that fails opens it again
-            self.state = BreakerState.OPEN
+            self.state = _OPEN
             self.retry_at = now + self.reset_seconds
 
     def abandoned(self, now: float) -> None:
         """Count a call that was given up by its caller: it says nothing, and the next one may be the trial."""
-        if self.state is BreakerState.HALF_OPEN:
-            self.state = BreakerState.OPEN
+        if self.state is _HALF_OPEN:
+            self.state = _OPEN
             self.retry_at = now
 
     def __repr__(self) -> str:

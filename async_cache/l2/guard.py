@@ -21,6 +21,9 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+_CLOSED, _OPEN, _HALF_OPEN = BreakerState  # each access to a member by its enum is a call, in Python 3.11
+
+
 class CallTimeoutError(BackendError):
     """A call took too long. It was cancelled, but may not have ended: until then it owns its buffers."""
 
@@ -47,7 +50,7 @@ class Call(Generic[T]):
         self._timeout_seconds = timeout_seconds
         self._answers = answers
         self._counted = False
-        self._is_trial = guard.breaker.state is BreakerState.HALF_OPEN
+        self._is_trial = guard.breaker.state is _HALF_OPEN
         task.add_done_callback(self._ended)
 
     @property
@@ -108,7 +111,7 @@ class Call(Generic[T]):
 
     def _count_failure(self, outcome: Callable[..., None], *arguments: str) -> None:
         """Count it, unless another call is the trial now, of which one that began before says nothing."""
-        if self._is_trial or self._guard.breaker.state is not BreakerState.HALF_OPEN:
+        if self._is_trial or self._guard.breaker.state is not _HALF_OPEN:
             self._count(outcome, *arguments)
         self._counted = True
 
@@ -179,7 +182,7 @@ class Guard:
 
     def lookup_nowait(self, layout: ModelLayout, chunk_hashes: Sequence[bytes], mask: int) -> list[bool] | None:
         """For each chunk, whether all objects of a mask are present, and then pinned; None: `lookup` must be asked."""
-        if self.breaker.state is not BreakerState.CLOSED:
+        if self.breaker.state is not _CLOSED:
             return None
         try:
             found = self.backend.lookup_nowait(chunk_hashes, layout.objects.members[mask])
@@ -285,7 +288,7 @@ class Guard:
 
     def succeeded(self) -> None:
         """Count a call that succeeded."""
-        if self.breaker.state is not BreakerState.CLOSED:
+        if self.breaker.state is not _CLOSED:
             log.info("backend %s is back", self.name)
         self.breaker.succeeded()
 
@@ -293,7 +296,7 @@ class Guard:
         """Count a call that failed, or did not end in time; `why` is logged."""
         before = self.breaker.state
         self.breaker.failed(self._loop.time())
-        left_alone = before is BreakerState.CLOSED and self.breaker.state is BreakerState.OPEN
+        left_alone = before is _CLOSED and self.breaker.state is _OPEN
         log.warning("backend %s: %s%s", self.name, why, "; it is left alone for a while" if left_alone else "")
 
     def abandoned(self) -> None:

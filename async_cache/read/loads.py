@@ -26,7 +26,7 @@ Arrival = tuple[int, Entry | None, Shortfall | None]
 _Rooms = Sequence[tuple[int, Reservation]]
 _NOTHING_LOST: tuple[int, Shortfall | None] = (0, None)
 _REASONS = {LoadOutcome.GONE: Shortfall.GONE, LoadOutcome.CORRUPT: Shortfall.CORRUPT}
-_WAITING = LoadState.WAITING  # by name it would cost a tenth of a microsecond
+_WAITING, _SETTLED, _DROPPED, _REPLACED = LoadState  # each access to a member by its enum is a call, in Python 3.11
 
 
 class Loader:
@@ -226,7 +226,7 @@ class Loader:
         size = sum(reservation.size_bytes for reservation in made)
         again = ChunkLoad(load.chunk_hash, load.layout, made, load.shares, size, load.wanted, load.wanted)
         again.failure = load.failure
-        load.shares, load.state = {}, LoadState.REPLACED
+        load.shares, load.state = {}, _REPLACED
         self._reserved_bytes += size
         self._table[load.chunk_hash] = again
         return again
@@ -246,7 +246,7 @@ class Loader:
         """Publish what was loaded, and deliver it to those who wait."""
         l1, settled = self._l1, []
         for load in loads:
-            self._end(load, LoadState.SETTLED)
+            self._end(load, _SETTLED)
             entry = None
             if not load.abandoned:
                 self._uncount(load)
@@ -274,7 +274,7 @@ class Loader:
     def _drop(self, dead: Sequence[ChunkLoad]) -> None:
         """Drop what nobody wants: its pins go at once, its memory when no call touches it."""
         for load in dead:
-            self._end(load, LoadState.DROPPED)
+            self._end(load, _DROPPED)
             load.abandoned = True
         self._discard_untouched(dead)
         self._batches.drop(dead)

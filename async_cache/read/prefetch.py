@@ -23,7 +23,7 @@ from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Arrival, Loader
 from async_cache.read.lookup import Asked, Found, ask, ask_nowait
 from async_cache.read.plan import Planner
-from async_cache.read.request import Request, RequestState
+from async_cache.read.request import LOADED, LOADING, LOOKING_UP, Request
 from async_cache.read.requests import Requests
 from async_cache.values import LoadResult, LookupHits, Shortfall
 
@@ -74,7 +74,7 @@ class PrefetchController:
         request.prefetch = prefetch = Prefetch(request, partial(self.cancel, request))
         requests.add(request)
         asked = self._advance(request) if prompt.hashed else None
-        if request.state is RequestState.LOOKING_UP:
+        if request.state is LOOKING_UP:
             request.task = self._loop.create_task(self._look_up(request, asked))
             self._tasks.add(request.task)
             request.task.add_done_callback(self._tasks.discard)
@@ -231,7 +231,7 @@ class PrefetchController:
 
     def _take_note(self, request: Request, arrivals: Sequence[Arrival]) -> None:
         entries, needed, local = request.entries, request.needed, request.local_mask
-        looking_up = request.state is RequestState.LOOKING_UP
+        looking_up = request.state is LOOKING_UP
         new: list[Entry] = []
         old: list[Entry] = []
         for number, entry, failure in arrivals:
@@ -280,7 +280,7 @@ class PrefetchController:
         expected_load_seconds: float | None = 0.0,
     ) -> None:
         length, from_l2 = request.length, len(request.from_l2)
-        request.state = RequestState.LOADING
+        request.state = LOADING
         hits = LookupHits(
             request_id=request.request_id,
             start_chunk=request.start_chunk,
@@ -298,7 +298,7 @@ class PrefetchController:
 
     def _say_result(self, request: Request, shortfall: Shortfall | None) -> None:
         length, from_l2 = request.length, len(request.from_l2)
-        request.state = RequestState.LOADED
+        request.state = LOADED
         if request.deadline is not None:
             request.deadline.cancel()
         self.requests.loaded(request)
@@ -318,9 +318,9 @@ class PrefetchController:
     # What ends a request before it has loaded.
 
     def _deadline_passed(self, request: Request) -> None:
-        if request.state is RequestState.LOOKING_UP:
+        if request.state is LOOKING_UP:
             self._give_up(request, Shortfall.DEADLINE)
-        elif request.state is RequestState.LOADING:
+        elif request.state is LOADING:
             request.reasons |= dict.fromkeys(request.loads, Shortfall.DEADLINE)
             self._release_loads(request)
             self._finish(request)
@@ -336,7 +336,7 @@ class PrefetchController:
         self._l1.discard([reservation for _, reservation in rooms])
         request.needed = request.from_l2 = ()
         request.release(self._l1)
-        if request.state is RequestState.LOOKING_UP:
+        if request.state is LOOKING_UP:
             self._say_hits(request, 0, reason)
         self._say_result(request, reason)
 

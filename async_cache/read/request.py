@@ -25,6 +25,9 @@ class RequestState(Enum):
     OVER = "over"
 
 
+LOOKING_UP, LOADING, LOADED, IN_USE, OVER = RequestState  # each access by the enum is a call, in Python 3.11
+
+
 class Request:
     """The record of a request. Chunks are numbered from `start_chunk` on, and objects are masks of bits."""
 
@@ -64,7 +67,7 @@ class Request:
         self.local_mask = prompt.layout.objects.mask_of_ranks(ranks)  # the objects to load here
         # Where it is.
         self.began = began
-        self.state = RequestState.LOOKING_UP
+        self.state = LOOKING_UP
         self.task: asyncio.Task[None] | None = None  # while it waits for L2
         self.deadline: asyncio.TimerHandle | None = None
         # What it was promised.
@@ -96,7 +99,7 @@ class Request:
     @property
     def pending(self) -> bool:
         """Whether its load is not done yet."""
-        return self.state is RequestState.LOADING or self.state is RequestState.LOOKING_UP
+        return self.state is LOADING or self.state is LOOKING_UP
 
     def release(self, l1: L1Store, needed: Sequence[int] = ()) -> None:
         """Release the leases of chunks of which nothing is needed: the tail first, so that it is evicted first."""

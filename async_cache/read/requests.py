@@ -17,7 +17,7 @@ from async_cache.handles.lease import Entered, ReadChunk
 from async_cache.l1.store import L1Store
 from async_cache.observe import Observers, notify
 from async_cache.prompt.layout import Prompt, check_index
-from async_cache.read.request import Request, RequestState
+from async_cache.read.request import IN_USE, LOADED, OVER, Request
 from async_cache.values import LoadResult, LookupHits, Shortfall
 
 
@@ -96,7 +96,7 @@ class Requests:
         """The hits of a request, once they are known. Raises UnknownRequestError."""
         request = self._unclaimed(request_id)
         hits = await request.hits.wait()
-        if hits.shortfall is Shortfall.CANCELLED and request.state is RequestState.OVER:
+        if hits.shortfall is Shortfall.CANCELLED and request.state is OVER:
             raise self._ended(request)
         return hits
 
@@ -104,7 +104,7 @@ class Requests:
         """The result of a request, once it is there, handed out to the first who asks. Raises UnknownRequestError."""
         request = self._unclaimed(request_id)
         result = await request.result.wait()
-        if request.claimed or request.state is RequestState.OVER:
+        if request.claimed or request.state is OVER:
             raise self._ended(request)
         request.claimed = True
         if result.chunks:
@@ -132,7 +132,7 @@ class Requests:
         if rank not in request.ranks:
             raise ValueError(f"rank {rank} is not among the ranks {request.ranks} of request {request_id!r}")
         result = await request.result.wait()
-        if request.state is RequestState.OVER:
+        if request.state is OVER:
             raise self._ended(request)
         if (rank, reader) in request.readers:
             raise ReadConflictError(f"rank {rank}, reader {reader} has read request {request_id!r} already")
@@ -166,14 +166,14 @@ class Requests:
         """Undo an entry of which the reader never came to know: it may enter again."""
         request.readers.discard((rank, reader))
         request.inside -= 1
-        if request.state is RequestState.OVER:
+        if request.state is OVER:
             self._release_if_left(request)
 
     def _leave(self, request: Request) -> None:
         """End a read. The last of all that a request is for ends the request."""
         request.inside -= 1
         everybody = len(request.ranks) * request.prompt.layout.readers_per_rank
-        if request.state is RequestState.OVER:
+        if request.state is OVER:
             self._release_if_left(request)
         elif not request.inside and len(request.readers) == everybody:
             self._end(request)
@@ -221,15 +221,15 @@ class Requests:
     # How a request ends.
 
     def _use(self, request: Request) -> None:
-        request.state = RequestState.IN_USE
+        request.state = IN_USE
         self._results.discard(request)
         self._uses.add(request)
 
     def _end(self, request: Request) -> None:
         self._give_up(request, Shortfall.CANCELLED)
-        if request.state is RequestState.OVER:
+        if request.state is OVER:
             return
-        request.state = RequestState.OVER
+        request.state = OVER
         del self._requests[request.request_id]
         prefetch = request.prefetch
         del request.prefetch  # they know each other, and would wait for a collection of garbage
@@ -249,7 +249,7 @@ class Requests:
     def check_integrity(self) -> None:
         """Assert that the time-to-live queues agree with the states of the requests."""
         for request in self._requests.values():
-            assert request.state is not RequestState.OVER
-            assert (request in self._results) == (request.state is RequestState.LOADED)
-            assert (request in self._uses) == (request.state is RequestState.IN_USE)
+            assert request.state is not OVER
+            assert (request in self._results) == (request.state is LOADED)
+            assert (request in self._uses) == (request.state is IN_USE)
             assert request.pending or not (request.loads or request.rooms)
