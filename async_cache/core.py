@@ -41,7 +41,7 @@ class Core:
         )
         self.requests = self.controller.requests
         self.writing = Writing(self.l1, self.writeback, self.sweeper, config)
-        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones, config)
+        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones)
         self.sweeping = asyncio.create_task(self.sweeper.run())
 
     async def close(self) -> None:

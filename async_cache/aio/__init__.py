@@ -1,5 +1,5 @@
 """The small asynchronous tools.
 
 promise  a value that comes once, and the futures of those who wait for it
-sweeper  what nobody comes back for: time-to-live queues, and the one task that sleeps until the next deadline
+sweeper  time to live: what nobody comes back for expires, by one task that sleeps until the next deadline
 """

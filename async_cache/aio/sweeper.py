@@ -1,4 +1,4 @@
-"""Reclaims what nobody comes back for: one loop for every TTL, which sleeps until the next deadline."""
+"""Time to live: what nobody comes back for expires, by one task that sleeps until the next deadline."""
 
 import asyncio
 import logging
@@ -16,26 +16,32 @@ _SWEPT_AT_ONCE = 256  # then the loop gets its turn
 
 
 class Expiry(Generic[T]):
-    """Items that share a TTL, in the order in which they expire: adding, renewing and removing cost one step each."""
+    """Items of one kind that expire, each a TTL after it was added or renewed.
 
-    def __init__(self, ttl_seconds: float, expire: Callable[[T], None], poke: Callable[[], None]):
+    All have the same TTL, so that the order in which they were added is the order in which they expire: adding,
+    renewing and discarding cost one step each, and a sweep looks at nothing but what is due. Whatever lives for another
+    time belongs in an expiry of its own.
+    """
+
+    def __init__(self, ttl_seconds: float, expire: Callable[[T], None], wake: Callable[[], None]):
         self.swept = 0
+        """How many items have expired."""
         self._ttl_seconds = ttl_seconds
         self._expire = expire
-        self._poke = poke
+        self._wake = wake
         self._clock = asyncio.get_running_loop().time
         self._deadlines: OrderedDict[T, float] = OrderedDict()
 
     def add(self, item: T) -> None:
-        """It expires a TTL from now, whenever it was to expire before."""
+        """Let an item expire a TTL from now, also one that was to expire earlier."""
         first = not self._deadlines
         self._deadlines[item] = self._clock() + self._ttl_seconds
         self._deadlines.move_to_end(item)
         if first:
-            self._poke()
+            self._wake()
 
     def discard(self, item: T) -> None:
-        """It does not expire any more."""
+        """Let an item not expire any more. It may be known or not."""
         self._deadlines.pop(item, None)
 
     def __contains__(self, item: T) -> bool:
@@ -48,7 +54,7 @@ class Expiry(Generic[T]):
         return len(self._deadlines)
 
     def sweep(self, now: float, limit: int) -> float | None:
-        """Expire up to `limit` items; the next deadline, if there is one."""
+        """Expire up to `limit` items that are due; when the next one is, None if there is none."""
         for _ in range(limit):
             deadline = self._next()
             if deadline is None or deadline > now:
@@ -61,30 +67,33 @@ class Expiry(Generic[T]):
     def _next(self) -> float | None:
         return next(iter(self._deadlines.values()), None)
 
+    def __repr__(self) -> str:
+        return f"<Expiry, {len(self)} items that live {self._ttl_seconds} s, {self.swept} swept>"
+
 
 class Sweeper:
-    """The loop over all expiries."""
+    """The task that sweeps all expiries, and sleeps in between."""
 
     def __init__(self) -> None:
         self._expiries: list[Expiry[object]] = []
-        self._poked = asyncio.Event()
+        self._woken = asyncio.Event()
 
     def expiry(self, ttl_seconds: float, expire: Callable[[T], None]) -> Expiry[T]:
-        """A new kind of thing that expires; `expire` is told of each that does."""
-        made = Expiry(ttl_seconds, expire, self._poked.set)
+        """An expiry for items of a new kind; `expire` is called with each item when it has expired."""
+        made = Expiry(ttl_seconds, expire, self._woken.set)
         self._expiries.append(made)  # type: ignore[arg-type]
         return made
 
     def sweep(self, now: float) -> float | None:
-        """Expire what is due, or a bounded part of it; the next deadline."""
+        """Expire what is due, a bounded number of each kind; when the next item is, None if there is none."""
         deadlines = [expiry.sweep(now, _SWEPT_AT_ONCE) for expiry in self._expiries]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     async def run(self) -> None:
-        """Sweep for ever."""
+        """Sweep whenever something is due, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            self._poked.clear()
+            self._woken.clear()
             try:
                 deadline = self.sweep(loop.time() + _EARLY_SECONDS)
             except Exception:  # what could not be reclaimed must not keep the rest from it
@@ -92,4 +101,4 @@ class Sweeper:
                 deadline = loop.time()
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
-                    await self._poked.wait()
+                    await self._woken.wait()

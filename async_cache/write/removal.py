@@ -1,10 +1,9 @@
-"""Delete and clear: gone from the moment of the call, whatever reads, loads or writes it."""
+"""Delete and clear: what is removed cannot be found from the call on, whatever reads, loads or stores it meanwhile."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
-from async_cache.config import CacheConfig
 from async_cache.errors import BackendError, CacheClosedError
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
@@ -16,11 +15,11 @@ from async_cache.read.loads import Loader
 from async_cache.values import Deleted
 from async_cache.write.writeback import Writeback
 
-_CHUNKS_AT_ONCE = 256  # then the loop gets its turn
+_AT_ONCE = 256  # chunks, then the loop gets its turn; and objects in a call to a backend
 
 
 class Remover:
-    """Takes chunks out of L1, out of what is on its way, and out of every backend."""
+    """Takes chunks out of L1, out of the loads and writes that are under way, and out of every backend."""
 
     def __init__(
         self,
@@ -29,20 +28,18 @@ class Remover:
         loader: Loader,
         writeback: Writeback,
         tombstones: Tombstones,
-        config: CacheConfig,
     ):
         self._l1 = l1
         self._guards = guards
         self._loader = loader
         self._writeback = writeback
         self._tombstones = tombstones
-        self._config = config
         self._tasks: set[asyncio.Task[Deleted]] = set()
 
     async def delete(self, prompt: Prompt) -> Deleted:
         """Remove every chunk of a prompt. Raises BackendError if a backend could not, after all others did.
 
-        It is carried to its end also where the caller is cancelled: half a removal would be neither here nor there.
+        A removal is carried to its end, also where its caller is cancelled.
         """
         if not prompt.hashed:
             await asyncio.to_thread(prompt.hash)
@@ -52,24 +49,33 @@ class Remover:
         self._tombstones.bury(hashes)
         resident, leased = self._remove_from_l1(hashes)
         self._loader.delete(hashes)
-        return await self._carry(self._delete_from_l2(prompt, resident, leased))
+        return await self._carry_out(self._delete_from_l2(prompt, resident, leased))
 
     async def clear(self, tier: str) -> Deleted:
-        """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1"). Carried to its end likewise."""
+        """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1").
+
+        Raises BackendError and is carried to its end, both like `delete`.
+        """
         if tier == "l1":
-            return await self._carry(self._clear_written())
+            return await self._carry_out(self._clear_written())
         self._tombstones.bury(None)
         self._loader.delete(list(self._loader.in_flight()))
-        return await self._carry(self._clear_all())
+        return await self._carry_out(self._clear_all())
+
+    async def empty_l1(self) -> None:
+        """Remove everything from L1; what somebody still reads keeps its memory."""
+        await self._clear_l1(keep_needed=False)
 
     async def close(self) -> None:
-        """Give up what is under way: whoever waits for it gets CacheClosedError."""
+        """Cancel the removals that are under way: their callers get CacheClosedError."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _carry(self, removal: Coroutine[Any, Any, Deleted]) -> Deleted:
+    # A removal has a task of its own.
+
+    async def _carry_out(self, removal: Coroutine[Any, Any, Deleted]) -> Deleted:
         task = asyncio.create_task(removal)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -85,19 +91,14 @@ class Remover:
         if not task.cancelled():
             task.exception()  # looked at, also where its caller is gone
 
-    async def empty_l1(self) -> None:
-        """Let go of what is resident, in slices; what somebody still reads keeps its memory."""
-        await self._clear_l1(keep_needed=False)
-
     async def _delete_from_l2(self, prompt: Prompt, resident: set[bytes], leased: int) -> Deleted:
-        hashes = prompt.chunk_hashes
+        hashes, objects = prompt.chunk_hashes, prompt.layout.objects
         try:
-            keys = prompt.layout.objects.keys([(h, prompt.layout.objects.full_mask) for h in hashes])
-            found = await self._on_every_backend(lambda guard: self._delete_found(guard, keys))
+            found = await self._delete_everywhere(objects.keys([(h, objects.full_mask) for h in hashes]))
             return Deleted(len(resident | found), leased)
         finally:
             self._tombstones.lift(hashes)
-            self._write_again(hashes)
+            self._store_again(hashes)
 
     async def _clear_written(self) -> Deleted:
         resident, leased = await self._clear_l1(keep_needed=True)
@@ -106,79 +107,77 @@ class Remover:
     async def _clear_all(self) -> Deleted:
         try:
             resident, leased = await self._clear_l1(keep_needed=False)
-            found = await self._on_every_backend(self._delete_all)
+            found = await self._delete_everywhere(None)
             return Deleted(len(resident | found), leased)
         finally:
             self._tombstones.lift(None)
-            self._write_again(list(self._l1.index))
+            self._store_again(list(self._l1.index))
 
-    def _write_again(self, chunk_hashes: Iterable[bytes]) -> None:
-        """What was stored while its old copy was being removed may have been removed with it."""
-        for entry in filter(None, map(self._l1.index.get, chunk_hashes)):
+    def _store_again(self, chunk_hashes: Iterable[bytes]) -> None:
+        """Write back what was committed meanwhile: it may have been deleted together with its old copy."""
+        for entry in filter(None, map(self._l1.find, chunk_hashes)):
             self._writeback.enqueue(entry)
 
-    def _remove_from_l1(self, chunk_hashes: Iterable[bytes], *, keep_needed: bool = False) -> tuple[set[bytes], int]:
-        resident, leased = set(), 0
-        for chunk_hash in chunk_hashes:
-            entry = self._l1.index.get(chunk_hash)
-            if entry is not None and not (keep_needed and _is_needed(entry)):
-                resident.add(chunk_hash)
-                leased += entry.leases > 0
-                self._writeback.withdraw(entry)
-                self._l1.remove(entry)
-        return resident, leased
+    # L1.
 
     async def _clear_l1(self, *, keep_needed: bool) -> tuple[set[bytes], int]:
         hashes = list(self._l1.index)
         resident: set[bytes] = set()
         leased = 0
-        for begin in range(0, len(hashes), _CHUNKS_AT_ONCE):
-            slice_ = hashes[begin : begin + _CHUNKS_AT_ONCE]
-            some, some_leased = self._remove_from_l1(slice_, keep_needed=keep_needed)
+        for begin in range(0, len(hashes), _AT_ONCE):
+            some, some_leased = self._remove_from_l1(hashes[begin : begin + _AT_ONCE], keep_needed=keep_needed)
             resident |= some
             leased += some_leased
             await asyncio.sleep(0)
         return resident, leased
 
-    async def _on_every_backend(self, remove: Callable[[Guard], Awaitable[set[bytes]]]) -> set[bytes]:
-        """The chunks that were found on any. Raises BackendError once all have ended, if one failed."""
-        outcomes = await asyncio.gather(*map(remove, self._guards), return_exceptions=True)
+    def _remove_from_l1(self, chunk_hashes: Iterable[bytes], *, keep_needed: bool = False) -> tuple[set[bytes], int]:
+        """Remove these chunks, as far as they are there; those that were, and how many of them are leased."""
+        resident, leased = set(), 0
+        for entry in filter(None, map(self._l1.find, chunk_hashes)):
+            if not (keep_needed and _is_needed(entry)):
+                resident.add(entry.chunk_hash)
+                leased += entry.leases > 0
+                self._writeback.withdraw(entry)
+                self._l1.remove(entry)
+        return resident, leased
+
+    # L2.
+
+    async def _delete_everywhere(self, keys: Sequence[ObjectKey] | None) -> set[bytes]:
+        """Delete these objects, or all if None, from every backend; the chunks that were found on any.
+
+        Raises BackendError once all backends have ended, if one failed.
+        """
+        deletions = [self._delete_from(guard, keys) for guard in self._guards]
         found: set[bytes] = set()
-        for outcome in outcomes:
+        for outcome in await asyncio.gather(*deletions, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
             found |= outcome
         return found
 
-    async def _delete_found(self, guard: Guard, keys: Sequence[ObjectKey]) -> set[bytes]:
-        landed = await self._landed(guard, {key.chunk_hash for key in keys})
-        found = await guard.lookup(keys)
-        if found is None:
-            raise BackendError(f"{guard.backend.name} can not be asked what to delete")
-        guard.unpin_found(keys, found)
-        there = [key for key, is_there in zip(keys, found, strict=True) if is_there]
-        if there:
-            await guard.delete(there)
-        _check(guard, landed)
+    async def _delete_from(self, guard: Guard, keys: Sequence[ObjectKey] | None) -> set[bytes]:
+        hashes = None if keys is None else {key.chunk_hash for key in keys}
+        ended = await self._writeback.writes_ended(guard, hashes)
+        there = await guard.keys() if keys is None else await _find(guard, keys)
+        for begin in range(0, len(there), _AT_ONCE):
+            await guard.delete(there[begin : begin + _AT_ONCE])
+        if not ended:
+            raise BackendError(f"{guard.name} may still store what was to be deleted: a write does not end")
         return {key.chunk_hash for key in there}
 
-    async def _delete_all(self, guard: Guard) -> set[bytes]:
-        landed = await self._landed(guard, None)
-        keys = await guard.keys()
-        for begin in range(0, len(keys), _CHUNKS_AT_ONCE):
-            await guard.delete(keys[begin : begin + _CHUNKS_AT_ONCE])
-        _check(guard, landed)
-        return {key.chunk_hash for key in keys}
 
-    async def _landed(self, guard: Guard, chunk_hashes: set[bytes] | None) -> bool:
-        return await self._writeback.writes_ended(guard, chunk_hashes)
-
-
-def _check(guard: Guard, landed: bool) -> None:
-    if not landed:
-        raise BackendError(f"{guard.backend.name} may still store what was to be deleted: a write does not end")
+async def _find(guard: Guard, keys: Sequence[ObjectKey]) -> list[ObjectKey]:
+    """Those of the objects that a backend has."""
+    found = await guard.lookup(keys)
+    if found is None:
+        raise BackendError(f"{guard.name} cannot be asked what to delete")
+    there = [key for key, is_there in zip(keys, found, strict=True) if is_there]
+    guard.unpin(there)
+    return there
 
 
 def _is_needed(entry: Entry) -> bool:
-    """Whether L2 lacks it, or a request may have the rest of it loaded: what was promised of it is here."""
+    """Whether L2 lacks a chunk, or a request may load the rest of it: what it was promised of it is here."""
     return bool(entry.unwritten or (entry.leases and entry.present != entry.layout.objects.full_mask))

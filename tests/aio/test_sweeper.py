@@ -138,7 +138,7 @@ def test_the_sweeps_follow_what_expires_not_what_lives_or_is_renewed() -> None:
         expiring.add("a")
         await asyncio.sleep(3600)
         assert [item for item, _ in bench.expired] == ["a"]
-        assert bench.sweeper.sweeps - before == 2  # it was poked, and the deadline passed
+        assert bench.sweeper.sweeps - before == 2  # it was woken, and the deadline passed
         assert before <= 2
 
     run(scene)

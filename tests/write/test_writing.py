@@ -152,3 +152,13 @@ async def test_a_writer_that_was_closed_is_no_garbage() -> None:
             assert left == []
         finally:
             gc.enable()
+
+
+async def test_what_is_stored_belongs_to_the_salt_of_its_prompt() -> None:
+    async with make_cache() as cache:
+        prompt = LAYOUT.prompt(range(4), salt="tenant")
+        async with cache.store(prompt) as writer:
+            writer[0].commit()
+        entry = cache.core.l1.find(prompt.chunk_hashes[0])
+        assert entry is not None
+        assert entry.owner == "tenant"
