@@ -15,11 +15,13 @@ class LoadOutcome(Enum):
     """What became of one object that was to be loaded.
 
     LOADED: its buffer has the verified bytes. GONE: it is not there. CORRUPT: what was stored failed verification.
+    FAILED: it could not be read now, whatever else of the call was.
     """
 
     LOADED = "loaded"
     GONE = "gone"
     CORRUPT = "corrupt"
+    FAILED = "failed"
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -74,22 +76,34 @@ class Backend(ABC):
         """
         return None
 
+    def pin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:  # noqa: B027
+        """Keep these chunks, there or not, until `unpin_prefix`: more that builds on them is about to be stored.
+
+        They come in the order of their prefix, what others build on first. A backend that evicts has use for this, and
+        for `unpin_prefix`: without the head of its prefix a chunk serves nobody.
+        """
+
+    def unpin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:  # noqa: B027
+        """Keep these chunks no longer. They were used just now, and the last one is to leave before the first."""
+
     @abstractmethod
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Give back one pin of each key. Objects that were removed meanwhile, or a closed backend, are no error."""
 
     @abstractmethod
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
-        """Fill each buffer with its object, verified. A CORRUPT object has been removed, and can be stored again.
+        """Fill each buffer with its object, verified. A store of an object that was CORRUPT or FAILED replaces it.
 
-        Raises BackendError if the storage failed; no buffer of the call is good then.
+        A lookup does not find a CORRUPT object any more. Raises BackendError if the storage failed and the call brought
+        nothing; a fault of some of its objects is an outcome of these.
         """
 
     @abstractmethod
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Store each object, whole or not at all; False where it was not stored. Storing what is there is True.
 
-        Raises BackendError if the storage failed and nothing of the call was stored.
+        Where room is needed later, the objects of a call leave from its last one to its first. Raises BackendError if
+        the storage failed and nothing of the call was stored.
         """
 
     @abstractmethod

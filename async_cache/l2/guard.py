@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, Self, TypeVar
 
 from msgspec import Struct
@@ -106,6 +107,8 @@ class Call(Generic[T]):
             self._count_failure(self._guard.abandoned)
         elif (error := self._error()) is not None:
             self._count_failure(self._guard.failed, repr(error))
+        elif _brought_nothing(task.result()):
+            self._count_failure(self._guard.failed, "nothing that was asked for could be read")
         else:
             self._count(self._guard.succeeded)
 
@@ -247,12 +250,32 @@ class Guard:
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Give back one pin of each key. What the backend raises is logged."""
-        if not keys:
+        self._tell(self.backend.unpin, keys)
+
+    @contextmanager
+    def in_use(self, chunk_hashes: Sequence[bytes]) -> Iterator[None]:
+        """Chunks in front of what is looked up or stored: they stay meanwhile, and were used as recently.
+
+        They come in the order of their prefix. What the backend raises is logged.
+        """
+        self._tell(self.backend.pin_prefix, chunk_hashes)
+        try:
+            yield
+        finally:
+            self._tell(self.backend.unpin_prefix, chunk_hashes)
+
+    def touch_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
+        """Say that these chunks were used just now, in the order of their prefix."""
+        with self.in_use(chunk_hashes):
+            pass
+
+    def _tell(self, verb: Callable[[Sequence[T]], None], what: Sequence[T]) -> None:
+        if not what:
             return
         try:
-            self.backend.unpin(keys)
+            verb(what)
         except (Exception, asyncio.CancelledError):
-            log.exception("backend %s could not unpin", self.name)
+            log.exception("backend %s could not %s", self.name, getattr(verb, "__name__", verb))
 
     def unpin_found(self, keys: Sequence[ObjectKey], found: Sequence[bool]) -> None:
         """Give back the pins of those keys that were found. There may be fewer or more answers than keys."""
@@ -302,6 +325,11 @@ class Guard:
     def abandoned(self) -> None:
         """Count a call that was given up by its caller, and says nothing."""
         self.breaker.abandoned(self._loop.time())
+
+
+def _brought_nothing(result: Any) -> bool:
+    """Whether it is the answer of a load of which every object failed."""
+    return isinstance(result, list) and bool(result) and all(outcome is LoadOutcome.FAILED for outcome in result)
 
 
 async def _list_keys(backend: Backend) -> list[ObjectKey]:

@@ -1,4 +1,8 @@
-"""What a backend knows to be stored, what of it is pinned, and what leaves first. Each call is one step of the loop."""
+"""What a backend knows to be stored, what of it is pinned, and what leaves first. Each call is one step of the loop.
+
+The tail of a prefix leaves before its head, without which it serves nobody: the chunks of a call are taken for used
+from its last one to its first, and what lies in front of them, which only the caller knows, after them.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -48,7 +52,7 @@ class Index:
         alike = sizes.count(sizes[0] if sizes else _NOTHING) == len(sizes)
         if not all(which in record for record in (sizes[:1] if alike else sizes) for which in objects):
             return False
-        self.touch(chunk_hashes)
+        self.touch(reversed(chunk_hashes))
         for _ in objects:
             self.pins.update(chunk_hashes)
         return True
@@ -57,15 +61,30 @@ class Index:
         """For each key, whether its object is there; if so its chunk is pinned and touched."""
         present = self.present(keys)
         found = [key.chunk_hash for key, there in zip(keys, present, strict=True) if there]
-        self.touch(dict.fromkeys(found))
+        self.touch(reversed(dict.fromkeys(found)))
         self.pins.update(found)
         return present
 
+    def pin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
+        """Pin chunks, there or not: more of their prefix is about to come."""
+        self.pins.update(chunk_hashes)
+
+    def unpin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
+        """Take one pin off each of these chunks; those that are there were used just now, the first one last."""
+        pins, chunks, use = self.pins, self._chunks, self._policy.use
+        for chunk_hash in reversed(chunk_hashes):
+            left = pins.pop(chunk_hash, 0) - 1
+            if left > 0:
+                pins[chunk_hash] = left
+            if (chunk := chunks.get(chunk_hash)) is not None:
+                use(chunk)
+
     def touch(self, chunk_hashes: Iterable[bytes]) -> None:
-        """Mark chunks that are there as just used."""
-        use, chunks = self._policy.use, self._chunks
-        for chunk_hash in chunk_hashes:
-            use(chunks[chunk_hash])
+        """Mark chunks that are there as used just now, the last one most recently."""
+        use = self._policy.use
+        for chunk in map(self._chunks.get, chunk_hashes):
+            if chunk is not None:
+                use(chunk)
 
     def _sizes_of(self, chunk_hash: bytes) -> _Sizes:
         chunk = self._chunks.get(chunk_hash)

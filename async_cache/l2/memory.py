@@ -34,9 +34,9 @@ class MemoryBackend(Backend):
     """Private copies of objects, with a checksum that every load verifies.
 
     `capacity_bytes` bounds the sum of the objects' sizes (None: no bound). Where it is reached, chunks without a pin
-    make room, in the order of `policy`, the least recently used first by default: the objects of a chunk are of use
-    together, so a pin on one protects all, and all leave together. The contents outlive `close`: whoever opens this
-    backend next finds them.
+    make room, in the order of `policy`, by default the least recently looked up or stored first: the objects of a chunk
+    are of use together, so a pin on one protects all, and all leave together. The contents outlive `close`: whoever
+    opens this backend next finds them.
     """
 
     def __init__(
@@ -86,6 +86,12 @@ class MemoryBackend(Backend):
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         return self._index.pin_present(keys)
 
+    def pin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
+        self._index.pin_prefix(chunk_hashes)
+
+    def unpin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
+        self._index.unpin_prefix(chunk_hashes)
+
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         self._index.unpin(keys)
 
@@ -95,7 +101,12 @@ class MemoryBackend(Backend):
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         _check_lengths(keys, buffers)
-        return [await self._store(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
+        chunk_hashes = [key.chunk_hash for key in keys]
+        self._index.pin_prefix(chunk_hashes)  # none of them makes room for another one
+        try:
+            return [await self._store(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
+        finally:
+            self._index.unpin_prefix(chunk_hashes)
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
         deleted = 0
@@ -131,15 +142,8 @@ class MemoryBackend(Backend):
 
     # One object.
 
-    def _touch(self, key: ObjectKey) -> _Object | None:
-        """The object, whose chunk is now the most recently used."""
-        stored = self._objects.get(key)
-        if stored is not None:
-            self._index.touch((key.chunk_hash,))
-        return stored
-
     async def _load(self, key: ObjectKey, buffer: memoryview) -> LoadOutcome:
-        stored = self._touch(key)
+        stored = self._objects.get(key)
         if stored is None:
             return LoadOutcome.GONE
         if len(buffer) == stored.size_bytes and await self._fill(buffer, stored):
@@ -159,7 +163,7 @@ class MemoryBackend(Backend):
         return digest.intdigest() == stored.checksum
 
     async def _store(self, key: ObjectKey, buffer: memoryview) -> bool:
-        if self._touch(key) is not None:
+        if key in self._objects:
             return True
         if self.capacity_bytes is not None and len(buffer) > self.capacity_bytes:
             return False
@@ -173,21 +177,19 @@ class MemoryBackend(Backend):
         return self._insert(key, _Object(pieces, len(buffer), digest.intdigest()))
 
     def _insert(self, key: ObjectKey, stored: _Object) -> bool:
-        if self._touch(key) is not None:  # another call was faster
+        if key in self._objects:  # another call was faster
             return True
-        if not self._make_room(stored.size_bytes, key):
+        if not self._make_room(stored.size_bytes):
             return False
         self._objects[key] = stored
         self._index.put(key, stored.size_bytes)
         return True
 
-    def _make_room(self, size_bytes: int, key: ObjectKey) -> bool:
-        """Evict chunks but that of `key` until so many bytes fit; False, and nothing leaves, if they never will."""
+    def _make_room(self, size_bytes: int) -> bool:
+        """Evict until so many bytes fit; False, and nothing leaves, if they never will."""
         if self.capacity_bytes is None:
             return True
-        self._index.pin((key,))
         evicted = self._index.evict(self._index.used_bytes + size_bytes - self.capacity_bytes)
-        self._index.unpin((key,))
         for victim in evicted or ():
             del self._objects[victim]
         return evicted is not None

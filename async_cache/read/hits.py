@@ -35,6 +35,7 @@ async def count_hits(
     with ask_nowait(guards, asked, tombstones) or await ask(guards, asked, tombstones) as found:
         if l1.closed:
             raise CacheClosedError("the cache was closed")
+        found.touch_prefix(hashes)
         for number, mask in found.masks().items():
             here[number] |= mask
         length = coverage.lengths(layout, here)[-1]

@@ -98,6 +98,19 @@ class Found:
                 for number, mask in part.items():
                     masks[number] &= ~mask
 
+    def touch_prefix(self, chunk_hashes: Sequence[bytes], start_chunk: int = 0) -> None:
+        """What was found is used, and with it all that lies in front of it in a prompt, which L1 may have.
+
+        `chunk_hashes` are those of the prompt; number 0 of what was asked for is its `start_chunk`.
+        """
+        masks = list(self._asked.masks.values())
+        if len(masks) == len(chunk_hashes) and masks.count(masks[0]) == len(masks):
+            return  # all were asked for in one go, and so the backend knows
+        for guard, held in self._holders:
+            last = max((number for number, mask in held.items() if mask), default=-1)
+            if last >= 0:
+                guard.touch_prefix(chunk_hashes[: start_chunk + last + 1])
+
     def leave_out(self, removed: Container[bytes]) -> None:
         """Unpin what was found of chunks that were removed meanwhile."""
         gone = [number for number in self._asked.masks if self._asked.hashes[number] in removed]

@@ -190,6 +190,7 @@ class PrefetchController:
     def _promise(self, request: Request, found: Found) -> None:
         """Promise a prefix: make sure of it, have the rest loaded, and then say so."""
         hashes, sizes = request.hashes, request.prompt.layout.objects.sizes
+        found.touch_prefix(request.prompt.chunk_hashes, request.start_chunk)
         plan = self._planner.plan(request, found)
         joined = {n: mask for n in sorted(request.loads) if (mask := _waits_for(request, n, plan.needed))}
         self._loader.release(request, [hashes[n] for n in request.loads.difference(joined)])

@@ -6,7 +6,7 @@ and touched no buffer. They use the loop's clock and no threads, so they run in 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Literal, get_args
 
 from async_cache.errors import BackendError
@@ -44,6 +44,12 @@ class WrappedBackend(Backend):
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         await self._begin("lookup", keys)
         return await self.inner.lookup(keys)
+
+    def pin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
+        self.inner.pin_prefix(chunk_hashes)
+
+    def unpin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
+        self.inner.unpin_prefix(chunk_hashes)
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         self.inner.unpin(keys)
@@ -149,9 +155,11 @@ class ThrottledBackend(WrappedBackend):
 
 
 class FailingBackend(WrappedBackend):
-    """A backend whose calls of one verb raise `error`, or a BackendError: `times` of them, from the `nth` on.
+    """A backend whose calls of one verb fail: `times` of them, from the `nth` on.
 
-    `nth` counts from 1; `times` None is for ever.
+    They raise `error`, or a BackendError. With `keys`, only these objects fail, as on a disk with bad sectors: a load
+    answers FAILED for them, a store False, and the rest of the call is done. `nth` counts from 1; `times` None is for
+    ever.
     """
 
     def __init__(
@@ -162,17 +170,37 @@ class FailingBackend(WrappedBackend):
         *,
         times: int | None = 1,
         error: Exception | None = None,
+        keys: Collection[ObjectKey] | None = None,
     ):
         super().__init__(inner)
         (self._verb,) = _checked((verb,))
         self._first = nth
         self._end = None if times is None else nth + times
         self._error = error or BackendError("injected")
+        self._keys = frozenset(keys) if keys is not None else None
 
     async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers) -> None:
-        call = self.calls[verb]
-        if verb == self._verb and call >= self._first and (self._end is None or call < self._end):
+        if self._keys is None and self._fails(verb):
             raise self._error
+
+    async def load(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[LoadOutcome]:
+        outcomes, bad = await super().load(keys, buffers), self._bad("load")
+        return [LoadOutcome.FAILED if key in bad else of_inner for key, of_inner in zip(keys, outcomes, strict=True)]
+
+    async def store(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[bool]:
+        await self._begin("store", keys, buffers)
+        bad = self._bad("store")
+        good = [(key, buffer) for key, buffer in zip(keys, buffers, strict=True) if key not in bad]
+        stored = iter(await self.inner.store([key for key, _ in good], [buffer for _, buffer in good]))
+        return [key not in bad and next(stored) for key in keys]
+
+    def _bad(self, verb: Verb) -> Collection[ObjectKey]:
+        """The objects that fail in this call, if the others of it do not."""
+        return self._keys if self._keys is not None and self._fails(verb) else ()
+
+    def _fails(self, verb: Verb) -> bool:
+        call = self.calls[verb]
+        return verb == self._verb and call >= self._first and (self._end is None or call < self._end)
 
 
 class BitFlipBackend(WrappedBackend):

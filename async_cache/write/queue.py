@@ -3,15 +3,17 @@
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from enum import Enum
 from functools import partial
+from typing import NamedTuple
 
 from msgspec import Struct
 
 from async_cache.errors import BackendError
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
+from async_cache.l2.breaker import BreakerState
 from async_cache.l2.guard import Call, Guard
 from async_cache.prompt.keys import ObjectKey
 
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 _BATCH_BYTES = 32 * 2**20
 _BATCH_OBJECTS = 256  # of a call: the loop handles so many in a millisecond or two, and a disk has time for their names
 _ATTEMPTS = 5
+_FEWER_BITS = 2  # a quarter as many chunks with each call that raised: one in the last attempt
 _FIRST_BACKOFF_SECONDS = 0.1
 _LOADS_GO_FIRST_SECONDS = 1.0  # how long a write gives way to loads
 
@@ -29,7 +32,16 @@ class Pending(Struct, eq=False, gc=False):
 
     entry: Entry
     epoch: int  # the flushes that had been called when it began to wait
+    hashes: Sequence[bytes]  # of a prompt that it is a chunk of
+    number: int  # which of them it is
     stored: int = 0  # the objects that some backend has stored since then, by bit
+
+
+class Tried(NamedTuple):
+    """How often a chunk was in a call that did not store it, and how many of these raised for all of their chunks."""
+
+    attempts: int = 0
+    raised: int = 0
 
 
 class Outcome(Enum):
@@ -69,8 +81,8 @@ class WriteQueue:
         left: Callable[[Pending, Outcome, int], None],
     ):
         self.guard = guard
-        self.waiting: OrderedDict[Pending, int] = OrderedDict()  # -> attempts so far
-        self.in_flight: dict[Pending, int] = {}
+        self.waiting: OrderedDict[Pending, Tried] = OrderedDict()
+        self.in_flight: dict[Pending, Tried] = {}
         self._l1 = l1
         self._share_bytes = share_bytes
         self._commits_paused = commits_paused
@@ -86,7 +98,7 @@ class WriteQueue:
             return False
         if not waiting:
             self._wake.set()
-        waiting[pending] = 0
+        waiting[pending] = Tried()
         return True
 
     def discard(self, pending: Pending, outcome: Outcome) -> None:
@@ -111,6 +123,7 @@ class WriteQueue:
         backoff = _FIRST_BACKOFF_SECONDS
         while True:
             while not self.waiting:
+                backoff = _FIRST_BACKOFF_SECONDS
                 self._wake.clear()
                 await self._wake.wait()
             try:
@@ -118,11 +131,11 @@ class WriteQueue:
             except Exception:  # it must end neither the queue nor the hope of those who wait for a flush
                 log.exception("write-back to %s failed", self.guard.name)
                 for pending in list(self.in_flight):
-                    self._settle(pending, 0)
+                    self._settle(pending, 0, raised=True)
                 answered = False
             if answered:
                 backoff = _FIRST_BACKOFF_SECONDS
-            else:
+            elif self.waiting:
                 await self._back_off(backoff)
                 backoff = min(2 * backoff, self.guard.breaker.reset_seconds)
 
@@ -132,7 +145,7 @@ class WriteQueue:
         await asyncio.sleep(seconds)
 
     async def _write_next(self) -> bool:
-        """Write a batch when its time has come; whether the backend did its part."""
+        """Write a batch when its time has come; whether the next one may follow at once."""
         await self.guard.meter.wait_until_idle(_LOADS_GO_FIRST_SECONDS)
         await self._commits_paused()
         if self._held_bytes >= self._share_bytes:
@@ -151,14 +164,22 @@ class WriteQueue:
                 self.discard(pending, Outcome.DROPPED)
 
     def _pick(self) -> list[Pending]:
-        """What goes next: as much as one call should carry, and writes in flight may hold."""
+        """What goes next: as much as one call should carry, and writes in flight may hold.
+
+        After a call that raised, its chunks go in ever fewer a call, and alone in the end: the fault may be that of
+        one of them. Where the backend is left alone after failures, it is that of none.
+        """
         batch: list[Pending] = []
         limit = min(_BATCH_BYTES, self._share_bytes)
         size = objects = 0
-        for pending in self.waiting:
+        together = _BATCH_OBJECTS
+        is_well = self.guard.breaker.state is BreakerState.CLOSED
+        for pending, tried in self.waiting.items():
             size += pending.entry.room_bytes
             objects += pending.entry.present.bit_count()
-            if batch and (size > limit or objects > _BATCH_OBJECTS):
+            if tried.raised and is_well:
+                together = min(together, _BATCH_OBJECTS >> _FEWER_BITS * tried.raised)
+            if batch and (size > limit or objects > _BATCH_OBJECTS or len(batch) >= together):
                 break
             batch.append(pending)
         for pending in batch:
@@ -166,7 +187,10 @@ class WriteQueue:
         return batch
 
     async def _write(self, batch: list[Pending]) -> bool:
-        """Store a batch; whether the backend has all of it now."""
+        """Store a batch; whether the next one may follow at once.
+
+        It waits where nothing was stored, or where it would be what was not stored.
+        """
         masks = {pending: pending.entry.present for pending in batch}
         keys = {
             key: pending
@@ -174,23 +198,26 @@ class WriteQueue:
             for key in pending.entry.layout.objects.keys([(pending.entry.chunk_hash, mask)])
         }
         stored: set[ObjectKey] = set()
+        answered = False
         try:
-            await self._store(batch, keys, stored)
+            with self.guard.in_use(_prefixes(batch)):
+                answered = await self._store(batch, keys, stored)
         finally:
             unstored = {pending for key, pending in keys.items() if key not in stored}
             for pending, mask in masks.items():
-                self._settle(pending, 0 if pending in unstored else mask)
-        return not unstored
+                self._settle(pending, 0 if pending in unstored else mask, raised=not answered)
+        follows = next(iter(self.waiting.values()), None)
+        return not unstored or (bool(stored) and follows == Tried())
 
-    async def _store(self, batch: list[Pending], keys: dict[ObjectKey, Pending], stored: set[ObjectKey]) -> None:
-        """Store what the backend lacks, and add to `stored` what it has then."""
+    async def _store(self, batch: list[Pending], keys: dict[ObjectKey, Pending], stored: set[ObjectKey]) -> bool:
+        """Store what the backend lacks, and add to `stored` what it has then; whether it spoke of each object."""
         guard = self.guard
         call: Call[list[bool]] | None = None
         write = self._hold(batch)
         try:
             there = await guard.lookup(list(keys))
             if there is None:
-                return
+                return False
             guard.unpin_found(list(keys), there)
             stored.update(key for key, found in zip(keys, there, strict=True) if found)
             missing = [key for key in keys if key not in stored]
@@ -199,8 +226,9 @@ class WriteQueue:
             if call is not None:
                 done = await call.result()
                 stored.update(key for key, ok in zip(missing, done, strict=True) if ok)
+            return call is not None or not missing
         except BackendError:
-            return
+            return False
         finally:
             if call is None or call.has_ended:
                 self._release(write)
@@ -224,15 +252,16 @@ class WriteQueue:
         for pending in reversed(write.batch):
             self._l1.unpin(pending.entry)
 
-    def _settle(self, pending: Pending, stored: int) -> None:
+    def _settle(self, pending: Pending, stored: int, *, raised: bool) -> None:
         """A write is over for one of its chunks, of which the backend has the objects in `stored` now."""
-        attempts = self.in_flight.pop(pending) + 1
+        before = self.in_flight.pop(pending)
+        tried = Tried(before.attempts + 1, before.raised + raised)
         if pending.entry.detached or (pending in self.waiting and not stored):
             self._left(pending, Outcome.WITHDRAWN, 0)
         elif stored:
             self._left(pending, Outcome.STORED, stored)
-        elif attempts < _ATTEMPTS:
-            self.waiting[pending] = attempts
+        elif tried.attempts < _ATTEMPTS:
+            self.waiting[pending] = tried
         else:
             self._left(pending, Outcome.DROPPED, 0)
 
@@ -244,3 +273,17 @@ class WriteQueue:
 
     def __repr__(self) -> str:
         return f"<WriteQueue of {self.guard.name}, {len(self.waiting)} waiting, {len(self.in_flight)} in flight>"
+
+
+def _prefixes(batch: Sequence[Pending]) -> list[bytes]:
+    """The chunks of a batch and all in front of them, each once, behind those that it builds on."""
+    seen: set[bytes] = set()
+    prefixes: list[list[bytes]] = []
+    for pending in batch:
+        hashes, end = pending.hashes, pending.number + 1
+        begin = end
+        while begin and hashes[begin - 1] not in seen:
+            begin -= 1
+        seen.update(hashes[begin:end])
+        prefixes.append(list(hashes[begin:end]))
+    return [chunk_hash for prefix in prefixes for chunk_hash in prefix]

@@ -54,15 +54,18 @@ class Writeback:
         """Chunks that some backend has not stored."""
         return len(self._pending)
 
-    def enqueue(self, entry: Entry) -> None:
-        """Store a chunk: objects of it were committed, or it is stored anew after it was dropped."""
+    def enqueue(self, entry: Entry, hashes: Sequence[bytes] = (), number: int = 0) -> None:
+        """Store a chunk: objects of it were committed, or it is stored anew after it was dropped.
+
+        It is chunk `number` of a prompt with these hashes, if that is known: what lies in front of it is in use too.
+        """
         entry.dropped = False
         self._committed_at = self._clock()
         queues = self._queues  # every chunk goes to every backend: this is where another choice would be made
         if queues:
             pending = self._pending.get(entry)
             if pending is None:
-                pending = self._pending[entry] = Pending(entry, self._epoch)
+                pending = self._pending[entry] = Pending(entry, self._epoch, hashes or (entry.chunk_hash,), number)
             for queue in queues:
                 if queue.add(pending):
                     entry.unwritten += 1

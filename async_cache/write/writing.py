@@ -91,13 +91,14 @@ class Writing:
             for index in range(start_chunk, len(hashes) if mask else 0)
             if (entry := find(hashes[index])) is None or mask & ~entry.present
         ]
-        resident = [entry for entry in map(find, hashes) if entry is not None]
+        found = list(map(find, hashes))
+        resident = [entry for entry in found if entry is not None]
         self._l1.lease(resident)  # the room for a tail must not be taken from its own head
         made = self._l1.reserve(layout, [(hashes[index], rank) for index in missing], prompt.salt)
         self._l1.release(reversed(resident))
-        for entry in resident:
-            if entry.dropped:  # whoever stores a prompt again wants it in L2
-                self._writeback.enqueue(entry)
+        for index, entry in enumerate(found):
+            if entry is not None and entry.dropped:  # whoever stores a prompt again wants it in L2
+                self._writeback.enqueue(entry, hashes, index)
         shortfall = Shortfall.MEMORY if len(made) < len(missing) else None
         opened = OpenWriter(writer, prompt, rank, missing, made, expired)
         self._open.add(opened)
@@ -118,8 +119,9 @@ class Writing:
     def _commit(self, opened: OpenWriter, position: int) -> None:
         index, prompt = opened.indices[position], opened.prompt
         mask = prompt.layout.objects.rank_masks[opened.rank]
-        before = prompt.chunk_hashes[index - 1] if index else None
-        self._writeback.enqueue(self._l1.commit(opened.reservations[position], mask, before))
+        hashes = prompt.chunk_hashes
+        before = hashes[index - 1] if index else None
+        self._writeback.enqueue(self._l1.commit(opened.reservations[position], mask, before), hashes, index)
         self._open.add(opened)
 
     def _close(self, opened: OpenWriter, uncommitted: Sequence[int]) -> None:

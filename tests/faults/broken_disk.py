@@ -6,6 +6,7 @@ when the input ends, it unmounts and exits: so it outlives no test, even one tha
 
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from .disk import process, say
 SLOW_SECONDS = 0.02
 STUCK_SECONDS = 15  # for ever, to those who wait; but a test that fails has an end
 SHORT_BYTES = 1500
+SOMETIMES = 0.05  # of the calls
 
 
 class BrokenDisk:
@@ -53,9 +55,10 @@ class BrokenDisk:
 
     @contextmanager
     def broken(self, verb: str, fault: str) -> Iterator[None]:
-        """For a while, calls of this verb of `Passthrough` raise "eio", or are "slow" or "stuck".
+        """For a while, calls of this verb of `Passthrough`, or of "any", raise "eio", or are "slow" or "stuck".
 
-        A read may also be "short", be told of an "early end", or get a wrong "bit".
+        They may raise "sometimes eio", one in twenty. With the verb "bad", what has the fault in its name cannot be
+        read. A read may also be "short", be told of an "early end", or get a wrong "bit".
         """
         self._say(verb, fault)
         try:
@@ -87,7 +90,9 @@ def breakable(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def call(self: "Passthrough", *arguments: Any) -> Any:
-        match self.faults.get(method.__name__):
+        match self.faults.get(method.__name__, self.faults.get("any")):
+            case "sometimes eio" if self.chance.random() < SOMETIMES:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             case "eio":
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             case "slow":
@@ -107,6 +112,8 @@ class Passthrough(mfusepy.Operations):
     def __init__(self, source: str):
         self.source = source
         self.faults: dict[str, str] = {}
+        self.bad = ""
+        self.chance = random.Random(1)
         self.healed = threading.Event()
 
     def init(self, path: str) -> None:
@@ -118,7 +125,10 @@ class Passthrough(mfusepy.Operations):
             verb, fault = line.strip().split(" ", 1)
             if fault == "well":
                 self.faults.clear()
+                self.bad = ""
                 self.healed.set()
+            elif verb == "bad":
+                self.bad = fault
             else:
                 self.healed.clear()
                 self.faults[verb] = fault
@@ -167,6 +177,8 @@ class Passthrough(mfusepy.Operations):
 
     @breakable
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
+        if self.bad and self.bad in path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         data = os.pread(fh, size, offset)
         match self.faults.get("read"):
             case "short":

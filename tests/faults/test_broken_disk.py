@@ -26,10 +26,10 @@ from contract.support import (
 )
 from soak import rounds
 
-from async_cache import AsyncCache, AsyncCacheError, BackendError, CacheConfig, Shortfall
+from async_cache import AsyncCache, AsyncCacheError, BackendError, CacheConfig, ObjectKey, Shortfall
 from async_cache.l2.filesystem.backend import FileSystemBackend
 
-from .disk import CHUNK_PAGES, LAYOUT, held_by_process, listing, process, rests, say
+from .disk import CHUNK_PAGES, LAYOUT, held_by_process, listing, path_of, process, rests, say
 
 try:
     from .broken_disk import BrokenDisk
@@ -106,6 +106,49 @@ async def test_what_another_backend_has_is_served_from_there(disk, tmp_path, fau
             assert await read_back(cache, PROMPT) == CHUNKS
         await no_quarantine(cache)
         await assert_nothing_held(cache)
+
+
+# One object of many, and one call in twenty.
+
+
+async def test_a_bad_sector_is_lost_alone_and_the_next_store_replaces_it(disk):
+    """The head is served, nobody else notices, and the breaker stays closed, however often it is asked for."""
+    prompts = [PROMPT, OTHER, THIRD]
+    bad = path_of(disk.source, ObjectKey(PROMPT.chunk_hashes[2], 0, 1))
+    async with open_cache(FileSystemBackend(disk.path), breaker_failures=2, breaker_reset_seconds=600) as cache:
+        await fill_l2(cache, *prompts)
+        with disk.broken("bad", bad.name):
+            result = await cache.prefetch(PROMPT, request_id="a").load_done
+            assert (result.chunks, result.shortfall) == (2, Shortfall.BACKEND_ERROR)
+            await cache.end_request("a")
+            for number in range(4):
+                assert [await read_back(cache, prompt) for prompt in prompts] == [2, CHUNKS, CHUNKS]
+                if number % 2:
+                    await cache.clear("l1")
+        before = bad.stat().st_ino
+        await fill_l2(cache, PROMPT)
+        assert bad.stat().st_ino != before
+        assert [await read_back(cache, prompt) for prompt in prompts] == [CHUNKS] * 3
+        await assert_nothing_held(cache)
+
+
+async def test_with_one_call_in_twenty_failing_four_in_five_hits_remain(disk):
+    """Default timeouts and breaker; an engine that computes, and stores, what it does not get."""
+    prompts = [make_prompt(8, number, LAYOUT) for number in range(20)]
+    asked = hits = 0
+    async with open_cache(FileSystemBackend(disk.path), pages=32 * CHUNK_PAGES) as cache:
+        for prompt in prompts:
+            await fill_l2(cache, prompt)
+        with disk.broken("any", "sometimes eio"):
+            for number in range(rounds(100, 2000)):
+                prompt = prompts[number * 7 % len(prompts)]
+                asked += len(prompt)
+                hits += await read_back(cache, prompt)
+                await fill(cache, prompt)
+                await cache.flush()
+                await cache.clear("l1")
+        await assert_nothing_held(cache)
+    assert hits >= 0.8 * asked, f"{hits} of {asked}"
 
 
 # Every call.

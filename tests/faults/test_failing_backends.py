@@ -174,6 +174,7 @@ LOAD_FAULTS = FAULTS | {
     "no outcomes": Fault(answering(lambda n: [True] * n)),
     "gone": Fault(answering(lambda n: [LoadOutcome.GONE] * n), Shortfall.GONE),
     "corrupt": Fault(answering(lambda n: [LoadOutcome.CORRUPT] * n), Shortfall.CORRUPT),
+    "failed": Fault(answering(lambda n: [LoadOutcome.FAILED] * n)),
 }
 
 

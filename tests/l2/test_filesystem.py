@@ -24,7 +24,7 @@ from async_cache.l2.record import TRAILER, file_name, parse_name
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing.conformance import BackendSuite, content, find, get, key, put, views
 
-LOADED, GONE, CORRUPT = LoadOutcome.LOADED, LoadOutcome.GONE, LoadOutcome.CORRUPT
+LOADED, GONE, CORRUPT, FAILED = LoadOutcome
 MIB = 2**20
 LONG = 3 * BLOCK_BYTES + 5
 
@@ -319,24 +319,140 @@ async def test_a_good_record_that_replaced_a_corrupt_one_is_kept(start, director
 # Faults of the disk.
 
 
-async def test_a_read_error_raises_after_the_other_objects_were_read(start, directory, monkeypatch):
-    backend = await start(threads=1)
+class BadSectors:
+    """Calls of `os` fail that are about the records of some objects."""
+
+    def __init__(self, monkeypatch):
+        self._monkeypatch = monkeypatch
+
+    def at(self, call, numbers, code=errno.EIO, times=None):
+        """From now on this call fails where it is about one of these objects; so often, or for ever."""
+        real, bad, left = getattr(os, call), {file_name(key(n)) for n in numbers}, [times]
+
+        def failing(*args, **kwargs):
+            if bad.intersection(args) and not (call == "open" and args[1] & os.O_CREAT) and left[0] != 0:
+                left[0] = left[0] and left[0] - 1
+                raise OSError(code, os.strerror(code))
+            return real(*args, **kwargs)
+
+        self._monkeypatch.setattr(os, call, failing)
+
+    def healed(self):
+        self._monkeypatch.undo()
+
+
+@pytest.fixture
+def bad_sectors(monkeypatch):
+    return BadSectors(monkeypatch)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+async def test_what_cannot_be_read_is_lost_alone_and_the_next_store_replaces_it(start, directory, bad_sectors, code):
+    backend = await start()
     await put(backend, range(3), 1000)
-    real, failed = os.preadv, []
+    bad_sectors.at("open", [1], code)
+    assert await get(backend, range(3), 1000) == [content(0, 1000), FAILED, content(2, 1000)]
+    assert await find(backend, range(3)) == [True, False, True]
+    assert (directory / file_name(key(1))).exists()
+    bad_sectors.healed()
+    before = (directory / file_name(key(1))).stat().st_ino
+    assert await find(backend, [1]) == [False]
+    assert await put(backend, [1], 1000) == [True]
+    assert (directory / file_name(key(1))).stat().st_ino != before
+    assert await get(backend, range(3), 1000) == [content(n, 1000) for n in range(3)]
 
-    def preadv(fd, buffers, offset):
-        if not failed:
-            failed.append(fd)
-            raise OSError(errno.EIO, "bad sector")
-        return real(fd, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", preadv)
-    buffers = [bytearray(1000) for _ in range(3)]
-    with pytest.raises(BackendError, match="bad sector") as caught:
-        await backend.load([key(n) for n in range(3)], views(buffers))
-    assert caught.value.__cause__.errno == errno.EIO
-    assert buffers[1:] == [content(1, 1000), content(2, 1000)]
-    assert await get(backend, [0], 1000) == [content(0, 1000)]  # an error of the disk is no verdict on the object
+@pytest.mark.parametrize("call", ["open", "close"])
+async def test_a_fault_of_the_moment_costs_nothing(start, monkeypatch, bad_sectors, call):
+    backend = await start()
+    await put(backend, range(3), 1000)
+    if call == "open":
+        bad_sectors.at("open", [1], errno.ESTALE, times=1)
+    else:
+        real = os.close
+
+        def close(fd):
+            real(fd)
+            raise OSError(errno.EIO, "no")
+
+        monkeypatch.setattr(os, "close", close)
+    assert await get(backend, range(3), 1000) == [content(n, 1000) for n in range(3)]
+
+
+async def test_where_nothing_can_be_read_the_disk_is_blamed_first_and_then_the_objects(start, bad_sectors):
+    backend = await start()
+    await put(backend, range(3), 1000)
+    bad_sectors.at("open", [1, 2])
+    for numbers in ([1], [2]):
+        with pytest.raises(BackendError, match="Input/output error") as caught:
+            await get(backend, numbers, 1000)
+        assert caught.value.__cause__.errno == errno.EIO
+    assert await find(backend, [1, 2]) == [True, True]  # the disk may heal
+    bad_sectors.healed()
+    assert await get(backend, [2], 1000) == [content(2, 1000)]
+    bad_sectors.at("open", [1, 2])
+    assert await get(backend, [1], 1000) == [FAILED]
+    with pytest.raises(BackendError):
+        await get(backend, [2], 1000)
+    assert await find(backend, range(3)) == [True, False, True]
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EIO])
+async def test_what_is_corrupt_and_cannot_be_removed_is_a_miss_and_can_be_replaced(start, directory, bad_sectors, code):
+    backend = await start()
+    await put(backend, range(2), 1000)
+    damage(directory, key(1), flipped(3))
+    bad_sectors.at("unlink", [1], code)
+    assert await get(backend, [0, 1], 1000) == [content(0, 1000), CORRUPT]
+    assert await find(backend, [0, 1]) == [True, False]
+    assert await put(backend, [1], 1000) == [True]
+    assert await get(backend, [0, 1], 1000) == [content(0, 1000), content(1, 1000)]
+
+
+async def test_what_cannot_be_read_is_not_found_by_recovery_either(start, directory, bad_sectors, monkeypatch):
+    backend = await start()
+    await put(backend, range(2), 1000)
+    await backend.close()
+    gate = Gate(monkeypatch, "scandir")
+    backend = await start()
+    await gate.reached()
+    bad_sectors.at("open", [1])
+    assert await get(backend, [0, 1], 1000) == [content(0, 1000), FAILED]
+    gate.open()
+    assert [found async for found, _ in backend.keys()] == [key(0)]
+
+
+async def test_a_name_that_cannot_be_looked_at_is_a_miss_alone(start, bad_sectors):
+    backend = await start()
+    await put(backend, range(2), 1000)
+    await backend.close()
+    again = await start()
+    await asyncio.wait([again._recovery])
+    again._index.clear(2)
+    bad_sectors.at("stat", [1])
+    assert await find(again, range(3)) == [True, False, False]
+    assert await put(again, [1], 1000) == [True]  # what cannot be looked at is replaced
+    assert await get(again, [0, 1], 1000) == [content(0, 1000), content(1, 1000)]
+
+
+async def test_a_name_that_cannot_be_taken_is_a_fault_of_its_object_alone(start, directory):
+    backend = await start()
+    for n in (1, 2):
+        (directory / file_name(key(n)) / "something").mkdir(parents=True)
+    assert await put(backend, range(3), 1000) == [True, False, False]
+    assert await put(backend, [1], 1000) == [False]
+    assert await find(backend, range(3)) == [True, False, False]
+    assert not [name for name in names(directory) if name.startswith("tmp")]
+
+
+async def test_recovery_knows_the_head_of_a_prefix_from_its_tail(start, directory):
+    backend = await start()
+    await put(backend, range(40), 100)
+    await backend.close()
+    again = await start(capacity_bytes=4000)
+    await asyncio.wait([again._recovery])
+    await put(again, range(100, 120), 100)
+    assert await find(again, range(40)) == [True] * 20 + [False] * 20
 
 
 async def test_a_full_disk_fails_one_object_and_leaves_no_rest(start, directory, monkeypatch):
@@ -379,9 +495,9 @@ async def test_a_lookup_that_fails_raises_and_pins_nothing(start, monkeypatch):
         raise OSError(errno.EIO, "no")
 
     monkeypatch.setattr(RecordDirectory, "_stat", stat)
-    assert await find(backend, [1]) == [True]  # known: the disk is not asked
+    assert await find(backend, [1, 2]) == [True, False]  # what is known is said all the same
     with pytest.raises(BackendError):
-        await backend.lookup([key(1), key(2)])
+        await backend.lookup([key(2), key(3)])
     assert backend.pins == 0
 
 

@@ -100,6 +100,31 @@ def test_what_is_pinned_at_once_is_all_or_nothing() -> None:
     assert index.pins == dict(zip(hashes(0, 1), (1, 3), strict=True))
 
 
+def test_the_tail_of_a_prefix_leaves_before_its_head_however_they_were_used() -> None:
+    index = Index()
+    for n in range(6):
+        index.put(key(n), 10)
+    index.pin_prefix(hashes(0, 1, 2, 9))
+    assert index.evict(31) is None
+    index.unpin_prefix(hashes(0, 1, 2, 9))
+    assert not index.pins
+    assert index.pin_chunks(hashes(3, 4), ((0, 0),))
+    assert index.pin_present([key(5), key(5), key(9)]) == [True, True, False]
+    index.pins.clear()
+    assert index.evict(60) == [key(n) for n in (2, 1, 0, 4, 3, 5)]
+    index.check_integrity()
+
+
+def test_a_prefix_that_is_pinned_twice_is_unpinned_twice() -> None:
+    index, _ = filled(1)
+    index.pin_prefix(hashes(0, 0))
+    index.pin_prefix(hashes(0))
+    index.unpin_prefix(hashes(0, 0))
+    assert index.evict(1) is None
+    index.unpin_prefix(hashes(0))
+    assert index.evict(1) == [key(0)]
+
+
 def test_a_pin_outlives_its_chunk() -> None:
     index, _ = filled(1)
     assert index.pin_present([key(0)]) == [True]
@@ -213,4 +238,51 @@ async def test_a_chunk_that_is_stored_makes_no_room_for_itself(tmp_path: Path) -
         keys = [key(1, rank) for rank in range(5)]
         assert sum(await backend.store(keys, views([bytes(100)] * 5))) == 4
         assert policy.told == []
+        await backend.close()
+
+
+def bounded(folder: Path) -> list[MemoryBackend | FileSystemBackend]:
+    """One of each, with room for twelve objects of 100 bytes."""
+    return [MemoryBackend(capacity_bytes=1200), FileSystemBackend(folder / "kv", capacity_bytes=1200)]
+
+
+async def left_of(backend: Backend, count: int) -> int:
+    """How long the prefix is that is there, of so many chunks; nothing behind it is."""
+    found = await find(backend, range(count))
+    assert found == sorted(found, reverse=True)
+    return sum(found)
+
+
+async def test_a_backend_evicts_the_tail_of_what_was_stored_or_looked_up_together(tmp_path: Path) -> None:
+    for backend in bounded(tmp_path):
+        await backend.open()
+        await put(backend, range(8), 100)
+        await put(backend, range(100, 106), 100)
+        assert await left_of(backend, 8) == 6
+        await put(backend, range(106, 114), 100)
+        assert await left_of(backend, 8) == 4
+        await backend.close()
+
+
+async def test_a_backend_evicts_tails_first_where_some_of_what_was_looked_up_was_only_on_the_disk(
+    tmp_path: Path,
+) -> None:
+    other = FileSystemBackend(tmp_path)
+    backend = FileSystemBackend(tmp_path, capacity_bytes=1200)
+    await backend.open()
+    await other.open()
+    await put(backend, range(4), 100)
+    await put(other, range(4, 8), 100)
+    assert await find(backend, range(8)) == [True] * 8
+    await put(backend, range(100, 106), 100)
+    assert await left_of(backend, 6) == 6
+    await other.close()
+    await backend.close()
+
+
+async def test_a_store_makes_no_room_at_the_cost_of_what_it_stores(tmp_path: Path) -> None:
+    for backend in bounded(tmp_path):
+        await backend.open()
+        assert await put(backend, range(16), 100) == [True] * 12 + [False] * 4
+        assert await left_of(backend, 16) == 12
         await backend.close()

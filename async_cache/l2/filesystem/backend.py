@@ -20,7 +20,8 @@ from aiofiles.os import makedirs, wrap
 
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome
-from async_cache.l2.filesystem.directory import Found, RecordDirectory
+from async_cache.l2.filesystem.directory import Found, RecordDirectory, RecordFault
+from async_cache.l2.filesystem.faults import Faults
 from async_cache.l2.filesystem.workers import DaemonExecutor, settle
 from async_cache.l2.index import Chunk, Index
 from async_cache.l2.url import BackendURL, capacity, one_of, whole_number
@@ -73,6 +74,7 @@ class FileSystemBackend(Backend):
         self.capacity_bytes = capacity_bytes
         self._fsync, self._direct, self._threads = durability == "fsync", direct, threads
         self._index = Index(policy)
+        self._faults = Faults()
         self._writing_bytes = 0
         self._unlinking: list[list[ObjectKey]] = []  # no longer in the index, perhaps still on the disk
         self._watches: dict[int, set[ObjectKey]] = {}
@@ -124,26 +126,38 @@ class FileSystemBackend(Backend):
         if all(present):
             return present
         unknown = [key for key, found in zip(keys, present, strict=True) if not found]
+        known = [key for key, found in zip(keys, present, strict=True) if found]
         try:
             await self._look_on_disk(unknown)
+        except BackendError:
+            if not known:  # else it says what it knows
+                raise
         except BaseException:
-            self._index.unpin([key for key, found in zip(keys, present, strict=True) if found])
+            self._index.unpin(known)
             raise
         discovered = iter(self._index.pin_present(unknown))
+        found = [there or next(discovered) for there in present]
+        self._index.touch(reversed([key.chunk_hash for key, there in zip(keys, found, strict=True) if there]))
         self._make_room(0)
-        return [found or next(discovered) for found in present]
+        return found
 
     async def _look_on_disk(self, keys: Sequence[ObjectKey]) -> None:
         """Add to the index what another process has stored, or what recovery has not reached yet."""
         with self._watch() as removed:
             removed.update(*self._unlinking)  # the search may still see them
-            try:
-                sizes = await _sizes(self._directory, keys, executor=self._searches)
-            except OSError as error:
-                raise BackendError(f"{self.name}: {error}") from error
+            sizes = await _sizes(self._directory, keys, executor=self._searches)
             for key, size_bytes in zip(keys, sizes, strict=True):
-                if size_bytes is not None and key not in removed:
+                if isinstance(size_bytes, int) and key not in removed and not self._faults.is_unreadable(key):
                     self._index.put(key, size_bytes)
+        faults = [fault for fault in sizes if isinstance(fault, OSError)]
+        if faults and len(faults) == len(sizes):
+            raise BackendError(f"{self.name}: {faults[0]}") from faults[0]
+
+    def pin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
+        self._index.pin_prefix(chunk_hashes)
+
+    def unpin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
+        self._index.unpin_prefix(chunk_hashes)
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         self._index.unpin(keys)
@@ -158,36 +172,49 @@ class FileSystemBackend(Backend):
             self._loads.submit(self._directory.load, todo, outcomes, stop) for _ in range(min(self._threads, len(keys)))
         ]
         await settle(futures, stop, self._given_up)
-        if outcomes.count(LoadOutcome.LOADED) < len(outcomes):
-            self._note_losses(keys, outcomes)
-        return outcomes
+        if outcomes.count(LoadOutcome.LOADED) == len(outcomes):
+            self._faults.over(keys)
+            return outcomes
+        return self._note_losses(keys, outcomes)
 
-    def _note_losses(self, keys: Sequence[ObjectKey], outcomes: list[LoadOutcome | OSError]) -> None:
+    def _note_losses(self, keys: Sequence[ObjectKey], outcomes: list[LoadOutcome | OSError]) -> list[LoadOutcome]:
+        """What is told of each object, after a load that did not bring all of them."""
+        told = [_told(outcome) if isinstance(outcome, OSError) else outcome for outcome in outcomes]
+        failed = [key for key, outcome in zip(keys, told, strict=True) if outcome is LoadOutcome.FAILED]
+        unreadable = self._faults.failed(failed, beside_others=len(failed) < len(keys))
+        stuck = [key for key, outcome in zip(keys, outcomes, strict=True) if isinstance(outcome, RecordFault)]
+        unreadable += self._faults.failed(stuck, beside_others=True)
         for lost, removal in ((LoadOutcome.GONE, Removal.LOST), (LoadOutcome.CORRUPT, Removal.DAMAGED)):
-            self._drop([key for key, outcome in zip(keys, outcomes, strict=True) if outcome is lost], removal)
-        for fault in outcomes:
-            if isinstance(fault, OSError):
-                raise BackendError(f"{self.name}: {fault}") from fault
+            self._drop([key for key, outcome in zip(keys, told, strict=True) if outcome is lost], removal)
+        self._drop(unreadable, Removal.DAMAGED)
+        faults = [outcome for outcome in outcomes if isinstance(outcome, OSError)]
+        if unreadable:
+            logger.warning("%s: %d objects cannot be read: %s", self.name, len(unreadable), faults[0])
+        elif faults and len(faults) == len(keys):
+            raise BackendError(f"{self.name}: {faults[0]}") from faults[0]
+        return told
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         _check_lengths(keys, buffers)
-        missing = [i for i, found in enumerate(self._index.pin_present(keys)) if not found]
-        self._index.pin([keys[i] for i in missing])  # a chunk that is being completed is not evicted
+        chunk_hashes = [key.chunk_hash for key in keys]
+        self._index.pin_prefix(chunk_hashes)  # none of them makes room for another one
         try:
+            missing = [i for i, found in enumerate(self._index.present(keys)) if not found]
             room = self._reserve([len(buffers[i]) for i in missing])
             todo = [i for i, fits in zip(missing, room, strict=True) if fits]
             faults = await self._write([keys[i] for i in todo], [buffers[i] for i in todo]) if todo else []
             stored = self._index.present(keys)  # without what was deleted meanwhile
         finally:
-            self._index.unpin(keys)
-        if faults and not any(stored):
-            raise BackendError(f"{self.name}: {faults[0]}") from faults[0]
+            self._index.unpin_prefix(chunk_hashes)
+        if not any(stored) and (of_disk := [fault for fault in faults if not isinstance(fault, RecordFault)]):
+            raise BackendError(f"{self.name}: {of_disk[0]}") from of_disk[0]
         return stored
 
     async def _write(self, keys: list[ObjectKey], buffers: list[memoryview]) -> list[OSError]:
         """Write objects for which there is room, and index them; returns the faults."""
         stop = Event()
-        future = self._changes.submit(self._directory.store, keys, buffers, stop)
+        replaced = {key for key in keys if self._faults.is_unreadable(key)}
+        future = self._changes.submit(self._directory.store, keys, buffers, replaced, stop)
         with self._watch() as removed:
             try:
                 await settle([future], stop, self._given_up)
@@ -195,8 +222,10 @@ class FileSystemBackend(Backend):
                 self._writing_bytes -= sum(map(len, buffers))
                 errors = future.result() if future.done() and not future.cancelled() else []
                 for key, buffer, error in zip(keys, buffers, errors, strict=False):
-                    if error is None and key not in removed:
-                        self._index.put(key, len(buffer))
+                    if error is None:
+                        self._faults.over((key,))
+                        if key not in removed:
+                            self._index.put(key, len(buffer))
         if doubtful := [key for key in keys if key in removed]:
             await self._look_on_disk(doubtful)  # deleted after it was stored, or missed by a load before
         return [error for error in errors if error is not None]
@@ -267,6 +296,7 @@ class FileSystemBackend(Backend):
     def _unlink(self, keys: list[ObjectKey], removal: Removal) -> "asyncio.Future[int]":
         """Drop objects and remove their files, after the changes that were submitted before."""
         self._drop(keys, removal)
+        self._faults.over(keys)
         future = asyncio.wrap_future(self._changes.submit(self._directory.unlink, keys))
         self._unlinking.append(keys)
         future.add_done_callback(self._unlinked)
@@ -308,7 +338,7 @@ class FileSystemBackend(Backend):
                 while batch := await _take(records, SLICE, executor=self._scans):
                     for _, chunk_hash, rank, group, size_bytes in batch:
                         key = ObjectKey(chunk_hash, rank, group)
-                        if key not in removed:
+                        if key not in removed and not self._faults.is_unreadable(key):
                             self._index.put_oldest(key, size_bytes)
                     self._make_room(0)
         except Exception:  # the root of a task; what is not indexed is found by lookups
@@ -319,6 +349,10 @@ def _drain(run: list[Found]) -> Iterator[Found]:
     """Iterate from the end, such that what was taken is freed at once, and not all together with the run."""
     while run:
         yield run.pop()
+
+
+def _told(fault: OSError) -> LoadOutcome:
+    return LoadOutcome.CORRUPT if isinstance(fault, RecordFault) else LoadOutcome.FAILED
 
 
 def _shutdown(executors: Sequence[DaemonExecutor]) -> None:

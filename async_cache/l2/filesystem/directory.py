@@ -9,8 +9,9 @@ import fcntl
 import logging
 import os
 import stat
+import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from mmap import PAGESIZE, mmap
@@ -34,11 +35,16 @@ _READ = _SAFE | os.O_RDONLY | os.O_NONBLOCK  # a pipe under an object's name mus
 _CREATE = _SAFE | os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _LOADED = LoadOutcome.LOADED  # by name it would cost a tenth of a microsecond, with the interpreter's lock
 _NO_FILE = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO}  # nothing, or a link, a directory ...
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # of which no name can be the reason
 
 Scratch = bytearray | mmap
 Buffer = memoryview | Scratch
 Found = tuple[int, bytes, int, int, int]
 """Modification time in ns, chunk hash, rank, group, bytes of the body: flat, and so of no interest to the collector."""
+
+
+class RecordFault(OSError):
+    """A fault that is of one record, and says nothing of the disk: its name cannot be taken or removed."""
 
 
 class RecordDirectory:
@@ -81,8 +87,19 @@ class RecordDirectory:
                 at_once = len(body) <= BLOCK_BYTES and not self._direct and self._load_at_once(key, body, tail)
                 outcomes[place] = _LOADED if at_once else self._load(key, body, tail, stop)
             except OSError as error:
-                gone = error.errno in _NO_FILE
-                outcomes[place] = LoadOutcome.GONE if gone else error.with_traceback(None)  # whose frames hold the body
+                outcomes[place] = self._load_again(error, key, body, tail, stop)
+
+    def _load_again(
+        self, fault: OSError, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event
+    ) -> LoadOutcome | OSError:
+        """Load once more what could not be read, since a fault may be of the moment, as a stale handle is."""
+        if not (fault.errno in _NO_FILE or isinstance(fault, RecordFault) or stop.is_set()):
+            try:
+                return self._load(key, body, tail, stop)
+            except OSError as again:
+                fault = again
+        gone = fault.errno in _NO_FILE and not isinstance(fault, RecordFault)
+        return LoadOutcome.GONE if gone else fault.with_traceback(None)  # whose frames hold the body
 
     def _load_at_once(self, key: ObjectKey, body: memoryview, tail: Scratch) -> bool:
         """Whether a small object was loaded by three system calls and nothing between them; if not, `_load` says why.
@@ -93,7 +110,7 @@ class RecordDirectory:
         try:
             count = os.preadv(fd, (body, tail), 0)
         finally:
-            os.close(fd)
+            _close(fd)
         return count == len(body) + TRAILER_BYTES and is_trailer(tail, key, len(body), xxh3_64_intdigest(body))
 
     def _load(self, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> LoadOutcome:
@@ -106,27 +123,35 @@ class RecordDirectory:
             self._remove_corrupt(fd, file_name(key))
             return LoadOutcome.CORRUPT
         finally:
-            os.close(fd)
+            _close(fd)
 
     def _remove_corrupt(self, fd: int, name: str) -> None:
-        """Remove this file, and not what another writer has put there meanwhile."""
-        with suppress(FileNotFoundError):
+        """Remove this file, and not what another writer has put there meanwhile. Raises RecordFault if it stays."""
+        try:
             if os.path.samestat(os.fstat(fd), self._stat(name)):
                 os.unlink(name, dir_fd=self._fd)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise RecordFault(error.errno, f"cannot remove what is corrupt: {error.strerror}", name) from None
 
     # Stores.
 
-    def store(self, keys: Sequence[ObjectKey], bodies: Sequence[memoryview], stop: Event) -> list[OSError | None]:
-        """Write the records that are not there yet; for each key None, or why it failed.
+    def store(
+        self, keys: Sequence[ObjectKey], bodies: Sequence[memoryview], replaced: Collection[ObjectKey], stop: Event
+    ) -> list[OSError | None]:
+        """Write the records that are not there yet, or are to be replaced; for each key None, or why it failed.
 
         There are fewer answers than keys if the call was stopped.
         """
         errors: list[OSError | None] = []
+        written_ns = time.time_ns()
         for key, body in zip(keys, bodies, strict=True):
             if stop.is_set():
                 break
             try:
-                self._store(key, body, stop)
+                if key in replaced or not self._has(key, len(body)):
+                    self._store(key, body, written_ns - len(errors), stop)
                 errors.append(None)
             except OSError as error:
                 errors.append(error.with_traceback(None))
@@ -137,25 +162,39 @@ class RecordDirectory:
                 return [error] * len(errors)
         return errors
 
-    def _store(self, key: ObjectKey, body: memoryview, stop: Event) -> None:
+    def _store(self, key: ObjectKey, body: memoryview, written_ns: int, stop: Event) -> None:
         name = file_name(key)
-        if self.size(key) == len(body):
-            return
         temporary, fd = self._create_temporary()
         try:
             try:
                 if self._direct:
                     self._use_direct(fd, body)
                 write_record(fd, key, body, self._tail(spare_bytes=0), stop)
+                with suppress(OSError):  # the order of the tail and the head of a prefix, which recovery goes by
+                    os.utime(fd, ns=(written_ns, written_ns))
                 if self._fsync:
                     os.fsync(fd)
-                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                self._rename(temporary, name)
             finally:
                 os.close(fd)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=self._fd)
             raise
+
+    def _has(self, key: ObjectKey, size_bytes: int) -> bool:
+        try:
+            return self.size(key) == size_bytes
+        except OSError:  # what cannot be looked at is replaced
+            return False
+
+    def _rename(self, temporary: str, name: str) -> None:
+        try:
+            os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise
+            raise RecordFault(error.errno, error.strerror, name) from None
 
     def _create_temporary(self) -> tuple[str, int]:
         """A new file, locked as long as it is open: the kernel ends the lock with its process.
@@ -185,9 +224,15 @@ class RecordDirectory:
             return None
         return _body_bytes(status)
 
-    def sizes(self, keys: Sequence[ObjectKey]) -> list[int | None]:
-        """The `size` of each object."""
-        return [self.size(key) for key in keys]
+    def sizes(self, keys: Sequence[ObjectKey]) -> list[int | OSError | None]:
+        """The `size` of each object, or why it cannot be told."""
+        return [self._size_or_fault(key) for key in keys]
+
+    def _size_or_fault(self, key: ObjectKey) -> int | OSError | None:
+        try:
+            return self.size(key)
+        except OSError as error:
+            return error.with_traceback(None)
 
     def unlink(self, keys: Sequence[ObjectKey]) -> int:
         """Remove the objects that are there, and count them. A fault is raised after all were tried."""
@@ -262,6 +307,12 @@ class RecordDirectory:
 def _body_bytes(status: os.stat_result) -> int | None:
     """The bytes of the body in a file of this status; None if it cannot be a record."""
     return body_bytes(status.st_size) if stat.S_ISREG(status.st_mode) else None
+
+
+def _close(fd: int) -> None:
+    """Close a file that was read: what was read is not the worse for a fault in this."""
+    with suppress(OSError):
+        os.close(fd)
 
 
 def read_record(fd: int, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> bool:
