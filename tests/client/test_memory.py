@@ -170,7 +170,7 @@ def test_the_arena_is_mapped_though_its_descriptor_is_closed(arena_fd: int) -> N
 
 def test_what_can_not_be_mapped_is_an_error() -> None:
     read_end, write_end = os.pipe()
-    with pytest.raises(OSError, match="memory can not be mapped"):
+    with pytest.raises(OSError, match="memory cannot be mapped"):
         map_read_only(read_end, PAGE)
     os.close(read_end)
     os.close(write_end)
