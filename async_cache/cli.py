@@ -1,6 +1,6 @@
 """The command line: `async-cache serve | ping | status | config`, and `async-cache --version`."""
 
-import logging
+import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from async_cache.client.client import CacheClient, connect
 from async_cache.config import CacheConfig, Given, ServerConfig, hide_password
 from async_cache.errors import AsyncCacheError, ConfigError
 from async_cache.protocol.address import Address
+from async_cache.server.logs import log_to
 from async_cache.server.process import serve as serve_until_signal
 from async_cache.values import CacheStats
 
@@ -27,7 +28,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False)
+_STANDARD_ERROR = 2
+console = Console(
+    width=None if sys.stdout is not None and sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False
+)
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="Settings in TOML; see docs/configuration.md.")
@@ -49,8 +53,19 @@ TokenFile = Annotated[
 
 def main() -> None:
     """Run a command; what goes wrong is one line and an exit code."""
+    open_standard_streams()
     with errors_in_one_line():
         app()
+
+
+def open_standard_streams() -> None:
+    """Have those that are closed lead nowhere: else what is opened next would be written to, or end the process."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_ERROR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdin = sys.stdin or open(0)  # noqa: SIM115 - they stay open
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
 
 
 @contextmanager
@@ -89,10 +104,9 @@ def serve(
     l2: L2 = None,
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """Serve a cache until SIGTERM or SIGINT. A flag comes before the environment, and that before the file."""
+    """Serve a cache until SIGTERM, SIGINT or SIGHUP. A flag comes before the environment, and that before the file."""
     if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     cache_given, server_given = given(config, listen, l1_bytes, l2)
     cache_config, server_config = CacheConfig.of(cache_given), ServerConfig.of(server_given)
     size, where = show_bytes(cache_config.l1_bytes), hide_password(" ".join(cache_config.l2)) or "no storage"
@@ -101,7 +115,8 @@ def serve(
         console.print(f"serving at {' '.join(map(str, addresses))}", soft_wrap=True, highlight=False)
 
     console.print(f"async-cache with {size} of memory and {where}", soft_wrap=True, highlight=False)
-    uvloop.run(serve_until_signal(cache_config, server_config, ready))
+    with log_to(_STANDARD_ERROR, log_level.upper()):
+        uvloop.run(serve_until_signal(cache_config, server_config, ready))
 
 
 @app.command()

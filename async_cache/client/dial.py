@@ -3,15 +3,16 @@
 import asyncio
 import os
 import socket
-import struct
 from contextlib import suppress
+
+import msgspec
 
 from async_cache.client.link import Link, Lost
 from async_cache.client.memory import Segment
 from async_cache.errors import AccessDeniedError, AsyncCacheError, ConnectionLostError
 from async_cache.memory.mapping import map_read_only
-from async_cache.protocol.address import Address
-from async_cache.protocol.greeting import greet
+from async_cache.protocol.address import Address, default_url
+from async_cache.protocol.greeting import NoDescriptorError, check_byte_order, greet, peer_process
 from async_cache.protocol.messages import Hello
 
 
@@ -20,9 +21,13 @@ async def dial(address: Address, hello: Hello, lost: Lost, timeout_seconds: floa
 
     What the server refuses the client with is raised as well. `lost` is called once the link is lost.
     """
+    check_byte_order()
     try:
         async with asyncio.timeout(timeout_seconds):
-            return await _dial(address, hello, lost)
+            try:
+                return await _dial(address, hello, lost)
+            except NoDescriptorError:
+                return await _dial(address, msgspec.structs.replace(hello, descriptors=False), lost)
     except TimeoutError as error:
         raise ConnectionLostError(f"no answer from {address} within {timeout_seconds:.3g} s") from error
     except AsyncCacheError:
@@ -39,8 +44,8 @@ async def _dial(address: Address, hello: Hello, lost: Lost) -> Link:
     sock = await _connect(address)
     segment = None
     try:
-        _check_owner(sock)
-        segment = Segment() if address.path else None
+        _check_owner(sock, address)
+        segment = Segment() if address.path and hello.descriptors else None
         welcome, arena_fd = await greet(sock, hello, segment.fd if segment is not None else None)
         arena = None
         if arena_fd is not None:
@@ -56,22 +61,17 @@ async def _dial(address: Address, hello: Hello, lost: Lost) -> Link:
         if segment is not None:
             segment.close()
         raise
-    # From here on the transport owns the socket, and the link its segment. Where this is given up, they are closed as
+    # From here on the connection owns the socket, and the link its segment. Where this is given up, they are closed as
     # with every connection that is lost: to close them here as well would hit whoever has their numbers by then.
-    loop = asyncio.get_running_loop()
-    if address.path:
-        await loop.create_unix_connection(lambda: link.connection, sock=sock)
-    else:
-        await loop.create_connection(lambda: link.connection, sock=sock)
+    await link.connection.take(sock)
     return link
 
 
 async def _connect(address: Address) -> socket.socket:
-    loop = asyncio.get_running_loop()
     if address.path:
-        places = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", address.path)]
-    else:
-        places = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)  # type: ignore[assignment]
+        return _connect_unix(address)
+    loop = asyncio.get_running_loop()
+    places = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     for number, (family, kind, _, _, where) in enumerate(places):
         sock = socket.socket(family, kind)
         sock.setblocking(False)
@@ -87,9 +87,30 @@ async def _connect(address: Address) -> socket.socket:
     raise OSError("the host has no address")
 
 
-def _check_owner(sock: socket.socket) -> None:
-    """Raises AccessDeniedError for a socket that another user has made, who would be sent tokens and prompts."""
-    if sock.family == socket.AF_UNIX:
-        _, owner, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        if owner not in (0, os.getuid()):
-            raise AccessDeniedError(f"the server at this socket runs as another user, number {owner}")
+def _connect_unix(address: Address) -> socket.socket:
+    """A socket that is connected at once. A loop would take one that finds the backlog full for connected."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    try:
+        sock.connect(address.path)
+    except BlockingIOError:
+        sock.close()
+        raise ConnectionLostError(f"the server at {address} is busy: too many clients wait to be let in") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _check_owner(sock: socket.socket, address: Address) -> None:
+    """Raises AccessDeniedError for a socket that another user has made, who would be sent tokens and prompts.
+
+    Root may connect to any user's server whose address it was given; what stands at its own default is its own.
+    """
+    if sock.family != socket.AF_UNIX:
+        return
+    _, owner = peer_process(sock)
+    user = os.geteuid()
+    if owner in (0, user) or (user == 0 and str(address) != default_url()):
+        return
+    raise AccessDeniedError(f"the server at this socket runs as another user, number {owner}")

@@ -12,6 +12,7 @@ from async_cache.protocol.messages import Ping
 _FIRST_DELAY_SECONDS = 0.02
 _LONGEST_DELAY_SECONDS = 1.0
 _ATTEMPT_SECONDS = 5.0
+_LAST_ATTEMPT_SECONDS = 0.1  # at least, of those that `open` makes
 _CLOSE_SECONDS = 5.0
 _LAST_CHANCE_SECONDS = 0.05
 
@@ -70,12 +71,13 @@ class Links:
         deadline = clock() + self._connect_timeout_seconds
         for delay in backoff():
             try:
-                await self._attempt(max(deadline - clock(), delay))
+                await self._attempt(max(deadline - clock(), _LAST_ATTEMPT_SECONDS))
                 break
             except ConnectionLostError:
-                if clock() + delay > deadline:
+                left = deadline - clock()
+                if left <= 0:
                     raise
-                await asyncio.sleep(delay)
+                await asyncio.sleep(min(delay, left))
         if self._is_closed:
             await self._close()  # once more: the link has come since
             self.check_open()

@@ -1,6 +1,7 @@
 """The memory that a client writes into, and its server reads."""
 
 import ctypes
+import logging
 import mmap
 import os
 import weakref
@@ -8,6 +9,8 @@ from collections import deque
 
 from async_cache.memory.extents import Extents
 from async_cache.memory.mapping import make_memfd, seal_size
+
+log = logging.getLogger(__name__)
 
 Block = ctypes.Array[ctypes.c_ubyte]
 
@@ -25,10 +28,14 @@ class Segment:
         self._freed: deque[tuple[int, int]] = deque()  # by the threads that had the last views
 
     def grow(self, size_bytes: int) -> None:
-        """Give the segment its size, once."""
-        os.ftruncate(self.fd, size_bytes)
-        seal_size(self.fd)
-        self._map = mmap.mmap(self.fd, size_bytes)
+        """Give the segment its size, once. Where the system refuses that there is no room in it: bytes go in frames."""
+        try:
+            os.ftruncate(self.fd, size_bytes)
+            seal_size(self.fd)
+            self._map = mmap.mmap(self.fd, size_bytes)
+        except OSError as error:
+            log.info("what is stored travels in frames: %s", error.strerror)
+            return
         self._extents = Extents(size_bytes)
 
     def blocks(self, size_bytes: int, count: int) -> list[tuple[int, Block]]:

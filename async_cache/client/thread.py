@@ -13,6 +13,7 @@ import uvloop
 from async_cache.client.client import CacheClient
 from async_cache.client.writing import Post
 from async_cache.errors import CacheClosedError
+from async_cache.protocol.descriptors import above_standard
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ class ClientThread:
             thread.join()
 
     def _run(self, opened: "concurrent.futures.Future[None]") -> None:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with above_standard(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._serve(opened))
 
     async def _serve(self, opened: "concurrent.futures.Future[None]") -> None:

@@ -6,6 +6,7 @@ import mmap
 import os
 import weakref
 
+_FIRST_DESCRIPTOR = 3  # behind standard input, output and error
 _F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; Python has the others
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -15,8 +16,17 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def make_memfd(name: str) -> int:
-    """A new memory file of size 0, which can be sealed. Its descriptor is the caller's to close."""
-    return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    """A new memory file of size 0, which can be sealed. Its descriptor is the caller's to close.
+
+    It never has the number of a standard stream, to which any library may write.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    if fd >= _FIRST_DESCRIPTOR:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_DESCRIPTOR)
+    finally:
+        os.close(fd)
 
 
 def seal_size(fd: int) -> None:

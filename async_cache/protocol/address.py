@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from async_cache.errors import ConfigError
 
-_MAX_PATH_BYTES = 107  # of a Unix socket, see unix(7)
+MAX_PATH_BYTES = 107  # of a Unix socket, see unix(7)
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,6 @@ def default_url() -> str:
 def _check_path(host: str, path: str) -> str:
     if host or not path.startswith("/") or path.endswith("/"):
         raise ValueError("the path of a socket is absolute")
-    if len(os.fsencode(path)) > _MAX_PATH_BYTES or "\0" in path:
-        raise ValueError(f"the path of a socket has at most {_MAX_PATH_BYTES} bytes")
+    if len(os.fsencode(path)) > MAX_PATH_BYTES or "\0" in path:
+        raise ValueError(f"the path of a socket has at most {MAX_PATH_BYTES} bytes")
     return path

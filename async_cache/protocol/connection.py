@@ -2,14 +2,17 @@
 
 import asyncio
 import logging
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any, cast
 
 from async_cache.errors import AsyncCacheError, ConnectionLostError
+from async_cache.protocol.descriptors import above_standard, moved_above_standard
 from async_cache.protocol.frames import FrameReader, frame
 from async_cache.protocol.messages import Decoder, Message, encode, failed
+from async_cache.protocol.partials import Partials
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class Connection(asyncio.Protocol):
 
     `received` is called with each message, in order; `lost` once, with the reason if there is one. With
     `stall_seconds`, a peer that does not read what it is sent is not listened to either, and is given up after that.
+    What is there of a frame that is not complete is bounded by `partials`. `name` is for the log.
     """
 
     def __init__(
@@ -53,12 +57,17 @@ class Connection(asyncio.Protocol):
         lost: Callable[[Exception | None], None],
         *,
         stall_seconds: float | None = None,
+        partials: Partials | None = None,
+        name: str = "the peer",
     ):
         self._state = ConnectionState.NEW
         self._decoder = decoder
         self._received = received
         self._lost = lost
         self._stall_seconds = stall_seconds
+        self._partials = partials
+        self._has_partial = False
+        self._name = name
         self._frames = FrameReader()
         self._arrived: deque[bytes] = deque()  # data that was not looked at yet
         self._payloads: Iterator[memoryview] = iter(())  # of the data that is looked at now
@@ -68,6 +77,7 @@ class Connection(asyncio.Protocol):
         self._writable: asyncio.Event | None = None  # set again when the peer has read; None while it does
         self._giving_up: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
+        self._made: asyncio.Future[None] = self._loop.create_future()
         self.received_frames = 0
 
     @property
@@ -129,9 +139,42 @@ class Connection(asyncio.Protocol):
 
     # Receiving.
 
+    async def take(self, sock: socket.socket) -> None:
+        """Begin with a connected socket, which is the connection's from here on, whatever comes.
+
+        Where the caller is cancelled the connection is aborted: neither closes what a transport is just made of.
+        """
+        try:
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock = moved_above_standard(sock)
+            making = self._loop.create_task(self._make_transport(sock))
+            making.add_done_callback(self._transport_failed)
+            await self._made  # and not the task: what has arrived by its end may have closed the connection
+        except asyncio.CancelledError:
+            self.abort()
+            await asyncio.wait([making])
+            raise
+        except OSError as error:
+            sock.close()
+            self.connection_lost(error)
+            raise
+
+    def _transport_failed(self, making: "asyncio.Task[None]") -> None:
+        if making.cancelled():
+            self._made.cancel()
+        elif (error := making.exception()) is not None and not self._made.done():
+            self._made.set_exception(error)
+
+    async def _make_transport(self, sock: socket.socket) -> None:
+        with above_standard():
+            await self._loop.connect_accepted_socket(lambda: self, sock)
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin; the transport calls this."""
         self._transport = cast(asyncio.Transport, transport)
+        if not self._made.done():
+            self._made.set_result(None)
         if self._state is ConnectionState.NEW:
             self._state = _OPEN
         else:
@@ -160,12 +203,30 @@ class Connection(asyncio.Protocol):
                 elif self._arrived:
                     self._payloads = self._frames.feed(self._arrived.popleft())
                 else:
+                    self._keep_partial()
                     break
         except AsyncCacheError as error:
+            log.warning("%s is sent away: %s", self._name, error)
             self.fail(error)
         except Exception as error:
             log.exception("a message could not be handled")
             self.fail(error)
+
+    def _keep_partial(self) -> None:
+        """Tell of what there is of a frame that is not complete."""
+        kept_bytes = self._frames.kept_bytes
+        if self._partials is None or not (kept_bytes or self._has_partial):
+            return
+        self._has_partial = bool(kept_bytes)
+        if kept_bytes:
+            self._partials.keep(self, self.received_frames, kept_bytes)
+        else:
+            self._partials.drop(self)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing is received for a while, which is no fault of the peer."""
+        return bool(self._pauses)
 
     def pause_reading(self) -> None:
         """Receive nothing more until `resume_reading`."""
@@ -199,10 +260,19 @@ class Connection(asyncio.Protocol):
         if self.is_open:
             self.flush()
             self._state = ConnectionState.CLOSING
+            self._forget_received()
             assert self._transport is not None
             self._transport.close()
             if self._stall_seconds is not None and self._giving_up is None:
                 self._giving_up = self._loop.call_later(self._stall_seconds, self.abort)
+
+    def _forget_received(self) -> None:
+        """Nothing is received any more."""
+        self._arrived.clear()
+        self._payloads = iter(())
+        self._frames = FrameReader()
+        if self._partials is not None:
+            self._partials.drop(self)
 
     def abort(self) -> None:
         """Close at once."""
@@ -223,8 +293,7 @@ class Connection(asyncio.Protocol):
         self._state = ConnectionState.LOST
         self._transport = None
         self._out.clear()
-        self._arrived.clear()
-        self._payloads = iter(())
+        self._forget_received()
         self._wake_senders()
         if self._giving_up is not None:
             self._giving_up.cancel()

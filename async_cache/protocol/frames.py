@@ -32,6 +32,11 @@ class FrameReader:
         self._limit_bytes = limit_bytes
         self._kept = bytearray()
 
+    @property
+    def kept_bytes(self) -> int:
+        """What is there of a frame that is not complete."""
+        return len(self._kept)
+
     def feed(self, data: bytes) -> Iterator[memoryview]:
         """The payloads that are complete now, each valid until the next. Raises ProtocolError for a bad length.
 

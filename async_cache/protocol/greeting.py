@@ -8,9 +8,10 @@ import asyncio
 import os
 import socket
 import struct
+import sys
 from contextlib import suppress
 
-from async_cache.errors import ConnectionLostError, ProtocolError, ServiceError
+from async_cache.errors import ConfigError, ConnectionLostError, LimitError, ProtocolError, ServiceError
 from async_cache.protocol.frames import HEADER_BYTES, MAX_GREETING_BYTES, check_size, frame
 from async_cache.protocol.messages import Decoder, Failed, Hello, Welcome, encode, error_of
 
@@ -20,10 +21,21 @@ _hello_decoder = Decoder(Hello)
 _welcome_decoder = Decoder(Welcome | Failed)
 
 
+class NoDescriptorError(ProtocolError):
+    """The server has sent a descriptor, and it has not come: what is between the two passes none."""
+
+
+def check_byte_order() -> None:
+    """Check that this is a little-endian machine: token ids and KV travel as one has them. Raises ConfigError."""
+    if sys.byteorder != "little":
+        raise ConfigError("clients and servers run on little-endian machines only: KV travels as it lies in memory")
+
+
 async def receive_hello(sock: socket.socket) -> tuple[Hello, int | None]:
     """What a client says first, and its descriptor, which is the caller's to close.
 
-    Raises ProtocolError for anything but a Hello, ConnectionLostError if the client is gone.
+    Raises ProtocolError for anything but a Hello, LimitError where no descriptor can be taken, ConnectionLostError if
+    the client is gone.
     """
     payload, descriptor = await _receive(sock)
     try:
@@ -53,12 +65,20 @@ async def greet(sock: socket.socket, hello: Hello, descriptor: int | None) -> tu
             error = error_of(answer)
             raise error if isinstance(error, ServiceError) else ConnectionLostError(str(error))
         if answer.mapped and received is None:
-            raise ProtocolError("the server's memory did not come with its welcome")
+            raise NoDescriptorError("the server's memory did not come with its welcome")
     except BaseException:
         if received is not None:
             os.close(received)
         raise
     return answer, received
+
+
+def peer_process(sock: socket.socket) -> tuple[int, int]:
+    """The process at the other end of a Unix socket, and its user."""
+    process, user, _ = struct.unpack(
+        "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    )
+    return process, user
 
 
 async def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
@@ -93,11 +113,16 @@ async def _receive_exactly(sock: socket.socket, size_bytes: int, descriptors: li
 
 
 def _receive_with_descriptor(sock: socket.socket, size_bytes: int, descriptors: list[int]) -> bytes:
-    """Keeps the first descriptor, and closes all others. (`socket.recv_fds` forgets the flags in Python 3.11.)"""
-    data, ancillary, _, _ = sock.recvmsg(size_bytes, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC)
+    """Keeps the first descriptor, and closes all others. Raises LimitError where the system has dropped the first.
+
+    (`socket.recv_fds` forgets the flags in Python 3.11.)
+    """
+    data, ancillary, flags, _ = sock.recvmsg(size_bytes, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC)
     for level, kind, came in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors += struct.unpack(f"{len(came) // 4}i", came[: len(came) // 4 * 4])
+    if flags & socket.MSG_CTRUNC and not descriptors:
+        raise LimitError("a file descriptor that came with the greeting was dropped: this process may have no more")
     while len(descriptors) > 1:
         os.close(descriptors.pop())
     return data

@@ -38,25 +38,33 @@ RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
 Label = Annotated[str, Meta(max_length=128)]
 Name = Annotated[str, Meta(max_length=1024)]
 Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
-Seconds = Annotated[float, Meta(ge=0)]
+Seconds = Annotated[float, Meta(title="0 or more")]
 
 
 class Message(Struct, array_like=True, tag=True, forbid_unknown_fields=True, gc=False):
-    """An array: the name of the message, and its fields in the order of their definition."""
+    """An array: the name of the message, and its fields in the order of their definition. More of them are refused."""
+
+
+class Extensible(Message, forbid_unknown_fields=False):
+    """A message that may come with more fields, from another state of the project: they are not looked at."""
 
 
 # The greeting: the first frame in each direction.
 
 
-class Hello(Message):
-    """The client introduces itself. Over a Unix socket, the descriptor of its segment may travel with this."""
+class Hello(Extensible):
+    """The client introduces itself. Over a Unix socket, the descriptor of its segment may travel with this.
+
+    `descriptors` is false where none can come to it, as through a proxy: then it reads in frames.
+    """
 
     version: Annotated[int, Meta(ge=0, lt=2**16)]
     token: Annotated[str, Meta(max_length=1024)] | None = None
     namespace: Label = ""
+    descriptors: bool = True
 
 
-class Welcome(Message):
+class Welcome(Extensible):
     """The server lets a client in. With `mapped`, the descriptor of the arena travels with it, to be mapped read-only.
 
     To a client that is not `trusted`, digests prove nothing: it sends token ids, or an engine's blocks or digests, and
@@ -322,20 +330,20 @@ Request = (
 # Answers.
 
 
-class Done(Message):
+class Done(Extensible):
     """What was asked for is done, and has no result."""
 
     number: int
 
 
-class LayoutRegistered(Message):
+class LayoutRegistered(Extensible):
     """The layout may be used. `others` are a few that are in use for the same model, and share nothing with it."""
 
     number: int
     others: list[Layout]
 
 
-class Failed(Message):
+class Failed(Extensible):
     """What was asked for could not be done. `number` 0: the connection is about to be closed, and this is why."""
 
     number: int
@@ -343,48 +351,48 @@ class Failed(Message):
     message: str
 
 
-class LookupDone(Message):
+class LookupDone(Extensible):
     """Pushed: the first future of a prefetch."""
 
     number: int
     hits: LookupHits
 
 
-class LoadDone(Message):
+class LoadDone(Extensible):
     """Pushed: the second future of a prefetch."""
 
     number: int
     result: LoadResult
 
 
-class RequestOver(Message):
+class RequestOver(Extensible):
     """Pushed: the request of a prefetch is over, and its id is free."""
 
     number: int
 
 
-class RequestClaimed(Message):
+class RequestClaimed(Extensible):
     """Pushed: the result of a prefetch was handed out, to whichever client, or its claim was undone."""
 
     number: int
     claimed: bool
 
 
-class Hits(Message):
+class Hits(Extensible):
     """The hits of a request that was queried, or of a prompt that was looked up."""
 
     number: int
     hits: LookupHits
 
 
-class Loaded(Message):
+class Loaded(Extensible):
     """The result of a request, for the client that has claimed it."""
 
     number: int
     result: LoadResult
 
 
-class ReadAcquired(Message):
+class ReadAcquired(Extensible):
     """Chunk n is number `result.start_chunk + n` of the prompt, and its block begins at `offsets[n]`.
 
     That is in the arena, or where this is not mapped, in a buffer of `buffer_bytes`, of which ReadData then brings the
@@ -402,7 +410,7 @@ class ReadAcquired(Message):
     data_bytes: int = 0
 
 
-class ReadData(Message):
+class ReadData(Extensible):
     """Bytes of a read, for the client's buffer of it."""
 
     number: int
@@ -410,7 +418,7 @@ class ReadData(Message):
     data: memoryview
 
 
-class StoreReserved(Message):
+class StoreReserved(Extensible):
     """The chunks to fill, by their number in the prompt; `shortfall` where there are fewer than L1 lacks."""
 
     number: int
@@ -418,32 +426,34 @@ class StoreReserved(Message):
     shortfall: Shortfall | None = None
 
 
-class StoreClosed(Message):
+class StoreClosed(Extensible):
     """Pushed: the store of that number was idle for too long, or the cache closes."""
 
     number: int
 
 
-class Removed(Message):
+class Removed(Extensible):
     """What a Delete or Clear has removed."""
 
     number: int
     deleted: Deleted
 
 
-class Flushed(Message):
+class Flushed(Extensible):
     """What a Flush has waited for."""
 
     number: int
     result: FlushResult
 
 
-class Counted(Message):
+class Counted(Extensible):
     """The statistics of the cache, as a map."""
 
     number: int
     stats: CacheStats
 
+
+_TIMED = frozenset((Prefetch, Flush))  # a bound of the type would refuse what is not a number, and that is answered
 
 Answer = (
     Done
@@ -477,9 +487,12 @@ class Decoder:
     def decode(self, payload: bytes | memoryview) -> Any:
         """The message in a payload."""
         try:
-            return self._decoder.decode(payload)
+            message = self._decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError, ValueError) as error:
             raise ProtocolError(f"not a message: {error}") from error
+        if type(message) in _TIMED and message.deadline_seconds is not None and message.deadline_seconds < 0:
+            raise ProtocolError("not a message: seconds are 0 or more")
+        return message
 
 
 # Errors: each has a code, which the client turns back into the same exception. The first that fits is taken.

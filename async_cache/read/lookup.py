@@ -104,7 +104,7 @@ class Found:
         `chunk_hashes` are those of the prompt; number 0 of what was asked for is its `start_chunk`.
         """
         masks = list(self._asked.masks.values())
-        if len(masks) == len(chunk_hashes) and masks.count(masks[0]) == len(masks):
+        if not masks or (len(masks) == len(chunk_hashes) and masks.count(masks[0]) == len(masks)):
             return  # all were asked for in one go, and so the backend knows
         for guard, held in self._holders:
             last = max((number for number, mask in held.items() if mask), default=-1)

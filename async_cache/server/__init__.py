@@ -1,6 +1,7 @@
 """The service: one cache for all the processes of a machine.
 
 process     the server as a process, which runs until a signal
+logs        the log, written by a thread
 server      accepts connections, and ends them
 listener    sockets to listen at: Unix and TCP
 access      who may connect, which salts it may use, and which request ids are its own

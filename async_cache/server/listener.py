@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from async_cache.errors import ConfigError
-from async_cache.protocol.address import Address
+from async_cache.protocol.address import MAX_PATH_BYTES, Address
 
 _BACKLOG = 1024
 
@@ -31,38 +31,23 @@ class Listener:
         self.address = address
 
     def _bind_unix(self, path: Path) -> socket.socket:
-        """Bind under another name first, so that clients can connect from the moment when the right name is there."""
+        """Bind under the name that it keeps: who sweeps the directory learns from the system that it is in use."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.parent.stat().st_uid not in (0, os.getuid()):
             raise ConfigError(f"cannot listen at {path}: its directory belongs to somebody else")
         made = socket.socket(socket.AF_UNIX)
-        new = path.with_name(f".{os.getpid():x}")
         try:
-            with suppress(FileNotFoundError):
-                new.unlink()
-            self._bind_in(made, new)
-            new.chmod(0o600)
-            made.listen(_BACKLOG)
-            self._inode = new.stat().st_ino
+            made.setblocking(False)
+            os.fchmod(made.fileno(), 0o600)  # which its name gets from it
             with _alone_in(path.parent):
-                _check_free(path)
-                new.rename(path)
+                _make_free(path)
+                made.bind(str(_real(path)))
+                made.listen(_BACKLOG)
+                self._inode = path.stat().st_ino
         except BaseException:
             made.close()
-            with suppress(FileNotFoundError):
-                new.unlink()
             raise
-        made.setblocking(False)
         return made
-
-    @staticmethod
-    def _bind_in(made: socket.socket, path: Path) -> None:
-        """Bind by way of the directory, since this name may be too long for a socket."""
-        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            made.bind(f"/proc/self/fd/{directory}/{path.name}")
-        finally:
-            os.close(directory)
 
     def _bind_tcp(self, address: Address) -> socket.socket:
         family, kind, _, _, where = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
@@ -79,12 +64,13 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening, and remove the Unix socket, unless another one has taken its place."""
-        self.socket.close()
         path = self.address.path
         if path:
+            # While it listens nobody replaces it, and its number means no other file.
             with suppress(OSError), _alone_in(Path(path).parent):
                 if os.stat(path).st_ino == self._inode:
                     os.unlink(path)
+        self.socket.close()
 
 
 @contextmanager
@@ -98,8 +84,14 @@ def _alone_in(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _check_free(path: Path) -> None:
-    """Check that no server listens there; the socket of a dead one may be replaced. Raises ConfigError."""
+def _real(path: Path) -> Path:
+    """The path without links in it, by which others know the socket, if that is not too long for one."""
+    real = path.parent.resolve() / path.name
+    return real if len(os.fsencode(real)) <= MAX_PATH_BYTES else path
+
+
+def _make_free(path: Path) -> None:
+    """Remove the socket of a dead server. Raises ConfigError where a server listens, or something else is there."""
     if not path.exists():
         return
     if not path.is_socket():
@@ -109,6 +101,7 @@ def _check_free(path: Path) -> None:
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
+            path.unlink()
             return
         except OSError as error:
             if error.errno != errno.EAGAIN:  # that is one whose backlog is full

@@ -20,15 +20,17 @@ from async_cache.server.server import Server
 
 log = logging.getLogger(__name__)
 
+_TELL_SECONDS = 0.2
 _CLOSE_PART = 0.4  # of the time for a shutdown: for write-back, and as much for I/O that does not end
 
 
 async def serve(
     cache_config: CacheConfig, server_config: ServerConfig, ready: Callable[[Sequence[Address]], None]
 ) -> None:
-    """Serve a cache until SIGTERM or SIGINT; `ready` is called with the addresses, once clients can connect.
+    """Serve a cache until SIGTERM, SIGINT or SIGHUP; `ready` is called with the addresses, once clients can connect.
 
-    The process ends, with exit code 1, if storage delays the shutdown beyond `shutdown_timeout_seconds`.
+    A SIGHUP that was ignored when the process began, as by `nohup`, stays ignored. The process ends, with exit code 1,
+    if storage delays the shutdown beyond `shutdown_timeout_seconds`.
     """
     timeout = server_config.shutdown_timeout_seconds
     close_timeout = min(cache_config.close_timeout_seconds, _CLOSE_PART * timeout)
@@ -43,7 +45,7 @@ async def serve(
         opening.cancel()
         _end_after(timeout)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _signals():
         loop.add_signal_handler(number, stop)
     async with AsyncExitStack() as stack:
         opening = asyncio.create_task(_open(stack, cache_config, server_config))
@@ -65,6 +67,12 @@ async def _open(stack: AsyncExitStack, cache_config: CacheConfig, server_config:
     return await stack.enter_async_context(Server(cache, server_config))
 
 
+def _signals() -> Sequence[signal.Signals]:
+    """The signals that end a server."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT) if ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 def _allow_descriptors() -> None:
     """Allow as many descriptors as this process may have: each connection takes two."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -75,7 +83,10 @@ def _end_after(seconds: float) -> None:
     """End the process if it is still there then: nothing else would end threads that are stuck in storage."""
 
     def end() -> None:
-        sys.stderr.write("gave up waiting for storage\n")
+        text = "gave up waiting for storage\n"
+        telling = threading.Thread(target=sys.stderr.write, args=(text,), daemon=True)  # who listens may hang
+        telling.start()
+        telling.join(_TELL_SECONDS)
         os._exit(1)
 
     timer = threading.Timer(seconds, end)

@@ -1,20 +1,21 @@
 """A client's segment: memory that the client writes to, and the server only reads."""
 
 import ctypes
+import mmap
 import os
 from collections.abc import Sequence
 from typing import cast
 
 from async_cache.errors import ProtocolError
 from async_cache.memory.mapping import cannot_shrink, is_memfd, map_read_only
-from async_cache.prompt.objects import PAGE_BYTES
 
 
 class ClientSegment:
     """The segment of a connection. It is mapped with the first copy, by when the client has given it its size.
 
-    Only a memfd of ordinary pages is taken: a file would make the server wait for its disk. And one that is mapped
-    cannot be cut short any more: reading beyond its end would be a signal, and not an error.
+    Only a memfd of this machine's ordinary pages is taken: a file would make the server wait for its disk, and huge
+    pages may run out. And one that is mapped cannot be cut short any more: reading beyond its end would be a signal,
+    and not an error.
     """
 
     def __init__(self, fd: int, limit_bytes: int):
@@ -25,7 +26,7 @@ class ClientSegment:
         if not is_memfd(fd):
             self.close()
             raise ProtocolError("the segment of a client must be a memfd")
-        if os.fstat(fd).st_blksize != PAGE_BYTES:
+        if os.fstatvfs(fd).f_bsize != mmap.PAGESIZE:
             self.close()
             raise ProtocolError("the segment of a client must have ordinary pages")
 

@@ -13,11 +13,12 @@ from typing import Any, Self
 
 from async_cache.cache import AsyncCache
 from async_cache.config import ServerConfig
-from async_cache.errors import AsyncCacheError, CacheClosedError, LimitError, ProtocolError
+from async_cache.errors import AsyncCacheError, CacheClosedError, ConnectionLostError, LimitError, ProtocolError
 from async_cache.prompt.keys import check_label
 from async_cache.protocol.address import Address
-from async_cache.protocol.greeting import receive_hello, send
+from async_cache.protocol.greeting import check_byte_order, peer_process, receive_hello, send
 from async_cache.protocol.messages import VERSION, Hello, Welcome, failed
+from async_cache.protocol.partials import Partials
 from async_cache.server.access import Access, Tenant
 from async_cache.server.layouts import SharedLayouts
 from async_cache.server.listener import Listener
@@ -50,7 +51,12 @@ class Server:
         self._config = config
         self._access = Access(config.tenants)
         self._shared = Shared(
-            cache, config, Holders.of(cache), SharedLayouts(), ThreadPoolExecutor(_COPIERS, thread_name_prefix="copy")
+            cache,
+            config,
+            Holders.of(cache),
+            SharedLayouts(),
+            ThreadPoolExecutor(_COPIERS, thread_name_prefix="copy"),
+            Partials(config.stall_timeout_seconds),
         )
         self._listeners: list[Listener] = []
         self._sessions: set[Session] = set()
@@ -68,6 +74,7 @@ class Server:
         """Listen at all addresses, or none. Raises ConfigError; a server is opened once, or raises CacheClosedError."""
         if self._state is not ServerState.NEW:
             raise CacheClosedError("a server is opened once")
+        check_byte_order()
         self._state = ServerState.LISTENING
         try:
             for url in self._config.listen:
@@ -114,6 +121,7 @@ class Server:
                 session.connection.abort()
             await asyncio.wait(ends.values())
         self._shared.holders.close()
+        self._shared.partials.close()
         self._shared.copiers.shutdown(wait=False)
         os.close(self._readable)
 
@@ -136,6 +144,7 @@ class Server:
 
     async def _welcome(self, sock: socket.socket) -> None:
         """Let one client introduce itself, and then in; or say why not."""
+        peer = _peer(sock)
         segment = None
         try:
             arena_bytes = len(self._cache.memory)
@@ -145,22 +154,23 @@ class Server:
                 if descriptor is not None:
                     segment = ClientSegment(descriptor, arena_bytes)
                 tenant = self._admit(hello, over_unix=sock.family == socket.AF_UNIX)
-                mapped = tenant.trusted and sock.family == socket.AF_UNIX
+                mapped = tenant.trusted and hello.descriptors and sock.family == socket.AF_UNIX
                 ttl = self._cache.core.config.result_ttl_seconds
                 welcome = Welcome(VERSION, arena_bytes, mapped, tenant.trusted, ttl)
                 await send(sock, welcome, self._readable if mapped else None)
             _keep_alive(sock)
-            session = self.session(tenant, hello.namespace, segment, mapped=mapped)
+            session = self.session(tenant, hello.namespace, segment, mapped=mapped, peer=peer)
             segment = None  # it is the session's now
-            try:
-                await asyncio.get_running_loop().connect_accepted_socket(lambda: session.connection, sock)
-            except BaseException:
-                session.connection.connection_lost(None)
-                raise
+            await session.connection.take(sock)
+            log.info("%s is let in", session.name)
+        except ConnectionLostError as error:
+            log.debug("%s did not introduce itself: %s", peer, error)
+            sock.close()
         except AsyncCacheError as error:
+            log.warning("%s is refused: %s", peer, error)
             await _refuse(sock, error)
         except (OSError, TimeoutError) as error:
-            log.debug("a connection did not introduce itself: %s", error)
+            log.debug("%s did not introduce itself: %s", peer, error)
             sock.close()
         except BaseException:
             sock.close()
@@ -184,11 +194,26 @@ class Server:
             raise ProtocolError(str(error)) from error
         return self._access.admit(hello.token, over_unix=over_unix)
 
-    def session(self, tenant: Tenant, namespace: str, segment: ClientSegment | None, *, mapped: bool) -> Session:
+    def session(
+        self, tenant: Tenant, namespace: str, segment: ClientSegment | None, *, mapped: bool, peer: str = "a client"
+    ) -> Session:
         """A new session, which serves one connection and owns the segment."""
-        session = Session(self._shared, tenant, namespace, segment, mapped=mapped, closed=self._sessions.discard)
+        name = f"{peer}, tenant {tenant.name!r}, namespace {namespace!r},"
+        leaves = self._sessions.discard
+        session = Session(self._shared, tenant, namespace, segment, mapped=mapped, closed=leaves, name=name)
         self._sessions.add(session)
         return session
+
+
+def _peer(sock: socket.socket) -> str:
+    """Who is at the other end of a socket, for the log."""
+    with suppress(OSError):
+        if sock.family != socket.AF_UNIX:
+            host, port = sock.getpeername()[:2]
+            return f"the client at {host} port {port}"
+        process, user = peer_process(sock)
+        return f"the client of process {process}, user {user}"
+    return "a client that is gone"
 
 
 async def _refuse(sock: socket.socket, error: AsyncCacheError) -> None:

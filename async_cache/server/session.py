@@ -20,6 +20,7 @@ from async_cache.handles.prefetch import Promised
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.messages import Decoder, Message, failed
+from async_cache.protocol.partials import Partials
 from async_cache.server.access import Scope, Tenant
 from async_cache.server.held import Held, Wait
 from async_cache.server.layouts import Layouts, SharedLayouts
@@ -42,6 +43,7 @@ class Shared:
     holders: Holders
     layouts: SharedLayouts
     copiers: Executor
+    partials: Partials
 
 
 class Session:
@@ -59,10 +61,19 @@ class Session:
         *,
         mapped: bool,
         closed: "Callable[[Session], None]",
+        name: str,
     ):
         config, cache = shared.config, shared.cache
         self.held: dict[int, Held] = {}
-        self.connection = Connection(_decoder, self._handle, self._lost, stall_seconds=config.stall_timeout_seconds)
+        self.name = name
+        self.connection = Connection(
+            _decoder,
+            self._handle,
+            self._lost,
+            stall_seconds=config.stall_timeout_seconds,
+            partials=shared.partials,
+            name=name,
+        )
         self._cache = cache
         self._max_requests = config.max_requests
         self._tenant = tenant
@@ -91,8 +102,8 @@ class Session:
             else:
                 self._check_number(message.number)
                 self._wait(message, _WAITING[kind])
-        except ProtocolError as error:
-            self.connection.fail(error)
+        except ProtocolError:
+            raise  # to the connection, which sends the client away
         except Exception as error:
             self._fail(message, error)
 
@@ -239,8 +250,7 @@ class Session:
 
     def _lost(self, error: Exception | None) -> None:
         """Release all that the connection holds."""
-        if error is not None:
-            log.debug("a connection was lost: %s", error)
+        log.info("%s is gone%s", self.name, f": {error}" if error is not None else "")
         try:
             for held in list(self.held.values()):
                 held.release()

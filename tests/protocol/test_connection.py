@@ -14,6 +14,7 @@ from async_cache import ConnectionLostError, LimitError
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.frames import FrameReader, frame
 from async_cache.protocol.messages import Answer, Decoder, Done, Failed, Ping, ReadData, Request, encode
+from async_cache.protocol.partials import Partials
 
 DATA = ReadData(1, 0, memoryview(bytes(2**18)))
 STALL_SECONDS = 0.05
@@ -23,12 +24,19 @@ _answers = Decoder(Answer)
 class End:
     """A connection under test, and the bare socket at its other end."""
 
-    def __init__(self, stall_seconds: float | None = None, fault: Exception | None = None):
+    def __init__(
+        self,
+        stall_seconds: float | None = None,
+        fault: Exception | None = None,
+        partials: Partials | None = None,
+    ):
         self.received: list[Any] = []
         self.fault = fault
         self.pause_behind = 0  # so many messages
         self.lost: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-        self.connection = Connection(Decoder(Request), self.take, self.lost.set_result, stall_seconds=stall_seconds)
+        self.connection = Connection(
+            Decoder(Request), self.take, self.lost.set_result, stall_seconds=stall_seconds, partials=partials
+        )
         self.peer, self.sock = socket.socketpair()
         self.peer.setblocking(False)
         self._frames = FrameReader()

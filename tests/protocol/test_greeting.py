@@ -3,6 +3,7 @@
 import asyncio
 import fcntl
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from async_cache import AccessDeniedError, ConnectionLostError, ProtocolError
+from async_cache import AccessDeniedError, ConnectionLostError, LimitError, ProtocolError
 from async_cache.protocol.frames import MAX_GREETING_BYTES, frame
 from async_cache.protocol.greeting import greet, receive_hello, send
 from async_cache.protocol.messages import VERSION, Done, Failed, Hello, Ping, Welcome, encode
@@ -141,6 +142,21 @@ async def test_surplus_descriptors_are_closed_whether_they_come_together_or_one_
     assert hello == HELLO and descriptor is not None
     os.close(descriptor)
     assert descriptors() == before
+
+
+@pytest.mark.parametrize("who", ["server", "client"])
+async def test_a_greeting_whose_descriptor_the_system_drops_is_refused(pair: Any, memory: int, who: str) -> None:
+    ours, theirs = pair
+    await send(theirs if who == "client" else ours, WELCOME if who == "client" else HELLO, memory)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(memory)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        with pytest.raises(LimitError, match="dropped"):
+            await (greet(ours, HELLO, None) if who == "client" else heard(theirs))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 async def test_surplus_descriptors_do_not_pile_up_while_a_greeting_comes(pair: Any, memory: int) -> None:

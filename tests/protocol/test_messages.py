@@ -2,6 +2,7 @@
 
 import enum
 import json
+import math
 import re
 import types
 import typing
@@ -127,7 +128,7 @@ def test_the_document_has_no_message_that_there_is_not() -> None:
 
 def test_every_message_of_the_module_can_be_sent() -> None:
     made = {m for m in vars(messages).values() if isinstance(m, type) and issubclass(m, messages.Message)}
-    assert made - {messages.Message} == {*GREETING, *PARTS, *REQUESTS, *ANSWERS}
+    assert made - {messages.Message, messages.Extensible} == {*GREETING, *PARTS, *REQUESTS, *ANSWERS}
 
 
 def test_the_document_has_the_bounds_of_the_named_types() -> None:
@@ -220,6 +221,34 @@ def test_more_fields_than_a_message_has_are_refused(payload: bytes) -> None:
     fields = msgspec.msgpack.decode(payload)
     with pytest.raises(ProtocolError, match="not a message"):
         requests.decode(encode([*fields, None]))
+
+
+@pytest.mark.parametrize("kind", [*GREETING, *ANSWERS], ids=lambda kind: kind.__name__)
+def test_a_greeting_or_answer_with_fields_more_is_understood(kind: type[Struct]) -> None:
+    """The other end is of a later state, and what it adds may be ignored."""
+    payloads = [payload for payload in PAYLOADS if msgspec.msgpack.decode(payload)[0] == kind.__name__]
+    decoder = answers if kind in ANSWERS else Decoder(kind)
+    for payload in payloads:
+        later = encode([*msgspec.msgpack.decode(payload), "a field", {"more": [1]}])
+        assert encode(decoder.decode(later)) == payload
+
+
+def test_a_value_of_an_answer_with_fields_more_is_understood() -> None:
+    hits = values.LookupHits(
+        request_id="r", start_chunk=0, chunks=1, tokens=4, l1_chunks=1, l2_chunks=0, found_chunks=1
+    )
+    name, number, fields = msgspec.msgpack.decode(encode(messages.Hits(1, hits)))
+    assert answers.decode(encode([name, number, [*fields, 1.5]])) == messages.Hits(1, hits)
+    usage = {"objects": 1, "used_bytes": 2, "capacity_bytes": None, "more": 3}
+    stats = {field.name: 0 for field in msgspec.structs.fields(values.CacheStats)}
+    counted = answers.decode(encode(["Counted", 1, {**stats, "more": {}, "backends": {"fs": usage}}]))
+    assert counted.stats.backends["fs"] == values.BackendUsage(1, 2, None)
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf])
+def test_seconds_that_are_not_finite_are_a_message_and_the_answer_an_error(seconds: float) -> None:
+    for message in (messages.Prefetch(1, DIGESTS, "r", 0, None, seconds), messages.Flush(1, seconds)):
+        assert type(requests.decode(encode(message))) is type(message)
 
 
 @each_request

@@ -16,6 +16,8 @@ from contract.support import count_hits, fill, make_prompt, read_back
 from soak import rounds
 
 from async_cache import BlockingClient, ConnectionLostError, connect
+from async_cache.protocol.address import Address
+from async_cache.server.listener import Listener
 
 from .programs import TESTS, environment, heard, program, serve_command, server, socket_in, tell
 
@@ -108,6 +110,45 @@ def test_of_those_who_want_to_listen_at_once_at_a_stale_socket_one_does(tmp_path
             assert list(tmp_path.iterdir()) == []
 
 
+def listening():
+    """The names of sockets that listen, as the system tells them: systemd-tmpfiles spares what is among them."""
+    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+    return [fields[7] for fields in map(str.split, lines) if len(fields) > 7]
+
+
+@pytest.mark.parametrize("by_a_link", [False, True])
+def test_the_system_knows_the_socket_by_the_name_that_it_has(tmp_path, by_a_link):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    with server(tmp_path, f"unix://{tmp_path}/{'link' if by_a_link else 'run'}/s") as served:
+        assert f"{tmp_path}/run/s" in listening()
+        with BlockingClient(served.url) as cache:
+            cache.ping()
+    assert not (tmp_path / "run" / "s").exists()
+
+
+def test_no_other_name_is_touched_whatever_it_looks_like(tmp_path):
+    """Such as those under which sockets were bound before: two containers have processes of the same number."""
+    others = [tmp_path / f".{number:x}" for number in (1, 2, os.getpid())]
+    for other in others:
+        other.write_text("of somebody")
+    listener = Listener(Address.parse(socket_in(tmp_path)))
+    names = {path.name for path in tmp_path.iterdir()}
+    listener.close()
+    assert names == {"s", *(other.name for other in others)}
+    assert [other.read_text() for other in others] == ["of somebody"] * 3
+
+
+def test_who_listens_no_more_removes_no_socket_of_another(tmp_path):
+    first = Listener(Address.parse(socket_in(tmp_path)))
+    (tmp_path / "s").unlink()
+    second = Listener(Address.parse(socket_in(tmp_path)))
+    first.close()
+    assert (tmp_path / "s").is_socket()
+    second.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o077])
 def test_only_its_owner_may_open_the_socket(tmp_path, umask):
     before = os.umask(umask)
@@ -126,7 +167,7 @@ def test_a_directory_that_is_made_for_it_is_its_owners(tmp_path):
         assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it(tmp_path, number):
     with server(tmp_path) as served, BlockingClient(served.url) as cache:
         waiting = cache.prefetch(PROMPT)

@@ -1,0 +1,75 @@
+"""The log, written by a thread: the server goes on where whoever reads it is slow, or hangs."""
+
+import logging
+import os
+import queue
+import select
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LINES = 10_000
+_FLUSH_SECONDS = 1.0
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class ThreadedLog(logging.Handler):
+    """Hands lines to a thread that writes them to a descriptor; what it has no room for is dropped and counted."""
+
+    def __init__(self, descriptor: int, lines: int = _LINES):
+        super().__init__()
+        self._descriptor = descriptor
+        self._lines: queue.Queue[str | None] = queue.Queue(lines)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record, or drop it."""
+        try:
+            self._lines.put_nowait(self.format(record) + "\n")
+        except queue.Full:
+            self._dropped += 1
+        except Exception:
+            self.handleError(record)
+
+    def finish(self, timeout_seconds: float) -> None:
+        """Write what there is, for no longer than that."""
+        try:
+            self._lines.put(None, timeout=timeout_seconds)
+        except queue.Full:
+            return
+        self._thread.join(timeout_seconds)
+
+    def _write_all(self) -> None:
+        while (line := self._lines.get()) is not None:
+            self._write(line)
+            with self.lock or threading.Lock():  # which `emit` holds
+                dropped, self._dropped = self._dropped, 0
+            if dropped:
+                self._write(f"{dropped} lines of the log were dropped: they were not read in time\n")
+
+    def _write(self, text: str) -> None:
+        data = text.encode(errors="backslashreplace")
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:
+                select.select([], [self._descriptor], [])
+            except OSError:
+                return  # nobody reads it any more
+
+
+@contextmanager
+def log_to(descriptor: int, level: str) -> Iterator[None]:
+    """Have all that is logged, from this level on, written to a descriptor."""
+    handler = ThreadedLog(descriptor)
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(level)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.finish(_FLUSH_SECONDS)
