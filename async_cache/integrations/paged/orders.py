@@ -37,7 +37,7 @@ class Pages:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A layout, and by group where it is in the engine. An object is (layers, blocks, bytes or numbers of a block)."""
+    """A layout, and by group where it is in the engine. An object is (layers, blocks, *shape of a block)."""
 
     layout: ModelLayout
     pages: tuple[Pages, ...]
