@@ -186,7 +186,7 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         return self._scheduler is not None and self._scheduler.finish(request.request_id), None
 
     def reset_cache(self) -> bool | None:
-        """Empty the cache, as after new weights: of all engines that use the server. Whether that was done."""
+        """Empty the server, as for new weights: of all engines that use it. Whether that was done, or there is none."""
         return None if self._scheduler is None else self._scheduler.reset()
 
     # The worker's side.
