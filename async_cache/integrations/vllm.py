@@ -9,7 +9,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -186,7 +186,7 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         return self._scheduler is not None and self._scheduler.finish(request.request_id), None
 
     def reset_cache(self) -> bool | None:
-        """Empty the cache, as after new weights: of all engines that use the server. Whether that was done."""
+        """Empty the server, as for new weights: of all engines that use it. Whether that was done, or there is none."""
         return None if self._scheduler is None else self._scheduler.reset()
 
     # The worker's side.
@@ -272,7 +272,7 @@ def geometry(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", option
     groups, pages = [], []
     for table, group in enumerate(kv_cache_config.kv_cache_groups):
         specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
-        alike: dict[tuple[int, str, int | None], list[str]] = {}
+        alike: dict[tuple[tuple[int, ...], str, int | None], list[str]] = {}
         for layer in group.layer_names:
             spec = specs[layer] if specs is not None else group.kv_cache_spec
             alike.setdefault(_shape(spec, options.chunk_tokens), []).append(layer)
@@ -281,8 +281,8 @@ def geometry(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", option
             raise ConfigError(
                 f"chunk_tokens {options.chunk_tokens} is not a multiple of vLLM's block size {block_tokens}"
             )
-        for (size, dtype, window), layers in alike.items():
-            shape = (len(layers), options.chunk_tokens // block_tokens, size)
+        for (block, dtype, window), layers in alike.items():
+            shape = (len(layers), options.chunk_tokens // block_tokens, *block)
             groups.append(ObjectGroup(shape, dtype, window_chunks=window))
             pages.append(Pages(table, block_tokens, tuple(layers)))
     replicas = kv_cache_config.kv_tp_replicas
@@ -310,17 +310,17 @@ def _check_supported(vllm_config: "VllmConfig") -> None:
         raise ConfigError("a draft model that reads the KV cache is not supported: use another speculative method")
 
 
-def _shape(spec: "KVCacheSpec", chunk_tokens: int) -> tuple[int, str, int | None]:
-    """Numbers in a block, their dtype, and the window in chunks."""
+def _shape(spec: "KVCacheSpec", chunk_tokens: int) -> tuple[tuple[int, ...], str, int | None]:
+    """The shape of a block (heads, states of each, numbers of a state), its dtype, and the window in chunks."""
     if type(spec) not in _SPECS:
         raise ConfigError(f"layers with a {type(spec).__name__} are not supported: only attention is")
-    bytes_in_block = spec.num_heads * spec.num_states * spec.state_content_size_bytes
+    block = (spec.num_heads, spec.num_states, spec.state_content_size_bytes // spec.dtype.itemsize)
     dtype = str(spec.dtype).removeprefix("torch.")
     # A token sees the window's other tokens before it, or those of its local chunk.
     before = spec.sliding_window - 1 if type(spec) is SlidingWindowSpec else None
     before = spec.attention_chunk_size if type(spec) is ChunkedLocalAttentionSpec else before
     window = None if before is None else max(1, -(-before // chunk_tokens))
-    return bytes_in_block // spec.dtype.itemsize, dtype, window
+    return block, dtype, window
 
 
 def _revision(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> str:
@@ -334,10 +334,33 @@ def _revision(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> st
         str(model.quantization or ""),
         _short(str(model.hf_overrides or "")),
         str(cache.cache_dtype),
+        _short(", ".join(dict.fromkeys(_heads(spec) for spec in _specs_of(kv_cache_config)))),
+        _short(_draft(vllm_config)),
         f"blocks of {block_tokens} {kv_cache_config.kv_cache_layout} {isa}",
         f"vllm {SUPPORTED}",
     ]
     return " | ".join(fields)
+
+
+def _specs_of(kv_cache_config: "KVCacheConfig") -> "Iterator[KVCacheSpec]":
+    """The specification of each layer, or where those of a group are alike, of the group."""
+    for group in kv_cache_config.kv_cache_groups:
+        yield from getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
+
+
+def _heads(spec: "KVCacheSpec") -> str:
+    """The heads, and how wide their keys and values are: a block may have them all in one number."""
+    return f"heads {spec.num_kv_heads}x{spec.head_size}+{getattr(spec, 'head_size_v', spec.head_size)}"
+
+
+def _draft(vllm_config: "VllmConfig") -> str:
+    """The draft model, of which layers may be among those that are cached; empty where there is none."""
+    speculative = vllm_config.speculative_config
+    draft = None if speculative is None else speculative.draft_model_config
+    if draft is None or draft is vllm_config.model_config:  # n-grams and the like name the model itself
+        return ""
+    fields = [speculative.method, draft.model, draft.revision, draft.dtype, draft.quantization]
+    return "draft " + " ".join(str(field or "-") for field in fields)
 
 
 def _short(text: str) -> str:

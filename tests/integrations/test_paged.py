@@ -1,10 +1,14 @@
 """The two sides of an engine with pages, against a real server."""
 
 import logging
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from async_cache.client.blocking import BlockingPrefetch
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged import Geometry, Orders, PagedScheduler, PagedWorker, Pages, SaveOrder
 from async_cache.integrations.paged.orders import NO_BLOCK, Tables
+from async_cache.integrations.paged.saves import Report, SavesUnderWay
 from tests.integrations.support import BLOCK, CHUNK, Request, Served, caches, geometry, served, until
 
 TOKENS = list(range(3 * CHUNK + 2))
@@ -303,6 +308,8 @@ class Scripted:
         self.failures: list[Exception] = []
         self.result_ttl_seconds = 60.0
         self.messages = 7
+        self.error: Exception | None = None
+        self.cleared: list[str] = []
 
     def heard(self) -> int:
         return self.messages
@@ -311,7 +318,12 @@ class Scripted:
         self.failures.append(error)
 
     def get(self) -> "Scripted":
+        if self.error is not None:
+            raise self.error
         return self
+
+    def clear(self, tier: str, *, timeout_seconds: float) -> None:
+        self.cleared.append(tier)
 
     def prefetch(self, prompt: object, *, skip_tokens: int) -> BlockingPrefetch:
         self.prefetches.append(BlockingPrefetch(f"read-{len(self.prefetches)}", lambda _: None))
@@ -511,14 +523,283 @@ def test_a_reset_empties_the_server_and_forgets_what_it_has_said(server: Served,
     only.save(Request("a", TOKENS), (BLOCKS,))
     only.scheduler.add(request, {}, 0, load=True)
     assert only.match(request) == 3 * CHUNK
-    assert not only.scheduler.reset(), "what is being saved would come after it"
-    only.scheduler.sent(["a"])
     assert only.scheduler.reset()
     assert only.match(request) == 0
     assert server.stats().l1_chunks == 0
-    server.stop()
-    until(lambda: only.client._thread.client._links.current is None)  # type: ignore[union-attr]
+
+
+class HeldCopies:
+    """A worker's copies to the server, which wait until they are let go."""
+
+    def __init__(self, worker: PagedWorker):
+        self.may_go = threading.Event()
+        self._gather = worker._gather
+        worker._gather = self.gather  # type: ignore[method-assign]
+
+    def gather(self, *args: Any) -> bool:
+        assert self.may_go.wait(10)
+        return self._gather(*args)
+
+
+def preempt(request: Request) -> None:
+    """As vLLM's `reset_prefix_cache` does: no step follows."""
+    request.num_preemptions += 1
+    request.num_computed_tokens = 0
+
+
+def test_a_reset_succeeds_when_the_saves_of_preempted_requests_have_ended(
+    server: Served, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only, request = engine(geometry(world_size=2), filled=True), Request("a", TOKENS)
+    held = [HeldCopies(worker) for worker in only.workers]
+    only.scheduler.add(request, {}, 0, load=False)
+    only.step({"a": len(TOKENS)}, (BLOCKS,))
+    preempt(request)
+    with monkeypatch.context() as patch:
+        patch.setattr("async_cache.integrations.paged.resets._RESET_SECONDS", 0.01)
+        assert not only.scheduler.reset(), "what is being saved would come after it"
+        held[0].may_go.set()
+        assert not only.scheduler.reset(), "the other rank saves still"
+    wait_for = SavesUnderWay.wait
+
+    def wait(saves: SavesUnderWay, timeout_seconds: float) -> bool:
+        held[1].may_go.set()
+        return wait_for(saves, timeout_seconds)
+
+    monkeypatch.setattr(SavesUnderWay, "wait", wait)
+    assert only.scheduler.reset(), "it waits for them"
+    for worker in only.workers:
+        worker.settle()
+    assert server.stats().l1_chunks == 0
+    assert not only.scheduler.finish("a"), "nothing of it is being saved"
+    only.save(Request("b", TOKENS), (BLOCKS,))
+    assert server.stats().l1_chunks == 3, "the cache is used again"
+
+
+def test_a_reset_that_fails_is_made_up_for_before_the_cache_is_used(
+    server: Served, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only, request = engine(geometry(), filled=True), Request("a", TOKENS)
+    only.save(Request("before", [9, *TOKENS]), (BLOCKS,))
+    held = HeldCopies(only.workers[0])
+    only.scheduler.add(request, {}, 0, load=False)
+    only.step({"a": len(TOKENS)}, (BLOCKS,))
+    preempt(request)
+    monkeypatch.setattr("async_cache.integrations.paged.resets._RESET_SECONDS", 0.01)
     assert not only.scheduler.reset()
+    monkeypatch.undo()
+    later = Request("later", [9, *TOKENS])
+    only.scheduler.add(later, {}, 0, load=True)
+    assert only.scheduler.match(later, 0) == (0, False)
+    assert not only.step({"later": len(TOKENS)}, (OTHER_BLOCKS,)).saves
+    held.may_go.set()
+
+    def is_used() -> bool:
+        again = Request("again", [9, *TOKENS])
+        only.scheduler.add(again, {}, 0, load=True)
+        return only.scheduler.match(again, 0) == (None, False)
+
+    until(is_used)
+    assert server.stats().l1_chunks == 0
+
+
+def test_without_a_server_there_is_nothing_to_reset_and_one_that_comes_is_emptied_first(
+    server: Served, engine: Callable[..., Engine]
+) -> None:
+    where = geometry()
+    engine(where, filled=True).save(Request("before", TOKENS), (BLOCKS,))
+    urls = ["unix:///nowhere/s"]
+    client = OptionalClient(lambda: BlockingClient(urls[0]), retry_seconds=0.01)
+    scheduler = PagedScheduler(client, where)
+    try:
+        assert scheduler.reset()
+        urls[0] = server.url
+
+        def is_used() -> bool:
+            request = Request("a", TOKENS)
+            scheduler.add(request, {}, 0, load=True)
+            return scheduler.match(request, 0) == (None, False)
+
+        until(is_used)
+        assert server.stats().l1_chunks == 0
+    finally:
+        scheduler.close()
+    assert scheduler.reset(), "nor after the end"
+
+
+def test_what_was_computed_before_a_reset_is_not_saved_after_it(server: Served, engine: Callable[..., Engine]) -> None:
+    only, running = engine(geometry(), filled=True), Request("a", TOKENS)
+    only.scheduler.add(running, {}, 0, load=False)
+    only.step({"a": CHUNK}, (BLOCKS,))
+    running.num_computed_tokens = CHUNK
+    assert only.scheduler.reset()
+    assert not only.step({"a": CHUNK}, (BLOCKS,)).saves, "it goes on with what it had"
+    preempt(running)
+    only.step({}, (BLOCKS,), preempted=("a",))
+    assert [order.start_chunk for order in only.step({"a": CHUNK}, (BLOCKS,)).saves] == [0]
+    only.workers[0].settle()
+    assert only.scheduler.finish("a")
+
+
+def test_a_server_that_is_silent_is_not_emptied(scripted: tuple[PagedScheduler, Scripted, list[float]]) -> None:
+    scheduler, client, _ = scripted
+    request = Request("a", TOKENS)
+    client.error = TimeoutError("silent")
+    assert not scheduler.reset()
+    client.error = None
+    scheduler.add(request, {}, 0, load=True)
+    until(lambda: client.cleared)
+    until(lambda: scheduler.add(request, {}, 0, load=True) or client.prefetches)
+
+
+def test_the_end_of_a_save_is_heard_of_from_another_process() -> None:
+    saves = SavesUnderWay(2)
+    reports = [saves.begin(), saves.begin()]
+    code = (
+        "import sys; from async_cache.integrations.paged.saves import Report; "
+        "Report(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])).send()"
+    )
+    try:
+        for report, left in zip([reports[1], reports[0], reports[0], reports[1]], [2, 2, 1, 0], strict=True):
+            given = [report.path, str(report.inode), str(report.number)]
+            subprocess.run([sys.executable, "-c", code, *given], check=True, timeout=60)
+            assert len(saves) == left
+        assert saves.wait(0)
+    finally:
+        saves.close()
+    with pytest.raises(FileNotFoundError):
+        reports[0].send()
+
+
+def test_a_pipe_that_has_become_another_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FileNotFoundError):
+        Report(str(tmp_path / "file"), (tmp_path / "file").stat().st_ino, 1).send()
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_report_that_is_lost_holds_up_no_reset_for_ever() -> None:
+    now = [0.0]
+    saves = SavesUnderWay(1, lambda: now[0])
+    try:
+        saves.begin()
+        now[0] = 299.0
+        assert len(saves) == 1 and not saves.wait(0)
+        now[0] = 301.0
+        assert saves.wait(0)
+    finally:
+        saves.close()
+
+
+@pytest.mark.parametrize("ahead", range(14))
+@pytest.mark.parametrize("tokens", [8, 14, 15, 16, 23])
+def test_counts_that_run_ahead_of_the_tokens_save_what_there_is(
+    scripted: tuple[PagedScheduler, Scripted, list[float]], tokens: int, ahead: int
+) -> None:
+    scheduler, _, _ = scripted
+    request = Request("a", TOKENS[:tokens], num_computed_tokens=tokens + ahead)
+    scheduler.add(request, {}, 0, load=False)
+    (order,) = scheduler.step({"a": 1}, lambda _: (BLOCKS,)).saves
+    assert (order.start_chunk, len(order.prompt)) == (0, tokens // CHUNK)
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")  # as in an engine
+@pytest.mark.parametrize("blocks", range(7))
+def test_a_chunk_for_which_a_block_table_is_too_short_is_not_saved(
+    server: Served, engine: Callable[..., Engine], blocks: int
+) -> None:
+    for windows in ((None,), (None, 1)):
+        tables = tuple(BLOCKS[:blocks] if table == len(windows) - 1 else BLOCKS for table in range(len(windows)))
+        only = engine(geometry(windows=windows), filled=True)
+        only.save(Request("a", TOKENS), tables)
+        assert server.stats().l1_chunks == blocks * BLOCK // CHUNK
+        server.run(lambda cache: cache.clear("all"))
+
+
+@pytest.mark.parametrize(("blocks", "told"), [(6, set()), (5, {12, 2, 5, 6, 1}), (1, {12}), (0, set())])
+def test_a_load_for_which_a_block_table_is_too_short_is_refused_and_told(
+    server: Served, engine: Callable[..., Engine], blocks: int, told: set[int]
+) -> None:
+    where = geometry()
+    engine(where, filled=True).save(Request("a", TOKENS), (BLOCKS,))
+    second, request = engine(where), Request("b", TOKENS)
+    second.scheduler.add(request, {}, 0, load=True)
+    second.load(request, (OTHER_BLOCKS[:blocks],), second.match(request))
+    assert second.failed == told
+    assert second.caches[0]["0.0"].any() == (blocks == 6)
+
+
+def test_tokens_without_a_block_are_told_by_the_last_block_that_there_is(
+    server: Served, engine: Callable[..., Engine]
+) -> None:
+    where = geometry()
+    engine(where, filled=True).save(Request("a", TOKENS), (BLOCKS,))
+    second, request = engine(where), Request("b", TOKENS)
+    second.scheduler.add(request, {}, 2 * CHUNK, load=True)
+    second.load(request, (OTHER_BLOCKS[:4],), second.match(request, 2 * CHUNK))
+    assert second.failed == {OTHER_BLOCKS[3]}
+
+
+@pytest.mark.parametrize("taken", range(1, 3 * CHUNK + 1))
+def test_of_a_load_that_ends_inside_a_block_the_whole_block_is_filled(
+    server: Served, engine: Callable[..., Engine], taken: int
+) -> None:
+    where = geometry()
+    first, second = engine(where, filled=True), engine(where)
+    first.save(Request("a", TOKENS), (BLOCKS,))
+    request = Request("b", TOKENS)
+    second.scheduler.add(request, {}, 0, load=True)
+    assert second.match(request) == 3 * CHUNK
+    second.load(request, (OTHER_BLOCKS,), taken)
+    filled = -(-taken // BLOCK)
+    assert not second.failed
+    for layer, pages in second.caches[0].items():
+        assert torch.equal(first.caches[0][layer][BLOCKS[:filled]], pages[OTHER_BLOCKS[:filled]])
+        assert not pages[OTHER_BLOCKS[filled:]].any()
+
+
+def test_the_block_in_which_a_load_ends_is_told_where_it_is_not_filled(
+    server: Served, engine: Callable[..., Engine]
+) -> None:
+    where = geometry()
+    engine(where, filled=True).save(Request("a", TOKENS), (BLOCKS,))
+    second, request = engine(where), Request("b", TOKENS)
+    second.scheduler.add(request, {}, 0, load=True)
+    tokens = second.match(request)
+    prefetch = second.scheduler._records["b"].prefetch
+    assert prefetch is not None
+    second.client.end_request(prefetch.request_id)
+    second.load(request, (OTHER_BLOCKS,), tokens - 1)
+    assert second.failed == set(OTHER_BLOCKS[:6])
+
+
+def test_an_id_that_comes_again_before_its_end_is_ended_first(
+    scripted: tuple[PagedScheduler, Scripted, list[float]],
+) -> None:
+    scheduler, client, _ = scripted
+    first, second = Request("a", TOKENS), Request("a", [9, *TOKENS])
+    scheduler.add(first, {}, 0, load=True)
+    load(client.prefetches[0], 0.0)
+    assert scheduler.match(first, 0) == (24, True)
+    scheduler.place(first, lambda: (BLOCKS,), 24)
+    scheduler.add(second, {}, 0, load=True)
+    assert client.ended == ["read-0"]
+    assert not scheduler._arriving
+    scheduler.loaded(["a"])
+    load(client.prefetches[1], 0.0)
+    assert scheduler.match(second, 0) == (24, True)
+
+
+def test_a_request_that_is_finished_twice_waits_for_its_saves_both_times(
+    scripted: tuple[PagedScheduler, Scripted, list[float]],
+) -> None:
+    scheduler, _, _ = scripted
+    scheduler.add(Request("a", TOKENS), {}, 0, load=False)
+    scheduler.step({"a": len(TOKENS)}, lambda _: (BLOCKS,))
+    assert scheduler.finish("a") and scheduler.finish("a")
+    assert scheduler.step({}, lambda _: None).finished == ["a"]
+    scheduler.sent(["a"])
+    assert not scheduler.finish("a")
 
 
 def test_saves_do_not_wait_for_a_server_that_is_gone(server: Served, engine: Callable[..., Engine]) -> None:

@@ -1,6 +1,7 @@
 """The part that knows vLLM; the rest is in `test_paged.py`, and `make e2e` runs the real engine."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -54,9 +55,46 @@ def request(**more: Any) -> Any:
 def test_groups_become_object_groups_with_their_windows() -> None:
     where = connector.geometry(config(), cached(FULL, WINDOW), connector.Options())
     full, window = where.layout.groups
-    assert full.shape == window.shape == (2, 2, 2 * 128 * 128)
+    assert full.shape == window.shape == (2, 2, FULL.num_heads, FULL.num_states, FULL.state_content_size_bytes // 2)
+    assert full.size_bytes == 2 * 2 * FULL.page_size_bytes
     assert (full.window_chunks, window.window_chunks) == (None, 2)
     assert [pages.table for pages in where.pages] == [0, 1]
+
+
+def root(made: Any, *specs: Any) -> bytes:
+    """The hash of a first chunk, by which it is found."""
+    return connector.geometry(made, cached(*specs), connector.Options()).layout.prompt(range(256)).chunk_hashes[0]
+
+
+def test_blocks_that_are_as_large_and_arranged_otherwise_never_meet() -> None:
+    specs = [
+        replace(FULL, num_kv_heads=heads, head_size=keys, head_size_v=values)
+        for heads, keys, values in ((8, 128, 128), (16, 64, 64), (8, 192, 64))
+    ]
+    packed = [replace(spec, num_head_slots=2, state_content_bytes=2 * 8 * 128) for spec in specs]
+    assert len({spec.page_size_bytes for spec in specs + packed}) == 1
+    assert len({root(config(), spec) for spec in specs}) == 3
+    assert len({root(config(), spec) for spec in packed}) == 3, "vLLM may say how large a block is, and no more"
+    assert len({root(config(), FULL, spec) for spec in packed}) == 3
+
+
+def test_the_draft_model_is_part_of_the_identity() -> None:
+    def drafted(**draft: Any) -> Any:
+        made = config()
+        fields = {"model": "d", "revision": None, "dtype": torch.bfloat16, "quantization": None} | draft
+        made.speculative_config = SimpleNamespace(
+            method="draft_model", draft_model_config=SimpleNamespace(**fields), use_eagle=lambda: False
+        )
+        return made
+
+    ngram = drafted()
+    ngram.speculative_config.draft_model_config = ngram.model_config
+    suffix = drafted()
+    suffix.speculative_config.draft_model_config = None
+    assert root(config(), FULL) == root(ngram, FULL) == root(suffix, FULL)
+    others = [drafted(), drafted(model="e"), drafted(revision="2"), drafted(quantization="fp8")]
+    assert len({root(made, FULL) for made in [config(), *others]}) == 5
+    assert root(drafted(), FULL) == root(drafted(), FULL)
 
 
 def test_ranks_that_hold_the_same_are_readers_of_one() -> None:

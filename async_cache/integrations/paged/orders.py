@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from async_cache.integrations.paged.saves import Report
 from async_cache.prompt.layout import ModelLayout, Prompt
 
 Tables = tuple[list[int], ...]
@@ -26,13 +27,17 @@ class Pages:
     layers: tuple[str, ...]
 
     def blocks(self, tables: Tables, first_token: int, end_token: int) -> list[int]:
-        """The blocks of the tokens between two bounds, which are bounds of blocks."""
-        return tables[self.table][first_token // self.block_tokens : end_token // self.block_tokens]
+        """The blocks that have tokens between two bounds; fewer where the table is too short."""
+        return tables[self.table][first_token // self.block_tokens : math.ceil(end_token / self.block_tokens)]
+
+    def covers(self, tables: Tables, end_token: int) -> bool:
+        """Whether the table has a block, or a window that has passed, for each token before the bound."""
+        return len(tables[self.table]) * self.block_tokens >= end_token
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A layout, and by group where it is in the engine. An object is (layers, blocks, bytes or numbers of a block)."""
+    """A layout, and by group where it is in the engine. An object is (layers, blocks, *shape of a block)."""
 
     layout: ModelLayout
     pages: tuple[Pages, ...]
@@ -65,12 +70,13 @@ class LoadOrder:
 
 @dataclass(frozen=True)
 class SaveOrder:
-    """Store the chunks of `prompt` from `start_chunk` on, once this step is computed."""
+    """Store the chunks of `prompt` from `start_chunk` on, once this step is computed. `report` tells of its end."""
 
     request_id: str
     prompt: Prompt
     start_chunk: int
     tables: Tables
+    report: Report | None = None
 
 
 @dataclass

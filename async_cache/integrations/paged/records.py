@@ -38,7 +38,7 @@ class Record:
     __slots__ = (
         "asked_at", "first_token", "fresh_seconds", "give_up_at", "heard", "hits", "identity", "loads", "needs",
         "no_room_since", "offer_from", "offer_until", "preemptions", "prefetch", "request", "result", "saved_chunks",
-        "saves", "stage",
+        "saves", "stage", "stale",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, identity: Mapping[str, Any], *, loads: bool):
@@ -60,6 +60,16 @@ class Record:
         self.first_token = 0
         self.saved_chunks: int | None = None  # None until it is computed
         self.saves = False
+        self.stale = False  # what it holds was computed, or loaded, before a reset: nothing of it is saved
+
+    @property
+    def is_preempted(self) -> bool:
+        """Whether the engine has preempted it, and not asked for it since."""
+        return self.request.num_preemptions != self.preemptions
+
+    def lose_blocks(self) -> None:
+        """Note a preemption: what was computed is to be computed again, and then saved again."""
+        self.saved_chunks, self.saves, self.stale = None, False, False
 
     def __repr__(self) -> str:
         return f"<Record {self.request.request_id!r}, {self.stage.value}>"

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from async_cache.client.blocking import BlockingClient, BlockingFuture, BlockingPrefetch
-from async_cache.errors import AsyncCacheError, RequestError
+from async_cache.errors import AsyncCacheError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged.orders import Complaint, Geometry, LoadOrder, Orders, SaveOrder, Tables
 from async_cache.integrations.paged.records import EngineRequest, Record, Stage
+from async_cache.integrations.paged.resets import Resets
+from async_cache.integrations.paged.saves import SavesUnderWay
 from async_cache.prompt.layout import Prompt
 from async_cache.values import LoadResult, LookupHits
 
@@ -29,7 +31,6 @@ _LAST_CHANCE_SECONDS = 0.1  # where this process was held up, the answer is ther
 _OFFER_SECONDS = 30.0  # so often what the engine holds is offered to the server, which may have lost it
 _MAX_OFFERED = 4096
 _PATIENCE_SECONDS = 2.0  # so long others may take the blocks that a request is too large for
-_RESET_SECONDS = 10.0
 _FRESH_SECONDS = 30.0  # what was loaded longer ago is asked for anew: a server drops what nobody comes for
 
 
@@ -66,35 +67,41 @@ class PagedScheduler:
         self._sending: set[str] = set()  # finished, and not saved yet
         self._offered: dict[bytes, float] = {}  # when, by the last chunk of what the engine held
         self._complaint = Complaint()
+        self._under_way = SavesUnderWay(self._layout.world_size)
+        self._resets = Resets(client, self._under_way)
         self._opened()  # where there is no server, that is logged now, and not with the first request
 
     def close(self) -> None:
         """Close the client; the server releases what is held."""
         self._client.close()
+        self._resets.close()
+        self._under_way.close()
 
     def reset(self) -> bool:
-        """Empty the cache, of all who use the server, and drop what it has said. Whether that was done."""
+        """Empty the server, of all who use it, once the saves under way have ended. Whether that was done.
+
+        True also where there is no server. Until it is emptied, this engine neither loads nor saves. What it has
+        computed or loaded before, and still holds, is not saved.
+        """
         for record in self._records.values():
             if record.stage is not Stage.LOADING:
                 self._end(record)
-        try:
-            if self._sending or any(record.saves for record in self._records.values()):
-                raise RequestError("requests run or are being saved: try again when they have ended")
-            self._client.get().clear("all", timeout_seconds=_RESET_SECONDS)
-        except Exception as error:
-            log.error("the cache was not emptied: %s", error)
-            return False
+            if record.is_preempted:
+                record.lose_blocks()
+            elif record.stage is Stage.LOADING or record.saved_chunks or record.request.num_computed_tokens:
+                record.stale = True
         self._offered.clear()
-        return True
+        return self._resets.reset()
 
     def _opened(self) -> BlockingClient | None:
-        """The client, if it is connected: whatever the reason is that there is none, the engine goes on."""
+        """The client, if it may be used: whatever the reason is that there is none, the engine goes on."""
         try:
-            return self._client.get()
+            client = self._client.get()
         except Exception as error:
             self._complaint.log(error)
             self._offered.clear()
             return None
+        return client if self._resets.are_done(client) else None
 
     def _prompt(self, record: Record, tokens: int) -> Prompt:
         identity = dict(record.identity)
@@ -107,8 +114,12 @@ class PagedScheduler:
     def add(self, request: EngineRequest, identity: Mapping[str, Any], computed_tokens: int, *, load: bool) -> None:
         """Begin with a new request, of which the engine holds `computed_tokens`: look it up, where it may `load`.
 
-        `identity` has the keyword arguments of `ModelLayout.prompt`: `salt`, `adapter` and `media`.
+        `identity` has the keyword arguments of `ModelLayout.prompt`: `salt`, `adapter` and `media`. Another request of
+        this id that has not ended is ended.
         """
+        before = self._records.pop(request.request_id, None)
+        if before is not None:
+            self._release(before)
         record = self._records[request.request_id] = Record(request, identity, loads=load and self._loads)
         self._look_up(record, computed_tokens)
 
@@ -135,7 +146,7 @@ class PagedScheduler:
         record = self._records.get(request.request_id)
         if record is None:
             return NOTHING
-        if request.num_preemptions != record.preemptions:
+        if record.is_preempted:
             self._preempted(record, computed_tokens)
         prefetch = record.prefetch
         if prefetch is None or record.stage is not Stage.LOOKING:
@@ -153,6 +164,7 @@ class PagedScheduler:
     def _preempted(self, record: Record, computed_tokens: int) -> None:
         record.preemptions = record.request.num_preemptions
         record.saved_chunks = None
+        record.stale = False
         self._look_up(record, computed_tokens)
 
     def _outcome(self, record: Record, future: BlockingFuture[T]) -> T | None:
@@ -257,18 +269,22 @@ class PagedScheduler:
         """End a request, done or aborted; whether its blocks have to wait until the workers have saved them."""
         record = self._records.pop(request_id, None)
         if record is None:
-            return False
+            return request_id in self._sending
         waits = record.saves and record.stage is not Stage.LOADING
         if waits:
             self._finished.append(request_id)
             self._sending.add(request_id)
-        self._arriving.pop(record, None)
-        self._end(record)
+        self._release(record)
         return waits
 
     def sent(self, request_ids: Iterable[str]) -> None:
         """Note finished requests that the workers have saved."""
         self._sending.difference_update(request_ids)
+
+    def _release(self, record: Record) -> None:
+        """Let go of all that is held or expected for a request that is over."""
+        self._arriving.pop(record, None)
+        self._end(record)
 
     def _end(self, record: Record) -> None:
         """Release all that the prefetch holds, whatever its stage."""
@@ -294,7 +310,7 @@ class PagedScheduler:
         for request_id in orders.preempted:
             record = self._records.get(request_id)
             if record is not None:
-                record.saved_chunks, record.saves = None, False
+                record.lose_blocks()
                 self._arriving.pop(record, None)
         for request_id, tokens in scheduled.items():
             record = self._records.get(request_id)
@@ -303,7 +319,7 @@ class PagedScheduler:
             end_token = min(record.request.num_computed_tokens + tokens, record.request.num_tokens)
             if end_token == record.request.num_tokens:
                 self._arriving.pop(record, None)
-            if self._saves and end_token // self._chunk_tokens > (record.saved_chunks or 0):
+            if self._saves and not record.stale and end_token // self._chunk_tokens > (record.saved_chunks or 0):
                 self._save(record, end_token // self._chunk_tokens, tables, orders)
         return orders
 
@@ -323,10 +339,14 @@ class PagedScheduler:
             start_chunk = self._first_chunk(prompt, record.request.num_computed_tokens // self._chunk_tokens)
         if start_chunk < end_chunk:
             record.saves = True
-            orders.saves.append(SaveOrder(request_id, prompt, start_chunk, blocks))
+            orders.saves.append(SaveOrder(request_id, prompt, start_chunk, blocks, self._under_way.begin()))
 
     def _first_chunk(self, prompt: Prompt, held_chunks: int) -> int:
-        """The chunk to save first. What the engine held is saved too, now and then: a new server lacks it."""
+        """The chunk to save first. What the engine held is saved too, now and then: a new server lacks it.
+
+        An engine that counts what it expects to be computed may count more than there is.
+        """
+        held_chunks = min(held_chunks, len(prompt))
         if not held_chunks:
             return 0
         last, now = prompt.chunk_hashes[held_chunks - 1], self._clock()

@@ -1,6 +1,7 @@
 """`PagedWorker`: copies between leases and pages, behind the forward pass."""
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -14,7 +15,10 @@ import torch
 from async_cache.client.client import CacheClient
 from async_cache.errors import AsyncCacheError, CacheClosedError, ConfigError, ConnectionLostError
 from async_cache.handles.lease import ReadLease
+from async_cache.handles.writer import Writer
 from async_cache.integrations.paged.orders import NO_BLOCK, Complaint, Geometry, LoadOrder, SaveOrder
+
+log = logging.getLogger(__name__)
 
 Order = TypeVar("Order", LoadOrder, SaveOrder)
 T = TypeVar("T")
@@ -63,6 +67,7 @@ class PagedWorker:
         self._opening = asyncio.Lock()
         self._closing = asyncio.Event()
         self._saves_from = 0.0  # by the loop's clock
+        self._reports: set[asyncio.Task[None]] = set()  # they end with their saves, or with the loop
         self._copier = ThreadPoolExecutor(1, "async_cache copy", initializer=_leave_the_engines_core)
         self._thread = threading.Thread(target=self._run, name="async_cache worker", daemon=True)
 
@@ -157,7 +162,9 @@ class PagedWorker:
             if filled < order.end_token:
                 received.short.add(request_id)
                 for pages in self._geometry.pages:
-                    received.failed_blocks.update(pages.blocks(order.tables, filled, order.end_token))
+                    # Where the table ends before, its last block has to stand for the tokens that have none.
+                    lacking = pages.blocks(order.tables, filled, order.end_token)
+                    received.failed_blocks.update(lacking or order.tables[pages.table][-1:])
         received.failed_blocks.discard(NO_BLOCK)
         return received
 
@@ -166,6 +173,8 @@ class PagedWorker:
     async def _load(self, order: LoadOrder) -> int:
         """The token up to which the blocks are filled."""
         try:
+            if not all(pages.covers(order.tables, order.end_token) for pages in self._geometry.pages):
+                raise ValueError(f"a block table is too short for the {order.end_token} tokens that are to be loaded")
             async with asyncio.timeout(_LOAD_SECONDS):
                 client = await self._opened()
                 lease = await client.read(order.read_id, rank=self._rank, reader=self._reader)
@@ -193,27 +202,50 @@ class PagedWorker:
     # Saving.
 
     async def _save(self, order: SaveOrder) -> None:
-        if self._loop.time() < self._saves_from:
-            return
+        """Store it. This ends when the blocks are copied; a task reports when the server has what was copied."""
+        writer = None
         try:
-            if order.prompt.layout != self._geometry.layout:
-                raise ConfigError("layers of different shapes in one group of vLLM's are not supported")
-            async with asyncio.timeout(_RESERVE_SECONDS):
-                client = await self._opened()
-                client.check_connected()  # where it is lost, the next one is not waited for
-                writer = await client.store(order.prompt, rank=self._rank, start_chunk=self._first_whole(order))
-            with writer:
-                for chunk in writer:
-                    if await self._copy(self._gather, chunk.index, chunk.tensors(), order):
-                        chunk.commit()
+            writer = await self._reserve(order)
+            if writer is not None:
+                with writer:
+                    for chunk in writer:
+                        if await self._copy(self._gather, chunk.index, chunk.tensors(), order):
+                            chunk.commit()
         except (AsyncCacheError, TimeoutError) as error:
             if isinstance(error, ConnectionLostError | TimeoutError):
                 self._saves_from = self._loop.time() + _PAUSE_SECONDS
             self._complaint.log(error)
+        finally:
+            if not self._closing.is_set():
+                reporting = self._loop.create_task(self._report(order, writer))
+                self._reports.add(reporting)
+                reporting.add_done_callback(self._reports.discard)
+
+    async def _reserve(self, order: SaveOrder) -> Writer | None:
+        """A writer of what is to be saved; None during the pause after one that the server did not answer."""
+        if self._loop.time() < self._saves_from:
+            return None
+        if order.prompt.layout != self._geometry.layout:
+            raise ConfigError("layers of different shapes in one group of vLLM's are not supported")
+        async with asyncio.timeout(_RESERVE_SECONDS):
+            client = await self._opened()
+            client.check_connected()  # where it is lost, the next one is not waited for
+            return await client.store(order.prompt, rank=self._rank, start_chunk=self._first_whole(order))
+
+    async def _report(self, order: SaveOrder, writer: Writer | None) -> None:
+        if writer is not None:
+            await writer.settled()
+        if order.report is not None:
+            try:
+                order.report.send()
+            except OSError as error:
+                log.debug("the scheduler does not hear that a save has ended: %s", error)
 
     def _blocks(self, order: SaveOrder, index: int) -> list[list[int]] | None:
-        """The blocks of a chunk, by pages; None where a window has passed, and the chunk is not whole."""
+        """The blocks of a chunk, by pages; None where it is not whole: a window has passed, or a table ends before."""
         begin, end = index * self._chunk_tokens, (index + 1) * self._chunk_tokens
+        if not all(pages.covers(order.tables, end) for pages in self._geometry.pages):
+            return None
         numbers = [pages.blocks(order.tables, begin, end) for pages in self._geometry.pages]
         return None if any(NO_BLOCK in blocks for blocks in numbers) else numbers
 
