@@ -57,6 +57,7 @@ class AsyncCache:
         self._core: Core | None = None
         self._state = CacheState.NEW
         self._closing: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     # Life.
 
@@ -68,7 +69,7 @@ class AsyncCache:
         """
         if self._state is not CacheState.NEW:
             raise CacheClosedError("a cache is opened once")
-        self._state = CacheState.OPENING
+        self._state, self._loop = CacheState.OPENING, asyncio.get_running_loop()
         try:
             core = await self._open()
         except BaseException:
@@ -139,11 +140,13 @@ class AsyncCache:
     def core(self) -> Core:
         """The parts of the open cache, for a server that serves it: nothing else is to touch them.
 
-        Raises CacheClosedError.
+        Raises CacheClosedError, and RuntimeError in a loop that is not the one that opened it.
         """
         if self._core is None:
             closed = self._state is CacheState.CLOSED
             raise CacheClosedError("the cache is closed" if closed else "the cache is not open: use `async with`")
+        if asyncio._get_running_loop() not in (self._loop, None):
+            raise RuntimeError("the cache was opened in another event loop: call it from there")
         return self._core
 
     # Prefetching.

@@ -1,6 +1,7 @@
 """`AsyncCache` at its ends: closed while it opens, while it is asked, while it is cleared."""
 
 import asyncio
+from array import array
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from async_cache import (
     CacheClosedError,
     CacheConfig,
     ConnectionLostError,
+    LimitError,
     ModelLayout,
     ObjectGroup,
     ServerConfig,
+    TenantConfig,
     connect,
 )
 from async_cache.l2.memory import MemoryBackend
@@ -239,3 +242,65 @@ async def test_two_servers_of_a_cache_hold_a_request_together(tmp_path: Path) ->
         await two.end_request("a")
         await two.ping()
         assert [session.held for session in second._sessions] == [{}]
+
+
+async def test_a_read_of_before_the_close_that_is_entered_after_it_says_so() -> None:
+    async with AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache:
+        await filled(cache)
+        prefetch = cache.prefetch(PROMPT)
+        lease = cache.read(prefetch.request_id)
+    with pytest.raises(CacheClosedError):
+        await lease
+
+
+async def test_a_call_from_another_loop_is_told_so_at_once() -> None:
+    async with AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache:
+
+        async def elsewhere() -> None:
+            with pytest.raises(RuntimeError, match="another event loop"):
+                cache.prefetch(PROMPT)
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await cache.lookup(PROMPT)
+
+        await asyncio.to_thread(asyncio.run, elsewhere())
+
+
+async def test_a_prompt_longer_than_l1_is_stored_piece_by_piece() -> None:
+    layout = ModelLayout("m", (ObjectGroup((4096,), "uint8"),), chunk_tokens=4)
+    prompt = layout.prompt(range(4 * 60))
+    async with AsyncCache(CacheConfig(l1_bytes=24 * 4096, l2=["memory://"])) as cache:
+        stored = 0
+        while stored < 60:
+            async with cache.store(prompt, start_chunk=stored) as writer:
+                assert len(writer), f"no room behind {stored} chunks that are written back"
+                for chunk in writer:
+                    chunk.views[0][:] = bytes([chunk.index]) * 4096  # type: ignore[index]
+                    chunk.commit()
+                stored += len(writer)
+            assert (await cache.flush()).dropped == 0
+        assert (await cache.lookup(prompt)).chunks == 60
+
+
+async def test_without_storage_the_tail_of_a_prompt_takes_no_room_from_its_own_head() -> None:
+    layout = ModelLayout("m", (ObjectGroup((4096,), "uint8"),), chunk_tokens=4)
+    prompt = layout.prompt(range(4 * 60))
+    async with AsyncCache(CacheConfig(l1_bytes=24 * 4096, l2=[])) as cache:
+        for start in (0, 24):
+            async with cache.store(prompt, start_chunk=start) as writer:
+                for chunk in writer:
+                    chunk.commit()
+        assert (await cache.lookup(prompt)).chunks == 24
+
+
+async def test_five_million_tokens_are_hashed_here_or_refused_with_the_limit(tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/s"
+    layout = ModelLayout("m", (ObjectGroup((8,), "uint8"),), chunk_tokens=256)
+    tokens = array("i", range(5_000_000))
+    secret = "0123456789abcdef"
+    config = ServerConfig(listen=[url], tenants={"t": TenantConfig(tokens=(secret,), salts=("s",))})
+    async with AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache, Server(cache, config):
+        async with connect(url) as client:
+            assert (await client.prefetch(layout.prompt(tokens)).load_done).chunks == 0
+        async with connect(url, token=secret) as bound:
+            with pytest.raises(LimitError, match="4000000 tokens"):
+                await bound.lookup(layout.prompt(tokens, salt="s"))

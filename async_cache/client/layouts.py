@@ -3,7 +3,7 @@
 from async_cache.client.calls import Line, Registration
 from async_cache.errors import LimitError
 from async_cache.prompt.layout import ModelLayout, Prompt
-from async_cache.protocol.messages import MAX_CHUNKS, Layout, RegisterLayout, WirePrompt, encode
+from async_cache.protocol.messages import MAX_CHUNKS, MAX_TOKENS, Layout, RegisterLayout, WirePrompt, encode
 from async_cache.protocol.prompts import describe, layout_of, pack
 
 
@@ -23,6 +23,8 @@ class Layouts:
             raise registration.refusal.with_traceback(None)
         if len(prompt) > MAX_CHUNKS:
             raise LimitError(f"a prompt has at most {MAX_CHUNKS} chunks, not {len(prompt)}")
+        if not trusted and prompt.tokens > MAX_TOKENS:
+            raise LimitError(f"a prompt that the server hashes has at most {MAX_TOKENS} tokens, not {prompt.tokens}")
         return pack(prompt, registration.index, trusted=trusted)
 
     def _register(self, layout: ModelLayout) -> Registration:

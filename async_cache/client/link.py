@@ -15,7 +15,7 @@ from async_cache.errors import ConnectionLostError, ProtocolError
 from async_cache.prompt.layout import Prompt
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
-from async_cache.protocol.messages import Decoder, Message, error_of
+from async_cache.protocol.messages import MAX_TOKENS, Decoder, Message, error_of
 
 A = TypeVar("A")
 
@@ -121,7 +121,9 @@ class Link:
     # Prompts and requests.
 
     def pack(self, prompt: Prompt) -> messages.WirePrompt:
-        """A prompt to send, behind its layout. One that is not hashed yet is hashed by the server."""
+        """A prompt to send, behind its layout; by its token ids, if it is not hashed yet and they fit a frame."""
+        if self._trusted and prompt.tokens > MAX_TOKENS:
+            prompt.hash()
         return self.layouts.pack(prompt, trusted=self._trusted and prompt.hashed)
 
     async def pack_hashed(self, prompt: Prompt) -> messages.WirePrompt:

@@ -30,6 +30,8 @@ VERSION = 1
 DIGEST_BYTES = 32
 MAX_CHUNKS = 2**17
 """The most chunks that the prompt of a message may have."""
+MAX_TOKENS = 4_000_000
+"""The most tokens of a prompt that travels as token ids: a frame has room for no more."""
 
 Number = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]

@@ -203,6 +203,8 @@ class Requests:
     def _known(self, request_id: str) -> Request:
         request = self._requests.get(request_id)
         if request is None:
+            if self._l1.closed:
+                raise CacheClosedError("the cache was closed")
             raise UnknownRequestError(f"there is no request {request_id!r}")
         return request
 

@@ -50,6 +50,11 @@ class Writeback:
         self._tasks = [asyncio.create_task(queue.run()) for queue in self._queues]
 
     @property
+    def stores(self) -> bool:
+        """Whether there is a backend that chunks are stored in."""
+        return bool(self._queues)
+
+    @property
     def pending(self) -> int:
         """Chunks that some backend has not stored."""
         return len(self._pending)

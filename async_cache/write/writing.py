@@ -10,9 +10,9 @@ from async_cache.aio.sweeper import Sweeper
 from async_cache.config import CacheConfig
 from async_cache.errors import CacheClosedError
 from async_cache.handles.writer import Block, Opened, WriteChunk, Writer
-from async_cache.l1.entry import Reservation
+from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
-from async_cache.prompt.layout import Prompt, check_index
+from async_cache.prompt.layout import ModelLayout, Prompt, check_index
 from async_cache.values import Shortfall
 from async_cache.write.writeback import Writeback
 
@@ -93,9 +93,7 @@ class Writing:
         ]
         found = list(map(find, hashes))
         resident = [entry for entry in found if entry is not None]
-        self._l1.lease(resident)  # the room for a tail must not be taken from its own head
-        made = self._l1.reserve(layout, [(hashes[index], rank) for index in missing], prompt.salt)
-        self._l1.release(reversed(resident))
+        made = self._reserve_beside(resident, layout, [(hashes[index], rank) for index in missing], prompt.salt)
         for index, entry in enumerate(found):
             if entry is not None and entry.dropped:  # whoever stores a prompt again wants it in L2
                 self._writeback.enqueue(entry, hashes, index)
@@ -108,6 +106,24 @@ class Writing:
         )
         lend, commit = partial(self._lend, opened), partial(self._commit, opened)
         return Opened(chunks, shortfall, lend, commit, partial(self._close, opened), _settled)
+
+    def _reserve_beside(
+        self, resident: Sequence[Entry], layout: ModelLayout, blocks: Sequence[tuple[bytes, int]], owner: str
+    ) -> list[Reservation]:
+        """Reserve room for the tail of a prompt, and take none from its own head while there is any other.
+
+        Of a prompt that is longer than L1, only what is written back makes room for what follows.
+        """
+        l1 = self._l1
+        l1.lease(resident)
+        made = l1.reserve(layout, blocks, owner)
+        l1.release(reversed(resident))
+        if len(made) < len(blocks) and self._writeback.stores:
+            unwritten = [entry for entry in resident if entry.unwritten or entry.dropped]
+            l1.lease(unwritten)
+            made += l1.reserve(layout, blocks[len(made) :], owner)
+            l1.release(reversed(unwritten))
+        return made
 
     def _lend(self, opened: OpenWriter, position: int) -> Block:
         """The memory of a chunk, to make views of."""
