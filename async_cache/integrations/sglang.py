@@ -7,9 +7,11 @@ the log.
 
 import json
 import logging
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -122,6 +124,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         self._refusal: Exception = ConfigError("SGLang has not registered its host memory pool yet")
         self._warned: str | None = None
         self._lacks_room = False
+        self._storing = threading.Lock()  # a page that is being stored does not land after a `clear`
         self._loads: deque[tuple[int, float]] = deque(maxlen=1000)  # (pages, GB/s) since the last `get_stats`
         self._saves: deque[tuple[int, float]] = deque(maxlen=1000)
         self._client = OptionalClient(self._options.client, self._options.retry_seconds)
@@ -297,7 +300,10 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         prompt, client = self._prompt(keys), self._client.get()
         began = time.perf_counter()
         seconds = self._options.timeout_seconds
-        with client.store(prompt, rank=self._rank, timeout_seconds=seconds) as writer:  # chunks that memory lacks
+        with (
+            self._alone(),
+            client.store(prompt, rank=self._rank, timeout_seconds=seconds) as writer,  # chunks that memory lacks
+        ):
             for chunk in writer:
                 room = chunk.tensors()[0]
                 assert room is not None
@@ -308,6 +314,20 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
             self._warn_of_room(prompt, found=stored > 0 or not keys)
             self._count_traffic(self._saves, len(writer), time.perf_counter() - began)
         return [number < stored for number in range(len(keys))]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Room for one call that stores, or empties the cache: SGLang stores from one thread.
+
+        Raises TimeoutError if another does not end.
+        """
+        seconds = self._options.timeout_seconds
+        if not self._storing.acquire(timeout=seconds):
+            raise TimeoutError(f"pages are still being stored, or the cache emptied, after {seconds} s")
+        try:
+            yield
+        finally:
+            self._storing.release()
 
     def _warn_of_room(self, prompt: Prompt, *, found: bool) -> None:
         """Log one line, until a page has found room."""
@@ -341,9 +361,13 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
     # Looking at it and emptying it.
 
     def clear(self) -> None:
-        """Empty the server, of all engines that use it; a token that is bound to salts may not. Failing is logged."""
+        """Empty the server, of all engines that use it, once this one's pages that are being stored are there.
+
+        A token that is bound to salts may not. Failing is logged.
+        """
         try:
-            deleted = self._client.get().clear("all", timeout_seconds=self._options.timeout_seconds)
+            with self._alone():
+                deleted = self._client.get().clear("all", timeout_seconds=self._options.timeout_seconds)
         except Exception as error:
             log.warning("the cache was not emptied: %s", self._text_of(error))
         else:

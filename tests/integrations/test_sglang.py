@@ -10,6 +10,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -604,6 +605,29 @@ def test_clear_empties_the_server(make: Make) -> None:
     pool, keys = mha_pool(), keys_of(3)
     backend = make(pool)
     backend.batch_set_v1(keys, pages(0, 3))
+    backend.clear()
+    assert backend.batch_exists(keys) == 0
+
+
+def test_a_page_that_is_being_stored_does_not_land_after_a_clear(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    pool, keys = mha_pool(), keys_of(3)
+    backend = make(pool, timeout_seconds=0.5)
+    reading, may_go, page_of = threading.Event(), threading.Event(), pool.get_data_page
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        reading.set()
+        assert may_go.wait(10)
+        return page_of(*args, **kwargs)
+
+    pool.get_data_page = held
+    storing = threading.Thread(target=backend.batch_set_v1, args=(keys, pages(0, 3)))
+    storing.start()
+    assert reading.wait(10)
+    backend.clear()
+    assert "the cache was not emptied: pages are still being stored" in caplog.messages[-1]
+    may_go.set()
+    storing.join()
+    assert backend.batch_exists(keys) == 3
     backend.clear()
     assert backend.batch_exists(keys) == 0
 
