@@ -26,7 +26,7 @@ PROMPT = LAYOUT.prompt(range(9))
 async def until(cache: AsyncCache, *gone: str) -> None:
     """Return when these counters of the cache are 0."""
     async with asyncio.timeout(5):
-        while any(getattr(await cache.stats(), name) for name in gone):  # noqa: ASYNC110 (it is asked each turn)
+        while any([getattr(await cache.stats(), name) for name in gone]):  # noqa: ASYNC110 (it is asked each turn)
             await asyncio.sleep(0)
 
 
