@@ -1,6 +1,7 @@
 """`AsyncCache`: owns the tiers, the tasks and the sweepers of one process, and delegates the rest."""
 
 import asyncio
+import logging
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import partial
@@ -14,15 +15,26 @@ from async_cache.handles.lease import ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Writer
 from async_cache.l2.backend import Backend
-from async_cache.l2.registry import from_url
+from async_cache.l2.registry import check_names, from_urls
 from async_cache.memory.arena import Arena
+from async_cache.memory.room import check_free
 from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
 from async_cache.prompt.layout import Prompt
 from async_cache.prompt.objects import PAGE_BYTES
 from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
 
+log = logging.getLogger(__name__)
+
 _POPULATE_BYTES = 64 * 2**20  # of the arena in one step
+_PROGRESS_SECONDS = 2.0  # between two lines of the log on how far it is
 _MAX_REQUEST_ID = 1024  # a server puts its tenant and namespace before a client's, which has up to 256
+
+
+def _populate_step(arena: Arena, begin: int, end: int) -> None:
+    """Fill a part. What is free is looked at once more: others take memory at the same time."""
+    if begin:
+        check_free(arena.size_bytes - begin)
+    arena.populate(begin, end)
 
 
 class CacheState(Enum):
@@ -45,14 +57,11 @@ class AsyncCache:
         self._config = config if config is not None else CacheConfig()
         if not isinstance(self._config, CacheConfig):
             raise TypeError(f"config must be a CacheConfig, not {type(config).__name__}")
-        made = [from_url(url) for url in self._config.l2] if backends is None else list(backends)
+        made = from_urls(self._config.l2) if backends is None else list(backends)
         for backend in made:
             if not isinstance(backend, Backend):
                 raise TypeError(f"a backend must be a Backend, not {type(backend).__name__}")
-        if len({backend.name for backend in made}) < len(made):
-            raise ConfigError("two backends have the same name")
-        if self._config.l1_bytes < PAGE_BYTES:
-            raise ConfigError(f"l1_bytes must be at least a page of {PAGE_BYTES}")
+        check_names(made)
         self._backends = made
         self._core: Core | None = None
         self._state = CacheState.NEW
@@ -82,18 +91,39 @@ class AsyncCache:
         return self
 
     async def _open(self) -> Core:
+        arena = await self._make_arena()
         try:
-            arena = Arena(self._config.l1_bytes // PAGE_BYTES * PAGE_BYTES)
-        except OSError as error:
-            raise ConfigError(f"l1_bytes {self._config.l1_bytes}: {error.strerror}") from error
-        try:
-            for begin in range(0, arena.size_bytes, _POPULATE_BYTES):
-                await asyncio.to_thread(arena.populate, begin, min(begin + _POPULATE_BYTES, arena.size_bytes))
             await self._open_backends()
         except BaseException:
             arena.close()
             raise
         return Core(self._config, arena, self._backends)
+
+    async def _make_arena(self) -> Arena:
+        """L1's memory, all of it there. Raises ConfigError where the machine does not have so much."""
+        size_bytes = self._config.l1_bytes // PAGE_BYTES * PAGE_BYTES
+        check_free(size_bytes)
+        try:
+            arena = Arena(size_bytes)
+            try:
+                await self._populate(arena)
+            except BaseException:
+                arena.close()
+                raise
+        except OSError as error:
+            raise ConfigError(f"l1_bytes {self._config.l1_bytes}: {error.strerror}") from error
+        return arena
+
+    async def _populate(self, arena: Arena) -> None:
+        """Fill the arena step by step, and log now and then how far it is."""
+        clock = asyncio.get_running_loop().time
+        told = clock()
+        for begin in range(0, arena.size_bytes, _POPULATE_BYTES):
+            end = min(begin + _POPULATE_BYTES, arena.size_bytes)
+            await asyncio.to_thread(_populate_step, arena, begin, end)
+            if clock() - told >= _PROGRESS_SECONDS:
+                told = clock()
+                log.info("L1: %d of %d MiB of memory are there", end >> 20, arena.size_bytes >> 20)
 
     async def _open_backends(self) -> None:
         openings: dict[Backend, asyncio.Task[None]] = {}

@@ -1,8 +1,9 @@
 """The command line: `async-cache serve | ping | status | config`, and `async-cache --version`."""
 
+import io
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +16,10 @@ from rich.table import Table
 
 from async_cache import __version__
 from async_cache.client.client import CacheClient, connect
-from async_cache.config import CacheConfig, Given, ServerConfig, hide_password
+from async_cache.config import CacheConfig, Given, ServerConfig, hide_password, prefixed, told_where
 from async_cache.errors import AsyncCacheError, ConfigError
+from async_cache.l2.registry import from_urls
+from async_cache.memory.room import check_limits
 from async_cache.protocol.address import Address
 from async_cache.server.logs import log_to
 from async_cache.server.process import serve as serve_until_signal
@@ -32,6 +35,9 @@ _STANDARD_ERROR = 2
 console = Console(
     width=None if sys.stdout is not None and sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False
 )
+
+HEARTBEAT_SECONDS = 2.5
+"""Who has asked waits for twice as long for a server that is silent."""
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="Settings in TOML; see docs/configuration.md.")
@@ -54,6 +60,8 @@ TokenFile = Annotated[
 def main() -> None:
     """Run a command; what goes wrong is one line and an exit code."""
     open_standard_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not fit the encoding of the terminal
     with errors_in_one_line():
         app()
 
@@ -74,7 +82,7 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (AsyncCacheError, OSError) as error:
-        sys.stderr.write(f"async-cache: {error}\n")
+        sys.stderr.write(f"async-cache: {' '.join(str(error).split())}\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -108,14 +116,14 @@ def serve(
     if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
     cache_given, server_given = given(config, listen, l1_bytes, l2)
-    cache_config, server_config = CacheConfig.of(cache_given), ServerConfig.of(server_given)
+    cache_config, server_config = checked(cache_given, server_given)
     size, where = show_bytes(cache_config.l1_bytes), hide_password(" ".join(cache_config.l2)) or "no storage"
 
     def ready(addresses: Sequence[Address]) -> None:
+        console.print(f"async-cache with {size} of memory and {where}", soft_wrap=True, highlight=False)
         console.print(f"serving at {' '.join(map(str, addresses))}", soft_wrap=True, highlight=False)
 
-    console.print(f"async-cache with {size} of memory and {where}", soft_wrap=True, highlight=False)
-    with log_to(_STANDARD_ERROR, log_level.upper()):
+    with log_to(_STANDARD_ERROR, log_level.upper()), told_where(cache_given):
         uvloop.run(serve_until_signal(cache_config, server_config, ready))
 
 
@@ -163,8 +171,7 @@ def show_config(config: ConfigFile = None, listen: Listen = None, l1_bytes: L1By
     table = Table("setting", "value", "from", box=None, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"
-    settings = [(CacheConfig.of(cache_given), cache_given), (ServerConfig.of(server_given), server_given)]
-    for made, origins in settings:
+    for made, origins in zip(checked(cache_given, server_given), (cache_given, server_given), strict=True):
         for name in made.__struct_fields__:
             label = f"{made.SECTION}.{name}" if made.SECTION else name
             origin = origins[name].origin if name in origins else "default"
@@ -186,6 +193,15 @@ def given(
     return cache, server
 
 
+def checked(cache_given: Mapping[str, Given], server_given: Mapping[str, Given]) -> tuple[CacheConfig, ServerConfig]:
+    """The settings that were given, if a server can use them; nothing is opened for that. Raises ConfigError."""
+    cache_config, server_config = CacheConfig.of(cache_given), ServerConfig.of(server_given)
+    with told_where(cache_given):
+        check_limits(cache_config.l1_bytes)
+        from_urls(cache_config.l2)
+    return cache_config, server_config
+
+
 def show_value(name: str, value: Any) -> str:
     """A setting as one would write it; a tenant without its tokens."""
     if name == "tenants":
@@ -203,23 +219,28 @@ def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], 
     token = None
     if token_file is not None:
         try:
-            token = token_file.read_text().strip()
+            token = token_file.read_bytes().decode("utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the token in {token_file}: {error}") from error
 
+    if url:
+        with prefixed("--url"):
+            Address.parse(url)
+    where = url or ServerConfig.load().listen[0]
+
     async def run() -> None:
-        async with connect(url or ServerConfig.load().listen[0], token=token) as client:
+        async with connect(where, token=token, heartbeat_seconds=HEARTBEAT_SECONDS) as client:
             await use(client)
 
     uvloop.run(run())
 
 
 def print_status(stats: CacheStats) -> None:
-    """Two tables: memory and requests, and the backends."""
+    """A table: L1 and the requests, then the backends of L2."""
     table = Table.grid(padding=(0, 2))
     used, capacity = stats.l1_used_bytes, stats.l1_capacity_bytes
     share = f"{used / capacity:.0%}" if capacity else ""
-    table.add_row("memory", f"{show_bytes(used)} of {show_bytes(capacity)} ({share}), {stats.l1_chunks:,} chunks")
+    table.add_row("L1", f"{show_bytes(used)} of {show_bytes(capacity)} ({share}), {stats.l1_chunks:,} chunks")
     table.add_row("", f"leased {show_bytes(stats.leased_bytes)}, reserved {show_bytes(stats.reserved_bytes)},")
     table.add_row("", f"quarantined {show_bytes(stats.quarantined_bytes)}")
     table.add_row("requests", f"{stats.requests:,}, which hold {stats.leases:,} leases")
@@ -231,7 +252,7 @@ def print_status(stats: CacheStats) -> None:
     )
     for name, usage in stats.backends.items():
         bound = show_bytes(usage.capacity_bytes) if usage.capacity_bytes is not None else "no bound"
-        table.add_row(name, f"{show_bytes(usage.used_bytes)} of {bound}, {usage.objects:,} objects")
+        table.add_row(f"L2 {name}", f"{show_bytes(usage.used_bytes)} of {bound}, {usage.objects:,} objects")
     console.print(table, highlight=False)
 
 

@@ -2,10 +2,9 @@
 
 import os
 import re
-import sys
 import tomllib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args
@@ -16,6 +15,7 @@ from msgspec import Meta, Struct, field
 
 from async_cache.errors import ConfigError
 from async_cache.prompt.keys import check_label
+from async_cache.prompt.objects import PAGE_BYTES
 from async_cache.protocol.address import Address, default_url
 
 ENVIRONMENT_PREFIX = "ASYNC_CACHE_"
@@ -40,7 +40,7 @@ def default_l2() -> tuple[str, ...]:
             base = str(Path.home() / ".cache")
         except RuntimeError as error:
             raise ConfigError("there is no home directory to keep the cache in: set l2") from error
-    return (f"fs://{quote(base)}/async_cache?capacity=10GiB",)
+    return (f"fs://{quote(os.fsencode(base))}/async_cache?capacity=10GiB",)
 
 
 def hide_password(text: str) -> str:
@@ -55,8 +55,30 @@ class Given(NamedTuple):
     origin: str
 
 
+@contextmanager
+def prefixed(where: str) -> Iterator[None]:
+    """Put a setting's name, or where it comes from, before what is wrong with it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+@contextmanager
+def told_where(given: Mapping[str, Given]) -> Iterator[None]:
+    """Put where a setting comes from before an error that begins with its name; nothing where it is a default."""
+    try:
+        yield
+    except ConfigError as error:
+        name = re.split(r"\W", str(error), maxsplit=1)[0]
+        if name not in given:
+            raise
+        raise ConfigError(f"{given[name].origin}: {error}") from error
+
+
 _LARGEST = 2**63 - 1
-Seconds = Annotated[float, Meta(gt=0, le=sys.float_info.max, title="a number", description="more than 0 and finite")]
+_MOST_SECONDS = 1e9  # 31 years: the timers of threads do not take every number
+Seconds = Annotated[float, Meta(gt=0, le=_MOST_SECONDS, title="a number", description="more than 0 and at most 1e9")]
 Share = Annotated[float, Meta(gt=0, le=1, title="a number", description="at most 1 and more than 0")]
 Count = Annotated[int, Meta(gt=0, le=_LARGEST, title="a whole number", description="more than 0 and less than 2**63")]
 Bytes = Annotated[Count, Meta(examples=["10GiB"])]  # may be written with a unit
@@ -95,10 +117,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def parse(cls, name: str, text: str) -> Any:
         """The value of a setting that was written as text: a size may have a unit. Raises ConfigError."""
         kind = cls._kind(name)
-        if kind == URLs:
-            return tuple(text.split())
         if kind == Bytes:
-            return cls.check(name, parse_bytes(text))
+            with prefixed(name):
+                size_bytes = parse_bytes(text)
+            return cls.check(name, size_bytes)
         return cls.check(name, _parse_number(name, text) if kind in (Seconds, Share, Count) else text)
 
     @classmethod
@@ -127,14 +149,15 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if cls.SECTION:
             values = values.get(cls.SECTION, {})
             if not isinstance(values, dict):
-                raise ConfigError(f"{cls.SECTION} must be a table")
+                raise ConfigError(f"{path}: {cls.SECTION} must be a table")
             tables = set()
         given = {name: Given(value, str(path)) for name, value in values.items() if name not in tables}
         prefix = ENVIRONMENT_PREFIX + (f"{cls.SECTION.upper()}_" if cls.SECTION else "")
         others = tuple(f"{prefix}{table.upper()}_" for table in tables)
         for variable, text in (os.environ if environ is None else environ).items():
             if variable.startswith(prefix) and not variable.startswith(others):
-                given[variable.removeprefix(prefix).lower()] = Given(text, variable)
+                name = variable.removeprefix(prefix).lower()
+                given[name] = Given(tuple(text.split()) if _kinds(cls).get(name) == URLs else text, variable)
         return given
 
     @classmethod
@@ -142,11 +165,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Settings from what was given, the defaults for the rest."""
         values = {}
         for name, (value, origin) in given.items():
-            try:
+            with prefixed(origin):
                 values[name] = cls.parse(name, value) if isinstance(value, str) else cls.check(name, value)
-            except ConfigError as error:
-                raise ConfigError(f"{origin}: {error}") from error
-        return cls(**values)
+        with told_where(given):
+            return cls(**values)
 
 
 @cache
@@ -197,6 +219,14 @@ class CacheConfig(Settings, frozen=True, kw_only=True):
     breaker_reset_seconds: Seconds = 5.0
     """How long it is left alone before one call tries it again."""
 
+    @classmethod
+    def check(cls, name: str, value: Any) -> Any:
+        """The value, if the setting may have it. Raises ConfigError."""
+        value = super().check(name, value)
+        if name == "l1_bytes" and value < PAGE_BYTES:
+            raise ConfigError(f"l1_bytes must be at least a page of {PAGE_BYTES} bytes, not {value}")
+        return value
+
     def __repr__(self) -> str:
         return hide_password(super().__repr__())
 
@@ -236,17 +266,27 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        addresses = [Address.parse(url) for url in self.listen]
-        if not addresses:
-            raise ConfigError("listen: a server needs an address")
-        for address in addresses:
+        for address in map(Address.parse, self.listen):
             if not address.is_local and not self.tenants:
-                raise ConfigError(f"{address} can be reached from other machines: it needs tenants with tokens")
+                raise ConfigError(f"listen: {address} can be reached from other machines: it needs tenants with tokens")
 
     @classmethod
     def check(cls, name: str, value: Any) -> Any:
         """The value, if the setting may have it. Raises ConfigError, which tells no token."""
-        return _check_tenants(value) if name == "tenants" else super().check(name, value)
+        if name == "tenants":
+            return _check_tenants(value)
+        value = super().check(name, value)
+        if name == "listen":
+            _check_addresses(value)
+        return value
+
+
+def _check_addresses(urls: Sequence[str]) -> None:
+    with prefixed("listen"):
+        if not urls:
+            raise ConfigError("a server needs an address")
+        for url in urls:
+            Address.parse(url)
 
 
 def _check_tenants(value: Any) -> dict[str, TenantConfig]:
@@ -280,6 +320,6 @@ def _check_label(label: str) -> None:
 
 def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:  # a ValueError: no UTF-8, no TOML, a number beyond bounds
         raise ConfigError(f"cannot read {os.fspath(path)}: {error}") from error

@@ -1,6 +1,8 @@
 """`AsyncCache` at its ends: closed while it opens, while it is asked, while it is cleared."""
 
 import asyncio
+import logging
+import os
 from array import array
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from async_cache import (
     AsyncCache,
     CacheClosedError,
     CacheConfig,
+    ConfigError,
     ConnectionLostError,
     LimitError,
     ModelLayout,
@@ -18,6 +21,7 @@ from async_cache import (
     TenantConfig,
     connect,
 )
+from async_cache import cache as cache_module
 from async_cache.l2.memory import MemoryBackend
 from async_cache.server import Server
 from async_cache.testing import GatedBackend
@@ -31,6 +35,36 @@ async def until(cache: AsyncCache, *gone: str) -> None:
     async with asyncio.timeout(5):
         while any([getattr(await cache.stats(), name) for name in gone]):  # noqa: ASYNC110 (it is asked each turn)
             await asyncio.sleep(0)
+
+
+async def test_it_is_told_how_far_the_filling_of_the_arena_is(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_POPULATE_BYTES", 2**20)
+    monkeypatch.setattr(cache_module, "_PROGRESS_SECONDS", 0)
+    caplog.set_level(logging.INFO, "async_cache.cache")
+    async with AsyncCache(CacheConfig(l1_bytes=3 * 2**20, l2=[])):
+        pass
+    assert [record.getMessage() for record in caplog.records] == [
+        f"L1: {n} of 3 MiB of memory are there" for n in (1, 2, 3)
+    ]
+
+
+async def test_memory_that_others_take_while_it_is_filled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = []
+
+    def check(size_bytes: int) -> None:
+        left.append(size_bytes)
+        if size_bytes < 3 * 2**20:
+            raise ConfigError("l1_bytes: gone")
+
+    monkeypatch.setattr(cache_module, "_POPULATE_BYTES", 2**20)
+    monkeypatch.setattr(cache_module, "check_free", check)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ConfigError, match="gone"):
+        await AsyncCache(CacheConfig(l1_bytes=3 * 2**20, l2=[])).open()
+    assert left == [3 * 2**20, 2 * 2**20]
+    assert os.listdir("/proc/self/fd") == before
 
 
 class SlowToOpen(MemoryBackend):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,9 +171,9 @@ def test_ping_says_how_long_it_took(server: Path) -> None:
 
 def test_status_is_a_table(server: Path) -> None:
     text = printed(server, "status")
-    assert re.search(r"^memory +0 B of 1 MiB \(0%\), 0 chunks", text, re.MULTILINE)
+    assert re.search(r"^L1 +0 B of 1 MiB \(0%\), 0 chunks", text, re.MULTILINE)
     assert re.search(r"^requests +0, which hold 0 leases", text, re.MULTILINE)
-    assert re.search(r"^near +0 B of 1 MiB, 0 objects", text, re.MULTILINE)
+    assert re.search(r"^L2 near +0 B of 1 MiB, 0 objects", text, re.MULTILINE)
 
 
 def test_status_in_json_has_all_counters(server: Path) -> None:
@@ -380,7 +381,7 @@ def test_serve_tells_what_is_wrong_with_another_package(directory: Path) -> None
         directory, "serve", "--l2", "remote://user:secret@host:7/0", PYTHONPATH=path, ASYNC_CACHE_L1_BYTES="1MiB"
     )
     line = complaint(done)
-    assert line.startswith("remote://***@host:7/0: kv_remote:make of kv_remote 1.5 failed: AttributeError")
+    assert line.startswith("--l2: l2: remote://***@host:7/0: kv_remote:make of kv_remote 1.5 failed: AttributeError")
     assert "secret" not in done.stdout + done.stderr
 
 
@@ -388,7 +389,7 @@ def test_serve_tells_what_is_wrong_with_another_package(directory: Path) -> None
 def test_the_passwords_of_urls_are_not_shown(command: str, directory: Path) -> None:
     url = "redis://user:secret@host:7/0"
     done = run(directory, command, "--l2", url, ASYNC_CACHE_L1_BYTES="1MiB")
-    assert "redis://***@host:7/0" in done.stdout
+    assert "redis://***@host:7/0" in done.stdout + done.stderr
     assert "secret" not in done.stdout + done.stderr
 
 
@@ -398,7 +399,7 @@ def test_the_passwords_of_urls_are_not_shown(command: str, directory: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "text", "told"),
     [
-        (["--l1-bytes", "much"], "", "--l1-bytes: 'much' is not a size"),
+        (["--l1-bytes", "much"], "", "--l1-bytes: l1_bytes: 'much' is not a size"),
         (["--l1-bytes", "0"], "", "l1_bytes must be more than 0"),
         (["--l2", "redis://x"], "", "redis"),
         (["--l2", "fs:///kv?size=5"], "", "size"),
@@ -416,6 +417,79 @@ def test_settings_that_can_not_be_used_are_told(
     (directory / "c.toml").write_text(text)
     command = "serve" if "--l2" in arguments else "config"
     assert told in complaint(run(directory, command, "-c", "c.toml", *arguments, ASYNC_CACHE_L1_BYTES="1MiB"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('l2 = ["fs:///kv?size=5"]', "c.toml: l2: fs:///kv?size=5: unknown parameter 'size'"),
+        ('l2 = ["fs:///"]', "c.toml: l2: fs:///: '/' cannot be the path of a directory of its own"),
+        ('l2 = ["fs:///a%00b"]', "c.toml: l2: fs:///a%00b: '/a\\x00b' cannot be the path of a directory of its own"),
+        ('l2 = ["fs:///a?load_timeout=1e308"]', "c.toml: l2: fs:///a?load_timeout=1e308: load_timeout: "),
+        ('l2 = ["memory://a\\u200bb"]', "c.toml: l2: memory://a"),
+        ('l2 = ["memory://", "memory://"]', "c.toml: l2: 2 backends have the same name 'memory'"),
+        ('l2 = "memory://a memory://b"', "c.toml: l2 must be a list of URLs, not one str"),
+        ('l1_bytes = "9TiB"', "c.toml: l1_bytes: 9,437,184 MiB is more than the machine has, "),
+        ('[server]\nlisten = ["tcp://0.0.0.0:0"]', "c.toml: listen: tcp://0.0.0.0:0 can be reached"),
+        ("[server]\nshutdown_timeout_seconds = 1e308", "c.toml: shutdown_timeout_seconds must be "),
+    ],
+)
+def test_config_refuses_what_serve_refuses_in_the_same_line(text: str, told: str, directory: Path) -> None:
+    (directory / "c.toml").write_text(f"{text}\n", encoding="utf-8")
+    config, serve = map(finish, [start(directory, command, "-c", "c.toml") for command in ("config", "serve")])
+    assert complaint(config) == complaint(serve)
+    assert complaint(serve).startswith(told)
+    assert (config.stdout, serve.stdout) == ("", ""), "nothing is said before it is known"
+
+
+def test_what_can_not_be_opened_is_told_before_anything_is_said(directory: Path) -> None:
+    (directory / "file").write_text("mine")
+    done = run(directory, "serve", "--l2", f"fs://{directory}/file", ASYNC_CACHE_L1_BYTES="1MiB")
+    assert complaint(done).startswith(f"fs://{directory}/file cannot be used: ")
+    assert done.stdout == ""
+
+
+def test_names_need_not_fit_the_encoding_of_the_terminal(directory: Path) -> None:
+    raw = os.fsdecode(b"\xff\xc3\xa9")
+    (directory / f"{raw}.toml").write_text(f'l2 = ["fs://{directory}/%FF", "memory://é"]\n', encoding="utf-8")
+    for variables in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {}):
+        shown = printed(directory, "config", "-c", f"{raw}.toml", **variables)
+        assert f"fs://{directory}/%FF" in shown
+        complaint(run(directory, "config", "-c", f"{raw}.none", **variables))
+    with serving(directory, "--l2", f"fs://{directory}/%FF", "--listen", f"unix://{directory}/%FE") as (_, [url]):
+        assert url == f"unix://{directory}/%FE"
+        assert f"L2 fs://{directory}/%FF" in printed(directory, "status", "--url", url).replace("\n", "")
+    assert b"\xff" in os.listdir(os.fsencode(directory))
+
+
+def test_a_backend_called_memory_is_told_apart_from_l1(directory: Path) -> None:
+    with serving(directory, "--l2", "memory://", "--l2", "memory://L1", "--l2", "memory://requests") as (_, [url]):
+        rows = re.findall(r"^(\S.*?)  ", printed(directory, "status", "--url", url), re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    assert [row for row in rows if row.startswith("L")] == ["L1", "L2 memory", "L2 L1", "L2 requests"]
+
+
+def test_an_address_that_is_none_is_told_with_its_flag(shared: Path) -> None:
+    assert complaint(run(shared, "status", "--url", "unix:relative")).startswith("--url: 'unix:relative': ")
+
+
+def test_a_server_that_stops_in_the_middle_is_given_up_soon(directory: Path) -> None:
+    with serving(directory) as (process, [url]):
+        before = len(os.listdir(f"/proc/{process.pid}/fd"))
+        ping = start(directory, "ping", "-n", "100000")
+        deadline = time.monotonic() + SECONDS
+        while len(os.listdir(f"/proc/{process.pid}/fd")) <= before:  # until it is connected
+            assert time.monotonic() < deadline
+            assert ping.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            line = complaint(finish(ping))
+            assert time.monotonic() - began < 10, "twice a heartbeat of 10 s is long for who waits at a terminal"
+        finally:
+            process.send_signal(signal.SIGCONT)
+    assert line.startswith(("the server has not answered for ", f"no answer from {url} within "))
 
 
 def test_a_variable_that_can_not_be_used_is_told(shared: Path) -> None:

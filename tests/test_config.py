@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -203,6 +204,66 @@ def test_a_value_that_does_not_fit_is_told_with_where_it_is(path: Path) -> None:
         load_server(path, ASYNC_CACHE_SERVER_MAX_REQUESTS="many")
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "setting"),
+    [
+        (CacheConfig, 'l1_bytes = "much"', "l1_bytes"),
+        (CacheConfig, "l1_bytes = 5", "l1_bytes"),
+        (CacheConfig, 'l2 = "memory://a memory://b"', "l2"),
+        (CacheConfig, "l2 = [5]", "l2"),
+        (CacheConfig, "lookup_timeout_seconds = 1e308", "lookup_timeout_seconds"),
+        (CacheConfig, "lookup_timeout_seconds = 2000-01-01", "lookup_timeout_seconds"),
+        (CacheConfig, "[l3]", "unknown setting 'l3"),
+        (ServerConfig, "server = 5", "server"),
+        (ServerConfig, '[server]\nlisten = "unix:///a"', "listen"),
+        (ServerConfig, '[server]\nlisten = ["unix:a"]', "listen"),
+        (ServerConfig, "[server]\nlisten = []", "listen"),
+        (ServerConfig, '[server]\nlisten = ["tcp://0.0.0.0:0"]', "listen"),
+        (ServerConfig, "[server]\nshutdown_timeout_seconds = 1e308", "shutdown_timeout_seconds"),
+        (ServerConfig, "[server]\ntenants = 5", "tenants"),
+        (ServerConfig, '[server.tenants.a]\ntokens = "token-number-of-a"', "tenants"),
+        (ServerConfig, '[server.tenants.a]\ntokens = ["token-number-of-a"]\nsalts = "s"', "tenants"),
+    ],
+)
+def test_what_is_wrong_of_a_file_is_told_with_the_file_and_the_setting(
+    kind: type[Settings], text: str, setting: str, path: Path
+) -> None:
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: {re.escape(setting)}\\b"):
+        kind.load(path, {})
+
+
+def test_what_is_wrong_of_a_variable_is_told_with_the_variable_and_the_setting(path: Path) -> None:
+    path.write_text('[server]\nlisten = ["unix:///a"]\n')
+    with pytest.raises(ConfigError, match=r"^ASYNC_CACHE_L1_BYTES: l1_bytes: 'much' is not a size"):
+        load(ASYNC_CACHE_L1_BYTES="much")
+    with pytest.raises(ConfigError, match=r"^ASYNC_CACHE_SERVER_LISTEN: listen: tcp://0.0.0.0:0 can be reached"):
+        load_server(path, ASYNC_CACHE_SERVER_LISTEN="tcp://0.0.0.0:0")
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["no mark", "a byte order mark"])
+def test_a_file_is_utf_8_in_every_locale(start: str, path: Path) -> None:
+    path.write_text(f'{start}l2 = ["memory://é"]\n# 漢字\n', encoding="utf-8")
+    program = "import sys; from async_cache import CacheConfig; print(ascii(CacheConfig.load(sys.argv[1], {}).l2))"
+    run = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", program, str(path)],
+        env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.stdout, run.stderr) == ("('memory://\\xe9',)\n", "")
+
+
+def test_paths_need_not_be_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fsdecode(b"/users/\xff\n"))
+    (url,) = default_l2()
+    backend = from_url(url)
+    assert isinstance(backend, FileSystemBackend)
+    assert os.fsencode(backend.path) == b"/users/\xff\n/async_cache"
+    assert backend.name == "fs:///users/%FF%0A/async_cache", "it can be printed, and sent"
+
+
 def test_no_urls_are_a_cache_in_memory_only() -> None:
     assert load(ASYNC_CACHE_L2="").l2 == CacheConfig(l2=()).l2 == ()
 
@@ -257,6 +318,19 @@ def test_without_a_home_the_default_says_what_to_set(monkeypatch: pytest.MonkeyP
 def test_a_number_that_can_not_be_used_is_refused(kind: type[Settings], name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{name} must be"):
         kind(**{name: value})
+
+
+@pytest.mark.parametrize("kind", [CacheConfig, ServerConfig])
+def test_seconds_are_bounded(kind: type[Settings]) -> None:
+    for name in (name for name in kind.__struct_fields__ if name.endswith("_seconds")):
+        assert getattr(kind(**{name: 1e9}), name) == 1e9
+        with pytest.raises(ConfigError, match=f"^{name} must be more than 0 and at most 1e9, not 1e"):
+            kind(**{name: 1e308})
+
+
+def test_l1_is_a_page_at_least() -> None:
+    with pytest.raises(ConfigError, match=r"^l1_bytes must be at least a page of 4096 bytes, not 4095"):
+        CacheConfig(l1_bytes=4095)
 
 
 @pytest.mark.parametrize("name", ["l1_bytes", "load_inflight_bytes", "breaker_failures"])
@@ -353,7 +427,11 @@ def test_a_variable_that_can_not_be_used_is_refused(name: str, text: str) -> Non
         load(**{f"ASYNC_CACHE_{name.upper()}": text})
 
 
-@pytest.mark.parametrize("content", [b"l1_bytes = ", b"\xff", None], ids=["no TOML", "no UTF-8", "no file"])
+@pytest.mark.parametrize(
+    "content",
+    [b"l1_bytes = ", b"\xff", None, b"l1_bytes = " + b"9" * 5000, b"a = " + b"[" * 10000],
+    ids=["no TOML", "no UTF-8", "no file", "a number beyond bounds", "nested too deep"],
+)
 def test_a_file_that_can_not_be_read_is_named(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "cache.toml"
     if content is not None:

@@ -23,7 +23,7 @@ MAY_KNOW = {
     "errors": "",
     "values": "",
     "prompt": "",
-    "memory": "prompt",
+    "memory": "errors prompt",
     "aio": "",
     "handles": "aio errors memory prompt values",
     "retention": "values",
@@ -41,7 +41,7 @@ MAY_KNOW = {
     "server": "cache config errors handles memory observe prompt protocol values",
     "client": "aio errors handles memory prompt protocol values",
     "integrations": "cache client errors handles prompt values",
-    "cli": "client config errors protocol server values",
+    "cli": "client config errors l2 memory protocol server values",
     "__main__": "cli",
     "testing": "errors l2 prompt values",
 }

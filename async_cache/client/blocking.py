@@ -25,7 +25,11 @@ from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, Loo
 
 T = TypeVar("T")
 
-_DONE = (concurrent.futures._base.FINISHED, concurrent.futures._base.CANCELLED)
+_DONE = (
+    concurrent.futures._base.FINISHED,
+    concurrent.futures._base.CANCELLED,
+    concurrent.futures._base.CANCELLED_AND_NOTIFIED,
+)
 
 
 class BlockingFuture(concurrent.futures.Future[T]):
@@ -127,7 +131,8 @@ class BlockingClient:
     def close(self) -> None:
         """Wait for what was committed, and close; idempotent. The server takes back what is held.
 
-        Threads that wait for a future or a call get CacheClosedError. In a forked child it does nothing.
+        Threads that wait for a future or a call get CacheClosedError. In a forked child it does nothing. In a callback
+        of a future it returns at once, and the client closes after the callback.
         """
         self._thread.close()
 

@@ -308,8 +308,11 @@ class CacheClient:
         Raises ConnectionLostError, and AccessDeniedError where it is not mapped: the server is on another host, or the
         token is bound to salts.
         """
-        arena = self._links.connected().arena
+        link = self._links.connected()
+        arena = link.arena
         if arena is None:
+            if not link.connection.is_open:  # since it was looked at: this may be another thread
+                raise link.reason
             raise AccessDeniedError("this client does not see the server's memory: it is elsewhere, or bound to salts")
         return arena.toreadonly()
 

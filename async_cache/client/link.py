@@ -152,11 +152,11 @@ class Link:
 
     async def acquire(self, message: messages.AcquireRead) -> tuple[messages.ReadAcquired, memoryview]:
         """Begin a read; what there is to read, and the memory in which it lies. Raises as `ask`."""
-        call = ReadCall()
+        call, arena = ReadCall(), self.arena  # of now: a connection that is lost has none
         acquired = await self.ask(messages.ReadAcquired, message, call)
         if call.buffer is not None:
             return acquired, call.buffer
-        return acquired, self.arena if self.arena is not None else memoryview(b"")
+        return acquired, arena if arena is not None else memoryview(b"")
 
     # Answers, as they come.
 
@@ -199,6 +199,7 @@ class Link:
         for call in calls.values():
             call.lost(reason)
         self.requests.clear()
+        self.arena = None  # unmapped with the last view of it, and not when this link is collected
         if self.segment is not None:
             self.segment.close()
         self._gone.set()

@@ -59,11 +59,15 @@ class ClientThread:
         opened.result()
 
     def close(self) -> None:
-        """Close the client, and let the thread end; idempotent. In a forked child it does nothing."""
+        """Close the client, and let the thread end; idempotent. In a forked child it does nothing.
+
+        In the client's own thread, as in a callback of a future, it begins that and does not wait.
+        """
         thread = self._thread
         if not self.is_forked and self._loop is not None and thread is not None and thread.is_alive():
             self.post(self._closing.set)
-            thread.join()
+            if thread is not threading.current_thread():
+                thread.join()
 
     def _run(self, opened: "concurrent.futures.Future[None]") -> None:
         with above_standard(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -139,7 +143,7 @@ class ClientThread:
             call.close()
             raise CacheClosedError("the client was closed")
         try:
-            return outcome.result(timeout_seconds)
+            return outcome.result(None if timeout_seconds is None else min(timeout_seconds, threading.TIMEOUT_MAX))
         except concurrent.futures.CancelledError:
             raise CacheClosedError("the client was closed") from None
         except TimeoutError:

@@ -4,7 +4,8 @@ A package gives a scheme by an entry point: in the group `async_cache.backends`,
 makes a backend, not opened yet, from a `BackendURL`.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from urllib.parse import unquote, unquote_plus
 
 import msgspec
 
-from async_cache.config import CacheConfig, hide_password
+from async_cache.config import CacheConfig, hide_password, prefixed
 from async_cache.errors import ConfigError
 from async_cache.l2.backend import Backend, Limits
 from async_cache.l2.filesystem.backend import FileSystemBackend
@@ -60,11 +61,29 @@ def from_url(url: str) -> Backend:
             allowed = ""
         parts, limits = _split_limits(parts)
         backend = make(parts)
+        if not backend.name.isprintable():
+            raise ConfigError(f"the name {backend.name!r} cannot be printed")
     except ConfigError as error:
         raise ConfigError(f"{hide_password(url)}: {error}{allowed}") from error
     if limits:
         backend.limits = msgspec.structs.replace(backend.limits, **limits)
     return backend
+
+
+def from_urls(urls: Sequence[str]) -> list[Backend]:
+    """The backends of the setting `l2`, not opened yet. Raises ConfigError, which names the setting."""
+    with prefixed("l2"):
+        backends = [from_url(url) for url in urls]
+        check_names(backends)
+    return backends
+
+
+def check_names(backends: Sequence[Backend]) -> None:
+    """Raises ConfigError for two backends of the same name: nobody could tell them apart."""
+    names = Counter(backend.name for backend in backends)
+    for name in names:
+        if names[name] > 1:
+            raise ConfigError(f"{names[name]} backends have the same name {name!r}")
 
 
 def _split_limits(url: BackendURL) -> tuple[BackendURL, dict[str, Any]]:

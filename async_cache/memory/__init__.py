@@ -2,6 +2,7 @@
 
 mapping  memory files: sealing them, and mapping them read-only
 arena    L1's memory
+room     how much memory there is for it
 extents  which parts of a memory are free
 tensors  tensors over memory, without a copy
 """

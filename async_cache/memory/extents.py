@@ -39,6 +39,10 @@ class Extents:
         """A range that is not free, grown by the free ranges that touch it."""
         return self._begin_of.get(begin, begin), end + self._length_at.get(end, 0)
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """The free ranges, as (begin, end), ascending."""
+        return sorted((begin, begin + length) for begin, length in self._length_at.items())
+
     def free(self, begin: int, size_bytes: int) -> None:
         """Free a range, which merges with the free ranges that touch it."""
         end = begin + size_bytes

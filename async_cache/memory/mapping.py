@@ -8,10 +8,12 @@ import weakref
 
 _FIRST_DESCRIPTOR = 3  # behind standard input, output and error
 _F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; Python has the others
+_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2  # of <linux/falloc.h>
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -40,6 +42,19 @@ def seal_new_writers(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
     except OSError:
         return
+
+
+def next_data(fd: int, begin: int) -> int | None:
+    """Where the first page at or behind an offset is that is really there; None if none is."""
+    try:
+        return os.lseek(fd, begin, os.SEEK_DATA)
+    except OSError:
+        return None
+
+
+def punch_hole(fd: int, begin: int, size_bytes: int) -> bool:
+    """Give pages back to the system, whether it could be done; who reads them finds zeros. The size stays."""
+    return not _libc.fallocate(fd, _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE, begin, size_bytes)
 
 
 def is_memfd(fd: int) -> bool:

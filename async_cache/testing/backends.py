@@ -131,13 +131,23 @@ class GatedBackend(WrappedBackend):
 class ThrottledBackend(WrappedBackend):
     """A backend at a distance: lookups, loads and stores take at least `latency_seconds`.
 
+    Lookups take `lookup_latency_seconds` where that is given. One that outlasts its timeout (`lookup_timeout_seconds`
+    of the cache, 1 s by default) finds nothing: then a cache over this backend has no hits, only `BACKEND_ERROR`.
     The bytes of loads and stores also pass through one pipe of `bytes_per_second` (None: unlimited), first
     come, first served. Latencies overlap, the pipe is shared; a cancelled call leaves it to the next at once.
     """
 
-    def __init__(self, inner: Backend, *, latency_seconds: float = 0.0, bytes_per_second: float | None = None):
+    def __init__(
+        self,
+        inner: Backend,
+        *,
+        latency_seconds: float = 0.0,
+        lookup_latency_seconds: float | None = None,
+        bytes_per_second: float | None = None,
+    ):
         super().__init__(inner)
         self._latency_seconds = latency_seconds
+        self._lookup_latency_seconds = latency_seconds if lookup_latency_seconds is None else lookup_latency_seconds
         self._bytes_per_second = bytes_per_second
         self._pipe = asyncio.Lock()
 
@@ -151,7 +161,7 @@ class ThrottledBackend(WrappedBackend):
         if buffers and self._bytes_per_second is not None:
             async with self._pipe:
                 await asyncio.sleep(sum(map(len, buffers)) / self._bytes_per_second)
-        await asyncio.sleep(self._latency_seconds)
+        await asyncio.sleep(self._lookup_latency_seconds if verb == "lookup" else self._latency_seconds)
 
 
 class FailingBackend(WrappedBackend):

@@ -276,6 +276,32 @@ def test_a_future_that_its_owner_cancels_disturbs_nothing(
     client.end_request("r")
 
 
+@pytest.mark.parametrize("refusal", ["by the client", "by the server"])
+def test_a_prefetch_that_is_refused_ends_though_its_owner_has_cancelled_the_lookup(
+    refusal: str, client: BlockingClient, server: ThreadedServer
+) -> None:
+    with BlockingClient(server.url) as elsewhere:
+        user = client if refusal == "by the client" else elsewhere
+        user.prefetch(PROMPT, request_id="r").load_done.result(SOON)
+        held, cancelled = threading.Event(), threading.Event()
+
+        def hold(_: Any) -> None:
+            held.set()
+            cancelled.wait(SOON)
+
+        client.prefetch(OTHER, request_id="other").load_done.add_done_callback(hold)
+        assert held.wait(SOON)
+        refused = client.prefetch(OTHER, request_id="r")
+        assert refused.lookup_done.cancel()
+        cancelled.set()
+        with pytest.raises(RequestConflictError):
+            refused.load_done.result(SOON)
+        assert refused.lookup_done.cancelled()
+        assert refused.lookup_done.done(), "also once those who wait were told"
+        user.end_request("r")
+    client.end_request("other")
+
+
 # Waiting.
 
 
@@ -351,6 +377,28 @@ def test_the_next_prefetch_may_be_made_as_one_is_done(client: BlockingClient) ->
 
     client.prefetch(PROMPT).load_done.add_done_callback(call)
     assert outcome.result(SOON).load_done.result(SOON).chunks == 0
+
+
+def test_a_client_may_be_closed_as_a_prefetch_is_done(server: ThreadedServer) -> None:
+    """`close` does not wait for the thread that it is called in."""
+    outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    client = BlockingClient(server.url).open()
+
+    def call(_: Any) -> None:
+        try:
+            outcome.set_result(client.close())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    client.prefetch(PROMPT).load_done.add_done_callback(call)
+    assert outcome.result(SOON) is None
+    client.close()
+    with pytest.raises(CacheClosedError, match="was closed"):
+        client.ping()
+
+
+def test_a_wait_may_be_of_any_length(client: BlockingClient) -> None:
+    assert client.ping(timeout_seconds=1e308) < SOON
 
 
 # Errors.

@@ -521,9 +521,9 @@ async def test_a_server_that_answers_is_not_given_up(url: str) -> None:
     async with serve(url, GatedBackend(MemoryBackend(), "lookup")), connect(url, heartbeat_seconds=0.05) as client:
         link = client._links.current
         prefetch = client.prefetch(PROMPT)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.5):
-                await prefetch.lookup_done
+        before = client.heard()
+        await until(lambda: client.heard() >= before + 10)  # heartbeats, and nothing else
+        assert not prefetch.lookup_done.done()
         assert client._links.current is link
 
 
@@ -582,10 +582,8 @@ async def test_no_descriptor_is_left_by_connections_that_failed_or_ended(directo
     await fail()
     assert descriptors() == before
     async with serve(url):
-        await fail()
-        await asyncio.sleep(0.05)
         during = descriptors()
-        for _ in range(3):
+        for _ in range(4):
             await fail()
         await until(lambda: descriptors() == during)
     await until(lambda: descriptors() == before)

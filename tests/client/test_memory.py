@@ -11,10 +11,15 @@ from pathlib import Path
 
 import numpy
 import pytest
+from contract.support import make_prompt
 
-from async_cache.client.memory import Segment
+from async_cache import connect
+from async_cache.client import memory
+from async_cache.client.memory import Block, Segment
 from async_cache.memory.arena import Arena
 from async_cache.memory.mapping import map_read_only
+
+from .servers import SECONDS, serve_in_process, short_directory, until
 
 PAGE = 4096
 
@@ -36,7 +41,7 @@ def mappings(fd: int) -> int:
 # The segment.
 
 
-def test_blocks_are_written_to_the_file_at_their_offsets(segment: Segment) -> None:
+async def test_blocks_are_written_to_the_file_at_their_offsets(segment: Segment) -> None:
     blocks = segment.blocks(2 * PAGE, 3)
     assert sorted(offset for offset, _ in blocks) == [0, 2 * PAGE, 4 * PAGE]
     for offset, block in blocks:
@@ -46,20 +51,20 @@ def test_blocks_are_written_to_the_file_at_their_offsets(segment: Segment) -> No
         assert os.pread(segment.fd, 2 * PAGE, offset) == bytes(view)
 
 
-def test_there_are_no_more_blocks_than_fit(segment: Segment) -> None:
+async def test_there_are_no_more_blocks_than_fit(segment: Segment) -> None:
     held = segment.blocks(3 * PAGE, 5)
     assert len(held) == 2
     assert segment.blocks(3 * PAGE, 1) == []
     assert len(segment.blocks(PAGE, 5)) == 2
 
 
-def test_a_segment_without_a_size_has_no_blocks() -> None:
+async def test_a_segment_without_a_size_has_no_blocks() -> None:
     segment = Segment()
     assert segment.blocks(PAGE, 1) == []
     segment.close()
 
 
-def test_a_block_is_free_again_only_when_no_view_is_left(segment: Segment) -> None:
+async def test_a_block_is_free_again_only_when_no_view_is_left(segment: Segment) -> None:
     [(offset, block)] = segment.blocks(8 * PAGE, 1)
     view = memoryview(block).cast("B")
     part = view[5:10]
@@ -73,7 +78,7 @@ def test_a_block_is_free_again_only_when_no_view_is_left(segment: Segment) -> No
     assert [offset for offset, _ in segment.blocks(8 * PAGE, 1)] == [offset]
 
 
-def test_an_array_over_it_keeps_its_block(segment: Segment) -> None:
+async def test_an_array_over_it_keeps_its_block(segment: Segment) -> None:
     [(_, block)] = segment.blocks(8 * PAGE, 1)
     array = numpy.frombuffer(memoryview(block).cast("B")[:100], dtype=numpy.uint8)[50:]
     del block
@@ -83,7 +88,7 @@ def test_an_array_over_it_keeps_its_block(segment: Segment) -> None:
     assert len(segment.blocks(8 * PAGE, 1)) == 1
 
 
-def test_blocks_are_freed_from_any_thread(segment: Segment) -> None:
+async def test_blocks_are_freed_from_any_thread(segment: Segment) -> None:
     for _ in range(50):
         held = [[block] for block in segment.blocks(PAGE, 8)]
         assert len(held) == 8
@@ -95,7 +100,7 @@ def test_blocks_are_freed_from_any_thread(segment: Segment) -> None:
     assert len(segment.blocks(PAGE, 9)) == 8
 
 
-def test_only_what_was_written_to_takes_memory() -> None:
+async def test_only_what_was_written_to_takes_memory() -> None:
     segment = Segment()
     segment.grow(2**40)
     assert os.fstat(segment.fd).st_blocks == 0
@@ -105,7 +110,7 @@ def test_only_what_was_written_to_takes_memory() -> None:
     segment.close()
 
 
-def test_views_keep_the_memory_of_a_closed_segment(segment: Segment) -> None:
+async def test_views_keep_the_memory_of_a_closed_segment(segment: Segment) -> None:
     segment = Segment()
     segment.grow(PAGE)
     [(_, block)] = segment.blocks(PAGE, 1)
@@ -122,13 +127,119 @@ def test_views_keep_the_memory_of_a_closed_segment(segment: Segment) -> None:
     os.close(kept)
 
 
+# Giving memory back.
+
+
+def resident(fd: int) -> int:
+    """The bytes of a memory file that are really there."""
+    return os.fstat(fd).st_blocks * 512
+
+
+def fill(block: Block) -> None:
+    memoryview(block).cast("B")[:] = b"x" * len(block)
+
+
+async def test_what_is_free_is_given_back_a_part_at_a_time_and_reads_as_zeros(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_GIVEN_BACK_BYTES", 2 * PAGE)
+    server = map_read_only(segment.fd, 8 * PAGE)
+    blocks = [block for _, block in segment.blocks(PAGE, 8)]
+    for block in blocks:
+        fill(block)
+    kept = blocks.pop(3)
+    blocks.clear()
+    del block
+    assert resident(segment.fd) == 8 * PAGE
+    left = []
+    while segment.give_back():
+        left.append(resident(segment.fd) // PAGE)
+    assert left == [6, 5, 3, 1]
+    assert bytes(server) == bytes(3 * PAGE) + b"x" * PAGE + bytes(4 * PAGE), "and the server meets no fault"
+    assert bytes(kept) == b"x" * PAGE
+    segment._extents.check_integrity()
+
+
+async def test_a_segment_that_is_idle_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch, segment: Segment) -> None:
+    monkeypatch.setattr(memory, "IDLE_SECONDS", 0.0)
+    blocks = [block for _, block in segment.blocks(PAGE, 8)]
+    for block in blocks:
+        fill(block)
+    kept = blocks[:2]
+    del blocks, block
+    await until(lambda: resident(segment.fd) == 2 * PAGE)
+    assert {bytes(block) for block in kept} == {b"x" * PAGE}
+    kept.clear()
+    await until(lambda: resident(segment.fd) == 0)
+    await until(lambda: segment._timer is None)
+    assert len(segment.blocks(PAGE, 9)) == 8
+
+
+async def test_a_segment_that_is_used_keeps_its_memory(segment: Segment) -> None:
+    fill(segment.blocks(PAGE, 1)[0][1])
+    segment._look()
+    assert resident(segment.fd) == PAGE
+    segment._look()
+    assert resident(segment.fd) == 0
+
+
 @pytest.mark.parametrize("size_bytes", [4 * PAGE, 16 * PAGE])
-def test_a_segment_keeps_its_size(segment: Segment, size_bytes: int) -> None:
+async def test_a_segment_keeps_its_size(segment: Segment, size_bytes: int) -> None:
     with pytest.raises(PermissionError):
         os.ftruncate(segment.fd, size_bytes)
 
 
 # The arena.
+
+
+def shared_mappings() -> set[str]:
+    """The memory files of caches that this process has mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "/memfd:async_cache" in line}
+
+
+async def test_a_client_that_closes_unmaps_all_at_once_but_what_is_looked_at(no_collection: None) -> None:
+    prompt = make_prompt(3)
+    with short_directory() as directory, serve_in_process(f"unix://{directory}/s"):
+        before = shared_mappings()
+        client = connect(f"unix://{directory}/s")
+        async with client:
+            async with client.store(prompt) as writer:
+                for chunk in writer:
+                    chunk.commit()
+            await client.prefetch(prompt, request_id="r").load_done
+            async with client.read("r") as lease:
+                view = lease[0].views[0]
+                assert view is not None
+                part = view[:1]
+            kept = client.memory[:1]
+            assert len(shared_mappings() - before) == 2
+        del writer, chunk, lease, view, part
+        assert len(shared_mappings() - before) == 1, "the arena is looked at"
+        assert kept[0] == kept[0]
+        del kept
+        assert shared_mappings() == before
+        del client
+
+
+async def test_a_connection_that_is_lost_unmaps_all_at_once(no_collection: None) -> None:
+    with short_directory() as directory:
+        before = shared_mappings()
+        with serve_in_process(f"unix://{directory}/s") as process:
+            client = await connect(f"unix://{directory}/s").open()
+            assert len(shared_mappings() - before) == 2
+            process.kill()
+            process.wait(SECONDS)
+            await until(lambda: shared_mappings() == before)
+        await client.close()
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

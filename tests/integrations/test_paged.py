@@ -812,7 +812,7 @@ def test_saves_do_not_wait_for_a_server_that_is_gone(server: Served, engine: Cal
     for n in range(20):
         worker.save([SaveOrder(f"late-{n}", prompt, 0, (BLOCKS,))])
         worker.settle()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5, "each waited a second"
 
 
 def test_an_engine_whose_two_sides_differ_saves_nothing_and_says_why(

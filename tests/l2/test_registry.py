@@ -177,7 +177,7 @@ def test_a_url_without_limits_leaves_them_to_the_settings() -> None:
     [
         ("lookup_timeout=0", "lookup_timeout_seconds must be more than 0"),
         ("load_timeout=-1", "load_timeout_seconds must be more than 0"),
-        ("store_timeout=inf", "store_timeout_seconds must be more than 0 and finite"),
+        ("store_timeout=inf", "store_timeout_seconds must be more than 0 and at most 1e9"),
         ("breaker_failures=2.5", "breaker_failures must be a whole number"),
         ("breaker_reset=", "breaker_reset_seconds must be a number, not ''"),
         ("breaker_reset", "bad query field"),

@@ -186,6 +186,20 @@ def test_every_lookup_load_and_store_takes_the_latency_and_latencies_overlap() -
     run_virtual(main())
 
 
+def test_lookups_may_have_a_latency_of_their_own() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        backend = ThrottledBackend(MemoryBackend(), latency_seconds=5, lookup_latency_seconds=0.5)
+        await backend.open()
+        expected: dict[Verb, float] = {"store": 5, "lookup": 0.5, "load": 5, "delete": 0}
+        for verb, seconds in expected.items():
+            begin = loop.time()
+            await call(backend, verb)
+            assert loop.time() - begin == seconds, verb
+
+    run_virtual(main())
+
+
 def test_loads_and_stores_share_the_bandwidth_first_come_first_served() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()

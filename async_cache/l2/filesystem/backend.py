@@ -14,7 +14,7 @@ from heapq import merge
 from itertools import islice
 from threading import Event
 from typing import Any, Literal, Self
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from aiofiles.os import makedirs, wrap
 
@@ -70,7 +70,7 @@ class FileSystemBackend(Backend):
         if threads < 1:
             raise ConfigError(f"threads must be at least 1, not {threads}")
         self.path = os.fspath(path)
-        self.name = f"fs://{self.path}"
+        self.name = f"fs://{self.path if self.path.isprintable() else quote(os.fsencode(self.path))}"
         self.capacity_bytes = capacity_bytes
         self._fsync, self._direct, self._threads = durability == "fsync", direct, threads
         self._index = Index(policy)
@@ -85,8 +85,11 @@ class FileSystemBackend(Backend):
         """The backend of a URL `fs:///path`, whose parameters are the arguments. Raises ConfigError."""
         if url.netloc:
             raise ConfigError("a directory has no host")
-        if not url.path.startswith("/"):
-            raise ConfigError(f"the path {url.path!r} is not absolute")
+        path = unquote(url.path, errors="surrogateescape")
+        if not path.startswith("/"):
+            raise ConfigError(f"the path {path!r} is not absolute")
+        if "\0" in path or not os.path.normpath(path).strip("/"):
+            raise ConfigError(f"{path!r} cannot be the path of a directory of its own")
         parameters = url.parameters(
             capacity=capacity,
             durability=one_of(none="none", fsync="fsync"),
@@ -94,7 +97,7 @@ class FileSystemBackend(Backend):
             threads=whole_number(most=9999),
         )
         capacity_bytes = parameters.pop("capacity", CAPACITY_BYTES)
-        return cls(unquote(url.path), capacity_bytes=capacity_bytes, **parameters)
+        return cls(path, capacity_bytes=capacity_bytes, **parameters)
 
     async def open(self) -> None:
         self._loads = DaemonExecutor(self._threads, f"{self.name} load")
