@@ -252,9 +252,11 @@ def test_a_token_is_read_from_a_file(directory: Path, tenants: Path) -> None:
     listen = ["--listen", f"unix://{directory}/s", "--listen", "tcp://127.0.0.1:0"]
     for name, token in {"right": TOKENS[1], "wrong": TOKENS[1] + "x", "empty": "", "long": "x" * 5000}.items():
         (directory / name).write_text(f"{token}\n")
+    (directory / "marked").write_text(f"\ufeff{TOKENS[1]}\r\n", encoding="utf-8")
     (directory / "binary").write_bytes(b"\xff" * 20)
     with serving(directory, "-c", str(tenants), *listen) as (_, (unix, tcp)):
-        assert printed(directory, "ping", "--url", tcp, "--token-file", "right")
+        for name in ("right", "marked"):
+            assert printed(directory, "ping", "--url", tcp, "--token-file", name, PYTHONUTF8="0", LC_ALL="C")
         assert printed(directory, "status", "--url", unix), "whoever may open the socket needs none"
         assert complaint(run(directory, "ping", "--url", tcp)) == "the server wants a token"
         for name, url in {"wrong": unix, "empty": tcp}.items():

@@ -74,7 +74,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             if min(options.timeout_seconds, options.connect_timeout_seconds, options.retry_seconds) <= 0:
                 raise ValueError("seconds must be more than 0")
             if options.token_file is not None:
-                token = Path(options.token_file).read_text().strip()
+                token = Path(options.token_file).read_text(encoding="utf-8-sig").strip()
                 options = msgspec.structs.replace(options, token=token)
             connect(options.url, options.namespace, token=options.token)  # checks them; it is not opened
         except (ValueError, OSError) as error:

@@ -475,8 +475,6 @@ def test_a_server_that_is_silent_is_a_miss_after_the_timeout(
     pool, keys = mha_pool(), keys_of(3)
     backend = make(pool, timeout_seconds=0.1, retry_seconds=0.1)
     backend.batch_set_v1(keys, pages(0, 3))
-    wait_until(lambda: backend.batch_exists(keys) == 3)  # on a busy machine, more than the timeout
-    caplog.clear()
     process = server._process
     assert process is not None
     process.send_signal(signal.SIGSTOP)
