@@ -652,6 +652,25 @@ def test_a_server_that_is_silent_is_not_emptied(scripted: tuple[PagedScheduler, 
     until(lambda: scheduler.add(request, {}, 0, load=True) or client.prefetches)
 
 
+def test_a_reset_that_cannot_be_made_up_for_yet_raises_nothing(
+    scripted: tuple[PagedScheduler, Scripted, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, client, _ = scripted
+    client.error = TimeoutError("silent")
+    assert not scheduler.reset()
+    client.error = None
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        request = Request("a", TOKENS)
+        scheduler.add(request, {}, 0, load=True)
+        assert scheduler.match(request, 0) == (0, False)
+        assert not scheduler.step({"a": len(TOKENS)}, lambda _: (BLOCKS,)).saves
+
+
 def test_the_end_of_a_save_is_heard_of_from_another_process() -> None:
     saves = SavesUnderWay(2)
     reports = [saves.begin(), saves.begin()]

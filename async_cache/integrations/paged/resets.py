@@ -62,10 +62,11 @@ class Resets:
             return True
         is_running = self._emptying is not None and self._emptying.is_alive()
         if not is_running and time.monotonic() >= self._retry_at and not len(self._saves):
-            self._emptying = threading.Thread(
+            emptying = threading.Thread(
                 target=self._make_up, args=(client, self._asked), name="async_cache reset", daemon=True
             )
-            self._emptying.start()
+            emptying.start()  # it raises where there can be no more threads
+            self._emptying = emptying
         return False
 
     def _make_up(self, client: BlockingClient, asked: int) -> None:

@@ -97,11 +97,11 @@ class PagedScheduler:
         """The client, if it may be used: whatever the reason is that there is none, the engine goes on."""
         try:
             client = self._client.get()
+            return client if self._resets.are_done(client) else None
         except Exception as error:
             self._complaint.log(error)
             self._offered.clear()
             return None
-        return client if self._resets.are_done(client) else None
 
     def _prompt(self, record: Record, tokens: int) -> Prompt:
         identity = dict(record.identity)
