@@ -4,7 +4,7 @@
         async def make(self, tmp_path):
             return MyBackend(tmp_path)
 
-The other two methods are optional; the tests that need them are skipped without them. Needs `async-kv-cache[testing]`.
+The other methods are optional; the tests that need them are skipped without them. Needs `async-kv-cache[testing]`.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from async_cache.prompt.keys import ObjectKey
 
 T = TypeVar("T")
 
-LOADED, GONE, CORRUPT = LoadOutcome.LOADED, LoadOutcome.GONE, LoadOutcome.CORRUPT
+LOADED, GONE, CORRUPT, FAILED = LoadOutcome
 MIB = 2**20
 SIZES = [1, 511, 4095, 4096, 4097, 65_537, MIB, 5 * MIB + 13]
 LONG = 6 * MIB + 1  # longer than what is copied in one step
@@ -47,6 +47,10 @@ class BackendSuite:
     async def damage(self, backend: Backend, key: ObjectKey, bit: int) -> None:
         """Flip one bit of the bytes that are stored for an object."""
         pytest.skip("no way to damage an object")
+
+    async def make_unreadable(self, backend: Backend, key: ObjectKey) -> None:
+        """Let what is stored for an object be impossible to read from now on, until it is stored anew."""
+        pytest.skip("no way to make an object unreadable")
 
     @pytest_asyncio.fixture
     async def backend(self, tmp_path: Path) -> AsyncIterator[Backend]:
@@ -172,6 +176,21 @@ class BackendSuite:
         assert await get(backend, [1], 5000) == [GONE]
         assert await put(backend, [1], 5000) == [True]
         assert await get(backend, [1], 5000) == [content(1, 5000)]
+
+    async def test_an_unreadable_object_fails_alone_and_can_be_stored_again(self, backend: Backend) -> None:
+        await put(backend, range(3), 5000)
+        await self.make_unreadable(backend, key(1))
+        assert await get(backend, range(3), 5000) == [content(0, 5000), FAILED, content(2, 5000)]
+        assert await put(backend, range(3), 5000) == [True, True, True]
+        assert await get(backend, range(3), 5000) == [content(n, 5000) for n in range(3)]
+
+    async def test_a_prefix_in_use_takes_no_pins_with_it(self, full: Backend) -> None:
+        hashes = [key(n).chunk_hash for n in (0, 1, 9)]
+        full.pin_prefix(hashes)
+        full.pin_prefix(hashes)
+        full.unpin_prefix(hashes)
+        full.unpin_prefix(hashes)
+        assert await nothing_is_pinned(full)
 
     # Listing.
 

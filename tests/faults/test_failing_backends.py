@@ -33,7 +33,7 @@ from soak import SOAK_SECONDS, rounds
 from async_cache import AsyncCache, BackendError, CacheClosedError, CacheConfig, ObjectGroup, Shortfall
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.memory import MemoryBackend
-from async_cache.testing import WrappedBackend
+from async_cache.testing import FailingBackend, WrappedBackend
 from async_cache.testing.virtual import run_virtual
 
 NTH = range(1, rounds(quick=2, long=5))
@@ -256,6 +256,34 @@ def test_the_nth_lookup_fails(name, place):
         for layout in layouts(WINDOWS):
             for faulty, served in enumerate(serves):
                 run_virtual(prefetch_through(layout, held, faulty, "lookup", FAULTS[name], nth, served))
+
+
+@pytest.mark.parametrize("holders", [1, 2])
+def test_one_object_of_many_fails_alone(holders):
+    """What lies before it is served, or all where another backend has it; the breaker counts nothing."""
+    prompt, other = make_prompt(ALL, 1, TWO_RANKS), make_prompt(ALL, 2, TWO_RANKS)
+    bad = object_keys(prompt, chunks=[HEAD], ranks=[1])
+    inners = [MemoryBackend(str(n)) for n in range(holders)]
+
+    async def scene():
+        for inner in inners:
+            await seed(inner, prompt)
+            await seed(inner, other)
+        failing = FailingBackend(inners[0], "load", times=None, keys=bad)
+        async with open_cache(failing, *inners[1:], pages=256, breaker_failures=1, breaker_reset_seconds=600) as cache:
+            for _ in range(5):
+                result = await cache.prefetch(prompt, request_id="a").load_done
+                served = HEAD if holders == 1 else ALL
+                assert (result.chunks, result.shortfall) == (served, Shortfall.BACKEND_ERROR if served < ALL else None)
+                for rank in (0, 1):
+                    async with cache.read("a", rank=rank) as lease:
+                        assert verify(lease, prompt, rank) == list(range(served))
+                assert await read_back(cache, other) == ALL
+                await cache.clear(tier="l1")
+            await assert_nothing_held(cache)
+            assert [inner.pins for inner in inners] == [0] * holders
+
+    run_virtual(scene())
 
 
 # Write-back.

@@ -133,6 +133,42 @@ async def test_a_call_that_succeeds_is_counted_once(verb: str) -> None:
     assert guard.breaker.state is CLOSED
 
 
+@virtual
+async def test_a_load_of_which_nothing_could_be_read_counts_as_failed() -> None:
+    backend = FailingBackend(MemoryBackend(), "load", times=1, keys=KEYS)
+    await put(backend, range(3), 100)
+    guard = Guard(backend, Counted(), TIMEOUTS)
+    assert await load(guard) == [LoadOutcome.FAILED] * 3
+    assert guard.breaker.told == ["failed"]
+    assert await load(guard) == [LoadOutcome.LOADED] * 3
+
+
+@pytest.mark.parametrize("outcome", [LoadOutcome.LOADED, LoadOutcome.GONE, LoadOutcome.CORRUPT])
+@virtual
+async def test_a_load_of_which_anything_could_be_read_counts_as_good(outcome: LoadOutcome) -> None:
+    guard = Guard(Answering(MemoryBackend(), lambda _: [LoadOutcome.FAILED] * 2 + [outcome]), Counted(), TIMEOUTS)
+    assert (await load(guard))[2] is outcome
+    assert guard.breaker.told == ["succeeded"]
+
+
+@virtual
+async def test_what_is_in_use_is_pinned_whatever_the_backend_raises(caplog: pytest.LogCaptureFixture) -> None:
+    backend = MemoryBackend()
+    guard = Guard(backend, Counted(), TIMEOUTS)
+    hashes = [k.chunk_hash for k in KEYS]
+    with guard.in_use(hashes):
+        assert backend.pins == 3
+    guard.touch_prefix(hashes)
+    assert backend.pins == 0
+
+    def dead(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    backend.unpin_prefix = dead  # type: ignore[method-assign]
+    guard.touch_prefix(hashes)
+    assert "memory could not" in caplog.text
+
+
 @pytest.mark.parametrize("error", [OSError("dead"), BackendError("dead"), TypeError("dead")])
 @pytest.mark.parametrize("verb", ["lookup", "load", "store", "delete"])
 @virtual

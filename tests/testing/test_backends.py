@@ -265,6 +265,17 @@ async def test_without_a_number_of_times_it_fails_for_ever() -> None:
             await call(backend, "lookup")
 
 
+async def test_objects_may_fail_alone() -> None:
+    backend = FailingBackend(MemoryBackend(), "load", times=None, keys=[key(1)])
+    await put(backend, range(3), 100)
+    assert await get(backend, range(3), 100) == [content(0, 100), LoadOutcome.FAILED, content(2, 100)]
+    backend = FailingBackend(MemoryBackend(), "store", 2, keys=[key(1)])
+    assert await put(backend, [0], 100) == [True]
+    assert await put(backend, range(3), 100) == [True, False, True]
+    assert await put(backend, range(3), 100) == [True, True, True]
+    assert await get(backend, range(3), 100) == [content(n, 100) for n in range(3)]
+
+
 async def test_a_flipped_bit_is_noticed_by_the_nth_load_and_by_no_other() -> None:
     backend = BitFlipBackend(MemoryBackend(), nth=2, bit=799)
     await put(backend, [1, 2], 100)

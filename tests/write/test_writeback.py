@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import pytest
 
 from async_cache import AsyncCache, CacheConfig, FlushResult, ModelLayout, ObjectGroup
+from async_cache.l1.entry import Entry
 from async_cache.l2 import Backend
 from async_cache.l2.backend import Limits
 from async_cache.l2.memory import MemoryBackend
@@ -15,6 +16,7 @@ from async_cache.prompt.objects import ChunkObjects
 from async_cache.testing import FailingBackend, GatedBackend
 from async_cache.testing.backends import WrappedBackend
 from async_cache.testing.virtual import run_virtual
+from async_cache.write.queue import Pending, _prefixes
 
 PAGE = 4096
 LAYOUT = ModelLayout("model", (ObjectGroup((16,), "uint8"),), chunk_tokens=4)
@@ -153,3 +155,57 @@ def test_what_write_back_holds_is_said_in_words() -> None:
         await cache.flush()
 
     play(gate, scene)
+
+
+# One object of many.
+
+
+class Poisoned(WrappedBackend):
+    """A store of one object, whatever else is in the call, raises."""
+
+    def __init__(self, inner: Backend, poison: bytes):
+        super().__init__(inner)
+        self.poison = poison
+
+    async def before(self, verb: str, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:
+        if verb == "store" and any(key.chunk_hash == self.poison for key in keys):
+            raise ValueError("too bad")
+
+
+def test_an_object_that_makes_its_call_raise_is_dropped_alone() -> None:
+    prompt = LAYOUT.prompt(range(50 * 4))
+    backend = Poisoned(MemoryBackend(), prompt.chunk_hashes[17])
+
+    async def scene(cache: AsyncCache) -> None:
+        async with cache.store(prompt) as writer:
+            for chunk in writer:
+                chunk.commit()
+        assert await cache.flush() == FlushResult(written=49, pending=0, dropped=1)
+        assert backend.inner.usage().objects == 49
+
+    play(backend, scene)
+
+
+def test_an_object_that_is_not_stored_holds_up_nothing_that_comes_after() -> None:
+    prompts = [LAYOUT.prompt(range(number * 100, number * 100 + 4)) for number in range(3)]
+    bad = ObjectKey(prompts[0].chunk_hashes[0], 0, 0)
+    backend = FailingBackend(MemoryBackend(), "store", times=None, keys=[bad])
+
+    async def scene(cache: AsyncCache) -> None:
+        for number in range(3):
+            await store(cache, number)
+        assert await cache.flush() == FlushResult(written=2, pending=0, dropped=1)
+        waited = asyncio.get_running_loop().time()
+        assert waited < 2
+        await store(cache, 7)
+        await cache.flush()
+        assert asyncio.get_running_loop().time() < waited + 0.1  # it does not wait for what was given up
+
+    play(backend, scene, writeback_share=1 / 64)
+
+
+def test_what_is_in_front_of_a_batch_is_named_once_and_first() -> None:
+    one, other = LAYOUT.prompt(range(40)), LAYOUT.prompt([*range(20), *range(100, 120)])
+    entry = Entry(b"", LAYOUT)
+    batch = [Pending(entry, 0, of.chunk_hashes, number) for of, number in ((one, 3), (one, 7), (other, 6), (one, 1))]
+    assert _prefixes(batch) == [*one.chunk_hashes[:8], *other.chunk_hashes[5:7]]

@@ -35,6 +35,8 @@ _READ = _SAFE | os.O_RDONLY | os.O_NONBLOCK  # a pipe under an object's name mus
 _CREATE = _SAFE | os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _LOADED = LoadOutcome.LOADED  # by name it would cost a tenth of a microsecond, with the interpreter's lock
 _NO_FILE = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO}  # nothing, or a link, a directory ...
+_MORE_TRIES = 2
+_QUICK_SECONDS = 0.1  # a drive tries a bad sector for longer
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # of which no name can be the reason
 
 Scratch = bytearray | mmap
@@ -92,14 +94,16 @@ class RecordDirectory:
     def _load_again(
         self, fault: OSError, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event
     ) -> LoadOutcome | OSError:
-        """Load once more what could not be read, since a fault may be of the moment, as a stale handle is."""
-        if not (fault.errno in _NO_FILE or isinstance(fault, RecordFault) or stop.is_set()):
+        """Load again what could not be read: a fault may be of the moment, as a stale handle is, but is quick then."""
+        latest = time.monotonic() + _QUICK_SECONDS
+        for _ in range(_MORE_TRIES):
+            if fault.errno in _NO_FILE or isinstance(fault, RecordFault) or stop.is_set() or time.monotonic() > latest:
+                break
             try:
                 return self._load(key, body, tail, stop)
             except OSError as again:
                 fault = again
-        gone = fault.errno in _NO_FILE and not isinstance(fault, RecordFault)
-        return LoadOutcome.GONE if gone else fault.with_traceback(None)  # whose frames hold the body
+        return LoadOutcome.GONE if fault.errno in _NO_FILE else fault.with_traceback(None)  # whose frames hold the body
 
     def _load_at_once(self, key: ObjectKey, body: memoryview, tail: Scratch) -> bool:
         """Whether a small object was loaded by three system calls and nothing between them; if not, `_load` says why.
