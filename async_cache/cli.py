@@ -29,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _STANDARD_ERROR = 2
+_HEARTBEAT_SECONDS = 1.0  # a server that stops is given up after two
 console = Console(
     width=None if sys.stdout is not None and sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False
 )
@@ -208,7 +209,8 @@ def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], 
             raise ConfigError(f"cannot read the token in {token_file}: {error}") from error
 
     async def run() -> None:
-        async with connect(url or ServerConfig.load().listen[0], token=token) as client:
+        address = url or ServerConfig.load().listen[0]
+        async with connect(address, token=token, heartbeat_seconds=_HEARTBEAT_SECONDS) as client:
             await use(client)
 
     uvloop.run(run())
