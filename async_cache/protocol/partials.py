@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 from async_cache.errors import LimitError, ProtocolError
 
-LIMIT_BYTES = 256 * 2**20
+LIMIT_BYTES = 128 * 2**20
 """What all frames that have begun may have together."""
 
 

@@ -5,6 +5,7 @@ import fcntl
 import mmap
 import os
 import socket
+import subprocess
 from contextlib import contextmanager
 
 import pytest
@@ -200,6 +201,22 @@ def segment_of(kind, path):
     if kind == "huge pages":
         return [os.memfd_create("segment", os.MFD_HUGETLB | os.MFD_ALLOW_SEALING)]
     return list(os.pipe()) if kind == "pipe" else [socket.socket(socket.AF_UNIX).detach()]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_segment_is_taken_whatever_size_its_file_system_likes_to_be_read_in(served, tmp_path):
+    """As with kernels of other pages, or huge pages for all shared memory: `st_blksize` says 2 MiB here."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,huge=always", "none", tmp_path], check=False)
+    if mounted.returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        descriptor = os.open(tmp_path / "segment", os.O_RDWR | os.O_CREAT)
+        assert os.fstat(descriptor).st_blksize != mmap.PAGESIZE
+        with Peer(served.url, segment=descriptor) as peer:
+            assert isinstance(peer.welcome, messages.Welcome)
+        os.close(descriptor)
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
 @pytest.mark.parametrize("kind", ["file", "pipe", "socket", "huge pages"])

@@ -102,12 +102,16 @@ def test_a_reader_of_the_log_that_hangs_does_not_hold_up_the_server(tmp_path):
     reading, writing = os.pipe()
     fcntl.fcntl(writing, F_SETPIPE_SZ, 4096)
     command = serve_command(socket_in(tmp_path), l1="16MiB", l2=["memory://"], config=None, via=["async_cache"])
+    command += ["--log-level", "debug"]
     with subprocess.Popen(command, cwd=TESTS, env=environment(), stdout=subprocess.PIPE, stderr=writing) as child:
         os.close(writing)
         try:
             assert child.stdout is not None
             assert any(line.startswith(b"serving at ") for line in child.stdout)
-            for _ in range(100):  # each has two lines of some hundred bytes
+            for _ in range(200):
+                with Peer(socket_in(tmp_path)) as peer:  # which is reset: what it is sent is not read
+                    peer.send(*(messages.Ping(number) for number in range(1, 9)))
+            for _ in range(3):
                 with BlockingClient(socket_in(tmp_path)) as cache:
                     cache.ping()
             child.terminate()
