@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 from array import array
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from async_cache import (
     LimitError,
     ModelLayout,
     ObjectGroup,
+    ObjectKey,
     ServerConfig,
     TenantConfig,
     connect,
@@ -338,3 +340,31 @@ async def test_five_million_tokens_are_hashed_here_or_refused_with_the_limit(tmp
         async with connect(url, token=secret) as bound:
             with pytest.raises(LimitError, match="4000000 tokens"):
                 await bound.lookup(layout.prompt(tokens, salt="s"))
+
+
+class Listing(MemoryBackend):
+    """Holds thousands of objects, and notes how far its listing was ahead of the deletions."""
+
+    ahead = most_ahead = 0
+
+    async def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
+        async for item in super().keys():
+            self.ahead += 1
+            self.most_ahead = max(self.most_ahead, self.ahead)
+            yield item
+
+    async def delete(self, keys: Sequence[ObjectKey]) -> int:
+        self.ahead -= len(keys)
+        return await super().delete(keys)
+
+
+async def test_to_clear_storage_lists_no_more_than_it_deletes_next() -> None:
+    backend = Listing()
+    async with AsyncCache(CacheConfig(l1_bytes=16 * 2**20), [backend]) as cache:
+        async with cache.store(LAYOUT.prompt(range(4 * 3000))) as writer:
+            for chunk in writer:
+                chunk.commit()
+        await cache.flush()
+        assert (await cache.clear("all")).chunks == 3000
+        assert backend.usage().objects == 0
+        assert backend.most_ahead <= 256

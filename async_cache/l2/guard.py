@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Self, TypeVar
 
@@ -235,9 +235,17 @@ class Guard:
             raise BackendError(f"{self.name} did not say how much it deleted")
         return deleted
 
-    async def keys(self) -> list[ObjectKey]:
-        """The keys of all objects that the backend holds. Raises BackendError."""
-        return await self._carried_out(_list_keys, self.backend)
+    async def keys(self, at_once: int) -> AsyncIterator[list[ObjectKey]]:
+        """The keys of all objects that the backend holds, so many at once. Raises BackendError.
+
+        Each step has the time of a store: a backend that goes on may take as long as it needs for millions.
+        """
+        listing: list[AsyncIterator[tuple[ObjectKey, int]]] = []
+        while True:
+            keys = await self._carried_out(_next_keys, self.backend, listing, at_once)
+            yield keys
+            if len(keys) < at_once:
+                return
 
     async def _carried_out(self, verb: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         call = self._begin(self.timeouts.store_seconds, None, verb, *arguments)
@@ -332,8 +340,18 @@ def _brought_nothing(result: Any) -> bool:
     return isinstance(result, list) and bool(result) and all(outcome is LoadOutcome.FAILED for outcome in result)
 
 
-async def _list_keys(backend: Backend) -> list[ObjectKey]:
-    return [key async for key, _ in backend.keys()]
+async def _next_keys(
+    backend: Backend, listing: list[AsyncIterator[tuple[ObjectKey, int]]], count: int
+) -> list[ObjectKey]:
+    """The next keys of a listing, which is begun with the first."""
+    if not listing:
+        listing.append(aiter(backend.keys()))
+    keys: list[ObjectKey] = []
+    async for key, _ in listing[0]:
+        keys.append(key)
+        if len(keys) == count:
+            break
+    return keys
 
 
 async def _call(verb: Callable[..., Awaitable[T]], arguments: tuple[Any, ...]) -> T:

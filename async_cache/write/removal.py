@@ -1,7 +1,7 @@
 """Delete and clear: what is removed cannot be found from the call on, whatever reads, loads or stores it meanwhile."""
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from typing import Any
 
 from async_cache.errors import BackendError, CacheClosedError
@@ -160,22 +160,26 @@ class Remover:
     async def _delete_from(self, guard: Guard, keys: Sequence[ObjectKey] | None) -> set[bytes]:
         hashes = None if keys is None else {key.chunk_hash for key in keys}
         ended = await self._writeback.writes_ended(guard, hashes)
-        there = await guard.keys() if keys is None else await _find(guard, keys)
-        for begin in range(0, len(there), _AT_ONCE):
-            await guard.delete(there[begin : begin + _AT_ONCE])
+        there = guard.keys(_AT_ONCE) if keys is None else _find(guard, keys)
+        deleted: set[bytes] = set()
+        async for some in there:
+            if some:
+                await guard.delete(some)
+                deleted.update(key.chunk_hash for key in some)
         if not ended:
             raise BackendError(f"{guard.name} may still store what was to be deleted: a write does not end")
-        return {key.chunk_hash for key in there}
+        return deleted
 
 
-async def _find(guard: Guard, keys: Sequence[ObjectKey]) -> list[ObjectKey]:
-    """Those of the objects that a backend has."""
+async def _find(guard: Guard, keys: Sequence[ObjectKey]) -> AsyncIterator[list[ObjectKey]]:
+    """Those of the objects that a backend has, some at a time."""
     found = await guard.lookup(keys)
     if found is None:
         raise BackendError(f"{guard.name} cannot be asked what to delete")
     there = [key for key, is_there in zip(keys, found, strict=True) if is_there]
     guard.unpin(there)
-    return there
+    for begin in range(0, len(there), _AT_ONCE):
+        yield there[begin : begin + _AT_ONCE]
 
 
 def _is_needed(entry: Entry) -> bool:

@@ -101,12 +101,16 @@ async def store(guard: Guard) -> Any:
     return await call.result()
 
 
+async def every_key(guard: Guard) -> list[ObjectKey]:
+    return [key async for some in guard.keys(256) for key in some]
+
+
 VERBS: dict[str, Callable[[Guard], Awaitable[Any]]] = {
     "lookup": lambda guard: guard.lookup(KEYS),
     "load": load,
     "store": store,
     "delete": lambda guard: guard.delete(KEYS),
-    "keys": lambda guard: guard.keys(),
+    "keys": lambda guard: every_key(guard),
 }
 
 
