@@ -485,6 +485,7 @@ class Decoder:
 
     def __init__(self, messages: Any):
         self._decoder = msgspec.msgpack.Decoder(messages)
+        self._is_of_requests = messages is Request
 
     def decode(self, payload: bytes | memoryview) -> Any:
         """The message in a payload."""
@@ -492,7 +493,12 @@ class Decoder:
             message = self._decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError, ValueError) as error:
             raise ProtocolError(f"not a message: {error}") from error
-        if type(message) in _TIMED and message.deadline_seconds is not None and message.deadline_seconds < 0:
+        if (
+            self._is_of_requests
+            and type(message) in _TIMED
+            and message.deadline_seconds is not None
+            and message.deadline_seconds < 0
+        ):
             raise ProtocolError("not a message: seconds are 0 or more")
         return message
 
