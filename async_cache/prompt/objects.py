@@ -136,7 +136,8 @@ class ChunkObjects:
         """By rank, the room that a chunk takes in L1: whole pages."""
         return tuple(-(-size // PAGE_BYTES) * PAGE_BYTES for size in self.block_bytes)
 
-    # What is known of each mask.
+    # What is known of each mask. None of them knows this object: with its layout it is gone at once, and need not wait
+    # for a collection, as many as there may be.
 
     @cached_property
     def members(self) -> "_ByMask[tuple[tuple[int, int], ...]]":
@@ -147,17 +148,20 @@ class ChunkObjects:
     @cached_property
     def places(self) -> "_ByMask[tuple[tuple[int, int, int, int], ...]]":
         """By mask, (rank, group, begin, end) of each object in it: which it is, and where in its rank's block."""
-        return _ByMask(lambda mask: tuple((r, g, *(self.spans[r][g] or (0, 0))) for r, g in self.members[mask]))
+        members, spans = self.members, self.spans
+        return _ByMask(lambda mask: tuple((r, g, *(spans[r][g] or (0, 0))) for r, g in members[mask]))
 
     @cached_property
     def sizes(self) -> "_ByMask[int]":
         """By mask, the bytes of the objects in it."""
-        return _ByMask(lambda mask: sum(self._groups[group].size_bytes for _, group in self.members[mask]))
+        members, groups = self.members, self._groups
+        return _ByMask(lambda mask: sum(groups[group].size_bytes for _, group in members[mask]))
 
     @cached_property
     def ranks(self) -> "_ByMask[tuple[int, ...]]":
         """By mask, the ranks of the objects in it, ascending."""
-        return _ByMask(lambda mask: tuple(sorted({rank for rank, _ in self.members[mask]})))
+        members = self.members
+        return _ByMask(lambda mask: tuple(sorted({rank for rank, _ in members[mask]})))
 
     def keys(self, chunks: Iterable[tuple[bytes, int]]) -> list[ObjectKey]:
         """The keys of the objects of chunks, each given as (chunk hash, mask)."""

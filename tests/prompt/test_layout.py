@@ -1,10 +1,12 @@
 """Layouts and prompts: what separates two roots, when a prompt is hashed, and where the objects of a chunk lie."""
 
+import gc
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -334,3 +336,19 @@ def test_the_room_of_a_rank_is_whole_pages() -> None:
     assert MIXED.objects.room_bytes == (8192, 12288, 8192)
     page = replace(LAYOUT, groups=(ObjectGroup((4096,), "uint8", ranks=(1,)),))
     assert page.objects.room_bytes == (0, 4096)
+
+
+def test_what_is_known_of_masks_goes_with_its_layout_and_waits_for_no_collection() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        layout = ModelLayout("model", (ObjectGroup((2,), "int8"), ObjectGroup((3,), "int8")), world_size=3)
+        objects = layout.objects
+        full = objects.full_mask
+        known = (objects.members[full], objects.places[full], objects.sizes[full], objects.ranks[full])
+        assert all(known)
+        gone = weakref.ref(objects)
+        del layout, objects
+        assert gone() is None
+    finally:
+        gc.enable()
