@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Self, TypeVar
 
@@ -20,6 +20,8 @@ from async_cache.values import BackendUsage
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+_MAX_DOUBTFUL = 65_536  # objects
 
 
 _CLOSED, _OPEN, _HALF_OPEN = BreakerState  # each access to a member by its enum is a call, in Python 3.11
@@ -132,6 +134,8 @@ class Guard:
         self.breaker = breaker
         self.timeouts = timeouts if timeouts is not None else Timeouts()
         self.meter = Meter()
+        self.doubtful: set[ObjectKey] = set()
+        """Objects that could not be read: though a lookup may find them, they are to be stored anew."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
 
@@ -255,6 +259,12 @@ class Guard:
             return await call.result()
         finally:
             call.cancel()
+
+    def doubt(self, keys: Iterable[ObjectKey]) -> None:
+        """Take note of objects that could not be read."""
+        if len(self.doubtful) > _MAX_DOUBTFUL:
+            self.doubtful.clear()  # it costs no more than that they are not replaced
+        self.doubtful.update(keys)
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Give back one pin of each key. What the backend raises is logged."""

@@ -163,10 +163,13 @@ class Batches:
             call.when_ended(lambda: self._let_rooms_go(batch))
             try:
                 outcomes = await call.result()
+                if LoadOutcome.FAILED in outcomes:
+                    failed = [key for key, of in zip(keys, outcomes, strict=True) if of is LoadOutcome.FAILED]
+                    batch.guard.doubt(failed)
             except CallTimeoutError:
                 failure = Shortfall.DEADLINE
             except BackendError:
-                pass  # nothing was loaded
+                batch.guard.doubt(keys)  # nothing was loaded
         seconds = self._loop.time() - began
         self._end(batch, seconds if outcomes else None, keys=keys if parts.keys() == batch.parts.keys() else None)
         return outcomes, failure

@@ -219,13 +219,15 @@ class WriteQueue:
             if there is None:
                 return False
             guard.unpin_found(list(keys), there)
-            stored.update(key for key, found in zip(keys, there, strict=True) if found)
+            doubtful = guard.doubtful
+            stored.update(key for key, found in zip(keys, there, strict=True) if found and key not in doubtful)
             missing = [key for key in keys if key not in stored]
             if missing:
                 call = guard.begin_store(missing, [self._buffer(keys[key].entry, key) for key in missing])
             if call is not None:
                 done = await call.result()
                 stored.update(key for key, ok in zip(missing, done, strict=True) if ok)
+                doubtful.difference_update(stored)
             return call is not None or not missing
         except BackendError:
             return False

@@ -409,6 +409,21 @@ async def test_where_nothing_can_be_read_the_disk_is_blamed_first_and_then_the_o
     with pytest.raises(BackendError):
         await get(backend, [2], 1000)
     assert await find(backend, range(3)) == [True, False, True]
+    assert await put(backend, range(3), 1000) == [True] * 3
+    bad_sectors.healed()
+    assert await get(backend, range(3), 1000) == [content(n, 1000) for n in range(3)]
+
+
+async def test_an_object_that_made_a_load_fail_is_replaced_by_the_next_store(start, directory, bad_sectors):
+    backend = await start()
+    await put(backend, [1], 1000)
+    before = (directory / file_name(key(1))).stat().st_ino
+    bad_sectors.at("open", [1], times=3)
+    with pytest.raises(BackendError):
+        await get(backend, [1], 1000)
+    assert await put(backend, [1], 1000) == [True]
+    assert (directory / file_name(key(1))).stat().st_ino != before
+    assert backend.usage().used_bytes == 1000
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EIO])

@@ -209,3 +209,26 @@ def test_what_is_in_front_of_a_batch_is_named_once_and_first() -> None:
     entry = Entry(b"", LAYOUT)
     batch = [Pending(entry, 0, of.chunk_hashes, number) for of, number in ((one, 3), (one, 7), (other, 6), (one, 1))]
     assert _prefixes(batch) == [*one.chunk_hashes[:8], *other.chunk_hashes[5:7]]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_could_not_be_read_is_stored_anew_though_the_backend_still_finds_it(alone: bool) -> None:
+    prompt = LAYOUT.prompt(range(4 if alone else 12))
+    keys = [ObjectKey(prompt.chunk_hashes[-1], 0, 0)]
+    backend = FailingBackend(MemoryBackend(), "load", times=None, keys=keys)
+
+    async def scene(cache: AsyncCache) -> None:
+        for _ in range(2):
+            async with cache.store(prompt) as writer:
+                for chunk in writer:
+                    chunk.commit()
+            stored = backend.keys_asked["store"]
+            await cache.flush()
+            assert backend.keys_asked["store"] > stored
+            await cache.clear(tier="l1")
+            prefetch = cache.prefetch(prompt)
+            assert (await prefetch.load_done).chunks == len(prompt) - 1
+            await cache.end_request(prefetch.request_id)
+        assert backend.keys_asked["store"] == len(prompt) + 1
+
+    play(backend, scene)

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from heapq import merge
 from itertools import islice
 from threading import Event
@@ -202,7 +202,7 @@ class FileSystemBackend(Backend):
         chunk_hashes = [key.chunk_hash for key in keys]
         self._index.pin_prefix(chunk_hashes)  # none of them makes room for another one
         try:
-            missing = [i for i, found in enumerate(self._index.present(keys)) if not found]
+            missing = [i for i, found in enumerate(self._index.present(keys)) if not found or keys[i] in self._faults]
             room = self._reserve([len(buffers[i]) for i in missing])
             todo = [i for i, fits in zip(missing, room, strict=True) if fits]
             faults = await self._write([keys[i] for i in todo], [buffers[i] for i in todo]) if todo else []
@@ -216,7 +216,7 @@ class FileSystemBackend(Backend):
     async def _write(self, keys: list[ObjectKey], buffers: list[memoryview]) -> list[OSError]:
         """Write objects for which there is room, and index them; returns the faults."""
         stop = Event()
-        replaced = {key for key in keys if self._faults.is_unreadable(key)}
+        replaced = {key for key in keys if key in self._faults}
         future = self._changes.submit(self._directory.store, keys, buffers, replaced, stop)
         with self._watch() as removed:
             try:
@@ -230,7 +230,8 @@ class FileSystemBackend(Backend):
                         if key not in removed:
                             self._index.put(key, len(buffer))
         if doubtful := [key for key in keys if key in removed]:
-            await self._look_on_disk(doubtful)  # deleted after it was stored, or missed by a load before
+            with suppress(BackendError):  # a miss, then
+                await self._look_on_disk(doubtful)  # deleted after it was stored, or missed by a load before
         return [error for error in errors if error is not None]
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:

@@ -12,9 +12,9 @@ class FaultState(Enum):
     """What is held of an object that could not be read.
 
     SUSPECT     nothing else of its call could be read either: it may be the disk
-    UNREADABLE  it failed beside others that did not, or once more: a lookup does not find it, a store replaces it
+    UNREADABLE  it failed beside others that did not, or once more: a lookup does not find it
 
-    SUSPECT -> UNREADABLE. Both are over when it is read, stored anew or removed.
+    SUSPECT -> UNREADABLE. A store replaces both. Both are over when it is read, stored anew or removed.
     """
 
     SUSPECT = "suspect"
@@ -26,6 +26,10 @@ class Faults:
 
     def __init__(self) -> None:
         self._states: dict[ObjectKey, FaultState] = {}
+
+    def __contains__(self, key: ObjectKey) -> bool:
+        """Whether an object could not be read, so that a store is to replace it."""
+        return key in self._states
 
     def is_unreadable(self, key: ObjectKey) -> bool:
         """Whether an object counts as absent, whatever the directory has under its name."""
