@@ -2,7 +2,7 @@
 
 import asyncio
 import ctypes
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from async_cache.client.calls import Commit, StoreCall
@@ -90,7 +90,7 @@ class Store:
         offset, block = self._at(position)
         self._post(self._send_commit, position, offset, block)
 
-    def close(self, positions: Sequence[int]) -> None:
+    def close(self, uncommitted: list[tuple[int, Block | None]]) -> None:
         """Have the server discard what was not committed. Blocks that nobody sees are free at once."""
         self._blocks = ()
         self._post(self._send_close)

@@ -2,7 +2,7 @@
 
 import asyncio
 import ctypes
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -89,16 +89,16 @@ class WriteChunk(Struct, eq=False):
 class Opened(NamedTuple):
     """What opening a writer gives: chunks, why there may be fewer than are missing, and what acts on them.
 
-    `lend` gives the memory of the chunk at a position among them, and `commit` publishes it. `close` gives back those
-    at positions that were not committed, and is called once. `settled` returns when all that was committed can be
-    found.
+    `lend` gives the memory of the chunk at a position among them, and `commit` publishes it. `close` is
+    called once, with a list to take from: the positions that were not committed, each with its block, or None if that
+    was not lent. `settled` returns when all that was committed can be found.
     """
 
     chunks: tuple[WriteChunk, ...]
     shortfall: Shortfall | None
     lend: Callable[[int], Block]
     commit: Callable[[int], None]
-    close: Callable[[Sequence[int]], None]
+    close: Callable[[list[tuple[int, Block | None]]], None]
     settled: Callable[[], Awaitable[None]]
 
 
@@ -154,7 +154,7 @@ class Writer(Scoped[WriteChunk]):
             for position, chunk in enumerate(self._chunks):
                 chunk._opened = None
                 if not chunk.committed:
-                    uncommitted.append(position)
+                    uncommitted.append((position, chunk._block))
                 if chunk._block is not None:
                     if release:
                         chunk._release_views()
@@ -168,7 +168,7 @@ class Writer(Scoped[WriteChunk]):
             self._opened = opened = await self._open_chunks(self)
             self.shortfall, self._chunks = opened.shortfall, opened.chunks
             if self._state is _CLOSED:  # from outside, before it was open
-                opened.close(range(len(opened.chunks)))
+                opened.close([(position, None) for position in range(len(opened.chunks))])
                 return
             self._state = _OPEN
             for position, chunk in enumerate(opened.chunks):

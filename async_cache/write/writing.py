@@ -18,9 +18,9 @@ from async_cache.write.writeback import Writeback
 
 
 class OpenWriter:
-    """What an open writer has reserved, and which of its blocks have been lent to views."""
+    """What an open writer has reserved, and for what."""
 
-    __slots__ = ("expired", "indices", "lent", "prompt", "rank", "reservations", "writer")
+    __slots__ = ("expired", "indices", "prompt", "rank", "reservations", "writer")
 
     def __init__(
         self,
@@ -33,8 +33,7 @@ class OpenWriter:
     ):
         self.writer: Writer | None = writer  # until it is closed: a cycle would wait for a garbage collection
         self.prompt, self.rank = prompt, rank
-        self.indices, self.reservations = indices, reservations  # by position, like what follows
-        self.lent: dict[int, weakref.ref[Block]] = {}  # the blocks that somebody has seen
+        self.indices, self.reservations = indices, reservations  # by position
         self.expired = expired
 
 
@@ -128,9 +127,7 @@ class Writing:
     def _lend(self, opened: OpenWriter, position: int) -> Block:
         """The memory of a chunk, to make views of."""
         size_bytes = opened.prompt.layout.objects.block_bytes[opened.rank]
-        block = self._l1.arena.export(opened.reservations[position].offset, size_bytes)
-        opened.lent[position] = weakref.ref(block)
-        return block
+        return self._l1.arena.export(opened.reservations[position].offset, size_bytes)
 
     def _commit(self, opened: OpenWriter, position: int) -> None:
         index, prompt = opened.indices[position], opened.prompt
@@ -140,21 +137,23 @@ class Writing:
         self._writeback.enqueue(self._l1.commit(opened.reservations[position], mask, before), hashes, index)
         self._open.add(opened)
 
-    def _close(self, opened: OpenWriter, uncommitted: Sequence[int]) -> None:
+    def _close(self, opened: OpenWriter, uncommitted: list[tuple[int, Block | None]]) -> None:
         """Give back the rooms that were not committed; in quarantine goes what somebody still sees."""
         self._open.discard(opened)
         opened.writer = None
+        self._woken = True  # `reclaim` follows
         free = []
-        for position in uncommitted:
+        while uncommitted:  # taken out one by one: no block is kept from being gone
+            position, block = uncommitted.pop()
             reservation = opened.reservations[position]
-            lent = opened.lent.get(position)
-            block = lent() if lent is not None else None
             if block is None:
                 free.append(reservation)
             else:
                 self._l1.quarantine(reservation)
                 weakref.finalize(block, self._unseen_now, reservation).atexit = False
+            block = None
         self._l1.discard(free)
+        self.reclaim()
 
     def _unseen_now(self, reservation: Reservation) -> None:
         """The last view of a room has gone: wherever that was, only the loop's thread may change L1.

@@ -162,3 +162,12 @@ async def test_what_is_stored_belongs_to_the_salt_of_its_prompt() -> None:
         entry = cache.core.l1.find(prompt.chunk_hashes[0])
         assert entry is not None
         assert entry.owner == "tenant"
+
+
+async def test_a_room_that_was_seen_is_free_in_the_step_that_closes_its_writer() -> None:
+    async with make_cache() as cache:
+        writer = await cache.store(PROMPT)
+        for chunk in writer:
+            assert chunk.views
+        writer.close()
+        assert (cache.core.l1.used_bytes, cache.core.l1.quarantined_bytes) == (0, 0)
