@@ -15,7 +15,7 @@ from async_cache.retention.lru import LeastRecentlyUsed
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import Removal
 
-SHARED_RECORDS = 4096
+SHARED_OBJECTS = 32_768  # in the records that chunks share: a few megabytes, however many a chunk has
 
 _Sizes = dict[tuple[int, int], int]  # the size of each (rank, group) of a chunk; never changed, since it is shared
 _NOTHING: _Sizes = {}
@@ -45,6 +45,7 @@ class Index:
         self._chunks: dict[bytes, Chunk] = {}
         self._policy: EvictionPolicy[Chunk] = policy if policy is not None else LeastRecentlyUsed()
         self._shared: dict[frozenset[tuple[tuple[int, int], int]], _Sizes] = {}
+        self._shared_objects = 0
 
     def pin_chunks(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> bool:
         """Pin and touch these objects of every chunk, if all are there; if not, nothing."""
@@ -168,9 +169,12 @@ class Index:
         self.objects += len(sizes) - len(chunk.sizes)
         self.used_bytes += sum(sizes.values()) - sum(chunk.sizes.values())
         if sizes:
-            if len(self._shared) > SHARED_RECORDS:
-                self._shared.clear()  # costs nothing but that equal ones exist twice
-            chunk.sizes = self._shared.setdefault(frozenset(sizes.items()), sizes)
+            chunk.sizes = shared = self._shared.setdefault(frozenset(sizes.items()), sizes)
+            if shared is sizes:
+                self._shared_objects += len(sizes)
+                if self._shared_objects > SHARED_OBJECTS:
+                    self._shared.clear()  # costs nothing but that equal ones exist twice
+                    self._shared_objects = 0
             self._chunks[chunk_hash] = chunk
         elif self._chunks.pop(chunk_hash, None) is not None:
             self._policy.left(chunk, removal)

@@ -1,6 +1,7 @@
 """The index of a backend: what is there, what is pinned, and what the policy is told of both."""
 
 import random
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.index import Chunk, Index
 from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.record import file_name
+from async_cache.prompt.keys import ObjectKey
 from async_cache.testing import flip_bit
 from async_cache.testing.conformance import content, find, get, key, put, views
 from async_cache.values import Removal
@@ -286,3 +288,18 @@ async def test_a_store_makes_no_room_at_the_cost_of_what_it_stores(tmp_path: Pat
         assert await put(backend, range(16), 100) == [True] * 12 + [False] * 4
         assert await left_of(backend, 16) == 12
         await backend.close()
+
+
+def test_what_chunks_share_is_bounded_however_many_objects_they_have() -> None:
+    index = Index()
+    keys = [ObjectKey(b"c" * 32, 0, group) for group in range(1030)]
+    tracemalloc.start()
+    try:
+        for each in keys:
+            index.put(each, 1)
+        for each in keys:
+            index.drop(each)
+        assert tracemalloc.get_traced_memory()[1] < 24 * 2**20
+    finally:
+        tracemalloc.stop()
+    index.check_integrity()
