@@ -298,7 +298,7 @@ def test_what_chunks_share_is_bounded_however_many_objects_they_have() -> None:
         for each in keys:
             index.put(each, 1)
         for each in keys:
-            index.drop(each)
+            index.drop(each, Removal.DELETED)
         assert tracemalloc.get_traced_memory()[1] < 24 * 2**20
     finally:
         tracemalloc.stop()
