@@ -102,7 +102,7 @@ class AsyncCache:
     async def _make_arena(self) -> Arena:
         """L1's memory, all of it there. Raises ConfigError where the machine does not have so much."""
         size_bytes = self._config.l1_bytes // PAGE_BYTES * PAGE_BYTES
-        check_free(size_bytes)
+        await asyncio.to_thread(check_free, size_bytes)
         try:
             arena = Arena(size_bytes)
             try:

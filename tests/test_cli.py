@@ -204,20 +204,6 @@ def test_a_server_that_is_silent_is_given_up(directory: Path) -> None:
     assert re.fullmatch(rf"no answer from unix://{directory}/silent within \d(\.\d)? s", line)
 
 
-def test_a_server_that_stops_while_it_is_asked_is_given_up(directory: Path) -> None:
-    url = f"unix://{directory}/s"
-    with serving(directory, "--listen", url, "--l2", "memory://", "--l1-bytes", "1MiB") as (process, _):
-        asking = start(directory, "ping", "--url", url, "--count", "100000")
-        assert any("is let in" in line for line in process.stderr or ())
-        process.send_signal(signal.SIGSTOP)
-        began = time.monotonic()
-        try:
-            assert "the server has not answered for 1.0 s" in complaint(finish(asking))
-        finally:
-            process.send_signal(signal.SIGCONT)
-        assert time.monotonic() - began < 10
-
-
 def test_a_server_of_something_else_is_told_apart(directory: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         process = start(directory, "ping", "--url", f"tcp://127.0.0.1:{other.getsockname()[1]}")
