@@ -301,6 +301,25 @@ async def test_a_call_from_another_loop_is_told_so_at_once() -> None:
         await asyncio.to_thread(asyncio.run, elsewhere())
 
 
+async def test_a_call_of_a_client_from_another_loop_is_told_so_at_once(tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/s"
+    async with (
+        AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache,
+        Server(cache, ServerConfig(listen=[url])),
+        connect(url) as client,
+    ):
+
+        async def elsewhere() -> None:
+            for call in (client.ping, client.stats, lambda: client.lookup(PROMPT), lambda: client.query_status("x")):
+                with pytest.raises(RuntimeError, match="another event loop"):
+                    await asyncio.wait_for(call(), 5)
+            with pytest.raises(RuntimeError, match="another event loop"):
+                client.prefetch(PROMPT)
+
+        await asyncio.to_thread(asyncio.run, elsewhere())
+        await client.ping()
+
+
 async def test_a_prompt_longer_than_l1_is_stored_piece_by_piece() -> None:
     layout = ModelLayout("m", (ObjectGroup((4096,), "uint8"),), chunk_tokens=4)
     prompt = layout.prompt(range(4 * 60))

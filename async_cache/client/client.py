@@ -117,11 +117,11 @@ class CacheClient:
         await self.close()
 
     async def _ask(self, answer: type[A], make: Callable[[int], Any]) -> A:
-        link = self._links.current or await self._links.ready()
+        link = self._links.here() or await self._links.ready()
         return await link.ask(answer, make(link.next_number()))
 
     async def _ask_of(self, answer: type[A], make: Callable[[int, messages.WirePrompt], Any], prompt: Prompt) -> A:
-        link = self._links.current or await self._links.ready()
+        link = self._links.here() or await self._links.ready()
         wire = await link.pack_hashed(prompt)
         return await link.ask(answer, make(link.next_number(), wire))
 
@@ -144,7 +144,7 @@ class CacheClient:
         Raises RequestConflictError if this client uses the id for something else; without a connection, the futures
         have ConnectionLostError.
         """
-        link = self._links.current
+        link = self._links.here()
         if link is None:
             self._links.check_open()
         check_prompt(prompt)
@@ -190,7 +190,7 @@ class CacheClient:
         The request may be one of any client of this tenant and namespace.
         """
         check_request_id(request_id, MAX_REQUEST_ID)
-        link = self._links.current or await self._links.ready()
+        link = self._links.here() or await self._links.ready()
         return await link.claims.claim(request_id)
 
     def unclaim(self, result: LoadResult) -> None:
@@ -208,7 +208,7 @@ class CacheClient:
 
         Without a connection, nothing is held.
         """
-        link = self._links.current
+        link = self._links.here()
         if link is None:
             self._links.check_open()
         check_request_id(request_id, MAX_REQUEST_ID)
@@ -231,7 +231,7 @@ class CacheClient:
     async def _enter_read(self, request_id: str, rank: int, reader: int) -> Entered:
         for name, value in (("rank", rank), ("reader", reader)):
             check_index(name, value, 2**32)
-        link = self._links.current or await self._links.ready()
+        link = self._links.here() or await self._links.ready()
         number = link.next_number()
         request = link.requests.get(request_id)
         acquired, memory = await link.acquire(messages.AcquireRead(number, request_id, rank, reader))

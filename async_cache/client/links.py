@@ -59,6 +59,7 @@ class Links:
         self._waiting: list[asyncio.Future[Link]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._closing: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     # Life.
 
@@ -66,7 +67,7 @@ class Links:
         """Connect, and stay connected. Raises CacheClosedError, and what the last attempt failed with."""
         if self._state is not LinksState.NEW:
             raise CacheClosedError("a client is opened once")
-        self._state = LinksState.OPENING
+        self._state, self._loop = LinksState.OPENING, asyncio.get_running_loop()
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._connect_timeout_seconds
         for delay in backoff():
@@ -124,11 +125,18 @@ class Links:
             raise self._error.with_traceback(None)
         return link
 
+    def here(self) -> Link | None:
+        """The link that there is now. Raises RuntimeError in another loop than the one that opened the client."""
+        if self.current is not None and asyncio._get_running_loop() not in (self._loop, None):
+            raise RuntimeError("the client was opened in another event loop: call it from there")
+        return self.current
+
     async def ready(self) -> Link:
         """The link, or the next one. Raises CacheClosedError, and what the next attempt fails with."""
         self.check_open()
-        if self.current is not None and self.current.connection.is_open:
-            return self.current
+        link = self.here()
+        if link is not None and link.connection.is_open:
+            return link
         future: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         return await future
