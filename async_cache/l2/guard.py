@@ -31,6 +31,10 @@ class CallTimeoutError(BackendError):
     """A call took too long. It was cancelled, but may not have ended: until then it owns its buffers."""
 
 
+Listing = list[AsyncIterator[tuple[ObjectKey, int]]]
+"""A listing of a backend's objects: empty until it has begun."""
+
+
 class Timeouts(Struct, frozen=True):
     """How long each kind of call to a backend may take. The defaults are those of `CacheConfig`."""
 
@@ -239,17 +243,21 @@ class Guard:
             raise BackendError(f"{self.name} did not say how much it deleted")
         return deleted
 
-    async def keys(self, at_once: int) -> AsyncIterator[list[ObjectKey]]:
-        """The keys of all objects that the backend holds, so many at once. Raises BackendError.
+    async def next_keys(self, listing: Listing, count: int) -> list[ObjectKey]:
+        """The next keys of all objects that the backend holds; fewer than `count` at the end. Raises BackendError.
 
         Each step has the time of a store: a backend that goes on may take as long as it needs for millions.
         """
-        listing: list[AsyncIterator[tuple[ObjectKey, int]]] = []
-        while True:
-            keys = await self._carried_out(_next_keys, self.backend, listing, at_once)
-            yield keys
-            if len(keys) < at_once:
-                return
+        return await self._carried_out(_next_keys, self.backend, listing, count)
+
+    async def close_listing(self, listing: Listing) -> None:
+        """End a listing, which may have been left in the middle."""
+        close = getattr(listing[0], "aclose", None) if listing else None
+        if close is not None:
+            closing = self._start(close)
+            await asyncio.wait((closing,), timeout=self.timeouts.store_seconds)
+            if not closing.cancel() and not closing.cancelled():
+                closing.exception()  # looked at: a listing that cannot be closed does no harm
 
     async def _carried_out(self, verb: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         call = self._begin(self.timeouts.store_seconds, None, verb, *arguments)
@@ -350,9 +358,7 @@ def _brought_nothing(result: Any) -> bool:
     return isinstance(result, list) and bool(result) and all(outcome is LoadOutcome.FAILED for outcome in result)
 
 
-async def _next_keys(
-    backend: Backend, listing: list[AsyncIterator[tuple[ObjectKey, int]]], count: int
-) -> list[ObjectKey]:
+async def _next_keys(backend: Backend, listing: Listing, count: int) -> list[ObjectKey]:
     """The next keys of a listing, which is begun with the first."""
     if not listing:
         listing.append(aiter(backend.keys()))

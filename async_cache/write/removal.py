@@ -1,13 +1,13 @@
 """Delete and clear: what is removed cannot be found from the call on, whatever reads, loads or stores it meanwhile."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 from async_cache.errors import BackendError, CacheClosedError
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
-from async_cache.l2.guard import Guard
+from async_cache.l2.guard import Guard, Listing
 from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import Prompt
@@ -160,26 +160,38 @@ class Remover:
     async def _delete_from(self, guard: Guard, keys: Sequence[ObjectKey] | None) -> set[bytes]:
         hashes = None if keys is None else {key.chunk_hash for key in keys}
         ended = await self._writeback.writes_ended(guard, hashes)
-        there = guard.keys(_AT_ONCE) if keys is None else _find(guard, keys)
-        deleted: set[bytes] = set()
-        async for some in there:
-            if some:
-                await guard.delete(some)
-                deleted.update(key.chunk_hash for key in some)
+        deleted = await (_delete_all(guard) if keys is None else _delete_found(guard, keys))
         if not ended:
             raise BackendError(f"{guard.name} may still store what was to be deleted: a write does not end")
         return deleted
 
 
-async def _find(guard: Guard, keys: Sequence[ObjectKey]) -> AsyncIterator[list[ObjectKey]]:
-    """Those of the objects that a backend has, some at a time."""
+async def _delete_found(guard: Guard, keys: Sequence[ObjectKey]) -> set[bytes]:
+    """Delete those of the objects that a backend has; the chunks of which it had any."""
     found = await guard.lookup(keys)
     if found is None:
         raise BackendError(f"{guard.name} cannot be asked what to delete")
     there = [key for key, is_there in zip(keys, found, strict=True) if is_there]
     guard.unpin(there)
     for begin in range(0, len(there), _AT_ONCE):
-        yield there[begin : begin + _AT_ONCE]
+        await guard.delete(there[begin : begin + _AT_ONCE])
+    return {key.chunk_hash for key in there}
+
+
+async def _delete_all(guard: Guard) -> set[bytes]:
+    """Delete all that a backend has, as it is listed; the chunks that it had."""
+    deleted: set[bytes] = set()
+    listing: Listing = []
+    try:
+        while True:
+            keys = await guard.next_keys(listing, _AT_ONCE)
+            if keys:
+                await guard.delete(keys)
+                deleted.update(key.chunk_hash for key in keys)
+            if len(keys) < _AT_ONCE:
+                return deleted
+    finally:
+        await guard.close_listing(listing)
 
 
 def _is_needed(entry: Entry) -> bool:
