@@ -44,7 +44,7 @@ class Request:
 
     def __init__(self, label, size, ids):
         self.hashes = [hashlib.sha256(f"{label}/{size}/{i}".encode()).digest() for i in ids]
-        self.prompt = Prompt(layout(size), b"", len(self.hashes), "", "", hashes=self.hashes)
+        self.prompt = Prompt(layout(size), b"", len(self.hashes), "", "", None, self.hashes)
         self.handle = None
 
 
