@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _BATCH_BYTES = 32 * 2**20
 _BATCH_OBJECTS = 256  # of a call: the loop handles so many in a millisecond or two, and a disk has time for their names
+_PREFIX_CHUNKS = 2048  # in front of a batch that are kept, in one step of the loop: two or three milliseconds
 _ATTEMPTS = 5
 _FEWER_BITS = 2  # a quarter as many chunks with each call that raised: one in the last attempt
 _FIRST_BACKOFF_SECONDS = 0.1
@@ -278,13 +279,18 @@ class WriteQueue:
 
 
 def _prefixes(batch: Sequence[Pending]) -> list[bytes]:
-    """The chunks of a batch and all in front of them, each once, behind those that it builds on."""
+    """The chunks of a batch and those next in front of them, each once, behind those that it builds on.
+
+    So many that the loop is not held for long, whatever the prompt's length: the head of a longer one is in use again
+    when it is looked up, as a whole.
+    """
     seen: set[bytes] = set()
     prefixes: list[list[bytes]] = []
     for pending in batch:
         hashes, end = pending.hashes, pending.number + 1
         begin = end
-        while begin and hashes[begin - 1] not in seen:
+        room = max(1, _PREFIX_CHUNKS - len(seen))  # for itself in any case
+        while begin and end - begin < room and hashes[begin - 1] not in seen:
             begin -= 1
         seen.update(hashes[begin:end])
         prefixes.append(list(hashes[begin:end]))

@@ -1,11 +1,13 @@
 """What storage evicts of a prefix, however its parts came and were used: the tail, for the head serves without it."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, Prompt
+from async_cache.l2.memory import MemoryBackend
 
 BYTES = 4000
 LAYOUT = ModelLayout("model", (ObjectGroup((BYTES,), "uint8"),), chunk_tokens=4)
@@ -149,3 +151,20 @@ async def test_conversations_that_grow_find_as_much_as_in_memory_of_the_same_siz
 
     memory = await found(CacheConfig(l1_bytes=40 * 4096, l2=[], prefetch_share=1.0), in_storage=False)
     assert await found(storage("memory", tmp_path, 40), in_storage=True) > 0.95 * memory
+
+
+async def test_a_write_of_a_long_prompt_keeps_no_more_of_it_at_a_time_than_the_loop_can_bear() -> None:
+    class Seen(MemoryBackend):
+        most = 0
+
+        def pin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
+            self.most = max(self.most, len(chunk_hashes))
+            super().pin_prefix(chunk_hashes)
+
+    backend = Seen()
+    layout = ModelLayout("model", (ObjectGroup((8,), "uint8"),), chunk_tokens=1)
+    async with AsyncCache(CacheConfig(l1_bytes=2**26), backends=[backend]) as cache:
+        await fill(cache, prompt(6000, layout=layout))
+        await cache.flush()
+        assert backend.usage().objects == 6000
+    assert 256 < backend.most <= 2048 + 256
