@@ -58,6 +58,8 @@ class Backend(ABC):
     """What it is called in statistics, logs and errors; no two backends of a cache have the same."""
     limits: Limits = Limits()
     """Its own timeouts and breaker, which come before the settings of the cache; parameters of its URL set them."""
+    shared: bool = False
+    """Whether others may add and remove objects behind this process's back, as in a store that hosts share."""
 
     async def open(self) -> None:  # noqa: B027 (a backend without resources needs none)
         """Become ready to answer. Recovery of a large index goes on behind it."""
