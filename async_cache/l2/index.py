@@ -15,17 +15,25 @@ from async_cache.retention.lru import LeastRecentlyUsed
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import Removal
 
-SHARED_OBJECTS = 32_768  # in the records that chunks share: a few megabytes, however many a chunk has
+SHARED_OBJECTS = 32_768  # in the shapes that chunks share: a few megabytes, however many a chunk has
 
-_Sizes = dict[tuple[int, int], int]  # the size of each (rank, group) of a chunk; never changed, since it is shared
-_NOTHING: _Sizes = {}
+
+class Shape(Struct, gc=False, eq=False):
+    """What a chunk has: the size of each of its objects, by (rank, group). All chunks that came by it alike share it.
+
+    It never changes: a chunk that gets an object more gets the shape that `grown` has for that.
+    """
+
+    sizes: dict[tuple[int, int], int]
+    size_bytes: int
+    grown: dict[tuple[int, int, int], "Shape"]  # by the rank, the group and the size of what is added
 
 
 class Chunk(Struct, gc=False, eq=False):
     """A chunk of which something is stored. The links are for a policy that keeps an order through its items."""
 
     chunk_hash: bytes
-    sizes: _Sizes
+    shape: Shape
     older: "Chunk | None" = None
     newer: "Chunk | None" = None
 
@@ -33,8 +41,8 @@ class Chunk(Struct, gc=False, eq=False):
 class Index:
     """A record for each chunk that is known to be stored, the pins, and the policy that says what leaves first.
 
-    The sizes of a chunk are shared by all that have the same, and the records are of no interest to the garbage
-    collector: with a million of them, each of its visits would take a tenth of a second. A pin outlives its chunk, so
+    Chunks share their shapes, and the records are of no interest to the garbage collector: with a million of them, each
+    of its visits would take a tenth of a second. A pin outlives its chunk, so
     that a late unpin cannot take a pin of one that was stored anew.
     """
 
@@ -44,14 +52,13 @@ class Index:
         self.pins: Counter[bytes] = Counter()  # chunks without a pin are not in it
         self._chunks: dict[bytes, Chunk] = {}
         self._policy: EvictionPolicy[Chunk] = policy if policy is not None else LeastRecentlyUsed()
-        self._shared: dict[frozenset[tuple[tuple[int, int], int]], _Sizes] = {}
+        self._nothing = Shape({}, 0, {})
         self._shared_objects = 0
 
     def pin_chunks(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> bool:
         """Pin and touch these objects of every chunk, if all are there; if not, nothing."""
-        sizes = list(map(self._sizes_of, chunk_hashes))
-        alike = sizes.count(sizes[0] if sizes else _NOTHING) == len(sizes)
-        if not all(which in record for record in (sizes[:1] if alike else sizes) for which in objects):
+        shapes = set(map(self._shape_of, chunk_hashes))
+        if not all(which in shape.sizes for shape in shapes for which in objects):
             return False
         self.touch(reversed(chunk_hashes))
         for _ in objects:
@@ -87,15 +94,16 @@ class Index:
             if chunk is not None:
                 use(chunk)
 
-    def _sizes_of(self, chunk_hash: bytes) -> _Sizes:
+    def _shape_of(self, chunk_hash: bytes) -> Shape:
         chunk = self._chunks.get(chunk_hash)
-        return chunk.sizes if chunk is not None else _NOTHING
+        return chunk.shape if chunk is not None else self._nothing
 
     def present(self, keys: Sequence[ObjectKey]) -> list[bool]:
         """For each key, whether its object is there."""
         get = self._chunks.get
         return [
-            (chunk := get(chunk_hash)) is not None and (rank, group) in chunk.sizes for chunk_hash, rank, group in keys
+            (chunk := get(chunk_hash)) is not None and (rank, group) in chunk.shape.sizes
+            for chunk_hash, rank, group in keys
         ]
 
     def pin(self, keys: Sequence[ObjectKey]) -> None:
@@ -112,21 +120,29 @@ class Index:
 
     def put(self, key: ObjectKey, size_bytes: int) -> None:
         """Add an object; its chunk becomes the most recently used."""
-        self._policy.use(self._set(key.chunk_hash, self._sizes_of(key.chunk_hash) | {key[1:]: size_bytes}))
+        self._policy.use(self._add(key, size_bytes))
 
     def put_oldest(self, key: ObjectKey, size_bytes: int) -> None:
         """Add an object that is to leave before all others; what is known of it already stays as it is."""
-        sizes = self._sizes_of(key.chunk_hash)
+        sizes = self._shape_of(key.chunk_hash).sizes
         if key[1:] not in sizes:
-            chunk = self._set(key.chunk_hash, sizes | {key[1:]: size_bytes})
+            chunk = self._add(key, size_bytes)
             if not sizes:
                 self._policy.use(chunk, next(self._policy.victims(), None))
 
     def drop(self, key: ObjectKey, removal: Removal) -> None:
         """Remove an object, if it is there."""
-        sizes = self._sizes_of(key.chunk_hash)
-        if key[1:] in sizes:
-            self._set(key.chunk_hash, {which: size for which, size in sizes.items() if which != key[1:]}, removal)
+        chunk = self._chunks.get(key.chunk_hash)
+        dropped = key[1:]
+        if chunk is None or dropped not in chunk.shape.sizes:
+            return
+        if len(chunk.shape.sizes) == 1:
+            self._remove(key.chunk_hash, removal)
+            return
+        left = {which: size for which, size in chunk.shape.sizes.items() if which != dropped}
+        self._reshape(chunk, self._nothing)
+        for which, size in left.items():
+            self._add(ObjectKey(key.chunk_hash, *which), size)
 
     def evict(self, size_bytes: int) -> list[ObjectKey] | None:
         """Remove chunks without a pin to free so many bytes; None, and nothing leaves, if they do not suffice."""
@@ -134,7 +150,7 @@ class Index:
         for chunk in self._policy.victims() if size_bytes > 0 else ():
             if chunk.chunk_hash not in self.pins:
                 victims.append(chunk.chunk_hash)
-                size_bytes -= sum(chunk.sizes.values())
+                size_bytes -= chunk.shape.size_bytes
                 if size_bytes <= 0:
                     break
         if size_bytes > 0:
@@ -142,7 +158,7 @@ class Index:
         evicted = [key for chunk_hash in victims for key, _ in self.objects_of(chunk_hash)]
         removal = Removal.CAPACITY  # by name it would cost a tenth of a microsecond for each
         for chunk_hash in victims:
-            self._set(chunk_hash, _NOTHING, removal)
+            self._remove(chunk_hash, removal)
         return evicted
 
     def clear(self, count: int) -> bool:
@@ -152,7 +168,7 @@ class Index:
         """
         chunks = list(islice(self._policy.victims(), count))
         for chunk in chunks:
-            self._set(chunk.chunk_hash, _NOTHING, Removal.LOST)
+            self._remove(chunk.chunk_hash, Removal.LOST)
         return bool(chunks)
 
     def chunk_hashes(self) -> list[bytes]:
@@ -161,30 +177,45 @@ class Index:
 
     def objects_of(self, chunk_hash: bytes) -> list[tuple[ObjectKey, int]]:
         """The objects of a chunk, each with its size in bytes."""
-        return [(ObjectKey(chunk_hash, *which), size) for which, size in self._sizes_of(chunk_hash).items()]
+        return [(ObjectKey(chunk_hash, *which), size) for which, size in self._shape_of(chunk_hash).sizes.items()]
 
-    def _set(self, chunk_hash: bytes, sizes: _Sizes, removal: Removal = Removal.LOST) -> Chunk:
-        """Change what a chunk has, and the totals with it; `removal` says why, where nothing is left of it."""
-        chunk = self._chunks.get(chunk_hash) or Chunk(chunk_hash, _NOTHING)
-        self.objects += len(sizes) - len(chunk.sizes)
-        self.used_bytes += sum(sizes.values()) - sum(chunk.sizes.values())
-        if sizes:
-            chunk.sizes = shared = self._shared.setdefault(frozenset(sizes.items()), sizes)
-            if shared is sizes:
-                self._shared_objects += len(sizes)
-                if self._shared_objects > SHARED_OBJECTS:
-                    self._shared.clear()  # costs nothing but that equal ones exist twice
-                    self._shared_objects = 0
-            self._chunks[chunk_hash] = chunk
-        elif self._chunks.pop(chunk_hash, None) is not None:
-            self._policy.left(chunk, removal)
+    def _add(self, key: ObjectKey, size_bytes: int) -> Chunk:
+        chunk_hash, rank, group = key
+        chunk = self._chunks.get(chunk_hash)
+        if chunk is None:
+            chunk = self._chunks[chunk_hash] = Chunk(chunk_hash, self._nothing)
+        shape = chunk.shape.grown.get((rank, group, size_bytes))
+        self._reshape(chunk, shape if shape is not None else self._grow(chunk.shape, rank, group, size_bytes))
         return chunk
+
+    def _reshape(self, chunk: Chunk, shape: Shape) -> None:
+        before, chunk.shape = chunk.shape, shape
+        self.objects += len(shape.sizes) - len(before.sizes)
+        self.used_bytes += shape.size_bytes - before.size_bytes
+
+    def _grow(self, shape: Shape, rank: int, group: int, size_bytes: int) -> Shape:
+        """Make the shape with one object more, or with another size of one."""
+        sizes = {**shape.sizes, (rank, group): size_bytes}
+        grown = shape.grown[rank, group, size_bytes] = Shape(sizes, sum(sizes.values()), {})
+        self._shared_objects += len(sizes)
+        if self._shared_objects > SHARED_OBJECTS:
+            self._nothing = Shape({}, 0, {})  # costs nothing but that equal ones exist twice
+            self._shared_objects = 0
+        return grown
+
+    def _remove(self, chunk_hash: bytes, removal: Removal) -> None:
+        """Remove a chunk and all its objects, if it is there."""
+        chunk = self._chunks.pop(chunk_hash, None)
+        if chunk is not None:
+            self.objects -= len(chunk.shape.sizes)
+            self.used_bytes -= chunk.shape.size_bytes
+            self._policy.left(chunk, removal)
 
     def check_integrity(self) -> None:
         """Assert that the totals are those of the records, and that the policy knows these and no others."""
         chunks = self._chunks.values()
-        assert self.objects == sum(len(chunk.sizes) for chunk in chunks)
-        assert self.used_bytes == sum(sum(chunk.sizes.values()) for chunk in chunks)
-        assert all(chunk.sizes for chunk in chunks)
+        assert self.objects == sum(len(chunk.shape.sizes) for chunk in chunks)
+        assert self.used_bytes == sum(sum(chunk.shape.sizes.values()) for chunk in chunks)
+        assert all(chunk.shape.sizes for chunk in chunks)
         assert {id(chunk) for chunk in self._policy.victims()} == {id(chunk) for chunk in chunks}
         assert all(count > 0 for count in self.pins.values())

@@ -36,8 +36,9 @@ class Ring(Generic[T]):
 
     def use(self, item: T, before: T | None = None) -> None:
         """Make an item, in the ring or not, the most recently used one; or place it right before another one."""
-        if item.newer is not None:
-            self.discard(item)
+        older, newer = item.older, item.newer
+        if older is not None and newer is not None:  # `discard`, without a call: this is where the time goes
+            older.newer, newer.older = newer, older
         newer = before if before is not None and before.newer is not None else self._end
         older = newer.older
         assert older is not None

@@ -281,9 +281,13 @@ class WriteQueue:
 def _prefixes(batch: Sequence[Pending]) -> list[bytes]:
     """The chunks of a batch and those next in front of them, each once, behind those that it builds on.
 
-    So many that the loop is not held for long, whatever the prompt's length: the head of a longer one is in use again
-    when it is looked up, as a whole.
+    None where nothing lies in front: of what is stored in one go, a backend keeps the order itself. So many that the
+    loop is not held for long, whatever the prompt's length: the head of a longer one is in use again when it is looked
+    up, as a whole.
     """
+    stored = {pending.entry.chunk_hash for pending in batch}
+    if all(not pending.number or pending.hashes[pending.number - 1] in stored for pending in batch):
+        return []
     seen: set[bytes] = set()
     prefixes: list[list[bytes]] = []
     for pending in batch:
