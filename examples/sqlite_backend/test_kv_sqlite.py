@@ -1,0 +1,38 @@
+"""The suite that admits a backend, and what a user of it does."""
+
+from pathlib import Path
+
+from kv_sqlite import SQLiteBackend
+
+from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, ObjectKey
+from async_cache.l2 import Backend, record
+from async_cache.testing.conformance import BackendSuite
+
+
+class TestSQLite(BackendSuite):
+    async def make(self, tmp_path: Path) -> SQLiteBackend:
+        return SQLiteBackend(str(tmp_path / "kv.db"))
+
+    async def damage(self, backend: Backend, key: ObjectKey, bit: int) -> None:
+        assert isinstance(backend, SQLiteBackend)
+
+        def flip() -> None:
+            select, update = "SELECT body FROM objects WHERE name = ?", "UPDATE objects SET body = ? WHERE name = ?"
+            body = bytearray(backend._db.execute(select, (record.file_name(key),)).fetchone()[0])
+            body[bit // 8] ^= 1 << bit % 8
+            backend._db.execute(update, (body, record.file_name(key)))
+
+        await backend._run(flip)
+
+
+async def test_it_is_found_by_its_scheme(tmp_path: Path) -> None:
+    layout = ModelLayout("toy", (ObjectGroup((4,), "uint8"),), chunk_tokens=4)
+    config = CacheConfig(l1_bytes=2**20, l2=[f"sqlite://{tmp_path}/kv.db"])
+    async with AsyncCache(config) as cache:
+        async with cache.store(layout.prompt(range(8))) as writer:
+            for chunk in writer:
+                chunk.views[0][:] = b"abcd"
+                chunk.commit()
+        await cache.flush()
+    async with AsyncCache(config) as cache:
+        assert (await cache.lookup(layout.prompt(range(8)))).l2_chunks == 2
