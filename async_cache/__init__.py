@@ -48,8 +48,11 @@ from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.prompt.objects import ObjectGroup
 from async_cache.values import (
+    BackendState,
+    BackendStatus,
     BackendUsage,
     CacheStats,
+    Copied,
     Deleted,
     FlushResult,
     LoadResult,
@@ -83,8 +86,11 @@ __all__ = [
     "ReadChunk",
     "Writer",
     "WriteChunk",
-    # looking at it and emptying it
+    # looking at it, emptying it, and changing its backends
+    "BackendState",
+    "BackendStatus",
     "BackendUsage",
+    "Copied",
     "CacheStats",
     "Deleted",
     "FlushResult",

@@ -10,18 +10,19 @@ from typing import Literal, Self
 
 from async_cache.config import CacheConfig
 from async_cache.core import Core
-from async_cache.errors import BackendError, CacheClosedError, ConfigError
+from async_cache.errors import CacheClosedError, ConfigError
 from async_cache.handles.lease import ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Writer
 from async_cache.l2.backend import Backend
+from async_cache.l2.opening import open_all
 from async_cache.l2.registry import check_names, from_urls
 from async_cache.memory.arena import Arena
 from async_cache.memory.room import check_free
 from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
 from async_cache.prompt.layout import Prompt
 from async_cache.prompt.objects import PAGE_BYTES
-from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class AsyncCache:
     async def _open(self) -> Core:
         arena = await self._make_arena()
         try:
-            await self._open_backends()
+            await open_all(self._backends, self._config)
         except BaseException:
             arena.close()
             raise
@@ -124,27 +125,6 @@ class AsyncCache:
             if clock() - told >= _PROGRESS_SECONDS:
                 told = clock()
                 log.info("L1: %d of %d MiB of memory are there", end >> 20, arena.size_bytes >> 20)
-
-    async def _open_backends(self) -> None:
-        openings: dict[Backend, asyncio.Task[None]] = {}
-        try:
-            for backend in self._backends:
-                timeout = backend.limits.load_timeout_seconds or self._config.load_timeout_seconds
-                openings[backend] = opening = asyncio.create_task(backend.open())
-                await asyncio.wait((opening,), timeout=timeout)
-                if not opening.done():
-                    raise BackendError(f"{backend.name} was not open within {timeout} s")
-                opening.result()
-        except BaseException:
-            for opening in openings.values():
-                opening.cancel()
-            ends = [*openings.values(), *(asyncio.create_task(backend.close()) for backend in openings)]
-            for end in ends:
-                end.add_done_callback(lambda end: end.cancelled() or end.exception())  # looked at: one error is enough
-            _, stuck = await asyncio.wait(ends, timeout=self._config.close_timeout_seconds)
-            for end in stuck:
-                end.cancel()
-            raise
 
     async def close(self) -> None:
         """End all requests, write back what is pending (for `close_timeout_seconds`), close the backends; idempotent.
@@ -275,6 +255,42 @@ class AsyncCache:
         """Empty L1 of all that L2 has ("l1"), or both tiers ("all"). Raises BackendError where a backend could not."""
         check_tier(tier)
         return await self.core.remover.clear(tier)
+
+    # Backends, while it is open.
+
+    async def add_backend(self, url_or_backend: str | Backend, *, position: int | None = None) -> None:
+        """Open one more backend, and use it from then on: as the slowest, or before the one at a position.
+
+        Raises ConfigError for a URL or a name that cannot be, ValueError for a position that there is not, and
+        BackendError for a backend that fails or does not open in time.
+        """
+        core = self.core
+        if not isinstance(url_or_backend, str | Backend):
+            raise TypeError(f"a backend must be a URL or a Backend, not {type(url_or_backend).__name__}")
+        await core.backends.add(url_or_backend, position)
+
+    async def drain_backend(self, name: str, *, deadline_seconds: float | None = None) -> BackendStatus:
+        """Write nothing new to a backend, and copy what only it has to the others that are written to.
+
+        Returns when that is done, or `deadline_seconds` are over: it goes on then, and may be waited for again. Its
+        state is DRAINED when it is done; where objects `failed`, it may be begun again. Raises ConfigError for a name
+        that there is not, and BackendError where the copying cannot go on.
+        """
+        core = self.core
+        check_seconds("deadline_seconds", deadline_seconds)
+        return await core.backends.drain(name, deadline_seconds)
+
+    async def remove_backend(self, name: str) -> None:
+        """Ask a backend no more, wait for the loads that it was promised for, and close it.
+
+        What only it has is not found any more, unless it was drained before. Raises ConfigError for a name that there
+        is not.
+        """
+        await self.core.backends.remove(name)
+
+    async def backends(self) -> list[BackendStatus]:
+        """The backends that there are now, the fastest first, and behind them those that are being removed."""
+        return self.core.backends.statuses()
 
     # Looking at it.
 

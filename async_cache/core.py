@@ -8,6 +8,7 @@ from async_cache.config import CacheConfig
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
 from async_cache.l2.guard import Guard
+from async_cache.l2.guards import Guards
 from async_cache.l2.tombstones import Tombstones
 from async_cache.memory.arena import Arena
 from async_cache.observe import Observers
@@ -17,6 +18,7 @@ from async_cache.read.loads import Loader
 from async_cache.read.prefetch import PrefetchController
 from async_cache.retention.lru import LeastRecentlyUsed
 from async_cache.values import CacheStats, LookupHits
+from async_cache.write.backends import Backends
 from async_cache.write.removal import Remover
 from async_cache.write.writeback import Writeback
 from async_cache.write.writing import Writing
@@ -28,12 +30,17 @@ class Core:
     def __init__(self, config: CacheConfig, arena: Arena, backends: Sequence[Backend]):
         self.config, self.arena = config, arena
         self.observers = Observers()
-        self.guards = [Guard.of(backend, config) for backend in backends]
+        self.guards = Guards([Guard.of(backend, config) for backend in backends])
         self.l1 = L1Store(arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry), self.observers)
-        self.writeback = Writeback(self.l1, self.guards, config)
+        self.writeback = Writeback(self.l1, self.guards, self.observers, config)
         self.tombstones = tombstones = Tombstones()
         self.loader = Loader(
-            self.l1, self.guards, tombstones, config, lambda *arrived: self.controller.arrived(*arrived)
+            self.l1,
+            self.guards,
+            tombstones,
+            config,
+            lambda *arrived: self.controller.arrived(*arrived),
+            self.writeback.promote,
         )
         self.sweeper = Sweeper()
         self.controller = PrefetchController(
@@ -42,6 +49,7 @@ class Core:
         self.requests = self.controller.requests
         self.writing = Writing(self.l1, self.writeback, self.sweeper, config)
         self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones)
+        self.backends = Backends(self.guards, self.writeback, tombstones, config, self.loader.forget)
         self.sweeping = asyncio.create_task(self.sweeper.run())
 
     async def close(self) -> None:
@@ -50,6 +58,7 @@ class Core:
         self.l1.closed = True  # no writer opens any more
         await self.controller.close()
         await self.remover.close()
+        await self.backends.close()
         self.writing.close()
         await self.writeback.flush(timeout)
         await self.writeback.close()
@@ -72,7 +81,7 @@ class Core:
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now."""
-        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones)
+        return await count_hits(prompt, self.l1, self.guards.current, self.loader, self.tombstones)
 
     def stats(self) -> CacheStats:
         """Count what is held now, and what was done since the cache was opened."""
@@ -94,7 +103,7 @@ class Core:
             swept_reservations=self.writing.swept,
             writebacks_pending=self.writeback.pending,
             writebacks_dropped=self.writeback.dropped,
-            backends={g.backend.name: usage for g in self.guards if (usage := g.usage()) is not None},
+            backends={g.name: usage for g in self.guards if (usage := g.usage()) is not None},
         )
 
     def check_integrity(self) -> None:

@@ -27,6 +27,15 @@ class Removal(StrEnum):
     LOST = "lost"  # its tier lost it, or was closed
 
 
+class BackendState(StrEnum):
+    """ACTIVE -> DRAINING -> DRAINED; each goes to LEAVING, and then the backend is closed."""
+
+    ACTIVE = "active"
+    DRAINING = "draining"  # nothing new is written to it, and what only it has is copied to the others
+    DRAINED = "drained"  # all that it has, others have, too
+    LEAVING = "leaving"  # no lookup asks it any more; what was promised of it is still loaded
+
+
 class LookupHits(Struct, frozen=True, kw_only=True, array_like=True):
     """How much of a prompt can be served. Counts are whole chunks over all ranks and groups, from `start_chunk` on."""
 
@@ -76,6 +85,44 @@ class BackendUsage(Struct, frozen=True):
     objects: int
     used_bytes: int
     capacity_bytes: int | None = None
+
+
+class Copied(Struct, frozen=True, kw_only=True):
+    """What has become of the objects of one backend that were to be copied to others, so far.
+
+    `found` counts all that were looked at: `present` were elsewhere already, `copied` were stored, with `copied_bytes`,
+    `gone` vanished meanwhile, `corrupt` failed verification, and `failed` could not be read, or nobody stored them.
+    """
+
+    found: int = 0
+    present: int = 0
+    copied: int = 0
+    copied_bytes: int = 0
+    gone: int = 0
+    corrupt: int = 0
+    failed: int = 0
+
+
+class BackendStatus(Struct, frozen=True, kw_only=True):
+    """One backend of an open cache, as it is now.
+
+    `breaker` is "closed" while it is well, and else "open" or "half-open". `usage` is None where it cannot say.
+    `pending` counts the chunks that wait to be written to it. `write`, `promote` and `admit` are those of its URL;
+    `promoted` counts chunks that were written to it since they were found behind it, `unpromoted` those that were not,
+    for want of room or time. `copied` is what its draining has done so far.
+    """
+
+    name: str
+    state: BackendState
+    breaker: str
+    usage: BackendUsage | None
+    pending: int
+    write: str
+    promote: bool
+    admit: int
+    promoted: int
+    unpromoted: int
+    copied: Copied | None = None
 
 
 class CacheStats(Struct, frozen=True, kw_only=True):

@@ -34,7 +34,7 @@ MAY_KNOW = {
     "l1": "memory observe prompt retention values",
     "l2": "config errors prompt retention values",
     "read": "aio config errors handles l1 l2 observe prompt values",
-    "write": "aio config errors handles l1 l2 prompt read values",
+    "write": "aio config errors handles l1 l2 observe prompt read retention values",
     "core": "aio config l1 l2 memory observe prompt read retention values write",
     "cache": "config core errors handles l2 memory prompt values",
     # the same from other processes

@@ -21,7 +21,7 @@ from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Opened, Writer
 from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, ranks_of, start_of
 from async_cache.prompt.layout import Prompt
-from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits
 
 T = TypeVar("T")
 
@@ -284,6 +284,28 @@ class BlockingClient:
         Raises AccessDeniedError for a token that is bound to salts.
         """
         return self._thread.wait(self._opened().clear(tier), timeout_seconds)
+
+    def add_backend(self, url: str, *, position: int | None = None, timeout_seconds: float | None = None) -> None:
+        """Have the server open one more backend: see `CacheClient.add_backend`."""
+        self._thread.wait(self._opened().add_backend(url, position=position), timeout_seconds)
+
+    def drain_backend(
+        self, name: str, *, deadline_seconds: float | None = None, timeout_seconds: float | None = None
+    ) -> BackendStatus:
+        """Copy what only one backend has to the others, and write nothing new to it: see `CacheClient.drain_backend`.
+
+        The server goes on though the deadline passes, or the timeout.
+        """
+        drain = self._opened().drain_backend(name, deadline_seconds=deadline_seconds)
+        return self._thread.wait(drain, timeout_seconds)
+
+    def remove_backend(self, name: str, *, timeout_seconds: float | None = None) -> None:
+        """Have the server ask a backend no more, and close it: see `CacheClient.remove_backend`."""
+        self._thread.wait(self._opened().remove_backend(name), timeout_seconds)
+
+    def backends(self, *, timeout_seconds: float | None = None) -> list[BackendStatus]:
+        """The backends of the server, the fastest first, and behind them those that are being removed."""
+        return self._thread.wait(self._opened().backends(), timeout_seconds)
 
     def stats(self, *, timeout_seconds: float | None = None) -> CacheStats:
         """A snapshot of what the server's cache holds, and counters since it was opened."""

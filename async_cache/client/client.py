@@ -23,7 +23,7 @@ from async_cache.prompt.layout import Prompt, check_index
 from async_cache.protocol import messages
 from async_cache.protocol.address import Address, default_url
 from async_cache.protocol.messages import VERSION, Hello
-from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits
 
 MAX_REQUEST_ID = 256
 CONNECT_TIMEOUT_SECONDS = 2.0
@@ -288,6 +288,46 @@ class CacheClient:
         """
         check_tier(tier)
         return (await self._ask(messages.Removed, lambda number: messages.Clear(number, tier))).deleted
+
+    # Backends of the server.
+
+    async def add_backend(self, url: str, *, position: int | None = None) -> None:
+        """Have the server open one more backend, and use it: as the slowest, or before the one at a position.
+
+        Raises ConfigError for a URL or a name that cannot be, ValueError for a position that there is not, BackendError
+        for a backend that fails or does not open in time, AccessDeniedError for a token that is bound to salts.
+        """
+        if not isinstance(url, str):
+            raise TypeError(f"a backend must be a URL, not {type(url).__name__}")
+        if position is not None:
+            check_index("position", position, 2**32)
+        await self._ask(messages.Done, lambda number: messages.AddBackend(number, url, position))
+
+    async def drain_backend(self, name: str, *, deadline_seconds: float | None = None) -> BackendStatus:
+        """Write nothing new to a backend, and copy what only it has to the others that are written to.
+
+        Returns when that is done, or `deadline_seconds` are over: it goes on then, also without this client, and may be
+        waited for again. Its state is DRAINED when it is done. Raises ConfigError for a name that there is not,
+        BackendError where the copying cannot go on, AccessDeniedError for a token that is bound to salts.
+        """
+        check_seconds("deadline_seconds", deadline_seconds)
+        drain = partial(messages.DrainBackend, name=name, deadline_seconds=deadline_seconds)
+        return (await self._ask(messages.BackendTold, drain)).backend
+
+    async def remove_backend(self, name: str) -> None:
+        """Ask a backend no more, wait for the loads that it was promised for, and close it.
+
+        What only it has is not found any more, unless it was drained before. Raises ConfigError for a name that there
+        is not, AccessDeniedError for a token that is bound to salts.
+        """
+        await self._ask(messages.Done, lambda number: messages.RemoveBackend(number, name))
+
+    async def backends(self) -> list[BackendStatus]:
+        """The backends that there are now, the fastest first, and behind them those that are being removed.
+
+        Raises AccessDeniedError for a token that is bound to salts.
+        """
+        return (await self._ask(messages.BackendsListed, messages.ListBackends)).backends
 
     # Looking at it.
 

@@ -7,6 +7,7 @@ from enum import Enum
 from msgspec import Struct
 
 from async_cache.config import CacheConfig
+from async_cache.l2.placement import Placement
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
 
@@ -58,6 +59,8 @@ class Backend(ABC):
     """What it is called in statistics, logs and errors; no two backends of a cache have the same."""
     limits: Limits = Limits()
     """Its own timeouts and breaker, which come before the settings of the cache; parameters of its URL set them."""
+    placement: Placement = Placement()
+    """Which chunks it is given; parameters of its URL set that, too."""
     shared: bool = False
     """Whether others may add and remove objects behind this process's back, as in a store that hosts share."""
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
 from msgspec import Struct
@@ -15,7 +16,7 @@ from async_cache.l2.breaker import Breaker, BreakerState
 from async_cache.l2.meter import Meter
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout
-from async_cache.values import BackendUsage
+from async_cache.values import BackendState, BackendUsage
 
 T = TypeVar("T")
 
@@ -64,6 +65,10 @@ class Call(Generic[T]):
     def has_ended(self) -> bool:
         """Whether the backend touches nothing any more that it was given."""
         return self._task.done()
+
+    def ended(self) -> "asyncio.Task[T]":
+        """What to wait for by `asyncio.wait`, and nothing else."""
+        return self._task
 
     def when_ended(self, callback: Callable[[], object]) -> None:
         """Call a function in the loop's next turn after the call has ended."""
@@ -138,8 +143,13 @@ class Guard:
         self.breaker = breaker
         self.timeouts = timeouts if timeouts is not None else Timeouts()
         self.meter = Meter()
+        self.state = BackendState.ACTIVE
         self.doubtful: set[ObjectKey] = set()
         """Objects that could not be read: though a lookup may find them, they are to be stored anew."""
+        self.uses = 0
+        """Pins that are held, and those who need the backend to stay: it is not closed before they are gone."""
+        self._unused: asyncio.Event | None = None  # while somebody waits for that
+        self._storing: dict[Call[list[bool]], Sequence[ObjectKey]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
 
@@ -175,7 +185,23 @@ class Guard:
 
     def begin_store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> Call[list[bool]] | None:
         """Begin to store objects; None where the backend is left alone."""
-        return self._begin(self.timeouts.store_seconds, len(keys), self.backend.store, keys, buffers)
+        call = self._begin(self.timeouts.store_seconds, len(keys), self.backend.store, keys, buffers)
+        if call is not None:
+            self._storing[call] = keys
+            call.when_ended(partial(self._storing.pop, call))
+        return call
+
+    async def stores_ended(self, chunk_hashes: Collection[bytes] | None) -> bool:
+        """Whether the stores that run now, of these chunks or of any, ended before `store_timeout`."""
+        ends = [
+            call.ended()
+            for call, keys in self._storing.items()
+            if chunk_hashes is None or any(key.chunk_hash in chunk_hashes for key in keys)
+        ]
+        if not ends:
+            return True
+        _, stuck = await asyncio.wait(ends, timeout=self.timeouts.store_seconds)
+        return not stuck
 
     def _begin(
         self, timeout_seconds: float, answers: int | None, verb: Callable[..., Awaitable[T]], *arguments: Any
@@ -193,19 +219,22 @@ class Guard:
 
     def lookup_nowait(self, layout: ModelLayout, chunk_hashes: Sequence[bytes], mask: int) -> list[bool] | None:
         """For each chunk, whether all objects of a mask are present, and then pinned; None: `lookup` must be asked."""
-        if self.breaker.state is not _CLOSED:
+        if self.breaker.state is not _CLOSED or self.backend.shared:  # what others may have changed has to be asked
             return None
         try:
             found = self.backend.lookup_nowait(chunk_hashes, layout.objects.members[mask])
         except (Exception, asyncio.CancelledError):
             log.exception("backend %s could not say at once what it holds", self.name)
             return None
-        if found is None or (isinstance(found, list) and len(found) == len(chunk_hashes)):
+        if found is None:
+            return None
+        if isinstance(found, list) and len(found) == len(chunk_hashes):
+            self.uses += _count(found) * mask.bit_count()
             return found
         log.error("backend %s did not answer at once with a list of %d", self.name, len(chunk_hashes))
         if isinstance(found, list):
             there = [(chunk_hash, mask) for chunk_hash, is_there in zip(chunk_hashes, found, strict=False) if is_there]
-            self.unpin(layout.objects.keys(there))
+            self._tell(self.backend.unpin, layout.objects.keys(there))
         return None
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
@@ -216,15 +245,18 @@ class Guard:
         call = self._begin(self.timeouts.lookup_seconds, len(keys), self.backend.lookup, keys)
         if call is None:
             return None
-        try:
-            return await call.result()
-        except BackendError:
-            self._unpin_late(call, keys)
-            return None
-        except asyncio.CancelledError:
-            call.cancel()
-            self._unpin_late(call, keys)
-            raise
+        with self.kept():
+            try:
+                found = await call.result()
+            except BackendError:
+                self._unpin_late(call, keys)
+                return None
+            except asyncio.CancelledError:
+                call.cancel()
+                self._unpin_late(call, keys)
+                raise
+            self.uses += _count(found)
+            return found
 
     def _unpin_late(self, call: Call[list[bool]], keys: Sequence[ObjectKey]) -> None:
         """Give back the pins of an answer that nobody waits for any more."""
@@ -232,7 +264,7 @@ class Guard:
         def answered() -> None:
             found = call.returned()
             if isinstance(found, list):
-                self.unpin_found(keys, found)
+                self._tell(self.backend.unpin, _those_found(keys, found))
 
         call.when_ended(answered)
 
@@ -243,8 +275,10 @@ class Guard:
             raise BackendError(f"{self.name} did not say how much it deleted")
         return deleted
 
-    async def next_keys(self, listing: Listing, count: int) -> list[ObjectKey]:
-        """The next keys of all objects that the backend holds; fewer than `count` at the end. Raises BackendError.
+    async def next_keys(self, listing: Listing, count: int) -> list[tuple[ObjectKey, int]]:
+        """The next objects of all that the backend holds, and their sizes in bytes; fewer than `count` at the end.
+
+        Raises BackendError.
 
         Each step has the time of a store: a backend that goes on may take as long as it needs for millions.
         """
@@ -277,6 +311,27 @@ class Guard:
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Give back one pin of each key. What the backend raises is logged."""
         self._tell(self.backend.unpin, keys)
+        self._no_longer_used(len(keys))
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Have the backend stay open within the block."""
+        self.uses += 1
+        try:
+            yield
+        finally:
+            self._no_longer_used(1)
+
+    def _no_longer_used(self, uses: int) -> None:
+        self.uses -= uses
+        if self._unused is not None and self.uses <= 0:
+            self._unused.set()
+
+    async def wait_until_unused(self) -> None:
+        """Wait until nobody uses the backend: it has an end where nobody begins to, since every call has."""
+        while self.uses > 0:
+            self._unused = asyncio.Event()
+            await self._unused.wait()
 
     @contextmanager
     def in_use(self, chunk_hashes: Sequence[bytes]) -> Iterator[None]:
@@ -305,7 +360,7 @@ class Guard:
 
     def unpin_found(self, keys: Sequence[ObjectKey], found: Sequence[bool]) -> None:
         """Give back the pins of those keys that were found. There may be fewer or more answers than keys."""
-        self.unpin([key for key, there in zip(keys, found, strict=False) if there])
+        self.unpin(_those_found(keys, found))
 
     def usage(self) -> BackendUsage | None:
         """What the backend holds, as far as it knows; None if it cannot say."""
@@ -358,16 +413,25 @@ def _brought_nothing(result: Any) -> bool:
     return isinstance(result, list) and bool(result) and all(outcome is LoadOutcome.FAILED for outcome in result)
 
 
-async def _next_keys(backend: Backend, listing: Listing, count: int) -> list[ObjectKey]:
-    """The next keys of a listing, which is begun with the first."""
+def _count(found: Sequence[bool]) -> int:
+    """How many answers say that an object is there."""
+    return len(list(filter(None, found)))
+
+
+def _those_found(keys: Sequence[ObjectKey], found: Sequence[bool]) -> list[ObjectKey]:
+    return [key for key, there in zip(keys, found, strict=False) if there]
+
+
+async def _next_keys(backend: Backend, listing: Listing, count: int) -> list[tuple[ObjectKey, int]]:
+    """The next objects of a listing, which is begun with the first."""
     if not listing:
         listing.append(aiter(backend.keys()))
-    keys: list[ObjectKey] = []
-    async for key, _ in listing[0]:
-        keys.append(key)
-        if len(keys) == count:
+    objects: list[tuple[ObjectKey, int]] = []
+    async for key_and_size in listing[0]:
+        objects.append(key_and_size)
+        if len(objects) == count:
             break
-    return keys
+    return objects
 
 
 async def _call(verb: Callable[..., Awaitable[T]], arguments: tuple[Any, ...]) -> T:

@@ -18,7 +18,8 @@ from async_cache.errors import ConfigError
 from async_cache.l2.backend import Backend, Limits
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
-from async_cache.l2.url import BackendURL
+from async_cache.l2.placement import MOST_ADMIT, Placing
+from async_cache.l2.url import BackendURL, one_of, whole_number
 
 GROUP = "async_cache.backends"
 
@@ -35,8 +36,14 @@ _OWN = {
     ),
 }
 _LIMITS = {name.removesuffix("_seconds"): name for name in Limits.__struct_fields__}
-"""The parameters that every URL may have, and the limit that each sets."""
-_PARSERS = {parameter: partial(CacheConfig.parse, name) for parameter, name in _LIMITS.items()}
+"""The limit that each of these parameters sets, which every URL may have."""
+_PLACEMENT: dict[str, Callable[[str], Any]] = {
+    "write": one_of(**{str(placing): placing for placing in Placing}),
+    "promote": one_of(true=True, false=False),
+    "admit": whole_number(MOST_ADMIT),
+}
+"""And what of its placement each of these sets, by its own name."""
+_PARSERS = {parameter: partial(CacheConfig.parse, name) for parameter, name in _LIMITS.items()} | _PLACEMENT
 
 
 def from_url(url: str) -> Backend:
@@ -48,7 +55,8 @@ def from_url(url: str) -> Backend:
     `capacity` is in bytes or with a unit; "none" is no bound. Without it, memory is unbounded and a directory
     is bounded to 10 GiB. A path is absolute; in it, "?", "#" and "%" are percent-encoded. Other schemes are those of
     installed packages. `lookup_timeout`, `load_timeout`, `store_timeout` and `breaker_reset` in seconds, and
-    `breaker_failures`, may stand in any URL, and come before the settings of the cache.
+    `breaker_failures`, may stand in any URL, and come before the settings of the cache. So may what the backend is
+    given: `write=all|first|skip_if_present|none`, `promote=true|false` and `admit`, from 1 to 15.
 
     Raises ConfigError, which names the URL without its password, and what is allowed or who made it.
     """
@@ -59,14 +67,18 @@ def from_url(url: str) -> Backend:
         make = own.make if own is not None else partial(_make, _find(parts.scheme))
         if own is None:
             allowed = ""
-        parts, limits = _split_limits(parts)
+        parts, common = _split_common(parts)
         backend = make(parts)
         if not backend.name.isprintable():
             raise ConfigError(f"the name {backend.name!r} cannot be printed")
     except ConfigError as error:
         raise ConfigError(f"{hide_password(url)}: {error}{allowed}") from error
+    limits = {name: common[parameter] for parameter, name in _LIMITS.items() if parameter in common}
+    placement = {parameter: common[parameter] for parameter in _PLACEMENT if parameter in common}
     if limits:
         backend.limits = msgspec.structs.replace(backend.limits, **limits)
+    if placement:
+        backend.placement = msgspec.structs.replace(backend.placement, **placement)
     return backend
 
 
@@ -86,13 +98,12 @@ def check_names(backends: Sequence[Backend]) -> None:
             raise ConfigError(f"{names[name]} backends have the same name {name!r}")
 
 
-def _split_limits(url: BackendURL) -> tuple[BackendURL, dict[str, Any]]:
-    """The URL without the parameters that set limits, and the limits."""
+def _split_common(url: BackendURL) -> tuple[BackendURL, dict[str, Any]]:
+    """The URL without the parameters that any may have, and their values."""
     fields = url.query.split("&")
-    ours = [field for field in fields if unquote_plus(field.partition("=")[0]) in _LIMITS]
+    ours = [field for field in fields if unquote_plus(field.partition("=")[0]) in _PARSERS]
     values = BackendURL("", "", "", "&".join(ours), "").parameters(**_PARSERS)
-    rest = url._replace(query="&".join(field for field in fields if field not in ours))
-    return rest, {_LIMITS[parameter]: value for parameter, value in values.items()}
+    return url._replace(query="&".join(field for field in fields if field not in ours)), values
 
 
 # Other packages.

@@ -24,7 +24,7 @@ from async_cache.errors import (
     UnknownRequestError,
     WriterClosedError,
 )
-from async_cache.values import CacheStats, Deleted, FlushResult, LoadResult, LookupHits, Shortfall
+from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits, Shortfall
 
 VERSION = 1
 DIGEST_BYTES = 32
@@ -299,6 +299,35 @@ class Stats(Message):
     number: Number
 
 
+class AddBackend(Message):
+    """Open one more backend, before the one at `position` (None: behind all), and use it. Answered by Done."""
+
+    number: Number
+    url: Annotated[str, Meta(max_length=4096)]
+    position: Index | None = None
+
+
+class DrainBackend(Message):
+    """Write nothing new to a backend, and copy what only it has to the others. Answered by BackendTold."""
+
+    number: Number
+    name: Name
+    deadline_seconds: Seconds | None = None
+
+
+class RemoveBackend(Message):
+    """Ask a backend no more, and close it when what was promised of it is loaded. Answered by Done."""
+
+    number: Number
+    name: Name
+
+
+class ListBackends(Message):
+    """Ask which backends there are. Answered by BackendsListed."""
+
+    number: Number
+
+
 class Ping(Message):
     """Ask whether the server is there. Answered by Done."""
 
@@ -325,6 +354,10 @@ Request = (
     | Clear
     | Flush
     | Stats
+    | AddBackend
+    | DrainBackend
+    | RemoveBackend
+    | ListBackends
     | Ping
 )
 
@@ -455,7 +488,22 @@ class Counted(Extensible):
     stats: CacheStats
 
 
-_TIMED = frozenset((Prefetch, Flush))  # a bound of the type would refuse what is not a number, and that is answered
+class BackendTold(Extensible):
+    """The backend of a DrainBackend, as it is now: DRAINED if that is done."""
+
+    number: int
+    backend: BackendStatus
+
+
+class BackendsListed(Extensible):
+    """The backends, the fastest first, and behind them those that are being removed."""
+
+    number: int
+    backends: list[BackendStatus]
+
+
+# A bound of the type would refuse what is not a number, and that is answered.
+_TIMED = frozenset((Prefetch, Flush, DrainBackend))
 
 Answer = (
     Done
@@ -474,6 +522,8 @@ Answer = (
     | Removed
     | Flushed
     | Counted
+    | BackendTold
+    | BackendsListed
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -67,7 +67,6 @@ class Batches:
 
     def __init__(
         self,
-        guards: Sequence[Guard],
         memory: memoryview,
         inflight_bytes: int,
         *,
@@ -80,14 +79,14 @@ class Batches:
         self._memory = memory
         self._inflight_bytes = inflight_bytes
         self._transferred, self._failed, self._call_ended = transferred, failed, call_ended
-        self._queues: dict[Guard, deque[Batch]] = {guard: deque() for guard in guards}
-        self._running_bytes = dict.fromkeys(guards, 0)
+        self._queues: dict[Guard, deque[Batch]] = {}
+        self._running_bytes: dict[Guard, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
 
     def enqueue(self, guard: Guard, parts: Iterable[tuple[ChunkLoad, int]], tried: frozenset[Guard]) -> None:
         """Cut objects, which are pinned, into batches, and start those that the bytes in flight allow."""
-        queue, batch = self._queues[guard], Batch(guard, tried)
+        queue, batch = self._queue_of(guard), Batch(guard, tried)
         for load, mask in parts:
             if batch.size_bytes >= _BATCH_BYTES or len(batch.parts) >= _BATCH_CHUNKS:
                 self._queue(queue, batch)
@@ -117,6 +116,18 @@ class Batches:
                 batch.state = BatchState.ENDED
                 self._queues[batch.guard].remove(batch)
                 batch.guard.meter.ended(batch.size_bytes)
+
+    def _queue_of(self, guard: Guard) -> deque[Batch]:
+        queue = self._queues.get(guard)
+        if queue is None:
+            queue = self._queues[guard] = deque()
+            self._running_bytes[guard] = 0
+        return queue
+
+    def forget(self, guard: Guard) -> None:
+        """Forget a backend from which nothing is loaded any more."""
+        self._queues.pop(guard, None)
+        self._running_bytes.pop(guard, None)
 
     async def close(self) -> None:
         """Return when no batch runs any more: all requests have left, and all calls have ended or were given up."""

@@ -12,6 +12,7 @@ from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.guard import Guard
+from async_cache.l2.guards import Guards
 from async_cache.l2.meter import expected_load_seconds
 from async_cache.l2.tombstones import Tombstones
 from async_cache.read.batches import Batch, Batches
@@ -23,6 +24,8 @@ from async_cache.values import Shortfall
 _TOLD_AT_ONCE = 4096  # shares, in two milliseconds; then the loop gets its turn
 Arrival = tuple[int, Entry | None, Shortfall | None]
 """The number of a chunk, what can be found of it, and why that may be less than was wanted."""
+Settled = tuple[ChunkLoad, Entry | None]
+"""A load, and where what it brought can be found."""
 _Rooms = Sequence[tuple[int, Reservation]]
 _NOTHING_LOST: tuple[int, Shortfall | None] = (0, None)
 _REASONS = {LoadOutcome.GONE: Shortfall.GONE, LoadOutcome.CORRUPT: Shortfall.CORRUPT}
@@ -30,15 +33,19 @@ _WAITING, _SETTLED, _DROPPED, _REPLACED = LoadState  # each access to a member b
 
 
 class Loader:
-    """Everything that is on its way from L2 to L1. `arrived` hears of what has come for a request, and what has not."""
+    """Everything that is on its way from L2 to L1.
+
+    `arrived` hears of what has come for a request, and what has not, and `settled` of each load that has ended.
+    """
 
     def __init__(
         self,
         l1: L1Store,
-        guards: Sequence[Guard],
+        guards: Guards,
         tombstones: Tombstones,
         config: CacheConfig,
         arrived: Callable[[Request, Sequence[Arrival]], None],
+        settled: Callable[[Iterable[Settled]], None] = lambda loads: None,
     ):
         self.shared_loads = 0
         """Objects that a request did not have to load because another one did."""
@@ -48,8 +55,8 @@ class Loader:
         self._guards = guards
         self._tombstones = tombstones
         self._arrived = arrived
+        self._settled = settled
         self._batches = Batches(
-            guards,
             l1.arena.view,
             config.load_inflight_bytes,
             transferred=self._transferred,
@@ -141,6 +148,10 @@ class Loader:
                 more.setdefault(batch.guard, 0)
         return expected_load_seconds([(guard.meter, size) for guard, size in more.items()])
 
+    def forget(self, guard: Guard) -> None:
+        """Forget a backend that nobody uses any more."""
+        self._batches.forget(guard)
+
     async def close(self) -> None:
         """Return when nothing is on its way: all requests have left, and all calls have ended or were given up."""
         await self._batches.close()
@@ -192,7 +203,7 @@ class Loader:
         """Load what was lost from elsewhere; where a call still owns the room, all of the chunk, to elsewhere."""
         loads = list(lost)
         to_load = {n: load.wanted if load.abandoned else lost[load] for n, load in enumerate(loads)}
-        others = [guard for guard in self._guards if guard not in tried]
+        others = [guard for guard in self._guards.current if guard not in tried]
         asked = Asked(loads[0].layout, [load.chunk_hash for load in loads], dict(to_load))
         with await ask(others, asked, self._tombstones) as found:
             held = found.masks()
@@ -258,8 +269,9 @@ class Loader:
                         l1.discard((reservation,))
             settled.append((load, entry or l1.find(load.chunk_hash)))
         self._deliver(settled)
+        self._settled(settled)
 
-    def _deliver(self, settled: Iterable[tuple[ChunkLoad, Entry | None]]) -> None:
+    def _deliver(self, settled: Iterable[Settled]) -> None:
         arrivals: dict[Request, list[Arrival]] = {}
         for load, entry in settled:
             for request, number in load.shares.items():

@@ -14,7 +14,7 @@ from async_cache.config import CacheConfig
 from async_cache.handles.prefetch import Prefetch
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
-from async_cache.l2.guard import Guard
+from async_cache.l2.guards import Guards
 from async_cache.l2.tombstones import Tombstones
 from async_cache.observe import Observers, notify
 from async_cache.prompt import coverage
@@ -36,7 +36,7 @@ class PrefetchController:
     def __init__(
         self,
         l1: L1Store,
-        guards: Sequence[Guard],
+        guards: Guards,
         loader: Loader,
         sweeper: Sweeper,
         tombstones: Tombstones,
@@ -101,7 +101,7 @@ class PrefetchController:
                 await asyncio.to_thread(request.prompt.hash)
                 asked = self._advance(request)
             if asked is not None:
-                self._advance(request, await ask(self._guards, asked, self._tombstones))
+                self._advance(request, await ask(self._guards.current, asked, self._tombstones))
         except Exception:
             self._fail(request)
 
@@ -115,7 +115,7 @@ class PrefetchController:
                 asked = self._find(request)
                 if asked is None:
                     return None
-                found = ask_nowait(self._guards, asked, self._tombstones)
+                found = ask_nowait(self._guards.current, asked, self._tombstones)
                 if found is None:
                     return asked
             with found:

@@ -246,6 +246,25 @@ class Session:
     async def _flush(self, message: messages.Flush) -> Message:
         return messages.Flushed(message.number, await self._cache.flush(message.deadline_seconds))
 
+    async def _add_backend(self, message: messages.AddBackend) -> Message:
+        self._tenant.check_trusted("changing backends")
+        await self._cache.add_backend(message.url, position=message.position)
+        return messages.Done(message.number)
+
+    async def _drain_backend(self, message: messages.DrainBackend) -> Message:
+        self._tenant.check_trusted("changing backends")
+        status = await self._cache.drain_backend(message.name, deadline_seconds=message.deadline_seconds)
+        return messages.BackendTold(message.number, status)
+
+    async def _remove_backend(self, message: messages.RemoveBackend) -> Message:
+        self._tenant.check_trusted("changing backends")
+        await self._cache.remove_backend(message.name)
+        return messages.Done(message.number)
+
+    async def _list_backends(self, message: messages.ListBackends) -> Message:
+        self._tenant.check_trusted("listing backends")
+        return messages.BackendsListed(message.number, await self._cache.backends())
+
     # The end.
 
     def _lost(self, error: Exception | None) -> None:
@@ -292,4 +311,8 @@ _WAITING: dict[type[Message], _Waits] = {
     messages.Delete: Session._delete,
     messages.Clear: Session._clear,
     messages.Flush: Session._flush,
+    messages.AddBackend: Session._add_backend,
+    messages.DrainBackend: Session._drain_backend,
+    messages.RemoveBackend: Session._remove_backend,
+    messages.ListBackends: Session._list_backends,
 }

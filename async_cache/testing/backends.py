@@ -22,7 +22,7 @@ Buffers = Sequence[memoryview]
 
 
 class WrappedBackend(Backend):
-    """A backend that hands everything on to `inner`, with its name and limits, and counts by verb.
+    """A backend that hands everything on to `inner`, with its name, limits and placement, and counts by verb.
 
     `calls` are those that have begun, `keys_asked` the keys in them. It never answers a lookup at once, since nothing
     could be done before that.
@@ -31,7 +31,7 @@ class WrappedBackend(Backend):
     def __init__(self, inner: Backend):
         self.inner = inner
         self.name = inner.name
-        self.limits = inner.limits
+        self.limits, self.placement, self.shared = inner.limits, inner.placement, inner.shared
         self.calls: Counter[str] = Counter()
         self.keys_asked: Counter[str] = Counter()
 

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from enum import Enum
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -15,6 +16,8 @@ from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.breaker import BreakerState
 from async_cache.l2.guard import Call, Guard
+from async_cache.l2.guards import held_by
+from async_cache.l2.placement import Placing
 from async_cache.prompt.keys import ObjectKey
 
 log = logging.getLogger(__name__)
@@ -25,6 +28,7 @@ _PREFIX_CHUNKS = 2048  # in front of a batch that are kept, in one step of the l
 _ATTEMPTS = 5
 _FEWER_BITS = 2  # a quarter as many chunks with each call that raised: one in the last attempt
 _FIRST_BACKOFF_SECONDS = 0.1
+_ENDED_AT_ONCE = 1024
 _LOADS_GO_FIRST_SECONDS = 1.0  # how long a write gives way to loads
 
 
@@ -36,6 +40,8 @@ class Pending(Struct, eq=False, gc=False):
     hashes: Sequence[bytes]  # of a prompt that it is a chunk of
     number: int  # which of them it is
     stored: int = 0  # the objects that some backend has stored since then, by bit
+    dropped: bool = False  # some backend did not take it
+    later: "tuple[WriteQueue, ...]" = ()  # those that have a turn when no queue has it any more
 
 
 class Tried(NamedTuple):
@@ -77,30 +83,74 @@ class WriteQueue:
         self,
         guard: Guard,
         l1: L1Store,
-        share_bytes: int,
         commits_paused: Callable[[], Awaitable[None]],
-        left: Callable[[Pending, Outcome, int], None],
+        others: Callable[[Guard], Sequence[Guard]],
+        left: "Callable[[WriteQueue, Pending, Outcome, int], None]",
     ):
         self.guard = guard
+        self.share_bytes = 1
+        """What its writes in flight may hold of L1, and what is promoted may take that waits or is in flight."""
+        self.promoted = self.unpromoted = 0
+        """Chunks that were offered, and stored or not."""
         self.waiting: OrderedDict[Pending, Tried] = OrderedDict()
         self.in_flight: dict[Pending, Tried] = {}
         self._l1 = l1
-        self._share_bytes = share_bytes
         self._commits_paused = commits_paused
-        self._left = left
+        self._others = others
+        self._tell_left = left
+        self._offered: dict[Pending, int] = {}  # what is promoted, each with its bytes
+        self._offered_bytes = 0
+        self._ending = False
         self._writes: set[Write] = set()
         self._held_bytes = 0
         self._wake = asyncio.Event()
 
+    @property
+    def pending(self) -> int:
+        """Chunks that wait, or are being written."""
+        return len(self.waiting.keys() | self.in_flight.keys()) if self.in_flight else len(self.waiting)
+
     def add(self, pending: Pending) -> bool:
         """Let a chunk wait for its turn; False if it does already."""
         waiting = self.waiting
-        if pending in waiting:
+        if pending in waiting or self._ending:
             return False
         if not waiting:
             self._wake.set()
         waiting[pending] = Tried()
         return True
+
+    def has_room_for(self, entry: Entry) -> bool:
+        """Whether a chunk may be offered; if not, that is counted."""
+        fits = self._offered_bytes + entry.room_bytes <= self.share_bytes
+        self.unpromoted += not fits
+        return fits
+
+    def offer(self, pending: Pending) -> bool:
+        """Let a chunk wait that was found behind this backend; False if it does already."""
+        if not self.add(pending):
+            return False
+        if pending not in self._offered:
+            self._offered[pending] = pending.entry.room_bytes
+            self._offered_bytes += pending.entry.room_bytes
+        return True
+
+    async def end(self) -> None:
+        """Take nothing more, drop what waits, and return when what is in flight has ended, or its time is over."""
+        self._ending = True
+        while self.waiting:
+            for pending in list(islice(self.waiting, _ENDED_AT_ONCE)):
+                self.discard(pending, Outcome.DROPPED)
+            await asyncio.sleep(0)
+        await self.writes_ended(None)
+
+    def _left(self, pending: Pending, outcome: Outcome, stored: int) -> None:
+        size = self._offered.pop(pending, None) if pending not in self.waiting else None
+        if size is not None:
+            self._offered_bytes -= size
+            self.promoted += outcome is Outcome.STORED
+            self.unpromoted += outcome is not Outcome.STORED
+        self._tell_left(self, pending, outcome, stored)
 
     def discard(self, pending: Pending, outcome: Outcome) -> None:
         """Let a chunk wait no longer. Where it is in flight, that goes on."""
@@ -149,7 +199,7 @@ class WriteQueue:
         """Write a batch when its time has come; whether the next one may follow at once."""
         await self.guard.meter.wait_until_idle(_LOADS_GO_FIRST_SECONDS)
         await self._commits_paused()
-        if self._held_bytes >= self._share_bytes:
+        if self._held_bytes >= self.share_bytes:
             await self._wait_for_stuck()
             return True
         batch = self._pick()
@@ -171,7 +221,7 @@ class WriteQueue:
         one of them. Where the backend is left alone after failures, it is that of none.
         """
         batch: list[Pending] = []
-        limit = min(_BATCH_BYTES, self._share_bytes)
+        limit = min(_BATCH_BYTES, self.share_bytes)
         size = objects = 0
         together = _BATCH_OBJECTS
         is_well = self.guard.breaker.state is BreakerState.CLOSED
@@ -223,6 +273,10 @@ class WriteQueue:
             doubtful = guard.doubtful
             stored.update(key for key, found in zip(keys, there, strict=True) if found and key not in doubtful)
             missing = [key for key in keys if key not in stored]
+            if guard.backend.placement.write is Placing.SKIP_IF_PRESENT:
+                unsolicited = [key for key in missing if keys[key] not in self._offered]
+                stored.update(await held_by(self._others(guard), unsolicited))
+                missing = [key for key in missing if key not in stored]
             if missing:
                 call = guard.begin_store(missing, [self._buffer(keys[key].entry, key) for key in missing])
             if call is not None:
@@ -263,7 +317,7 @@ class WriteQueue:
             self._left(pending, Outcome.WITHDRAWN, 0)
         elif stored:
             self._left(pending, Outcome.STORED, stored)
-        elif tried.attempts < _ATTEMPTS:
+        elif tried.attempts < _ATTEMPTS and not self._ending:
             self.waiting[pending] = tried
         else:
             self._left(pending, Outcome.DROPPED, 0)
@@ -273,6 +327,11 @@ class WriteQueue:
         assert span is not None
         offset = entry.offset(key.rank)
         return self._l1.arena.view[offset + span[0] : offset + span[1]].toreadonly()
+
+    def check_integrity(self) -> None:
+        """Assert that the bytes that are offered are counted."""
+        assert self._offered_bytes == sum(self._offered.values())
+        assert all(pending in self.waiting or pending in self.in_flight for pending in self._offered)
 
     def __repr__(self) -> str:
         return f"<WriteQueue of {self.guard.name}, {len(self.waiting)} waiting, {len(self.in_flight)} in flight>"

@@ -1,18 +1,19 @@
 """Delete and clear: what is removed cannot be found from the call on, whatever reads, loads or stores it meanwhile."""
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from async_cache.errors import BackendError, CacheClosedError
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard, Listing
+from async_cache.l2.guards import Guards
 from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import Prompt
 from async_cache.read.loads import Loader
 from async_cache.values import Deleted
+from async_cache.write.carrier import Carrier
 from async_cache.write.writeback import Writeback
 
 _AT_ONCE = 256  # chunks, then the loop gets its turn; and objects in a call to a backend
@@ -24,7 +25,7 @@ class Remover:
     def __init__(
         self,
         l1: L1Store,
-        guards: Sequence[Guard],
+        guards: Guards,
         loader: Loader,
         writeback: Writeback,
         tombstones: Tombstones,
@@ -34,7 +35,7 @@ class Remover:
         self._loader = loader
         self._writeback = writeback
         self._tombstones = tombstones
-        self._tasks: set[asyncio.Task[Deleted]] = set()
+        self._carrier = Carrier()
 
     async def delete(self, prompt: Prompt) -> Deleted:
         """Remove every chunk of a prompt. Raises BackendError if a backend could not, after all others did.
@@ -49,7 +50,7 @@ class Remover:
         self._tombstones.bury(hashes)
         resident, leased = self._remove_from_l1(hashes)
         self._loader.delete(hashes)
-        return await self._carry_out(self._delete_from_l2(prompt, resident, leased))
+        return await self._carrier.carry_out(self._delete_from_l2(prompt, resident, leased))
 
     async def clear(self, tier: str) -> Deleted:
         """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1").
@@ -57,10 +58,10 @@ class Remover:
         Raises BackendError and is carried to its end, both like `delete`.
         """
         if tier == "l1":
-            return await self._carry_out(self._clear_written())
+            return await self._carrier.carry_out(self._clear_written())
         self._tombstones.bury(None)
         self._loader.delete(list(self._loader.in_flight()))
-        return await self._carry_out(self._clear_all())
+        return await self._carrier.carry_out(self._clear_all())
 
     async def empty_l1(self) -> None:
         """Remove everything from L1; what somebody still reads keeps its memory."""
@@ -68,28 +69,9 @@ class Remover:
 
     async def close(self) -> None:
         """Cancel the removals that are under way: their callers get CacheClosedError."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._carrier.close()
 
     # A removal has a task of its own.
-
-    async def _carry_out(self, removal: Coroutine[Any, Any, Deleted]) -> Deleted:
-        task = asyncio.create_task(removal)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():  # by `close`, and not the caller
-                raise CacheClosedError("the cache was closed") from None
-            raise
-
-    def _ended(self, task: "asyncio.Task[Deleted]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # looked at, also where its caller is gone
 
     async def _delete_from_l2(self, prompt: Prompt, resident: set[bytes], leased: int) -> Deleted:
         hashes, objects = prompt.chunk_hashes, prompt.layout.objects
@@ -135,12 +117,17 @@ class Remover:
         """Remove these chunks, as far as they are there; those that were, and how many of them are leased."""
         resident, leased = set(), 0
         for entry in filter(None, map(self._l1.find, chunk_hashes)):
-            if not (keep_needed and _is_needed(entry)):
+            if not (keep_needed and self._is_needed(entry)):
                 resident.add(entry.chunk_hash)
                 leased += entry.leases > 0
                 self._writeback.withdraw(entry)
                 self._l1.remove(entry)
         return resident, leased
+
+    def _is_needed(self, entry: Entry) -> bool:
+        """Whether L2 lacks a chunk, or a request may load the rest of it: what it was promised of it is here."""
+        is_whole = entry.present == entry.layout.objects.full_mask
+        return self._writeback.keeps(entry) or (entry.leases > 0 and not is_whole)
 
     # L2.
 
@@ -149,7 +136,7 @@ class Remover:
 
         Raises BackendError once all backends have ended, if one failed.
         """
-        deletions = [self._delete_from(guard, keys) for guard in self._guards]
+        deletions = [self._delete_from(guard, keys) for guard in self._guards.current]
         found: set[bytes] = set()
         for outcome in await asyncio.gather(*deletions, return_exceptions=True):
             if isinstance(outcome, BaseException):
@@ -159,8 +146,9 @@ class Remover:
 
     async def _delete_from(self, guard: Guard, keys: Sequence[ObjectKey] | None) -> set[bytes]:
         hashes = None if keys is None else {key.chunk_hash for key in keys}
-        ended = await self._writeback.writes_ended(guard, hashes)
-        deleted = await (_delete_all(guard) if keys is None else _delete_found(guard, keys))
+        with guard.kept():
+            ended = await self._writeback.writes_ended(guard, hashes) and await guard.stores_ended(hashes)
+            deleted = await (_delete_all(guard) if keys is None else _delete_found(guard, keys))
         if not ended:
             raise BackendError(f"{guard.name} may still store what was to be deleted: a write does not end")
         return deleted
@@ -184,7 +172,7 @@ async def _delete_all(guard: Guard) -> set[bytes]:
     listing: Listing = []
     try:
         while True:
-            keys = await guard.next_keys(listing, _AT_ONCE)
+            keys = [key for key, _ in await guard.next_keys(listing, _AT_ONCE)]
             if keys:
                 await guard.delete(keys)
                 deleted.update(key.chunk_hash for key in keys)
@@ -192,8 +180,3 @@ async def _delete_all(guard: Guard) -> set[bytes]:
                 return deleted
     finally:
         await guard.close_listing(listing)
-
-
-def _is_needed(entry: Entry) -> bool:
-    """Whether L2 lacks a chunk, or a request may load the rest of it: what it was promised of it is here."""
-    return bool(entry.unwritten or (entry.leases and entry.present != entry.layout.objects.full_mask))

@@ -1,4 +1,4 @@
-"""L1 -> L2: what was committed is stored in every backend, behind the requests.
+"""L1 -> L2: what was committed is stored in the backends, as the placement of each says, behind the requests.
 
 Each backend has a queue of its own, so that a dead one holds up nothing else. A queue takes what waits longest, leaves
 out what the backend has already, and tries again with back-off; what cannot be stored, or is evicted first, is dropped
@@ -6,13 +6,18 @@ and counted. Only writes in flight hold memory.
 """
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from async_cache.config import CacheConfig
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
-from async_cache.values import FlushResult
+from async_cache.l2.guards import Guards
+from async_cache.l2.placement import Placing
+from async_cache.observe import Observers
+from async_cache.read.load import ChunkLoad
+from async_cache.values import BackendState, FlushResult
+from async_cache.write.admission import Admission
 from async_cache.write.queue import Outcome, Pending, WriteQueue
 
 _COMMITS_GO_FIRST_SECONDS = 0.025  # how long a write gives way to a burst of commits, which ends with ...
@@ -32,48 +37,152 @@ class Flush:
 class Writeback:
     """The queues of all backends, and who waits for them to be empty."""
 
-    def __init__(self, l1: L1Store, guards: Sequence[Guard], config: CacheConfig):
+    def __init__(self, l1: L1Store, guards: Guards, observers: Observers, config: CacheConfig):
         self.dropped = 0
         """Chunks that no backend has stored, and none will be asked to."""
         self._written = 0
         self._reported = (0, 0)  # written and dropped, as of the last flush
-        share_bytes = int(config.l1_bytes * config.writeback_share) // max(1, len(guards))
-        self._queues = [
-            WriteQueue(guard, l1, max(1, share_bytes), self._commits_paused, self._left_queue) for guard in guards
-        ]
+        self._l1 = l1
+        self._guards = guards
+        self._observers = observers
+        self._share_bytes = int(config.l1_bytes * config.writeback_share)
+        self._queues: dict[Guard, WriteQueue] = {}
+        self._at_once: list[WriteQueue] = []  # by what is committed
+        self._later: list[WriteQueue] = []
+        self._promoting: list[WriteQueue] = []
+        self._admission: Admission | None = None  # while a backend admits only what was asked for
         self._pending: dict[Entry, Pending] = {}
+        self._offered: dict[Entry, Pending] = {}
         self._flushes: set[Flush] = set()
         self._epoch = 0  # how many flushes there have been
         self._closed = False
         self._clock = asyncio.get_running_loop().time
         self._committed_at = 0.0  # when the last one was
-        self._tasks = [asyncio.create_task(queue.run()) for queue in self._queues]
+        self._tasks: dict[WriteQueue, asyncio.Task[None]] = {}
+        for guard in guards.current:
+            self._begin(guard)
+        self.arrange()
+
+    # The queues: one for each backend, until it is closed.
+
+    def add(self, guard: Guard) -> None:
+        """Write to a backend from now on, as its placement says."""
+        self._begin(guard)
+        self.arrange()
+
+    def _begin(self, guard: Guard) -> None:
+        queue = WriteQueue(guard, self._l1, self._commits_paused, self._guards.others, self._left_queue)
+        self._queues[guard] = queue
+        self._tasks[queue] = asyncio.create_task(queue.run())
+
+    def arrange(self) -> None:
+        """Take note of which backends there are now, and what state they are in."""
+        at_once, later = self._guards.stages()
+        self._at_once = [self._queues[guard] for guard in at_once]
+        self._later = [self._queues[guard] for guard in later]
+        active = [guard for guard in self._guards.current if guard.state is BackendState.ACTIVE]
+        self._promoting = [self._queues[guard] for guard in active if guard.backend.placement.promote]
+        thresholds = {guard.backend.placement.admit for guard in (*at_once, *later)} - {1}
+        if thresholds and self._admission is None:
+            self._admission = Admission(self._asked_for)
+            self._observers.add(self._admission)
+        elif not thresholds and self._admission is not None:
+            self._observers.discard(self._admission)
+            self._admission = None
+        if self._admission is not None:
+            self._admission.thresholds = thresholds
+        for queue in self._queues.values():
+            queue.share_bytes = max(1, self._share_bytes // len(self._queues))
+
+    async def end(self, guard: Guard) -> None:
+        """Write nothing more to a backend: what waits for it is dropped there, what is in flight ends."""
+        self.arrange()
+        await self._queues[guard].end()
+
+    async def forget(self, guard: Guard) -> None:
+        """End the queue of a backend that is about to be closed."""
+        await self._end_tasks([self._queues[guard]])
+        del self._queues[guard]
+        self.arrange()
+
+    def queue(self, guard: Guard) -> WriteQueue | None:
+        """The queue of a backend; None where it has ended."""
+        return self._queues.get(guard)
 
     @property
     def stores(self) -> bool:
         """Whether there is a backend that chunks are stored in."""
-        return bool(self._queues)
+        return bool(self._at_once or self._later)
 
     @property
     def pending(self) -> int:
         """Chunks that some backend has not stored."""
         return len(self._pending)
 
+    def keeps(self, entry: Entry) -> bool:
+        """Whether a chunk waits for a backend, and L1 may have all that there is of it."""
+        return entry in self._pending
+
+    # Chunks come.
+
     def enqueue(self, entry: Entry, hashes: Sequence[bytes] = (), number: int = 0) -> None:
         """Store a chunk: objects of it were committed, or it is stored anew after it was dropped.
 
         It is chunk `number` of a prompt with these hashes, if that is known: what lies in front of it is in use too.
+        What no backend is to be given is not pending.
         """
         entry.dropped = False
         self._committed_at = self._clock()
-        queues = self._queues  # every chunk goes to every backend: this is where another choice would be made
+        queues, later = self._at_once, self._later
+        if self._admission is not None:
+            asked = self._admission.count(entry.chunk_hash)
+            queues, later = _admitting(queues, asked), _admitting(later, asked)
+        if not queues:
+            queues, later = later[:1], later[1:]
         if queues:
             pending = self._pending.get(entry)
             if pending is None:
-                pending = self._pending[entry] = Pending(entry, self._epoch, hashes or (entry.chunk_hash,), number)
+                pending = self._offered.pop(entry, None) or Pending(entry, 0, hashes or (entry.chunk_hash,), number)
+                pending.epoch = self._epoch
+                self._pending[entry] = pending
+            pending.later = tuple(later)
             for queue in queues:
                 if queue.add(pending):
                     entry.unwritten += 1
+
+    def _asked_for(self, hashes: Sequence[bytes], number: int) -> None:
+        """A chunk was asked for so often that a backend admits it now."""
+        entry = self._l1.find(hashes[number])
+        if entry is not None:
+            self.enqueue(entry, hashes, number)
+
+    def promote(self, loads: Iterable[tuple[ChunkLoad, Entry | None]]) -> None:
+        """Offer what was loaded to the backends before the one that it came from, if they want that.
+
+        Nobody waits for what is offered, and L1 may let go of it: it is neither pending nor dropped.
+        """
+        if not self._promoting:
+            return
+        faster: dict[Guard, list[WriteQueue]] = {}
+        for load, entry in loads:
+            if entry is None or entry.detached or not load.loaded:
+                continue
+            source = load.batches[-1].guard
+            if source not in faster:
+                before = self._guards.before(source)
+                faster[source] = [queue for queue in self._promoting if queue.guard in before]
+            for queue in faster[source]:
+                if queue.has_room_for(entry):
+                    self._offer(entry, queue)
+
+    def _offer(self, entry: Entry, queue: WriteQueue) -> None:
+        pending = self._pending.get(entry) or self._offered.get(entry)
+        if pending is None:
+            pending = self._offered[entry] = Pending(entry, self._epoch, (entry.chunk_hash,), 0)
+        if queue.offer(pending):
+            entry.unwritten += 1
+
+    # Chunks leave.
 
     def evicted(self, entry: Entry) -> None:
         """A chunk left L1 before it was stored: drop it."""
@@ -84,33 +193,60 @@ class Writeback:
         self._leave_queues(entry, Outcome.WITHDRAWN)
 
     def _leave_queues(self, entry: Entry, outcome: Outcome) -> None:
-        pending = self._pending.get(entry)
+        pending = self._pending.get(entry) or self._offered.get(entry)
         if pending is not None:
-            for queue in self._queues:
+            pending.later = ()
+            for queue in list(self._queues.values()):
                 queue.discard(pending, outcome)
 
-    def _left_queue(self, pending: Pending, outcome: Outcome, stored: int) -> None:
+    def _left_queue(self, queue: WriteQueue, pending: Pending, outcome: Outcome, stored: int) -> None:
         """A chunk has left a queue: with the last one it is written, or dropped if no backend has stored all of it."""
         entry = pending.entry
         entry.unwritten -= 1
+        if pending is self._offered.get(entry):
+            if not entry.unwritten:
+                del self._offered[entry]
+            return
         entry.dropped |= outcome is Outcome.DROPPED
+        pending.dropped |= outcome is Outcome.DROPPED
         pending.stored |= stored
-        if not entry.unwritten:
-            del self._pending[entry]
-            if not entry.present & ~pending.stored:
-                self._written += 1
-            elif outcome is Outcome.DROPPED:
-                self.dropped += 1
-            for flush in self._flushes:
-                if pending.epoch <= flush.epoch:
-                    flush.left -= 1
-                    if not flush.left:
-                        flush.done.set()
+        if pending.later and not entry.present & ~stored:
+            pending.later = self._left_for(queue, pending.later)
+        if entry.unwritten or self._take_turn(pending):
+            return
+        del self._pending[entry]
+        if not entry.present & ~pending.stored:
+            self._written += 1
+        elif outcome is not Outcome.WITHDRAWN and pending.dropped:
+            self.dropped += 1
+        for flush in self._flushes:
+            if pending.epoch <= flush.epoch:
+                flush.left -= 1
+                if not flush.left:
+                    flush.done.set()
+
+    def _left_for(self, stored_by: WriteQueue, later: tuple[WriteQueue, ...]) -> tuple[WriteQueue, ...]:
+        """Who still has a turn after a backend has stored a chunk: FIRST behind it has not."""
+        behind = self._guards.behind(stored_by.guard)
+        is_first = Placing.FIRST
+        return tuple(q for q in later if q.guard not in behind or q.guard.backend.placement.write is not is_first)
+
+    def _take_turn(self, pending: Pending) -> bool:
+        """Let a chunk that is in no queue wait in the next one that has a turn; False if there is none."""
+        while pending.later and not pending.entry.detached:
+            queue, *others = pending.later
+            pending.later = tuple(others)
+            if queue.add(pending):
+                pending.entry.unwritten += 1
+                return True
+        return False
+
+    # Who waits.
 
     async def writes_ended(self, guard: Guard, chunk_hashes: Collection[bytes] | None) -> bool:
         """Whether the writes to a backend that run now, of these chunks or of any, ended in time."""
-        queue = next(queue for queue in self._queues if queue.guard is guard)
-        return await queue.writes_ended(chunk_hashes)
+        queue = self._queues.get(guard)
+        return queue is None or await queue.writes_ended(chunk_hashes)
 
     async def flush(self, deadline_seconds: float | None) -> FlushResult:
         """Wait until everything that waits now is stored or dropped, or the deadline has passed."""
@@ -133,12 +269,18 @@ class Writeback:
     async def close(self) -> None:
         """Stop writing. Calls that are out belong to the guards."""
         self._closed = True
+        for pending in self._pending.values():
+            pending.later = ()  # a cycle that no collection would find: see `Pending`
         for flush in self._flushes:
             flush.done.set()
-        for task in self._tasks:
+        await self._end_tasks(list(self._tasks))
+
+    async def _end_tasks(self, queues: Sequence[WriteQueue]) -> None:
+        tasks = [self._tasks.pop(queue) for queue in queues]
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def _commits_paused(self) -> None:
         """Return when a burst of commits is over, or has lasted long.
@@ -151,12 +293,20 @@ class Writeback:
 
     def check_integrity(self) -> None:
         """An entry knows how many queues it is in, and pins are those of writes that run."""
-        places = [pending for queue in self._queues for pending in (*queue.waiting, *queue.in_flight)]
+        queues = self._queues.values()
+        places = [pending for queue in queues for pending in (*queue.waiting, *queue.in_flight)]
         assert all(pending.entry.unwritten == places.count(pending) for pending in places[:256])
-        assert set(self._pending.values()) == set(places)
-        assert all(self._pending[pending.entry] is pending for pending in places)
-        assert all(pending.entry.pins for queue in self._queues for pending in queue.in_flight)
-        assert not any(pending.entry.detached for queue in self._queues for pending in queue.waiting)
+        assert {*self._pending.values(), *self._offered.values()} == set(places)
+        assert self._pending.keys().isdisjoint(self._offered)
+        assert all(pending.entry.pins for queue in queues for pending in queue.in_flight)
+        assert not any(pending.entry.detached for queue in queues for pending in queue.waiting)
+        for queue in queues:
+            queue.check_integrity()
 
     def __repr__(self) -> str:
         return f"<Writeback, {self.pending} pending, {self.dropped} dropped>"
+
+
+def _admitting(queues: Sequence[WriteQueue], asked: int) -> list[WriteQueue]:
+    """Those that admit what was asked for so often."""
+    return [queue for queue in queues if queue.guard.backend.placement.admit <= max(asked, 1)]

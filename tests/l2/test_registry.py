@@ -222,8 +222,8 @@ async def test_a_cache_uses_the_scheme_of_another_package(packages: Callable[...
         (usage,) = (await cache.stats()).backends.items()
         assert usage[0] == "remote host:7/0"
         assert usage[1].capacity_bytes == 64
-        assert cache.core.guards[0].timeouts.lookup_seconds == 5
-        assert cache.core.guards[0].timeouts.load_seconds == 30
+        assert cache.core.guards.current[0].timeouts.lookup_seconds == 5
+        assert cache.core.guards.current[0].timeouts.load_seconds == 30
 
 
 def test_limits_of_a_url_come_before_those_of_the_package(packages: Callable[..., None]) -> None:

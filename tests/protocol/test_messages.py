@@ -32,6 +32,8 @@ VALUES = (
     values.FlushResult,
     values.CacheStats,
     values.BackendUsage,
+    values.BackendStatus,
+    values.Copied,
 )
 requests, answers = Decoder(messages.Request), Decoder(messages.Answer)
 

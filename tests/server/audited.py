@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 
-from async_cache import cli
+from async_cache.cli import app as cli
 from async_cache.server import Server, process
 
 from .programs import say

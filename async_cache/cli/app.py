@@ -1,9 +1,9 @@
-"""The command line: `async-cache serve | ping | status | config`, and `async-cache --version`."""
+"""The commands, and how what goes wrong is told: one line, and an exit code."""
 
 import io
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,13 +11,14 @@ from typing import Annotated, Any
 import msgspec
 import typer
 import uvloop
-from rich.console import Console
 from rich.table import Table
 
 from async_cache import __version__
-from async_cache.client.client import CacheClient, connect
-from async_cache.config import CacheConfig, Given, ServerConfig, hide_password, prefixed, told_where
-from async_cache.errors import AsyncCacheError, ConfigError
+from async_cache.cli.backends import backend_app, copy
+from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_client
+from async_cache.client.client import CacheClient
+from async_cache.config import CacheConfig, Given, ServerConfig, hide_password, told_where
+from async_cache.errors import AsyncCacheError
 from async_cache.l2.registry import from_urls
 from async_cache.memory.room import check_limits
 from async_cache.protocol.address import Address
@@ -31,14 +32,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(backend_app, name="backend")
 _STANDARD_ERROR = 2
-console = Console(
-    width=None if sys.stdout is not None and sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False
-)
-
-HEARTBEAT_SECONDS = 2.5
-"""Who has asked waits for twice as long for a server that is silent."""
-
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="Settings in TOML; see docs/configuration.md.")
 ]
@@ -50,10 +45,6 @@ L1Bytes = Annotated[str | None, typer.Option("--l1-bytes", metavar="SIZE", help=
 L2 = Annotated[
     list[str] | None,
     typer.Option("--l2", metavar="URL", help="A storage backend, the fastest first; may be given more than once."),
-]
-Url = Annotated[str, typer.Option("--url", metavar="URL", help="Where the server listens.", show_default=False)]
-TokenFile = Annotated[
-    Path | None, typer.Option("--token-file", metavar="FILE", help="A file with the token, if the server wants one.")
 ]
 
 
@@ -179,6 +170,9 @@ def show_config(config: ConfigFile = None, listen: Listen = None, l1_bytes: L1By
     console.print(table)
 
 
+app.command()(copy)
+
+
 def given(
     path: Path | None, listen: Sequence[str] | None, l1_bytes: str | None, l2: Sequence[str] | None
 ) -> tuple[dict[str, Given], dict[str, Given]]:
@@ -214,27 +208,6 @@ def show_value(name: str, value: Any) -> str:
     return "\n".join(map(hide_password, value)) if isinstance(value, tuple) else str(value)
 
 
-def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], Awaitable[None]]) -> None:
-    """Connect, and use the client."""
-    token = None
-    if token_file is not None:
-        try:
-            token = token_file.read_bytes().decode("utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the token in {token_file}: {error}") from error
-
-    if url:
-        with prefixed("--url"):
-            Address.parse(url)
-    where = url or ServerConfig.load().listen[0]
-
-    async def run() -> None:
-        async with connect(where, token=token, heartbeat_seconds=HEARTBEAT_SECONDS) as client:
-            await use(client)
-
-    uvloop.run(run())
-
-
 def print_status(stats: CacheStats) -> None:
     """A table: L1 and the requests, then the backends of L2."""
     table = Table.grid(padding=(0, 2))
@@ -254,13 +227,3 @@ def print_status(stats: CacheStats) -> None:
         bound = show_bytes(usage.capacity_bytes) if usage.capacity_bytes is not None else "no bound"
         table.add_row(f"L2 {name}", f"{show_bytes(usage.used_bytes)} of {bound}, {usage.objects:,} objects")
     console.print(table, highlight=False)
-
-
-def show_bytes(size_bytes: int) -> str:
-    """A size in powers of 1024, as the settings take it."""
-    size, unit = float(size_bytes), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:.4g} {unit}"

@@ -1,0 +1,10 @@
+"""The command line: `async-cache serve | ping | status | config | backend | copy`, and `async-cache --version`.
+
+app       the commands, and how what goes wrong is told
+backends  those that change the backends of a server, or move what a backend holds
+terminal  what commands share: the console, a client of the server, how sizes are written
+"""
+
+from async_cache.cli.app import main
+
+__all__ = ["main"]

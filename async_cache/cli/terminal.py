@@ -1,0 +1,58 @@
+"""What commands share: the console, a client of the server, how sizes are written."""
+
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvloop
+from rich.console import Console
+
+from async_cache.client.client import CacheClient, connect
+from async_cache.config import ServerConfig, prefixed
+from async_cache.errors import ConfigError
+from async_cache.protocol.address import Address
+
+console = Console(
+    width=None if sys.stdout is not None and sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False
+)
+
+HEARTBEAT_SECONDS = 2.5
+"""Who has asked waits for twice as long for a server that is silent."""
+
+Url = Annotated[str, typer.Option("--url", metavar="URL", help="Where the server listens.", show_default=False)]
+TokenFile = Annotated[
+    Path | None, typer.Option("--token-file", metavar="FILE", help="A file with the token, if the server wants one.")
+]
+
+
+def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], Awaitable[None]]) -> None:
+    """Connect, and use the client."""
+    token = None
+    if token_file is not None:
+        try:
+            token = token_file.read_bytes().decode("utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the token in {token_file}: {error}") from error
+
+    if url:
+        with prefixed("--url"):
+            Address.parse(url)
+    where = url or ServerConfig.load().listen[0]
+
+    async def run() -> None:
+        async with connect(where, token=token, heartbeat_seconds=HEARTBEAT_SECONDS) as client:
+            await use(client)
+
+    uvloop.run(run())
+
+
+def show_bytes(size_bytes: int) -> str:
+    """A size in powers of 1024, as the settings take it."""
+    size, unit = float(size_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.4g} {unit}"

@@ -1,0 +1,95 @@
+"""The backends of a cache, which may come and go while it is open."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+
+from async_cache.errors import ConfigError
+from async_cache.l2.guard import Guard
+from async_cache.l2.placement import Placing
+from async_cache.prompt.keys import ObjectKey
+from async_cache.values import BackendState
+
+
+async def held_by(guards: Sequence[Guard], keys: Sequence[ObjectKey]) -> set[ObjectKey]:
+    """Which of these objects some backend holds, as far as they can say and read them. No pin stays."""
+    held: set[ObjectKey] = set()
+    if keys:
+        for guard, found in zip(guards, await asyncio.gather(*(guard.lookup(keys) for guard in guards)), strict=True):
+            if found is not None:
+                guard.unpin_found(keys, found)
+                held.update(key for key, there in zip(keys, found, strict=True) if there and key not in guard.doubtful)
+    return held
+
+
+class Guards:
+    """Which backends there are, the fastest first.
+
+    `current` is replaced, and never changed: a lookup asks those that were there when it began, and what it found is
+    loaded from them. One that is removed is in `leaving` from the moment when no lookup asks it any more until it is
+    closed.
+    """
+
+    def __init__(self, guards: Sequence[Guard] = ()):
+        self.current: tuple[Guard, ...] = tuple(guards)
+        self.leaving: tuple[Guard, ...] = ()
+
+    def __iter__(self) -> Iterator[Guard]:
+        """All that are not closed yet."""
+        return iter((*self.current, *self.leaving))
+
+    def find(self, name: str) -> Guard:
+        """The backend of this name. Raises ConfigError."""
+        for guard in self:
+            if guard.name == name:
+                return guard
+        names = ", ".join(guard.name for guard in self.current)
+        raise ConfigError(f"there is no backend {name!r}: there is {names or 'none'}")
+
+    def others(self, guard: Guard) -> list[Guard]:
+        """Those beside this one that are to stay."""
+        return [other for other in self.current if other is not guard and other.state is BackendState.ACTIVE]
+
+    def before(self, guard: Guard) -> Sequence[Guard]:
+        """Those that are faster than this one; none where it has left."""
+        return self.current[: self.current.index(guard)] if guard in self.current else ()
+
+    def behind(self, guard: Guard) -> Sequence[Guard]:
+        """Those that are slower than this one; none where it has left."""
+        return self.current[self.current.index(guard) + 1 :] if guard in self.current else ()
+
+    def add(self, guard: Guard, position: int | None = None) -> None:
+        """Let one be asked from now on, before the one at this position; behind all if None."""
+        guards = list(self.current)
+        guards.insert(len(guards) if position is None else position, guard)
+        self.current = tuple(guards)
+
+    def leave(self, guard: Guard) -> None:
+        """Let one be asked no more."""
+        guard.state = BackendState.LEAVING
+        self.current = tuple(other for other in self.current if other is not guard)
+        self.leaving += (guard,)
+
+    def left(self, guard: Guard) -> None:
+        """Forget one that is closed."""
+        self.leaving = tuple(other for other in self.leaving if other is not guard)
+
+    def stages(self) -> tuple[list[Guard], list[Guard]]:
+        """Those that what is committed is written to at once, and those that have a turn after that, in its order.
+
+        FIRST comes at once where nobody before it would be written to, and else before SKIP_IF_PRESENT.
+        """
+        at_once: list[Guard] = []
+        first: list[Guard] = []
+        skip: list[Guard] = []
+        for guard in self.current:
+            write = guard.backend.placement.write if guard.state is BackendState.ACTIVE else Placing.NONE
+            if write is Placing.ALL or (write is Placing.FIRST and not at_once):
+                at_once.append(guard)
+            elif write is Placing.FIRST:
+                first.append(guard)
+            elif write is Placing.SKIP_IF_PRESENT:
+                skip.append(guard)
+        return at_once, [*first, *skip]
+
+    def __repr__(self) -> str:
+        return f"<Guards of {', '.join(guard.name for guard in self.current) or 'nothing'}>"
