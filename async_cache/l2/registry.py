@@ -5,7 +5,7 @@ makes a backend, not opened yet, from a `BackendURL`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
@@ -16,6 +16,11 @@ import msgspec
 from async_cache.config import CacheConfig, hide_password, prefixed
 from async_cache.errors import ConfigError
 from async_cache.l2.backend import Backend, Limits
+from async_cache.l2.codec import parameters
+from async_cache.l2.codec.backend import CodecBackend
+from async_cache.l2.codec.codec import Codec
+from async_cache.l2.codec.keyfile import read_keys
+from async_cache.l2.codec.parameters import Steps
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.url import BackendURL
@@ -37,6 +42,12 @@ _OWN = {
 _LIMITS = {name.removesuffix("_seconds"): name for name in Limits.__struct_fields__}
 """The parameters that every URL may have, and the limit that each sets."""
 _PARSERS = {parameter: partial(CacheConfig.parse, name) for parameter, name in _LIMITS.items()}
+_CODEC_PARSERS = {"codec": parameters.codec, "key_file": parameters.key_file}
+_STEPS = {
+    name: EntryPoint(name, value, GROUP)
+    for name, value in {"zstd": "async_cache.l2.codec.zstd:Zstd", "aes": "async_cache.l2.codec.aes:Aes"}.items()
+}
+"""The steps of a codec, which are imported when a URL asks for them: they need packages that not everybody has."""
 
 
 def from_url(url: str) -> Backend:
@@ -48,7 +59,8 @@ def from_url(url: str) -> Backend:
     `capacity` is in bytes or with a unit; "none" is no bound. Without it, memory is unbounded and a directory
     is bounded to 10 GiB. A path is absolute; in it, "?", "#" and "%" are percent-encoded. Other schemes are those of
     installed packages. `lookup_timeout`, `load_timeout`, `store_timeout` and `breaker_reset` in seconds, and
-    `breaker_failures`, may stand in any URL, and come before the settings of the cache.
+    `breaker_failures`, may stand in any URL, and come before the settings of the cache. So may `codec=zstd`, which
+    compresses what is stored, `codec=aes&key_file=/path`, which encrypts it, and `codec=zstd,aes`.
 
     Raises ConfigError, which names the URL without its password, and what is allowed or who made it.
     """
@@ -59,8 +71,13 @@ def from_url(url: str) -> Backend:
         make = own.make if own is not None else partial(_make, _find(parts.scheme))
         if own is None:
             allowed = ""
-        parts, limits = _split_limits(parts)
+        parts, values = _split(parts, _PARSERS)
+        limits = {_LIMITS[parameter]: value for parameter, value in values.items()}
+        parts, values = _split(parts, _CODEC_PARSERS)
+        codec = _codec(**values)
         backend = make(parts)
+        if codec is not None:
+            backend = CodecBackend(backend, codec)
         if not backend.name.isprintable():
             raise ConfigError(f"the name {backend.name!r} cannot be printed")
     except ConfigError as error:
@@ -86,13 +103,32 @@ def check_names(backends: Sequence[Backend]) -> None:
             raise ConfigError(f"{names[name]} backends have the same name {name!r}")
 
 
-def _split_limits(url: BackendURL) -> tuple[BackendURL, dict[str, Any]]:
-    """The URL without the parameters that set limits, and the limits."""
+def _split(url: BackendURL, parsers: Mapping[str, Callable[[str], Any]]) -> tuple[BackendURL, dict[str, Any]]:
+    """The URL without those of these parameters that it has, and their values."""
     fields = url.query.split("&")
-    ours = [field for field in fields if unquote_plus(field.partition("=")[0]) in _LIMITS]
-    values = BackendURL("", "", "", "&".join(ours), "").parameters(**_PARSERS)
-    rest = url._replace(query="&".join(field for field in fields if field not in ours))
-    return rest, {_LIMITS[parameter]: value for parameter, value in values.items()}
+    ours = [field for field in fields if unquote_plus(field.partition("=")[0]) in parsers]
+    values = BackendURL("", "", "", "&".join(ours), "").parameters(**parsers)
+    return url._replace(query="&".join(field for field in fields if field not in ours)), values
+
+
+def _codec(codec: Steps | None = None, key_file: str | None = None) -> Codec | None:
+    """What `codec` and `key_file` of a URL ask for; None if objects are stored as they are. Raises ConfigError."""
+    encrypts = codec is not None and codec.aes
+    if encrypts and key_file is None:
+        raise ConfigError("codec: aes needs key_file=/path")
+    if key_file is not None and not encrypts:
+        raise ConfigError("key_file: without aes in the codec, a key has no use")
+    try:
+        compression = _STEPS["zstd"].load()(codec.level) if codec is not None and codec.zstd else None
+        encryption = _STEPS["aes"].load()(_keys(key_file)) if key_file is not None else None
+    except ImportError as error:
+        raise ConfigError(f"codec: {error}: pip install 'async-kv-cache[codecs]'") from error
+    return Codec(compression, encryption) if compression or encryption else None
+
+
+def _keys(path: str) -> list[bytes]:
+    with prefixed("key_file"):
+        return read_keys(path)
 
 
 # Other packages.
