@@ -249,6 +249,10 @@ def test_without_a_codec_objects_are_stored_as_they_are(query: str) -> None:
         ("codec=zstd,zstd", "codec: 'zstd,zstd' is not none"),
         ("codec=zstd,", "codec: 'zstd,' is not none"),
         ("codec=none,aes", "codec: 'none,aes' is not none"),
+        (
+            "codec=fp8",
+            "codec: fp8 loses bits, so it is no way to store a layout, but a layout: docs/backends/codecs.md",
+        ),
         ("codec=zstd&codec=zstd", "parameter 'codec' is repeated"),
         ("codec=aes", "codec: aes needs key_file=/path"),
         ("codec=zstd&key_file=/keys", "key_file: without aes in the codec, a key has no use"),

@@ -18,6 +18,8 @@ class Steps(NamedTuple):
 
 def codec(text: str) -> Steps:
     """The steps of "none", "zstd", "zstd:3", "aes", "zstd,aes" or "zstd:3,aes". Raises ConfigError for others."""
+    if "fp8" in text.split(","):
+        raise ConfigError("fp8 loses bits, so it is no way to store a layout, but a layout: docs/backends/codecs.md")
     match = _CODEC.fullmatch(text)
     if match is None:
         raise ConfigError(f"{text!r} is not none, zstd, zstd:1 to zstd:19, aes, or zstd and aes with a comma between")
