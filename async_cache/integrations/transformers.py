@@ -212,7 +212,7 @@ class CachedPrefix:
         """The KV of consecutive chunks, the first of the prompt before all. It shares no memory with them."""
         kv = DynamicCache(config=self._model.config)
         dtype = getattr(torch, self._group.dtype)
-        chunks = [from_fp8(*tensors, dtype) if self._fp8 else tensors[0] for tensors in leased]
+        chunks = [from_fp8(tensors[0], tensors[1], dtype) if self._fp8 else tensors[0] for tensors in leased]
         for layer in range(len(kv.layers) if chunks else 0):
             keys, values = (torch.cat([chunk[part, layer] for chunk in chunks], dim=1)[None] for part in (0, 1))
             kv.update(keys.to(self._model.device), values.to(self._model.device), layer)
