@@ -223,6 +223,10 @@ class CodecBackend(Backend):
                 self._found_older.clear()
         await self.inner.close()
 
+    def check_integrity(self) -> None:
+        """Assert that what was unpinned is forgotten."""
+        assert all(pins > 0 for pins in self._found_older.values())
+
 
 def _work(
     step: Callable[[ObjectKey, memoryview, memoryview, Event], Any], work: _Work, results: list[Any], stop: Event

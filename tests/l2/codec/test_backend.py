@@ -88,6 +88,7 @@ async def test_a_key_that_came_later_encrypts_and_older_ones_still_decrypt() -> 
         assert store.pins == 3
         during.unpin(keys)
         assert store.pins == 0 and not during._found_older
+        during.check_integrity()
         assert sorted([k async for k, _ in during.keys()]) == sorted(keys)
         assert await during.delete([key(2)]) == 1
         assert await put(during, [1], 5000) == [True]
