@@ -4,11 +4,11 @@
     logits, kv, result = await prefix.prefill(tokens)
     await prefix.store(tokens, kv)
 
-Bit-equal, and not only alike: a sum of floats depends on how the work is cut. So a prompt is always computed in steps
-that end where a chunk ends. Who begins where the stored chunks end repeats the last steps of who stored them: the same
-shapes over the same bytes. (On one machine, that is, with one version of torch and as many threads.) KV that
-was computed in other steps, such as that of generated tokens, can be stored as well; it is alike. A model
-whose positions depend on the length of the whole prompt is refused.
+Bit-equal, and not only alike, unless `fp8` is asked for: a sum of floats depends on how the work is cut. So a prompt
+is always computed in steps that end where a chunk ends. Who begins where the stored chunks end repeats the last steps
+of who stored them: the same shapes over the same bytes. (On one machine, that is, with one version of torch and as
+many threads.) KV that was computed in other steps, such as that of generated tokens, can be stored as well; it is
+alike. A model whose positions depend on the length of the whole prompt is refused.
 
 Needs `async-kv-cache[transformers]`.
 """
@@ -27,6 +27,7 @@ from async_cache.cache import AsyncCache
 from async_cache.client import CacheClient
 from async_cache.errors import AsyncCacheError, ConnectionLostError
 from async_cache.handles.prefetch import Prefetch
+from async_cache.integrations.fp8 import fp8_layout, from_fp8, to_fp8
 from async_cache.prompt.keys import pack_tokens
 from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.prompt.objects import ObjectGroup
@@ -132,8 +133,12 @@ class CachedPrefix:
         revision: str | None = None,
         salt: str = "",
         adapter: str = "",
+        fp8: bool = False,
     ):
         """`chunk_tokens`, `name`, `revision`: see `kv_layout`. `salt` separates tenants, `adapter` names a LoRA.
+
+        With `fp8`, KV takes half of the memory and storage, or a quarter, and is not what it was: what is computed
+        behind it is alike, not bit-equal. It is never found by who wants it exact (`integrations.fp8` says why).
 
         The model computes one token. Raises ValueError for a model that cannot be cached, TypeError for what is none.
         """
@@ -141,7 +146,10 @@ class CachedPrefix:
             raise TypeError(f"cache must be an AsyncCache or a CacheClient, not {type(cache).__name__}")
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model must be a transformers model, not {type(model).__name__}")
-        self.layout = kv_layout(model, chunk_tokens=chunk_tokens, name=name, revision=revision)
+        exact = kv_layout(model, chunk_tokens=chunk_tokens, name=name, revision=revision)
+        (self._group,) = exact.groups
+        self._fp8 = fp8
+        self.layout = fp8_layout(exact) if fp8 else exact
         self._cache = cache
         self._model = model
         self._salt, self._adapter = salt, adapter
@@ -170,7 +178,7 @@ class CachedPrefix:
         try:
             await prefetch.load_done  # an error of its own says more than that there is nothing to read
             async with self._cache.read(request_id) as lease:
-                kv = await _to_its_end(self._rebuild, [chunk.tensors()[0] for chunk in lease])
+                kv = await _to_its_end(self._rebuild, [chunk.tensors() for chunk in lease])
                 if not lease.held:
                     raise ConnectionLostError("the connection was lost while the KV was copied")
                 self._warned.pop(_READ, None)
@@ -200,9 +208,11 @@ class CachedPrefix:
             return self._without_cache(error)
         return await self.read(prefetch)
 
-    def _rebuild(self, chunks: Sequence[Any]) -> DynamicCache:
+    def _rebuild(self, leased: Sequence[Any]) -> DynamicCache:
         """The KV of consecutive chunks, the first of the prompt before all. It shares no memory with them."""
         kv = DynamicCache(config=self._model.config)
+        dtype = getattr(torch, self._group.dtype)
+        chunks = [from_fp8(tensors[0], tensors[1], dtype) if self._fp8 else tensors[0] for tensors in leased]
         for layer in range(len(kv.layers) if chunks else 0):
             keys, values = (torch.cat([chunk[part, layer] for chunk in chunks], dim=1)[None] for part in (0, 1))
             kv.update(keys.to(self._model.device), values.to(self._model.device), layer)
@@ -247,7 +257,8 @@ class CachedPrefix:
         try:
             async with self._cache.store(prompt) as writer:
                 for chunk in writer:
-                    await _to_its_end(_copy_chunk, layers, chunk.index, chunk.tensors()[0])
+                    copy = _round_chunk if self._fp8 else _copy_chunk
+                    await _to_its_end(copy, layers, chunk.index, *chunk.tensors())
                     chunk.commit()
                     taken += 1
             self._warned.pop(_STORED, None)
@@ -271,15 +282,14 @@ class CachedPrefix:
     def _check_kv(self, kv: DynamicCache) -> None:
         if not isinstance(kv, DynamicCache):
             raise TypeError(f"kv must be a DynamicCache, not {type(kv).__name__}")
-        (group,) = self.layout.groups
-        _, layers, heads, _, width = group.shape
+        _, layers, heads, _, width = self._group.shape
         if len(kv.layers) != layers:
             raise ValueError(
                 f"kv has {len(kv.layers)} layers, those of {self.layout.model!r} are {layers}: "
                 "make an empty one by `DynamicCache(config=model.config)`"
             )
         tokens = kv.get_seq_length()
-        expected = ((1, heads, tokens, width), f"torch.{group.dtype}")
+        expected = ((1, heads, tokens, width), f"torch.{self._group.dtype}")
         for layer in kv.layers if tokens else ():
             for part in (layer.keys, layer.values):
                 if (tuple(part.shape), str(part.dtype)) != expected:
@@ -316,6 +326,17 @@ def _copy_chunk(layers: Sequence[tuple[torch.Tensor, torch.Tensor]], index: int,
         for number, (keys, values) in enumerate(layers):
             chunk[0, number].copy_(keys[0, :, span])
             chunk[1, number].copy_(values[0, :, span])
+
+
+def _round_chunk(
+    layers: Sequence[tuple[torch.Tensor, torch.Tensor]], index: int, scales: torch.Tensor, chunk: torch.Tensor
+) -> None:
+    """Fill `chunk`, shaped as in `kv_layout`, and its scales with chunk number `index` of the model's KV in fp8."""
+    tokens = chunk.shape[3]
+    span = slice(index * tokens, (index + 1) * tokens)
+    for number, parts in enumerate(layers):
+        for part, exact in enumerate(parts):
+            to_fp8(exact[0, :, span], scales[part, number], chunk[part, number])
 
 
 async def _to_its_end(work: Callable[..., T], *args: Any) -> T:

@@ -103,6 +103,15 @@ class Backend(ABC):
         nothing; a fault of some of its objects is an outcome of these.
         """
 
+    async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
+        """Load as `load` does, but into buffers that may be longer: for each object its size, or why it is not there.
+
+        The object is at the start of its buffer, and what lies behind it there may be overwritten. One that is longer
+        than its buffer is not the one that was asked for, and so CORRUPT. A backend need not have this: it is what a
+        codec asks of the backend that it wraps, since nobody knows how long an encoded object is until it is read.
+        """
+        raise NotImplementedError(f"{self.name} cannot load what it is not told the size of")
+
     @abstractmethod
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         """Store each object, whole or not at all; False where it was not stored. Storing what is there is True.
@@ -117,7 +126,7 @@ class Backend(ABC):
 
     @abstractmethod
     def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
-        """Iterate over all objects, each with its size in bytes, for recovery and listing."""
+        """Iterate over all objects, each with the bytes that it counts in `usage`, for recovery and listing."""
 
     @abstractmethod
     def usage(self) -> BackendUsage:

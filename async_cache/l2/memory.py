@@ -99,6 +99,10 @@ class MemoryBackend(Backend):
         _check_lengths(keys, buffers)
         return [await self._load(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
 
+    async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
+        _check_lengths(keys, buffers)
+        return [await self._load_sized(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
+
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         _check_lengths(keys, buffers)
         chunk_hashes = [key.chunk_hash for key in keys]
@@ -151,6 +155,12 @@ class MemoryBackend(Backend):
         if self._objects.get(key) is stored:  # it may have been deleted and stored anew meanwhile
             self._remove(key, Removal.DAMAGED)
         return LoadOutcome.CORRUPT
+
+    async def _load_sized(self, key: ObjectKey, buffer: memoryview) -> int | LoadOutcome:
+        stored = self._objects.get(key)
+        size_bytes = stored.size_bytes if stored is not None else 0
+        outcome = await self._load(key, buffer[:size_bytes])
+        return size_bytes if outcome is LoadOutcome.LOADED else outcome
 
     async def _fill(self, buffer: memoryview, stored: _Object) -> bool:
         """Copy the object into the buffer; whether what was delivered has the right checksum."""

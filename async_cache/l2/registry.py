@@ -16,6 +16,11 @@ import msgspec
 from async_cache.config import CacheConfig, hide_password, prefixed
 from async_cache.errors import ConfigError
 from async_cache.l2.backend import Backend, Limits
+from async_cache.l2.codec import parameters
+from async_cache.l2.codec.backend import CodecBackend
+from async_cache.l2.codec.codec import Codec
+from async_cache.l2.codec.keyfile import read_keys
+from async_cache.l2.codec.parameters import Steps
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.placement import MOST_ADMIT, Placing
@@ -43,7 +48,13 @@ _PLACEMENT: dict[str, Callable[[str], Any]] = {
     "admit": whole_number(MOST_ADMIT),
 }
 """And what of its placement each of these sets, by its own name."""
-_PARSERS = {parameter: partial(CacheConfig.parse, name) for parameter, name in _LIMITS.items()} | _PLACEMENT
+_CODEC = {"codec": parameters.codec, "key_file": parameters.key_file}
+_PARSERS = {parameter: partial(CacheConfig.parse, name) for parameter, name in _LIMITS.items()} | _PLACEMENT | _CODEC
+_STEPS = {
+    name: EntryPoint(name, value, GROUP)
+    for name, value in {"zstd": "async_cache.l2.codec.zstd:Zstd", "aes": "async_cache.l2.codec.aes:Aes"}.items()
+}
+"""The steps of a codec, which are imported when a URL asks for them: they need packages that not everybody has."""
 
 
 def from_url(url: str) -> Backend:
@@ -56,7 +67,8 @@ def from_url(url: str) -> Backend:
     is bounded to 10 GiB. A path is absolute; in it, "?", "#" and "%" are percent-encoded. Other schemes are those of
     installed packages. `lookup_timeout`, `load_timeout`, `store_timeout` and `breaker_reset` in seconds, and
     `breaker_failures`, may stand in any URL, and come before the settings of the cache. So may what the backend is
-    given: `write=all|first|skip_if_present|none`, `promote=true|false` and `admit`, from 1 to 15.
+    given: `write=all|first|skip_if_present|none`, `promote=true|false` and `admit`, from 1 to 15; and `codec=zstd`,
+    which compresses what is stored, `codec=aes&key_file=/path`, which encrypts it, and `codec=zstd,aes`.
 
     Raises ConfigError, which names the URL without its password, and what is allowed or who made it.
     """
@@ -68,7 +80,10 @@ def from_url(url: str) -> Backend:
         if own is None:
             allowed = ""
         parts, common = _split_common(parts)
+        codec = _codec(**{parameter: common[parameter] for parameter in _CODEC if parameter in common})
         backend = make(parts)
+        if codec is not None:
+            backend = CodecBackend(backend, codec)
         if not backend.name.isprintable():
             raise ConfigError(f"the name {backend.name!r} cannot be printed")
     except ConfigError as error:
@@ -104,6 +119,26 @@ def _split_common(url: BackendURL) -> tuple[BackendURL, dict[str, Any]]:
     ours = [field for field in fields if unquote_plus(field.partition("=")[0]) in _PARSERS]
     values = BackendURL("", "", "", "&".join(ours), "").parameters(**_PARSERS)
     return url._replace(query="&".join(field for field in fields if field not in ours)), values
+
+
+def _codec(codec: Steps | None = None, key_file: str | None = None) -> Codec | None:
+    """What `codec` and `key_file` of a URL ask for; None if objects are stored as they are. Raises ConfigError."""
+    encrypts = codec is not None and codec.aes
+    if encrypts and key_file is None:
+        raise ConfigError("codec: aes needs key_file=/path")
+    if key_file is not None and not encrypts:
+        raise ConfigError("key_file: without aes in the codec, a key has no use")
+    try:
+        compression = _STEPS["zstd"].load()(codec.level) if codec is not None and codec.zstd else None
+        encryption = _STEPS["aes"].load()(_keys(key_file)) if key_file is not None else None
+    except ImportError as error:
+        raise ConfigError(f"codec: {error}: pip install 'async-kv-cache[codecs]'") from error
+    return Codec(compression, encryption) if compression or encryption else None
+
+
+def _keys(path: str) -> list[bytes]:
+    with prefixed("key_file"):
+        return read_keys(path)
 
 
 # Other packages.

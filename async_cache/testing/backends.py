@@ -58,6 +58,10 @@ class WrappedBackend(Backend):
         await self._begin("load", keys, buffers)
         return await self.inner.load(keys, buffers)
 
+    async def load_sized(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[int | LoadOutcome]:
+        await self._begin("load", keys, buffers)
+        return await self.inner.load_sized(keys, buffers)
+
     async def store(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[bool]:
         await self._begin("store", keys, buffers)
         return await self.inner.store(keys, buffers)
@@ -196,6 +200,10 @@ class FailingBackend(WrappedBackend):
     async def load(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[LoadOutcome]:
         outcomes, bad = await super().load(keys, buffers), self._bad("load")
         return [LoadOutcome.FAILED if key in bad else of_inner for key, of_inner in zip(keys, outcomes, strict=True)]
+
+    async def load_sized(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[int | LoadOutcome]:
+        sizes, bad = await super().load_sized(keys, buffers), self._bad("load")
+        return [LoadOutcome.FAILED if key in bad else of_inner for key, of_inner in zip(keys, sizes, strict=True)]
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[bool]:
         await self._begin("store", keys, buffers)

@@ -1,5 +1,6 @@
 """URLs of backends: what each becomes, and what is refused; schemes of other packages; limits in any URL."""
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from distribution import BACKEND, install
 from async_cache import AsyncCache, CacheConfig
 from async_cache.errors import ConfigError
 from async_cache.l2.backend import Limits
+from async_cache.l2.codec.backend import CodecBackend
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.registry import from_url
@@ -198,6 +200,106 @@ def test_limits_of_a_ready_made_backend_are_checked_too(value: Any) -> None:
     for name in Limits.__struct_fields__:
         with pytest.raises(ConfigError, match=f"^{name} must be"):
             Limits(**{name: value})
+
+
+# Codecs.
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [
+        ("codec=zstd", "zstd"),
+        ("codec=zstd:19", "zstd"),
+        ("codec=aes&key_file={keys}", "aes"),
+        ("capacity=4096&codec=zstd,aes&lookup_timeout=5&key_file={keys}", "zstd,aes"),
+        ("codec=zstd%3A3%2Caes&key_file={keys}", "zstd,aes"),
+    ],
+)
+def test_any_url_may_have_a_codec(query: str, name: str, tmp_path: Path, packages: Callable[..., None]) -> None:
+    packages(
+        "kv_remote", "from async_cache.l2.memory import MemoryBackend as M\nmake = M.from_url", remote="kv_remote:make"
+    )
+    keys = tmp_path / "keys"
+    keys.write_text("5" * 64)
+    keys.chmod(0o600)
+    for url in ("memory://", f"fs://{tmp_path}/kv", "remote://host"):
+        backend = from_url(f"{url}?{query.format(keys=keys)}")
+        assert isinstance(backend, CodecBackend)
+        assert backend.codec.name == name
+        assert backend.name == from_url(url).name
+        if "capacity" in query:
+            assert backend.usage().capacity_bytes == 4096
+            assert backend.limits.lookup_timeout_seconds == 5
+
+
+@pytest.mark.parametrize("query", ["", "?codec=none"])
+def test_without_a_codec_objects_are_stored_as_they_are(query: str) -> None:
+    assert type(from_url(f"memory://{query}")) is MemoryBackend
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ("codec=lz4", "codec: 'lz4' is not none, zstd, zstd:1 to zstd:19, aes, or zstd and aes with a comma between"),
+        ("codec=", "codec: '' is not none"),
+        ("codec=zstd:0", "codec: 'zstd:0' is not none"),
+        ("codec=zstd:20", "codec: 'zstd:20' is not none"),
+        ("codec=zstd:", "codec: 'zstd:' is not none"),
+        ("codec=aes,zstd", "codec: 'aes,zstd' is not none"),
+        ("codec=zstd,zstd", "codec: 'zstd,zstd' is not none"),
+        ("codec=zstd,", "codec: 'zstd,' is not none"),
+        ("codec=none,aes", "codec: 'none,aes' is not none"),
+        (
+            "codec=fp8",
+            "codec: fp8 loses bits, so it is no way to store a layout, but a layout: docs/backends/codecs.md",
+        ),
+        ("codec=zstd&codec=zstd", "parameter 'codec' is repeated"),
+        ("codec=aes", "codec: aes needs key_file=/path"),
+        ("codec=zstd&key_file=/keys", "key_file: without aes in the codec, a key has no use"),
+        ("key_file=/keys", "key_file: without aes in the codec, a key has no use"),
+        ("codec=aes&key_file=keys", "key_file: the path 'keys' is not absolute"),
+        ("codec=aes&key_file=/no/keys", "key_file: '/no/keys' cannot be read: No such file or directory"),
+    ],
+)
+def test_codecs_that_can_not_be_used_are_refused(query: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_url(f"memory://?{query}")
+    assert str(caught.value).startswith(f"memory://?{query}: {reason}")
+
+
+def test_a_codec_needs_a_backend_that_loads_what_it_does_not_know_the_size_of(packages: Callable[..., None]) -> None:
+    source = """
+from async_cache.l2 import Backend
+from async_cache.l2.memory import MemoryBackend
+class Old(MemoryBackend):
+    load_sized = Backend.load_sized
+def make(url):
+    return Old(url.netloc)
+"""
+    packages("kv_old", source, old="kv_old:make")
+    with pytest.raises(ConfigError, match=r"^old://host\?codec=zstd: codec: Old loads only .*no load_sized"):
+        from_url("old://host?codec=zstd")
+
+
+@pytest.mark.parametrize(("codec", "missing"), [("zstd", "numpy"), ("zstd", "backports"), ("aes", "cryptography")])
+def test_what_a_codec_needs_is_told_where_it_is_not_installed(codec: str, missing: str, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("5" * 64)
+    keys.chmod(0o600)
+    url = f"memory://?codec={codec}{f'&key_file={keys}' if codec == 'aes' else ''}"
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+import async_cache
+from async_cache.l2.registry import from_url
+from_url("memory://")
+try:
+    from_url({url!r})
+except async_cache.ConfigError as error:
+    print(error)
+"""
+    told = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert "pip install 'async-kv-cache[codecs]'" in told and missing in told and told.count("\n") == 1
 
 
 # Schemes of other packages.

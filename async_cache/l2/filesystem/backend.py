@@ -8,7 +8,7 @@ recovery. `record` has the format.
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from heapq import merge
 from itertools import islice
@@ -166,15 +166,28 @@ class FileSystemBackend(Backend):
         self._index.unpin(keys)
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+        return self._noted(keys, await self._read(self._directory.load, keys, buffers))
+
+    async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
+        sizes = await self._read(self._directory.load_sized, keys, buffers)
+        told = self._noted(keys, [LoadOutcome.LOADED if isinstance(size, int) else size for size in sizes])
+        return [size if isinstance(size, int) else outcome for size, outcome in zip(sizes, told, strict=True)]
+
+    async def _read(
+        self, load: Callable[..., None], keys: Sequence[ObjectKey], buffers: Sequence[memoryview]
+    ) -> list[Any]:
+        """What a `load` of the directory says of each object: its threads share the work."""
         _check_lengths(keys, buffers)
         todo = zip(range(len(keys)), keys, buffers, strict=True)
         outcomes: list[Any] = [None] * len(keys)
         stop = Event()
         # Submitted without aiofiles: `settle` must know of each call whether it has begun.
-        futures = [
-            self._loads.submit(self._directory.load, todo, outcomes, stop) for _ in range(min(self._threads, len(keys)))
-        ]
+        futures = [self._loads.submit(load, todo, outcomes, stop) for _ in range(min(self._threads, len(keys)))]
         await settle(futures, stop, self._given_up)
+        return outcomes
+
+    def _noted(self, keys: Sequence[ObjectKey], outcomes: list[Any]) -> list[LoadOutcome]:
+        """What is told of each object, which the index and the faults hear of first."""
         if outcomes.count(LoadOutcome.LOADED) == len(outcomes):
             self._faults.over(keys)
             return outcomes

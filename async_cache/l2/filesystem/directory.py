@@ -13,16 +13,20 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from mmap import PAGESIZE, mmap
 from secrets import token_hex
 from threading import Event
+from typing import TypeVar
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.record import TRAILER_BYTES, body_bytes, file_name, is_trailer, parse_name, write_trailer
 from async_cache.prompt.keys import ObjectKey
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -89,18 +93,33 @@ class RecordDirectory:
                 at_once = len(body) <= BLOCK_BYTES and not self._direct and self._load_at_once(key, body, tail)
                 outcomes[place] = _LOADED if at_once else self._load(key, body, tail, stop)
             except OSError as error:
-                outcomes[place] = self._load_again(error, key, body, tail, stop)
+                outcomes[place] = self._load_again(error, partial(self._load, key, body, tail, stop), stop)
 
-    def _load_again(
-        self, fault: OSError, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event
-    ) -> LoadOutcome | OSError:
+    def load_sized(
+        self,
+        todo: Iterator[tuple[int, ObjectKey, memoryview]],
+        outcomes: list[int | LoadOutcome | OSError | None],
+        stop: Event,
+    ) -> None:
+        """Fill buffers that may be longer than the bodies, as `load` does; what was loaded has its size as outcome."""
+        tail = self._tail(spare_bytes=1)
+        for place, key, buffer in todo:
+            if stop.is_set():
+                break
+            load = partial(self._load_sized, key, buffer, tail, stop)
+            try:
+                outcomes[place] = load()
+            except OSError as error:
+                outcomes[place] = self._load_again(error, load, stop)
+
+    def _load_again(self, fault: OSError, load: Callable[[], T], stop: Event) -> T | LoadOutcome | OSError:
         """Load again what could not be read: a fault may be of the moment, as a stale handle is, but is quick then."""
         latest = time.monotonic() + _QUICK_SECONDS
         for _ in range(_MORE_TRIES):
             if fault.errno in _NO_FILE or isinstance(fault, RecordFault) or stop.is_set() or time.monotonic() > latest:
                 break
             try:
-                return self._load(key, body, tail, stop)
+                return load()
             except OSError as again:
                 fault = again
         return LoadOutcome.GONE if fault.errno in _NO_FILE else fault.with_traceback(None)  # whose frames hold the body
@@ -120,14 +139,26 @@ class RecordDirectory:
     def _load(self, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> LoadOutcome:
         fd = os.open(file_name(key), _READ, dir_fd=self._fd)
         try:
-            if self._direct:
-                self._use_direct(fd, body)
-            if read_record(fd, key, body, tail, stop):
-                return _LOADED
-            self._remove_corrupt(fd, file_name(key))
-            return LoadOutcome.CORRUPT
+            return self._read(fd, key, body, tail, stop)
         finally:
             _close(fd)
+
+    def _load_sized(self, key: ObjectKey, buffer: memoryview, tail: Scratch, stop: Event) -> int | LoadOutcome:
+        fd = os.open(file_name(key), _READ, dir_fd=self._fd)
+        try:
+            size_bytes = _body_bytes(os.fstat(fd)) or 0
+            outcome = self._read(fd, key, buffer[:size_bytes], tail, stop)
+            return size_bytes if outcome is _LOADED else outcome
+        finally:
+            _close(fd)
+
+    def _read(self, fd: int, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> LoadOutcome:
+        if self._direct:
+            self._use_direct(fd, body)
+        if read_record(fd, key, body, tail, stop):
+            return _LOADED
+        self._remove_corrupt(fd, file_name(key))
+        return LoadOutcome.CORRUPT
 
     def _remove_corrupt(self, fd: int, name: str) -> None:
         """Remove this file, and not what another writer has put there meanwhile. Raises RecordFault if it stays."""
