@@ -18,7 +18,7 @@ from obstore.store import ObjectStore
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome
-from async_cache.l2.object_store.faults import is_absent, is_denied, is_no_bucket, told
+from async_cache.l2.object_store.faults import is_absent, is_denied, is_of_settings, is_of_the_way, told
 from async_cache.l2.object_store.holdings import Holdings
 from async_cache.l2.object_store.location import CONCURRENCY, PART_BYTES, Location
 from async_cache.l2.object_store.objects import PARTS_AT_A_TIME, Objects
@@ -90,6 +90,7 @@ class ObjectStoreBackend(Backend):
         self._lookups = self._connect(limits.lookup_timeout_seconds or defaults.lookup_timeout_seconds)
         self._changes = self._connect(limits.store_timeout_seconds or defaults.store_timeout_seconds)
         self._looking = asyncio.Semaphore(LOOKUPS_TO_ONE_LOAD * self._concurrency)
+        self._holdings, self._counting = Holdings(), None
         self._requests = Requests(self.name)
         self._objects = Objects(
             self._connect(limits.load_timeout_seconds or defaults.load_timeout_seconds),
@@ -104,7 +105,7 @@ class ObjectStoreBackend(Backend):
         try:
             more = await self._count_page(listing)
         except Exception as error:
-            if is_denied(error) or is_no_bucket(error):
+            if is_of_settings(error):
                 await self.close()
                 raise ConfigError(f"{self.name} cannot be used: {told(error)}") from None
             logger.warning("%s cannot be listed now: %s", self.name, told(error))
@@ -115,13 +116,13 @@ class ObjectStoreBackend(Backend):
             self._holdings.listing_ended()
 
     async def close(self) -> None:
-        if self._counting is not None:
-            self._counting.cancel()
-            await asyncio.wait((self._counting,))
-        if self._requests is not None:
-            await self._requests.close()
+        requests, self._requests = self._requests, None
+        if requests is not None:
+            if self._counting is not None:
+                self._counting.cancel()
+                await asyncio.wait((self._counting,))
+            await requests.close()
             del self._lookups, self._changes, self._objects  # and their connections
-            self._counting = self._requests = None
 
     # What is there.
 
@@ -239,10 +240,11 @@ class ObjectStoreBackend(Backend):
             self._removed(keys)
             there = 0
             for key, size in zip(keys, sizes, strict=True):
-                if isinstance(size, int) and key not in failed:
-                    self._holdings.removed(self._path(key), body_bytes(size) or 0)
+                if key not in failed:
                     self._failed.pop(key, None)
-                    there += 1
+                    if isinstance(size, int):
+                        self._holdings.removed(self._path(key), body_bytes(size) or 0)
+                        there += 1
         if failed:
             raise BackendError(
                 f"{self.name}: {len(failed)} objects were not deleted: {told(next(iter(failed.values())))}"
@@ -250,12 +252,14 @@ class ObjectStoreBackend(Backend):
         return there
 
     async def _delete_there(self, keys: list[ObjectKey]) -> dict[ObjectKey, BaseException]:
-        """Delete objects in one request, or, where that fails for one, each by its own; what was not, and why."""
+        """Delete objects in one request, or, where one of them cannot be, each by its own; what was not, and why."""
         if not keys:
             return {}
         try:
             await delete_async(self._changes, list(map(self._path, keys)))
-        except Exception:
+        except Exception as error:
+            if is_of_the_way(error):
+                return dict.fromkeys(keys, error)
             done = await asyncio.gather(*map(self._delete_one, keys), return_exceptions=True)
             return {key: error for key, error in zip(keys, done, strict=True) if error is not None}
         return {}
@@ -332,7 +336,7 @@ class ObjectStoreBackend(Backend):
         """Raises BackendError if a call brought nothing but faults; logs what failed of one that did not."""
         faults = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if faults and len(faults) == len(outcomes):
-            raise BackendError(f"{self.name}: {told(faults[0])}") from None
+            raise BackendError(f"{self.name}: {told(faults[0])}")
         if faults:
             logger.warning("%s: %d of %d objects: %s", self.name, len(faults), len(outcomes), told(faults[0]))
 

@@ -12,16 +12,16 @@ from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 from async_cache.errors import AsyncCacheError
 
 _STATUS = re.compile(r"status code: (\d{3}[A-Za-z ]*)")
-_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
-_TOLD = {
+_CODE = re.compile(r"<Code>(\w{1,64})</Code>|\(code: (\w{1,64})\)")
+_METADATA = re.compile(r"169\.254\.|metadata\.google\.internal")
+_WAY = {
     "TimedOut": "no answer in time",
     "kind: Timeout": "no answer in time",
     "kind: Connect": "no connection",
     "error sending request": "the connection broke",
     "request or response body error": "the connection broke",
-    "Account must be specified": "no account is given",
 }
-"""What of the text of an error stands for what it was, the most specific first."""
+"""What of the text of an error says that it is of the way to the service, the most specific first."""
 
 
 def told(error: BaseException) -> str:
@@ -29,13 +29,23 @@ def told(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, AsyncCacheError):
         return text
+    if _METADATA.search(text):
+        return "there are no credentials in the environment, and the machine's metadata service gives none"
     status, code = _STATUS.search(text), _CODE.search(text)
-    if status is not None:
-        return status[1].strip() + (f" ({code[1]})" if code is not None else "")
-    for mark, words in _TOLD.items():
-        if mark in text:
-            return words
-    return type(error).__name__
+    if status is not None or code is not None:
+        words = [status[1].strip()] if status is not None else []
+        return " ".join(words + ([f"({code[1] or code[2]})"] if code is not None else []))
+    return _broken_way(text) or type(error).__name__
+
+
+def _broken_way(text: str) -> str | None:
+    return next((words for mark, words in _WAY.items() if mark in text), None)
+
+
+def is_of_the_way(error: BaseException) -> bool:
+    """Whether the service was not reached, or did not answer."""
+    text = str(error)
+    return _STATUS.search(text) is None and _broken_way(text) is not None
 
 
 def is_absent(error: BaseException) -> bool:
@@ -44,13 +54,17 @@ def is_absent(error: BaseException) -> bool:
 
 
 def is_denied(error: BaseException) -> bool:
-    """Whether the service says that we may not do that: to wait and try again would not help."""
+    """Whether the service says that we may not do that."""
     return isinstance(error, PermissionDeniedError | UnauthenticatedError)
 
 
-def is_no_bucket(error: BaseException) -> bool:
-    """Whether the service says that there is no such bucket."""
-    return bool(re.search("NoSuchBucket|ContainerNotFound", str(error)))
+def is_of_settings(error: BaseException) -> bool:
+    """Whether the service says that there is no such bucket, or none for us, or there is nothing to tell it who we are.
+
+    To wait and try again would not help.
+    """
+    text = str(error)
+    return is_denied(error) or bool(re.search("NoSuchBucket|ContainerNotFound", text) or _METADATA.search(text))
 
 
 def is_beyond_end(error: BaseException) -> bool:

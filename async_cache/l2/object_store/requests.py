@@ -53,12 +53,11 @@ class Requests:
 
     async def close(self) -> None:
         """Wait for what is under way, but not for a dead service, and end the threads; idempotent."""
-        if self._given_up.done():
-            return
         try:
             if self._running:
                 await asyncio.wait(set(self._running), timeout=CLOSE_SECONDS)
         finally:
-            self._given_up.set_result(None)
+            if not self._given_up.done():
+                self._given_up.set_result(None)
             self._threads.shutdown()
         await self._threads.ended(CLOSE_SECONDS)
