@@ -1,13 +1,11 @@
 """What is told of an error of obstore, and what kind of fault it is.
 
-obstore raises FileNotFoundError for what is not there, a few classes of its own, and GenericError for all else, with
-the whole story in its text: the URL, which may have a signature in its query, and the answer, which may name the
-access key. So an error is told in words of ours, and is not chained to what we raise.
+obstore raises FileNotFoundError for what is not there, a few classes of its own, and GenericError for all else, which
+may be a listing that is denied. The whole story is in the text: the URL, which may have a signature in its query, and
+the answer, which may name the access key. So an error is told in words of ours, and is not chained to what we raise.
 """
 
 import re
-
-from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from async_cache.errors import AsyncCacheError
 
@@ -55,7 +53,7 @@ def is_absent(error: BaseException) -> bool:
 
 def is_denied(error: BaseException) -> bool:
     """Whether the service says that we may not do that."""
-    return isinstance(error, PermissionDeniedError | UnauthenticatedError)
+    return bool(re.search("status code: 40[13]", str(error)))
 
 
 def is_of_settings(error: BaseException) -> bool:

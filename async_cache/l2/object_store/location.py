@@ -20,7 +20,6 @@ from obstore.store import AzureStore, GCSStore, ObjectStore, S3Store
 
 from async_cache.config import parse_bytes
 from async_cache.errors import ConfigError
-from async_cache.l2.object_store.faults import told
 from async_cache.l2.url import BackendURL, one_of, whole_number
 
 CONCURRENCY = 32
@@ -133,8 +132,8 @@ class Location(Struct, frozen=True):
         client = {**self.client_options, "timeout": half, "connect_timeout": half}
         try:
             return _SERVICES[self.scheme].store(self.bucket, client_options=client, retry_config=retry, **self.options)
-        except Exception as error:  # of any class: it is its settings that are wrong
-            raise ConfigError(told(error)) from None
+        except Exception as error:  # of any class: it is the settings that are wrong, or the environment
+            raise ConfigError(str(error).partition("\n")[0]) from None
 
 
 def _bucket(text: str) -> str:
@@ -152,6 +151,7 @@ def _prefix(path: str) -> str:
 
 def _endpoint(text: str) -> str:
     parts = urlsplit(text)
+    parts.port  # noqa: B018 (raises ValueError for one that is none)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ConfigError("must be http://host[:port] or https://host[:port]")
     if parts.username is not None:

@@ -11,6 +11,7 @@ forgets which requests it has seen; a GET returns those, as `METHOD path?query`,
     cut               send so many bytes of the body, and end the connection
     trim              send only so many bytes of the body, as if that were all
     reset             reset the connection, before or (`after`) when the request was carried out
+    late              carry the request out at once, and send its answer so many seconds later
 """
 
 import json
@@ -61,7 +62,7 @@ class Faulty:
             body = f"<Error><Code>{fault.get('code', 'Fault')}</Code><Message>on demand</Message></Error>".encode()
             start_response(f"{fault['status']} Fault", [("Content-Length", str(len(body)))])
             return [body]
-        if fault.keys() & {"cut", "trim", "reset"}:
+        if fault.keys() & {"cut", "trim", "reset", "late"}:
             return self._spoil(fault, environ, start_response)
         return self._inner(environ, start_response)
 
@@ -93,6 +94,7 @@ class Faulty:
             return lambda _: None
 
         body = b"".join(self._inner(environ, keep))  # type: ignore[arg-type]
+        time.sleep(fault.get("late", 0))
         if "reset" in fault:
             _reset(environ)
         status, headers = answers[-1]
