@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.l2.object_store.support import CREDENTIALS, Server
+from .support import CREDENTIALS, Server
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from async_cache.l2.backend import Backend
 from async_cache.l2.object_store.backend import ObjectStoreBackend
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing.conformance import BackendSuite
-from tests.l2.object_store.support import BUCKET, Server
+
+from .support import BUCKET, Server
 
 numbers = itertools.count()
 

@@ -16,8 +16,9 @@ from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.object_store.backend import ObjectStoreBackend
 from async_cache.testing.conformance import content, find, get, key, put, views
-from tests.l2.object_store.support import BUCKET, CREDENTIALS, Server
-from tests.l2.object_store.test_conformance import name
+
+from .support import BUCKET, CREDENTIALS, Server
+from .test_conformance import name
 
 MIB = 2**20
 LOADED, GONE, CORRUPT, FAILED = LoadOutcome
@@ -67,8 +68,8 @@ def secret(text: str) -> bool:
 
 async def seen(server: Server, what: str) -> None:
     """Wait until the server has a request with this in it."""
-    while not any(what in request for request in server.seen()):
-        await asyncio.sleep(0.01)  # noqa: ASYNC110 (another process is waited for)
+    while not any(what in request for request in server.seen()):  # noqa: ASYNC110 (another process is waited for)
+        await asyncio.sleep(0.01)
 
 
 # Loads.

@@ -11,7 +11,8 @@ from async_cache.errors import ConfigError
 from async_cache.l2.object_store.location import Location
 from async_cache.l2.registry import from_url
 from async_cache.l2.url import BackendURL
-from tests.l2.object_store.support import CREDENTIALS
+
+from .support import CREDENTIALS
 
 
 @pytest.mark.parametrize(
