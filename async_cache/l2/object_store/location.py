@@ -91,6 +91,8 @@ class Location(Struct, frozen=True):
             options[service.endpoint] = endpoint
         if parameters.get("anonymous", False):
             options["skip_signature"] = True
+        if url.scheme == "s3" and not (endpoint or "").startswith("http:"):
+            options["unsigned_payload"] = True  # TLS protects it, and a record has a checksum of its own
         client_options: dict[str, Any] = {"allow_http": allow_http}
         if "ca" in parameters:
             client_options["root_certificate"] = parameters["ca"]

@@ -80,15 +80,12 @@ class Objects(Struct, frozen=True):
         """
         more = TRAILER_BYTES + 1 if end == len(body) else 0
         async with self.loading:  # until it is copied: so it bounds the memory, too
-            data = await get_range_async(self.loads, path, start=begin, end=end + more)
-            if len(data) < end - begin + max(0, more - 1):
+            answer = [await get_range_async(self.loads, path, start=begin, end=end + more)]
+            if len(answer[0]) < end - begin + max(0, more - 1):
                 return None
-            view = body[begin:end]
-            if len(view) <= AT_ONCE_BYTES:
-                _copy(data, view, digest)
-            else:
-                await self.requests.in_thread(_copy, data, view, digest)
-        return bytes(memoryview(data)[end - begin :])
+            if end - begin <= AT_ONCE_BYTES:
+                return _take(answer, body[begin:end], digest)
+            return await self.requests.in_thread(_take, answer, body[begin:end], digest)
 
     async def write(self, path: str, key: ObjectKey, body: memoryview) -> None:
         """Write a record: others see all of it, or nothing. Raises what obstore does.
@@ -107,6 +104,7 @@ class Objects(Struct, frozen=True):
                 chunk_size=self.part_bytes,
                 max_concurrency=PARTS_AT_A_TIME,
             )
+            del record  # it is obstore's now, and is given back in a thread of its own
             await self.requests.to_its_end(asyncio.ensure_future(upload))
 
 
@@ -121,12 +119,17 @@ def _blocks(size_bytes: int) -> Iterator[slice]:
     return (slice(begin, begin + BLOCK_BYTES) for begin in range(0, size_bytes, BLOCK_BYTES))
 
 
-def _copy(data: Bytes, into: memoryview, digest: xxh3_64 | None) -> None:
-    source = memoryview(data)[: len(into)]
+def _take(answer: list[Bytes], into: memoryview, digest: xxh3_64 | None) -> bytes:
+    """Copy an answer, and hash it on the way if that is wanted; return what it has beyond.
+
+    It is taken out of its list, so that its memory is given back here: for megabytes, that takes milliseconds.
+    """
+    source = memoryview(answer.pop())
     for block in _blocks(len(into)):
-        into[block] = source[block]
+        into[block] = source[: len(into)][block]
         if digest is not None:
             digest.update(into[block])
+    return bytes(source[len(into) :])
 
 
 def _record(key: ObjectKey, body: memoryview) -> bytearray:

@@ -29,6 +29,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 CONTROL = "/__faults__"
+SIGNED = "AWS4-HMAC-SHA256 Credential=x/20000101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=x"
 Headers = list[tuple[str, str]]
 
 
@@ -52,6 +53,10 @@ class Faulty:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if environ["PATH_INFO"] == CONTROL:
             return self._control(environ, start_response)
+        if not environ.get("HTTP_AUTHORIZATION", "").startswith("AWS4"):
+            environ["HTTP_AUTHORIZATION"] = (
+                SIGNED  # Google's client has a token, or nothing, of which moto knows nothing
+            )
         query = f"?{environ['QUERY_STRING']}" if environ["QUERY_STRING"] else ""
         fault = self._next_fault(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}{query}")
         time.sleep(fault.get("delay", 0))

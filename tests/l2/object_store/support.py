@@ -5,6 +5,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Self
 
 import pytest
@@ -26,13 +27,14 @@ class Server:
 
     def start(self) -> None:
         """Start it, on the port that it had before."""
-        self._process = subprocess.Popen(
-            (sys.executable, str(PROGRAM), str(self.port)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert self._process.stdout is not None and self._process.stderr is not None
-        line = self._process.stdout.readline()
-        if not line:
-            pytest.fail(f"no S3 server; pip install 'moto[server]' ({self._process.stderr.read()[-300:]})")
+        command = (sys.executable, str(PROGRAM), str(self.port))
+        with TemporaryFile("w+") as errors:
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            assert self._process.stdout is not None
+            line = self._process.stdout.readline()
+            if not line:
+                errors.seek(0)
+                pytest.fail(f"there is no server of S3: pip install 'moto[server]'\n{errors.read()[-300:]}")
         self.port = int(line)
         self.request("PUT", f"/{BUCKET}")
 

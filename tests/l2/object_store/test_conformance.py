@@ -11,6 +11,7 @@ from obstore.store import LocalStore, MemoryStore
 
 from async_cache.l2.backend import Backend
 from async_cache.l2.object_store.backend import ObjectStoreBackend
+from async_cache.l2.registry import from_url
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing.conformance import BackendSuite
 
@@ -66,3 +67,24 @@ class TestServer(Suite):
     async def make_unreadable(self, backend: Backend, key: ObjectKey) -> None:
         path = f"/{BUCKET}/{self.path(key)}"
         self.server.faults({"request": f"GET {path}", "times": 1, "status": 403, "code": "InvalidObjectState"})
+
+
+class TestGoogle(Suite):
+    """The client of Google's service, whose XML interface is that of S3 for all that is asked here."""
+
+    @pytest.fixture(autouse=True)
+    def its_server(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.server = server
+        monkeypatch.setenv(
+            "GOOGLE_SERVICE_ACCOUNT_KEY",
+            '{"disable_oauth": true, "client_email": "", "private_key": "", "private_key_id": ""}',
+        )
+
+    async def make(self, tmp_path: Path) -> Backend:
+        prefix = f"google-{next(numbers)}"
+        parameters = f"endpoint={self.server.endpoint}&allow_http=true&lookup_timeout=20&part=5MiB"
+        backend = from_url(f"gs://{BUCKET}/{prefix}?{parameters}")
+        assert isinstance(backend, ObjectStoreBackend)
+        self.client = backend._connect(20)
+        self.path = lambda key: f"{prefix}/{name(key)}"
+        return backend

@@ -46,6 +46,7 @@ def test_parameters_reach_the_client() -> None:
         "virtual_hosted_style_request": "true",
         "disable_bulk_delete": "true",
         "skip_signature": "true",
+        "unsigned_payload": "true",
     }
 
 
