@@ -44,8 +44,9 @@ def default_l2() -> tuple[str, ...]:
 
 
 def hide_password(text: str) -> str:
-    """A text without the users and passwords of the URLs in it."""
-    return re.sub("//[^/?#]*@", "//***@", text)
+    """A text without the users and passwords of the URLs in it, nor what parameters have that are called like one."""
+    text = re.sub("//[^/?#]*@", "//***@", text)
+    return re.sub("([?&][^=&#]*(?:secret|password|token|key|sig)[^=&#]*=)[^&#]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 class Given(NamedTuple):

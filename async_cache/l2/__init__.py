@@ -1,21 +1,22 @@
 """Storage behind L1.
 
-    backend     what a backend promises, and what it needs of time
-    placement   which chunks a backend is given
-    url         a URL, split into its parts
-    registry    a URL -> a backend, of ours or of another package
-    opening     opens backends, all or none
-    guard       a backend as the cache sees it: every call ends
-    guards      the backends of a cache, which may come and go
-    breaker     leaves a failing backend alone for a while
-    meter       what is queued for a backend, and how fast it is
-    tombstones  what is being deleted is not found
-    copy        what one backend holds and others lack, to them
-    record      the format of a stored object
-    index       what a backend knows to be stored, what is pinned, and what leaves first
-    memory      the reference: objects in this process's own memory
-    filesystem  the default: objects as files of a local disk
-    codec       any of them, with objects that are compressed and encrypted
+    backend       what a backend promises, and what it needs of time
+    placement     which chunks a backend is given
+    url           a URL, split into its parts
+    registry      a URL -> a backend, of ours or of another package
+    opening       opens backends, all or none
+    guard         a backend as the cache sees it: every call ends
+    guards        the backends of a cache, which may come and go
+    breaker       leaves a failing backend alone for a while
+    meter         what is queued for a backend, and how fast it is
+    tombstones    what is being deleted is not found
+    copy          what one backend holds and others lack, to them
+    record        the format of a stored object
+    index         what a backend knows to be stored, what is pinned, and what leaves first
+    memory        the reference: objects in this process's own memory
+    filesystem    the default: objects as files of a local disk
+    object_store  objects in a bucket, with an extra
+    codec         any of them, with objects that are compressed and encrypted
 
 `async_cache.testing` has the suite that admits a backend, and backends that fail on purpose.
 """

@@ -31,7 +31,14 @@ GROUP = "async_cache.backends"
 
 class _Scheme(NamedTuple):
     form: str  # shown to whoever wrote a URL that does not fit
-    make: Callable[[BackendURL], Backend]
+    make: Callable[[BackendURL], Backend] | EntryPoint  # which is loaded when it is asked for
+    extra: str = ""  # that it needs
+
+
+_BUCKET = "async_cache.l2.object_store.backend:ObjectStoreBackend.from_url"
+_OF_BUCKETS = (
+    "endpoint=https://host:9000&allow_http=true|false&ca=/file.pem&anonymous=true|false&concurrency=32&part=8MiB"
+)
 
 
 _OWN = {
@@ -39,6 +46,13 @@ _OWN = {
     "fs": _Scheme(
         "fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4", FileSystemBackend.from_url
     ),
+    "s3": _Scheme(
+        f"s3://bucket[/prefix]?region=us-east-1&addressing=path|virtual&bulk_delete=true|false&{_OF_BUCKETS}",
+        EntryPoint("s3", _BUCKET, GROUP),
+        "objects",
+    ),
+    "gs": _Scheme(f"gs://bucket[/prefix]?{_OF_BUCKETS}", EntryPoint("gs", _BUCKET, GROUP), "objects"),
+    "az": _Scheme(f"az://container[/prefix]?account=name&{_OF_BUCKETS}", EntryPoint("az", _BUCKET, GROUP), "objects"),
 }
 _LIMITS = {name.removesuffix("_seconds"): name for name in Limits.__struct_fields__}
 """The limit that each of these parameters sets, which every URL may have."""
@@ -62,6 +76,7 @@ def from_url(url: str) -> Backend:
 
         memory://[name]?capacity=1GiB
         fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4
+        s3://bucket[/prefix]?..., gs://bucket[/prefix]?..., az://container[/prefix]?...
 
     `capacity` is in bytes or with a unit; "none" is no bound. Without it, memory is unbounded and a directory
     is bounded to 10 GiB. A path is absolute; in it, "?", "#" and "%" are percent-encoded. Other schemes are those of
@@ -76,7 +91,7 @@ def from_url(url: str) -> Backend:
     try:
         parts = BackendURL.parse(url)
         own = _OWN.get(parts.scheme)
-        make = own.make if own is not None else partial(_make, _find(parts.scheme))
+        make = _load(own) if own is not None else partial(_make, _find(parts.scheme))
         if own is None:
             allowed = ""
         parts, common = _split_common(parts)
@@ -139,6 +154,18 @@ def _codec(codec: Steps | None = None, key_file: str | None = None) -> Codec | N
 def _keys(path: str) -> list[bytes]:
     with prefixed("key_file"):
         return read_keys(path)
+
+
+def _load(own: _Scheme) -> Callable[[BackendURL], Backend]:
+    """What makes a backend of ours. Raises ConfigError where the extra that it needs is not installed."""
+    if not isinstance(own.make, EntryPoint):
+        return own.make
+    try:
+        make: Callable[[BackendURL], Backend] = own.make.load()
+    except ImportError as error:
+        needs = f"it needs the extra {own.extra}: pip install 'async-kv-cache[{own.extra}]'"
+        raise ConfigError(f"{error.name} is not installed; {needs}") from error
+    return make
 
 
 # Other packages.
