@@ -18,6 +18,7 @@ from async_cache.l2.valkey.replies import Lines
 from async_cache.l2.valkey.wire import Wire
 
 STEP_BYTES = 2**20
+SEND_BYTES = 256 * 1024  # to send costs more than to receive: on one machine, it does the receiver's work
 SCRATCH_BYTES = 16 * 1024  # what a read between two bodies may take of the next one, and copy
 WINDOW_BYTES = 4 * 2**20  # asked for and not there yet, of one connection: what a server keeps for a slow client
 ASKING = b"*1\r\n$6\r\nASKING\r\n"
@@ -205,8 +206,8 @@ async def store(wire: Wire, item: Item, ttl_milliseconds: int | None, asking: bo
     wire.read_with(lines)
     wire.send((b"".join(before),))
     digest = xxh3_64()
-    for begin in range(0, size_bytes, STEP_BYTES):
-        part = item.buffer[begin : begin + STEP_BYTES]
+    for begin in range(0, size_bytes, SEND_BYTES):
+        part = item.buffer[begin : begin + SEND_BYTES]
         digest.update(part)
         wire.send((part,))
         await wire.drained()
