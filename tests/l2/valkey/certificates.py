@@ -29,7 +29,9 @@ class Certificates:
     def options(self) -> tuple[str, ...]:
         """For a server that wants to see its clients' certificates."""
         files = {"cert": "server.pem", "key": "server.key", "ca-cert": "ca.pem"}
-        return tuple(part for kind, file in files.items() for part in (f"--tls-{kind}-file", str(self.directory / file)))
+        return tuple(
+            part for kind, file in files.items() for part in (f"--tls-{kind}-file", str(self.directory / file))
+        )
 
     @property
     def parameters(self) -> str:
