@@ -254,8 +254,9 @@ class ValkeyBackend(Backend):
             except Exception:  # the root of a task
                 log.exception("%s: what it holds could not be counted", self.name)
             self._counted.set()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._recount.wait(), self._settings.usage_seconds)
+            with suppress(TimeoutError):  # not wait_for: in Python 3.11, it loses a cancel that comes with the event
+                async with asyncio.timeout(self._settings.usage_seconds):
+                    await self._recount.wait()
 
     async def _count(self, router: Router) -> None:
         self._usage.begin_count()

@@ -8,7 +8,7 @@ from typing import Protocol, cast
 from async_cache.errors import BackendError
 from async_cache.l2.valkey.replies import Lines, Reply, Tree
 
-TURN_BYTES = 2 * 2**20  # read in one go, though more is there (uvloop reads 32 times): half a millisecond, with hashing
+TURN_BYTES = 4 * 2**20  # read in one go, though more is there (uvloop reads 32 times): a millisecond, with hashing
 HIGH_WATER_BYTES = 512 * 1024  # unsent, after which a writer waits
 
 
