@@ -52,6 +52,9 @@ class Router:
         todo = list(items)
         if self._only is not None:
             await self._at(self._only, todo, False, work)
+            for item in todo:
+                if item.redirect is not None:
+                    item.error = BackendError(f"{item.error}: it is a node of a cluster, for the scheme +cluster")
             return
         if not any(self._slots):
             await self._know()

@@ -38,10 +38,9 @@ async def test_a_value_that_is_cut_is_no_hit_and_what_came_before_is(
 ) -> None:
     assert await put(backend, range(4), MIB) == [True] * 4
     proxy.cut_after(after)
-    try:
-        got = await get(backend, range(4), MIB)
-    except BackendError as error:
-        assert backend.name in str(error)
+    (got,) = await asyncio.gather(get(backend, range(4), MIB), return_exceptions=True)
+    if isinstance(got, BaseException):
+        assert isinstance(got, BackendError) and backend.name in str(got)
     else:
         assert FAILED in got
         assert all(one in (content(n, MIB), FAILED) for n, one in enumerate(got))
@@ -141,7 +140,7 @@ async def test_a_server_that_refuses_is_answered_for_at_once_and_found_within_a_
     loop = asyncio.get_running_loop()
     for _ in range(50):
         begin = loop.time()
-        with pytest.raises(BackendError, match="valkey://127.0.0.1"):
+        with pytest.raises(BackendError, match=r"valkey://127\.0\.0\.1"):
             await find(backend, [1])
         assert loop.time() - begin < 0.5
     await proxy.open()
