@@ -54,6 +54,13 @@ _OWN = {
     "gs": _Scheme(f"gs://bucket[/prefix]?{_OF_BUCKETS}", EntryPoint("gs", _BUCKET, GROUP), "objects"),
     "az": _Scheme(f"az://container[/prefix]?account=name&{_OF_BUCKETS}", EntryPoint("az", _BUCKET, GROUP), "objects"),
 }
+_VALKEY = _Scheme(
+    "valkey://host:6379/0?namespace=akv&ttl=3600&connections=2, valkeys://... (TLS), valkey+unix:///path?..., "
+    "valkey+cluster://host:port,host:port?..., valkeys+cluster://... (redis and rediss mean the same)",
+    EntryPoint("valkey", "async_cache.l2.valkey.backend:ValkeyBackend.from_url", GROUP),
+)
+_VARIANTS = ("", "s", "+unix", "+cluster", "s+cluster")
+_OWN |= {scheme + variant: _VALKEY for scheme in ("valkey", "redis") for variant in _VARIANTS}
 _LIMITS = {name.removesuffix("_seconds"): name for name in Limits.__struct_fields__}
 """The limit that each of these parameters sets, which every URL may have."""
 _PLACEMENT: dict[str, Callable[[str], Any]] = {
@@ -77,6 +84,7 @@ def from_url(url: str) -> Backend:
         memory://[name]?capacity=1GiB
         fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4
         s3://bucket[/prefix]?..., gs://bucket[/prefix]?..., az://container[/prefix]?...
+        valkey://host:6379/0?namespace=akv&ttl=3600&connections=2      (`docs/backends/valkey.md` has its variants)
 
     `capacity` is in bytes or with a unit; "none" is no bound. Without it, memory is unbounded and a directory
     is bounded to 10 GiB. A path is absolute; in it, "?", "#" and "%" are percent-encoded. Other schemes are those of
@@ -87,7 +95,7 @@ def from_url(url: str) -> Backend:
 
     Raises ConfigError, which names the URL without its password, and what is allowed or who made it.
     """
-    allowed = f"; allowed: {' or '.join(scheme.form for scheme in _OWN.values())}"
+    allowed = f"; allowed: {' or '.join(dict.fromkeys(scheme.form for scheme in _OWN.values()))}"
     try:
         parts = BackendURL.parse(url)
         own = _OWN.get(parts.scheme)
