@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote, unquote_plus
 
 import msgspec
@@ -21,46 +21,15 @@ from async_cache.l2.codec.backend import CodecBackend
 from async_cache.l2.codec.codec import Codec
 from async_cache.l2.codec.keyfile import read_keys
 from async_cache.l2.codec.parameters import Steps
-from async_cache.l2.filesystem.backend import FileSystemBackend
-from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.placement import MOST_ADMIT, Placing
+from async_cache.l2.schemes import OWN
 from async_cache.l2.url import BackendURL, one_of, whole_number
 
 GROUP = "async_cache.backends"
+_ZSTD = "async_cache.l2.codec.zstd:Zstd"
+_AES = "async_cache.l2.codec.aes:Aes"
 
 
-class _Scheme(NamedTuple):
-    form: str  # shown to whoever wrote a URL that does not fit
-    make: Callable[[BackendURL], Backend] | EntryPoint  # which is loaded when it is asked for
-    extra: str = ""  # that it needs
-
-
-_BUCKET = "async_cache.l2.object_store.backend:ObjectStoreBackend.from_url"
-_OF_BUCKETS = (
-    "endpoint=https://host:9000&allow_http=true|false&ca=/file.pem&anonymous=true|false&concurrency=32&part=8MiB"
-)
-
-
-_OWN = {
-    "memory": _Scheme("memory://[name]?capacity=1GiB", MemoryBackend.from_url),
-    "fs": _Scheme(
-        "fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4", FileSystemBackend.from_url
-    ),
-    "s3": _Scheme(
-        f"s3://bucket[/prefix]?region=us-east-1&addressing=path|virtual&bulk_delete=true|false&{_OF_BUCKETS}",
-        EntryPoint("s3", _BUCKET, GROUP),
-        "objects",
-    ),
-    "gs": _Scheme(f"gs://bucket[/prefix]?{_OF_BUCKETS}", EntryPoint("gs", _BUCKET, GROUP), "objects"),
-    "az": _Scheme(f"az://container[/prefix]?account=name&{_OF_BUCKETS}", EntryPoint("az", _BUCKET, GROUP), "objects"),
-}
-_VALKEY = _Scheme(
-    "valkey://host:6379/0?namespace=akv&ttl=3600&connections=2, valkeys://... (TLS), valkey+unix:///path?..., "
-    "valkey+cluster://host:port,host:port?..., valkeys+cluster://... (redis and rediss mean the same)",
-    EntryPoint("valkey", "async_cache.l2.valkey.backend:ValkeyBackend.from_url", GROUP),
-)
-_VARIANTS = ("", "s", "+unix", "+cluster", "s+cluster")
-_OWN |= {scheme + variant: _VALKEY for scheme in ("valkey", "redis") for variant in _VARIANTS}
 _LIMITS = {name.removesuffix("_seconds"): name for name in Limits.__struct_fields__}
 """The limit that each of these parameters sets, which every URL may have."""
 _PLACEMENT: dict[str, Callable[[str], Any]] = {
@@ -71,40 +40,29 @@ _PLACEMENT: dict[str, Callable[[str], Any]] = {
 """And what of its placement each of these sets, by its own name."""
 _CODEC = {"codec": parameters.codec, "key_file": parameters.key_file}
 _PARSERS = {parameter: partial(CacheConfig.parse, name) for parameter, name in _LIMITS.items()} | _PLACEMENT | _CODEC
-_STEPS = {
-    name: EntryPoint(name, value, GROUP)
-    for name, value in {"zstd": "async_cache.l2.codec.zstd:Zstd", "aes": "async_cache.l2.codec.aes:Aes"}.items()
-}
-"""The steps of a codec, which are imported when a URL asks for them: they need packages that not everybody has."""
 
 
 def from_url(url: str) -> Backend:
-    """The backend, not opened yet, that a URL describes.
+    """The backend, not opened yet, that a URL describes: of a scheme of ours (`schemes`), or of an installed package.
 
-        memory://[name]?capacity=1GiB
-        fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4
-        s3://bucket[/prefix]?..., gs://bucket[/prefix]?..., az://container[/prefix]?...
-        valkey://host:6379/0?namespace=akv&ttl=3600&connections=2      (`docs/backends/valkey.md` has its variants)
-
-    `capacity` is in bytes or with a unit; "none" is no bound. Without it, memory is unbounded and a directory
-    is bounded to 10 GiB. A path is absolute; in it, "?", "#" and "%" are percent-encoded. Other schemes are those of
-    installed packages. `lookup_timeout`, `load_timeout`, `store_timeout` and `breaker_reset` in seconds, and
-    `breaker_failures`, may stand in any URL, and come before the settings of the cache. So may what the backend is
-    given: `write=all|first|skip_if_present|none`, `promote=true|false` and `admit`, from 1 to 15; and `codec=zstd`,
-    which compresses what is stored, `codec=aes&key_file=/path`, which encrypts it, and `codec=zstd,aes`.
+    Any URL may set limits (`lookup_timeout`, `load_timeout`, `store_timeout` and `breaker_reset` in seconds,
+    `breaker_failures`), which come before the settings of the cache; what the backend is given (`write`, `promote`,
+    `admit`); and how that is stored (`codec`, `key_file`).
 
     Raises ConfigError, which names the URL without its password, and what is allowed or who made it.
     """
-    allowed = f"; allowed: {' or '.join(dict.fromkeys(scheme.form for scheme in _OWN.values()))}"
+    allowed = ""
     try:
         parts = BackendURL.parse(url)
-        own = _OWN.get(parts.scheme)
-        make = _load(own) if own is not None else partial(_make, _find(parts.scheme))
-        if own is None:
-            allowed = ""
+        own = OWN.get(parts.scheme)
+        if own is not None:
+            allowed = f"; allowed: {own.form}"
+            make = _load(own.make, own.extra)
+        else:
+            make = partial(_make, _find(parts.scheme))
         parts, common = _split_common(parts)
         codec = _codec(**{parameter: common[parameter] for parameter in _CODEC if parameter in common})
-        backend = make(parts)
+        backend: Backend = make(parts)
         if codec is not None:
             backend = CodecBackend(backend, codec)
         if not backend.name.isprintable():
@@ -151,11 +109,8 @@ def _codec(codec: Steps | None = None, key_file: str | None = None) -> Codec | N
         raise ConfigError("codec: aes needs key_file=/path")
     if key_file is not None and not encrypts:
         raise ConfigError("key_file: without aes in the codec, a key has no use")
-    try:
-        compression = _STEPS["zstd"].load()(codec.level) if codec is not None and codec.zstd else None
-        encryption = _STEPS["aes"].load()(_keys(key_file)) if key_file is not None else None
-    except ImportError as error:
-        raise ConfigError(f"codec: {error}: pip install 'async-kv-cache[codecs]'") from error
+    compression = _load(_ZSTD, "codecs")(codec.level) if codec is not None and codec.zstd else None
+    encryption = _load(_AES, "codecs")(_keys(key_file)) if key_file is not None else None
     return Codec(compression, encryption) if compression or encryption else None
 
 
@@ -164,16 +119,14 @@ def _keys(path: str) -> list[bytes]:
         return read_keys(path)
 
 
-def _load(own: _Scheme) -> Callable[[BackendURL], Backend]:
-    """What makes a backend of ours. Raises ConfigError where the extra that it needs is not installed."""
-    if not isinstance(own.make, EntryPoint):
-        return own.make
+def _load(where: str, extra: str) -> Callable[..., Any]:
+    """What is written as `module:attribute`. Raises ConfigError where the extra that it needs is not installed."""
     try:
-        make: Callable[[BackendURL], Backend] = own.make.load()
+        made: Callable[..., Any] = EntryPoint("", where, GROUP).load()
     except ImportError as error:
-        needs = f"it needs the extra {own.extra}: pip install 'async-kv-cache[{own.extra}]'"
+        needs = f"it needs the extra {extra}: pip install 'async-kv-cache[{extra}]'"
         raise ConfigError(f"{error.name} is not installed; {needs}") from error
-    return make
+    return made
 
 
 # Other packages.
@@ -183,9 +136,9 @@ def _find(scheme: str) -> list[EntryPoint]:
     """What packages have for a scheme that is not ours: one entry point, or more than one if they contradict."""
     found = list(entry_points(group=GROUP, name=scheme)) if scheme else []
     if not found:
-        others = sorted({entry_point.name for entry_point in entry_points(group=GROUP)} - set(_OWN))
-        of_packages = f" (installed packages have {', '.join(others)})" if others else ""
-        raise ConfigError(f"unknown scheme {scheme!r}{of_packages}")
+        others = sorted({entry_point.name for entry_point in entry_points(group=GROUP)} - set(OWN))
+        of_packages = f"; of installed packages: {', '.join(others)}" if others else ""
+        raise ConfigError(f"unknown scheme {scheme!r}; there are {', '.join(OWN)}{of_packages}")
     return found
 
 

@@ -17,6 +17,7 @@ from async_cache.l2.codec.backend import CodecBackend
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.registry import from_url
+from async_cache.l2.schemes import OWN
 from async_cache.l2.url import BackendURL
 
 
@@ -107,7 +108,8 @@ def test_what_can_not_be_used_is_refused_with_the_url_and_what_is_allowed(url: s
     message = str(caught.value)
     assert message.startswith(f"{url}: ")
     assert reason in message
-    assert "memory://[name]?capacity=1GiB or fs:///path?" in message
+    own = OWN.get(url.partition(":")[0])
+    assert message.endswith(f"; allowed: {own.form}") if own is not None else "there are memory, fs, valkey" in message
 
 
 @pytest.mark.parametrize("scheme", ["nosuch", "fs"])
@@ -357,7 +359,7 @@ def test_our_own_schemes_are_not_those_of_another_package(packages: Callable[...
 def test_an_unknown_scheme_is_told_with_those_of_packages(packages: Callable[..., None]) -> None:
     packages("kv_remote", remote="kv_remote:make", remotes="kv_remote:make")
     with pytest.raises(
-        ConfigError, match=r"unknown scheme 'rmote' \(installed packages have remote, remotes\); allowed"
+        ConfigError, match=r"unknown scheme 'rmote'; there are memory, .*; of installed packages: remote, remotes$"
     ):
         from_url("rmote://host")
 
