@@ -263,7 +263,6 @@ def test_limits_of_a_url_come_before_those_of_the_package(packages: Callable[...
     source = """
 from async_cache.l2 import Limits
 from async_cache.l2.memory import MemoryBackend
-from async_cache.l2.placement import Placement, Placing
 class Slow(MemoryBackend):
     limits = Limits(lookup_timeout_seconds=5, load_timeout_seconds=100)
 def make(url):
