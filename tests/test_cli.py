@@ -1,5 +1,6 @@
 """The command line, as a user runs it: what it says, where, and with which exit code. Never a traceback."""
 
+import asyncio
 import json
 import os
 import re
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 from distribution import BACKEND, install
 
-from async_cache import CacheConfig, CacheStats, ServerConfig, __version__
+from async_cache import CacheConfig, CacheStats, ObjectKey, ServerConfig, __version__
+from async_cache.l2.registry import from_url
 
 COMMAND = [sys.executable, "-m", "async_cache"]
 SECONDS = 30
@@ -27,7 +29,13 @@ FLAGS = {
     "ping": ["--url", "--token-file", "--count", "-n", "--help"],
     "status": ["--url", "--token-file", "--json", "--help"],
     "config": ["--config", "-c", "--listen", "--l1-bytes", "--l2", "--help"],
+    "backend add": ["--position", "--url", "--token-file", "--help"],
+    "backend drain": ["--url", "--token-file", "--json", "--help"],
+    "backend remove": ["--url", "--token-file", "--help"],
+    "backend list": ["--url", "--token-file", "--json", "--help"],
+    "copy": ["--json", "--help"],
 }
+COMMANDS = list(dict.fromkeys(command.split()[0] for command in FLAGS))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +146,10 @@ def settings(text: str) -> dict[str, tuple[str, str]]:
 
 
 def test_help_lists_the_commands(shared: Path) -> None:
-    assert re.findall(r"^│ (\w+) ", printed(shared, "--help").partition("Commands")[2], re.MULTILINE) == list(FLAGS)
+    listed = re.findall(r"^│ (\w+) ", printed(shared, "--help").partition("Commands")[2], re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+    listed = re.findall(r"^│ (\w+) ", printed(shared, "backend", "--help").partition("Commands")[2], re.MULTILINE)
+    assert listed == ["add", "drain", "remove", "list"]
 
 
 def test_the_version_is_printed(shared: Path) -> None:
@@ -147,7 +158,7 @@ def test_the_version_is_printed(shared: Path) -> None:
 
 @pytest.mark.parametrize("command", FLAGS)
 def test_help_tells_of_every_flag(command: str, shared: Path) -> None:
-    text = printed(shared, command, "--help")
+    text = printed(shared, *command.split(), "--help")
     assert sorted(re.findall(r"(?<![\w-])--?[a-z][\w-]*(?=[ \[])", text.partition("Options")[2])) == sorted(
         FLAGS[command]
     )
@@ -231,6 +242,93 @@ def test_an_interrupted_command_says_nothing(directory: Path) -> None:
         connection.close()
     assert done.returncode == 130
     assert len(done.stderr.splitlines()) <= 1
+
+
+# Backends of a server that runs.
+
+
+def rows(text: str) -> list[list[str]]:
+    """The rows of a table without its head, each by its cells."""
+    return [re.split(r" {2,}", line.strip()) for line in text.splitlines()[1:]]
+
+
+def test_backends_are_added_drained_removed_and_listed(directory: Path) -> None:
+    with serving(directory, "--l2", "memory://near"):
+        head, row = printed(directory, "backend", "list").splitlines()
+        assert head.split() == ["backend", "state", "breaker", "used", "of", "objects", "pending", "given"]
+        assert re.split(r" {2,}", row.strip()) == ["near", "active", "closed", "0 B", "no bound", "0", "0", "all"]
+        assert printed(directory, "backend", "add", f"fs://{directory}/disk?capacity=1GiB&write=first&admit=2") == ""
+        assert printed(directory, "backend", "add", "memory://fast?promote=true", "--position", "0") == ""
+        names = [row[0] for row in rows(printed(directory, "backend", "list"))]
+        assert names == ["fast", "near", f"fs://{directory}/disk"]
+        listed = json.loads(printed(directory, "backend", "list", "--json"))
+        assert [each["write"] for each in listed] == ["all", "all", "first"]
+        assert (listed[0]["promote"], listed[2]["admit"]) == (True, 2)
+        drained = printed(directory, "backend", "drain", "near")
+        assert drained == "0 objects: 0 copied (0 B), 0 were there, 0 gone, 0 corrupt, 0 failed\n"
+        assert json.loads(printed(directory, "backend", "drain", "near", "--json"))["found"] == 0
+        assert [row[1] for row in rows(printed(directory, "backend", "list"))] == ["active", "drained", "active"]
+        assert printed(directory, "backend", "remove", "near") == ""
+        assert [row[0] for row in rows(printed(directory, "backend", "list"))] == names[::2]
+        for arguments, why in {
+            ("add", "memory://fast"): "there is a backend 'fast' already",
+            ("add", "nothing://"): "unknown scheme 'nothing'",
+            ("add", "memory://x", "--position", "7"): "--position: position must be from 0 to 2, not 7",
+            ("drain", "near"): "there is no backend 'near': there is fast, ",
+            ("remove", "near"): "there is no backend 'near': there is fast, ",
+        }.items():
+            assert why in complaint(run(directory, "backend", *arguments))
+
+
+def test_a_token_that_is_bound_to_salts_is_not_for_backends(directory: Path, tenants: Path) -> None:
+    (directory / "bound").write_text(TOKENS[1])
+    with serving(directory, "-c", str(tenants), "--listen", f"unix://{directory}/s") as (_, (unix,)):
+        for arguments in (("list",), ("add", "memory://x"), ("drain", "x"), ("remove", "x")):
+            done = run(directory, "backend", *arguments, "--url", unix, "--token-file", "bound")
+            assert complaint(done).startswith("the token is bound to salts: it is not for ")
+
+
+def fill(url: str, count: int) -> None:
+    """Put objects into a directory that nobody has open."""
+
+    async def run() -> None:
+        backend = from_url(url)
+        await backend.open()
+        keys = [ObjectKey(number.to_bytes(32, "big"), 0, 0) for number in range(count)]
+        await backend.store(keys, [memoryview(bytearray(4096)) for _ in keys])
+        await backend.close()
+
+    asyncio.run(run())
+
+
+def test_a_copy_says_what_it_has_copied_and_is_run_again_without_harm(directory: Path) -> None:
+    source, target = f"fs://{directory}/a", f"fs://{directory}/b"
+    fill(source, 50)
+    line = "50 objects: 50 copied (200 KiB), 0 were there, 0 gone, 0 corrupt, 0 failed\n"
+    assert printed(directory, "copy", source, target) == line
+    told = json.loads(printed(directory, "copy", source, target, "--json"))
+    assert (told["found"], told["present"], told["copied"]) == (50, 50, 0)
+
+
+def test_a_copy_that_is_killed_is_gone_on_with(directory: Path) -> None:
+    source, target = f"fs://{directory}/a", f"fs://{directory}/b"
+    fill(source, 3000)
+    process = start(directory, "copy", source, target)
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end and not any((directory / "b").rglob("*.kv")):
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    told = json.loads(printed(directory, "copy", source, target, "--json"))
+    assert told["found"] == 3000 == told["present"] + told["copied"]
+    assert told["present"] > 0
+    assert json.loads(printed(directory, "copy", source, target, "--json"))["present"] == 3000
+
+
+def test_a_copy_that_cannot_be_is_told_in_one_line(directory: Path) -> None:
+    fill(f"fs://{directory}/a", 1)
+    assert "unknown scheme" in complaint(run(directory, "copy", f"fs://{directory}/a", "nothing://x"))
+    assert "cannot be opened" in complaint(run(directory, "copy", f"fs://{directory}/a", "fs:///proc/self/none"))
 
 
 # Tokens.

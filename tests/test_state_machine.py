@@ -22,7 +22,9 @@ from soak import SOAK_SECONDS
 from async_cache import (
     AsyncCache,
     BackendError,
+    BackendState,
     CacheConfig,
+    ConfigError,
     LoadResult,
     LookupHits,
     ModelLayout,
@@ -36,6 +38,7 @@ from async_cache import (
     Writer,
     WriterClosedError,
 )
+from async_cache.l2 import Placement, Placing
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing import GatedBackend, ThrottledBackend, Verb, flip_bit
 
@@ -305,6 +308,50 @@ class CacheMachine(RuleBasedStateMachine):
         assert 0 <= hits.chunks == hits.l1_chunks + hits.l2_chunks <= len(prompt)
         assert self.removed.isdisjoint(prompt.chunk_hashes[: hits.chunks])
 
+    # Backends come and go: a third one, new each time.
+
+    @rule(
+        position=st.sampled_from([None, 0, 1]),
+        write=st.sampled_from(Placing),
+        promote=st.booleans(),
+        admit=st.sampled_from([1, 2]),
+    )
+    def add_backend(self, position: int | None, write: Placing, promote: bool, admit: int) -> None:
+        async def add() -> None:
+            memory = MemoryBackend("third", capacity_bytes=20 * PAGE)
+            third = Moody(memory, stubborn=False)
+            third.placement = Placement(write=write, promote=promote, admit=admit)
+            try:
+                await self.cache.add_backend(third, position=position)
+            except ConfigError:
+                return
+            self.memories.append(memory)
+            self.reached["added"] += 1
+
+        self.do(add())
+
+    @rule(name=st.sampled_from(["third", "third", "first"]))
+    def drain_backend(self, name: str) -> None:
+        async def drain() -> None:
+            try:
+                status = await self.cache.drain_backend(name)
+            except (ConfigError, BackendError):
+                return
+            self.reached["drained"] += status.state is BackendState.DRAINED
+
+        self.wait_for(drain())
+
+    @rule()
+    def remove_backend(self) -> None:
+        async def remove() -> None:
+            try:
+                await self.cache.remove_backend("third")
+            except ConfigError:
+                return
+            self.reached["backends removed"] += 1
+
+        self.wait_for(remove())
+
     # What happens to it.
 
     @rule(seconds=st.sampled_from([0, 0.001, 0.1, 0.3, 1, 25, 70]))
@@ -420,7 +467,8 @@ class CacheMachine(RuleBasedStateMachine):
         await asyncio.sleep(1000)
         stats = await self.cache.stats()
         assert (stats.reserved_bytes, stats.quarantined_bytes, stats.writebacks_pending) == (0, 0, 0)
-        assert [memory.pins for memory in self.memories] == [0, 0]
+        assert not any(memory.pins for memory in self.memories)
+        assert not any(guard.uses for guard in self.cache.core.guards)
         await self.cache.clear("all")
         assert (await self.cache.stats()).l1_used_bytes == 0
         self.cache.check_integrity()
@@ -428,7 +476,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 SETTINGS = settings(
-    max_examples=150,
+    max_examples=250,
     stateful_step_count=50,
     deadline=None,
     derandomize=True,
@@ -438,11 +486,13 @@ SETTINGS = settings(
 
 
 @pytest.mark.filterwarnings("ignore::async_solipsism.ResolutionWarning")
+@pytest.mark.timeout(240)
 def test_in_whatever_order_things_are_done_promises_are_kept_and_nothing_leaks() -> None:
     CacheMachine.reached.clear()
     run_state_machine_as_test(CacheMachine, settings=SETTINGS)
     reached = CacheMachine.reached
-    for what in ("objects read", "loaded", "loads shared", "queries answered", "quarantined", "swept"):
+    many = "objects read", "loaded", "loads shared", "queries answered", "quarantined", "swept"
+    for what in (*many, "added", "drained", "backends removed"):
         assert reached[what] >= 10, f"{what} too seldom to prove anything: {dict(reached)}"
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_client
 from async_cache.client.client import CacheClient
-from async_cache.errors import BackendError
+from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.copy import copy_all
 from async_cache.l2.registry import from_url
 from async_cache.values import BackendState, BackendStatus, Copied
@@ -41,7 +41,10 @@ def add(
     """Have a running server open one more backend, and use it."""
 
     async def ask(client: CacheClient) -> None:
-        await client.add_backend(backend_url, position=position)
+        try:
+            await client.add_backend(backend_url, position=position)
+        except ValueError as error:
+            raise ConfigError(f"--position: {error}") from error
 
     with_client(url, token_file, ask)
 

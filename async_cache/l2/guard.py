@@ -427,8 +427,8 @@ async def _next_keys(backend: Backend, listing: Listing, count: int) -> list[tup
     if not listing:
         listing.append(aiter(backend.keys()))
     objects: list[tuple[ObjectKey, int]] = []
-    async for key_and_size in listing[0]:
-        objects.append(key_and_size)
+    async for key, size_bytes in listing[0]:
+        objects.append((key, size_bytes))
         if len(objects) == count:
             break
     return objects

@@ -233,7 +233,7 @@ class Writeback:
 
     def _take_turn(self, pending: Pending) -> bool:
         """Let a chunk that is in no queue wait in the next one that has a turn; False if there is none."""
-        while pending.later and not pending.entry.detached:
+        while pending.later:
             queue, *others = pending.later
             pending.later = tuple(others)
             if queue.add(pending):

@@ -15,6 +15,7 @@ from contract.support import make_prompt, pattern, verify, write
 
 from async_cache import (
     AccessDeniedError,
+    BackendState,
     BlockingClient,
     CacheClosedError,
     ConfigError,
@@ -132,6 +133,19 @@ def test_every_member_answers(client: BlockingClient) -> None:
     assert client.delete(PROMPT).chunks == CHUNKS
     assert client.clear().chunks == client.clear("all").chunks == 0
     assert client.memory.readonly
+
+
+def test_backends_come_and_go(client: BlockingClient) -> None:
+    there = [backend.name for backend in client.backends()]
+    client.add_backend("memory://new", position=0)
+    assert [backend.name for backend in client.backends()] == ["new", *there]
+    assert client.drain_backend("new", deadline_seconds=SOON).state is BackendState.DRAINED
+    client.remove_backend("new", timeout_seconds=SOON)
+    assert [backend.name for backend in client.backends()] == there
+    with pytest.raises(ConfigError, match="there is no backend 'new'"):
+        client.remove_backend("new")
+    with pytest.raises(TypeError, match="a backend must be a URL, not int"):
+        client.add_backend(5)  # type: ignore[arg-type]
 
 
 def test_request_ids_are_made_up_where_none_is_given(client: BlockingClient) -> None:

@@ -466,10 +466,19 @@ async def test_what_is_copied_to_a_backend_that_leaves_is_copied_once_more() -> 
         assert await keys_of(staying) == set(object_keys(make_prompt(10)))
 
 
+class LoadsThenWaits(GatedBackend):
+    """Has loaded when it waits at the gate: what is deleted meanwhile is in the buffers."""
+
+    async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+        outcomes = await self.inner.load(keys, buffers)
+        await self._begin("load", keys, buffers)
+        return outcomes
+
+
 @pytest.mark.parametrize("verb", ["load", "store"])
 @pytest.mark.parametrize("how", ["delete", "clear"])
 async def test_what_is_deleted_while_it_is_drained_does_not_come_back(verb: Any, how: str) -> None:
-    near, far = GatedBackend(MemoryBackend("near")), GatedBackend(MemoryBackend("far"))
+    near, far = LoadsThenWaits(MemoryBackend("near")), GatedBackend(MemoryBackend("far"))
     prompt = make_prompt(5)
     await seed(near.inner, prompt)
     async with open_cache(near, far) as cache:

@@ -405,8 +405,11 @@ async def test_a_backend_that_others_change_answers_nothing_from_memory() -> Non
     class Shared(MemoryBackend):
         shared = True
 
+        asked_at_once = 0
+
         def lookup_nowait(self, *_: object) -> list[bool] | None:
-            raise AssertionError("it cannot know")
+            self.asked_at_once += 1
+            return [True, True]
 
     backend = Shared()
     prompt = make_prompt(2)
@@ -416,6 +419,7 @@ async def test_a_backend_that_others_change_answers_nothing_from_memory() -> Non
         assert (await cache.lookup(prompt)).chunks == 0
         await seed_again(backend, prompt)
         assert await read_back(cache, prompt) == 2
+        assert backend.asked_at_once == 0
 
 
 async def seed_again(backend: MemoryBackend, prompt: Prompt) -> None:

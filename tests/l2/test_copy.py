@@ -1,4 +1,4 @@
-"""A copy leaves out what is there, verifies what it copies, can be broken off and begun anew, and needs little memory."""
+"""A copy leaves out what is there, verifies what it copies, can be broken off, and needs little memory."""
 
 import asyncio
 import tracemalloc
@@ -10,8 +10,9 @@ import pytest
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
 from async_cache.l2 import Backend
-from async_cache.l2.copy import _BATCH_BYTES, _WORKERS, copy_all
+from async_cache.l2.copy import _BATCH_BYTES, _WORKERS, _Buffer, copy_all
 from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.guard import Guard
 from async_cache.l2.memory import MemoryBackend
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing import BitFlipBackend, FailingBackend, GatedBackend, flip_bit
@@ -70,14 +71,13 @@ async def test_a_copy_that_was_broken_off_goes_on_where_it_was() -> None:
     source, memory = await filled(MemoryBackend("a"), range(1000)), MemoryBackend("b")
     gate = GatedBackend(memory)
     copying = asyncio.create_task(copy_all(source, gate))
-    while memory.usage().objects < 300:
-        await asyncio.sleep(0)
+    await gate.reached("store", 3)
     gate.hold("store")
     copying.cancel()
     with pytest.raises(asyncio.CancelledError):
         await copying
     there = memory.usage().objects
-    assert there < 1000
+    assert 0 < there < 1000
     copied = await copy_all(source, memory)
     assert (copied.present, copied.copied) == (there, 1000 - there)
     assert await content(memory) == await content(source)
@@ -155,6 +155,27 @@ async def test_a_call_that_is_silent_keeps_its_buffer_to_itself() -> None:
     gate.release()
     assert (await copy_all(memory, target, CONFIG)).copied == 600
     assert await content(target) == await content(memory)
+
+
+async def test_a_buffer_is_left_to_a_call_that_has_not_ended_and_used_again_after_one_that_has() -> None:
+    gate = GatedBackend(await filled(MemoryBackend("a"), range(2)), stubborn=True)
+    guard, buffer = Guard.of(gate, CONFIG), _Buffer()
+    (first,) = buffer.views([1000])
+    ended = guard.begin_load([key(0)], [first])
+    assert ended is not None
+    await ended.result()
+    buffer.leave_to(ended)
+    (again,) = buffer.views([1000])
+    gate.hold("load")
+    out = guard.begin_load([key(1)], [again])
+    assert out is not None
+    await gate.reached("load", 2)
+    buffer.leave_to(out)
+    (other,) = buffer.views([1000])
+    again[:4], other[:4] = b"late", b"mine"
+    assert (bytes(first[:4]), bytes(other[:4])) == (b"late", b"mine")
+    gate.release()
+    await guard.close(1)
 
 
 async def test_a_large_object_has_a_buffer_of_its_own() -> None:

@@ -16,6 +16,7 @@ from async_cache.l2.backend import Limits
 from async_cache.l2.codec.backend import CodecBackend
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
+from async_cache.l2.placement import Placement, Placing
 from async_cache.l2.registry import from_url
 from async_cache.l2.schemes import OWN
 from async_cache.l2.url import BackendURL
@@ -195,6 +196,38 @@ def test_limits_that_can_not_be_used_are_refused(query: str, reason: str) -> Non
         from_url(f"memory://?{query}")
     assert str(caught.value).startswith(f"memory://?{query}: ")
     assert reason in str(caught.value)
+
+
+def test_any_url_may_say_what_the_backend_is_given(tmp_path: Path) -> None:
+    for url in ("memory://near?capacity=1KiB&", f"fs://{tmp_path}/x?", "memory://?lookup_timeout=2&"):
+        backend = from_url(f"{url}write=skip_if_present&promote=true&%61dmit=3")
+        assert backend.placement == Placement(write=Placing.SKIP_IF_PRESENT, promote=True, admit=3)
+    assert backend.limits == Limits(lookup_timeout_seconds=2)
+    assert from_url("memory://").placement == Placement() == Placement(write=Placing.ALL, promote=False, admit=1)
+    for placing in Placing:
+        assert from_url(f"memory://?write={placing}").placement == Placement(write=placing)
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ("write=", "write: '' is not all or first or skip_if_present or none"),
+        ("write=ALL", "write: 'ALL' is not all"),
+        ("promote=1", "promote: '1' is not true or false"),
+        ("admit=0", "admit: '0' is not a number from 1 to 15"),
+        ("admit=16", "admit: '16' is not a number from 1 to 15"),
+        ("admit=two", "admit: 'two' is not a number"),
+        ("write=all&write=all", "'write' is repeated"),
+    ],
+)
+def test_a_placement_that_can_not_be_is_refused(query: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        from_url(f"memory://?{query}")
+
+
+def test_a_placement_of_a_ready_made_backend_is_checked_too() -> None:
+    with pytest.raises(ConfigError, match="admit must be from 1 to 15, not 0"):
+        Placement(admit=0)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, True, "1", float("inf")], ids=repr)

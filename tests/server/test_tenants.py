@@ -138,6 +138,10 @@ DENIED = {
     "delete": lambda cache, prompt: cache.delete(prompt),
     "clear l1": lambda cache, prompt: cache.clear("l1"),
     "clear all": lambda cache, prompt: cache.clear("all"),
+    "add a backend": lambda cache, prompt: cache.add_backend("memory://x"),
+    "drain a backend": lambda cache, prompt: cache.drain_backend("x"),
+    "remove a backend": lambda cache, prompt: cache.remove_backend("x"),
+    "list backends": lambda cache, prompt: cache.backends(),
 }
 
 
