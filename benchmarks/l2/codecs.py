@@ -2,11 +2,13 @@
 
 KV is a file with chunks of the demonstration's model: bfloat16, 2 x 30 layers x 3 heads x 256 tokens x 64. Where there
 is none, it is computed from the demonstration's prompt (needs `make demo`'s packages and model), and left there for the
-next time. Codecs take turns, object by object; a row has medians of one thread. blosc2 is in it where it is installed.
+next time. Codecs take turns, object by object. A row has MB per second of CPU time, which a busy machine does not
+lengthen: medians, of one thread. blosc2 is in it where it is installed.
 
 `pays_below` is the bandwidth of a store, in MB/s, below which a load takes less time with the codec than without, if
-reading and decoding do not overlap at all: decoding * (1 - 1 / ratio). `held_ms` is the longest that the loop stood
-still while 16 objects were stored and loaded by a backend with the codec, and by one without.
+reading and decoding do not overlap at all and one thread decodes: decode * (1 - 1 / ratio). `held_ms` is the longest
+that the loop stood still while 16 objects were stored and loaded by a backend with the codec, and by one without: the
+least of all rounds, since a busy machine adds to it.
 """
 
 import asyncio
@@ -114,11 +116,11 @@ def measure(objects):
         for turn in range(ROUNDS):
             for name, codec in codecs.items():
                 key = ObjectKey(number.to_bytes(32), 0, 0)
-                began = time.perf_counter()
+                began = time.thread_time()
                 encoded = codec.encode(key, body)
-                ended = time.perf_counter()
+                ended = time.thread_time()
                 codec.decode(key, encoded, memoryview(into))
-                seconds[name].append((ended - began, time.perf_counter() - ended))
+                seconds[name].append((ended - began, time.thread_time() - ended))
                 assert into == body
                 sizes[name] += len(encoded) if not turn else 0
     rows = []

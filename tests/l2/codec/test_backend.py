@@ -83,6 +83,8 @@ async def test_a_key_that_came_later_encrypts_and_older_ones_still_decrypt() -> 
         keys = [key(n) for n in (1, 2, 3)]
         assert during.lookup_nowait([key(1).chunk_hash], [(0, 0)]) is None
         assert await put(during, [3], 5000) == [True]
+        assert during.lookup_nowait([key(3).chunk_hash, key(1).chunk_hash], [(0, 0)]) is None
+        assert store.pins == 0
         assert await during.lookup(keys) == [True, True, True]
         assert await get(during, [1, 2, 3], 5000) == [content(n, 5000) for n in (1, 2, 3)]
         assert store.pins == 3
@@ -104,7 +106,7 @@ async def test_a_lookup_that_fails_for_older_keys_has_pinned_nothing() -> None:
     async with opened(failing, aes(OTHER_KEY, KEY)) as backend:
         with pytest.raises(BackendError):
             await backend.lookup([key(1), key(2)])
-    assert store.pins == 0
+        assert store.pins == 0
 
 
 async def test_objects_of_every_codec_and_plain_ones_lie_side_by_side(tmp_path: Path) -> None:

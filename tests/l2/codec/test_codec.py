@@ -1,12 +1,15 @@
 """One object through each codec: what goes in comes out, and nothing else ever does."""
 
+import hmac
 import random
+import tracemalloc
 from collections.abc import Callable
 from struct import pack
 from threading import Event
 
 import pytest
-from backports.zstd import ZstdCompressor
+from backports.zstd import CompressionParameter, ZstdCompressor
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from async_cache.l2.codec.aes import Aes
 from async_cache.l2.codec.codec import Codec
@@ -64,7 +67,8 @@ def test_what_cannot_be_compressed_is_hardly_longer(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["zstd", "zstd,aes"])
 def test_kv_becomes_shorter(name: str) -> None:
-    assert len(kv(2**20)) / len(encode(CODECS[name](), kv(2**20))) > 1.4
+    body = kv(80_000)  # in which nothing repeats
+    assert len(body) / len(encode(CODECS[name](), body)) > 1.4
 
 
 @every_codec
@@ -80,6 +84,13 @@ def test_an_object_of_another_size_is_none(name: str) -> None:
     codec = CODECS[name]()
     encoded = encode(codec, kv(2000))
     assert [n for n in (1, 1999, 2001, 4000) if decode(codec, encoded, n) is not None] == []
+
+
+def test_what_a_header_says_has_to_fit() -> None:
+    assert decode(Codec(), Header(0, 0, 0, 5000).pack() + bytes(5000), 5000) == bytes(5000)
+    for header in (Header(0, 0, 0, 4999), Header(0, 0, 1, 5000), Header(1, 1, 0, 5000), Header(2, 0, 0, 5000)):
+        assert decode(Codec(), header.pack() + bytes(5000), 5000) is None
+    assert decode(Codec(Zstd()), Header(1, 3, 0, 5000).pack() + bytes(5000), 5000) is None
 
 
 @encrypting
@@ -134,14 +145,39 @@ def test_nothing_of_an_object_shows_and_no_two_are_encrypted_alike() -> None:
     assert not any(bytes(8) in payload for payload in payloads)
 
 
-def test_a_frame_that_grows_or_asks_for_memory_is_none() -> None:
-    compressor = ZstdCompressor(level=19)
-    for bomb in (bytes(2**26), bytes(2**26 + 1)):
-        frame = compressor.compress(bomb, ZstdCompressor.FLUSH_FRAME)
-        payload = pack("<I", len(frame)) + frame
-        for width in (1, 2, 4):
-            forged = Header(1, width, 0, BLOCK_BYTES).pack() + payload * width
+def test_the_key_of_a_chunk_is_hkdf_of_the_master_key() -> None:
+    aes, body = Aes([KEY]), kv(1000)
+    encoded = bytes(encode(Codec(encryption=aes), body))
+    header = Header.parse(encoded)
+    assert header is not None
+    extracted = hmac.digest(bytes(32), KEY, "sha256")  # RFC 5869, by hand
+    assert header.key_id == hmac.digest(extracted, b"async_cache key id 1\n\x01", "sha256")[:8]
+    chunk_key = hmac.digest(extracted, b"async_cache aes 1\n" + FIRST.chunk_hash + b"\x01", "sha256")
+    associated = pack("<32sII", *FIRST) + encoded[:HEADER_BYTES]
+    assert AESGCM(chunk_key).decrypt(header.nonce, encoded[HEADER_BYTES:], associated) == body
+
+
+def test_a_frame_of_a_plane_that_asks_for_more_memory_than_that_is_none() -> None:
+    body = bytes(1000)
+    for window_log, expected in ((18, body), (27, None)):
+        compressor = ZstdCompressor(options={CompressionParameter.window_log: window_log})
+        frame = compressor.compress(body[:400]) + compressor.compress(body[400:], ZstdCompressor.FLUSH_FRAME)
+        forged = Header(1, 1, 0, 1000).pack() + pack("<I", len(frame)) + frame
+        assert decode(Codec(Zstd()), forged, 1000) == expected
+
+
+def test_a_frame_that_grows_is_none_and_takes_no_memory() -> None:
+    compressor = ZstdCompressor(options={CompressionParameter.window_log: 18})
+    frame = compressor.compress(bytes(2**25)) + compressor.compress(bytes(2**25), ZstdCompressor.FLUSH_FRAME)
+    payload = pack("<I", len(frame)) + frame
+    for width in (1, 2, 4):
+        forged = Header(1, width, 0, BLOCK_BYTES).pack() + payload * width
+        tracemalloc.start()
+        try:
             assert decode(Codec(Zstd()), forged, BLOCK_BYTES) is None
+            assert tracemalloc.get_traced_memory()[1] < 16 * BLOCK_BYTES
+        finally:
+            tracemalloc.stop()
 
 
 @pytest.mark.parametrize("seed", range(300))
