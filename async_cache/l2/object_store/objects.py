@@ -1,7 +1,8 @@
 """One object in a bucket: a record (see `l2.record`), read in ranges side by side and verified, or written whole.
 
 obstore collects what a request brings in memory of its own. From there it is copied once, to where it belongs; the
-checksum is that of what has arrived there.
+checksum is that of what has arrived there. The loop copies what takes less of its time than a thread would: measured
+with objects of 1 MiB, threads cost a third of the throughput.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from async_cache.l2.record import TRAILER_BYTES, is_trailer, write_trailer
 from async_cache.prompt.keys import ObjectKey
 
 BLOCK_BYTES = 512 * 1024  # copied and hashed while it is still in the processor's cache
-AT_ONCE_BYTES = 32 * 1024  # copied and hashed in less time than it takes to wake a thread
+AT_ONCE_BYTES = 2**20  # copied and hashed by the loop, in a fifth of a millisecond
 PARTS_AT_A_TIME = 4  # of one upload
 
 
@@ -84,6 +85,7 @@ class Objects(Struct, frozen=True):
             if len(answer[0]) < end - begin + max(0, more - 1):
                 return None
             if end - begin <= AT_ONCE_BYTES:
+                await self.requests.turn(end - begin)
                 return _take(answer, body[begin:end], digest)
             return await self.requests.in_thread(_take, answer, body[begin:end], digest)
 

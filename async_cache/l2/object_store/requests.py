@@ -12,6 +12,7 @@ T = TypeVar("T")
 
 CLOSE_SECONDS = 2.0
 THREADS = 2
+STEP_BYTES = 4 * 2**20  # copied and hashed in one step of the loop: a millisecond
 
 
 class Requests:
@@ -24,7 +25,22 @@ class Requests:
     def __init__(self, name: str):
         self._threads = DaemonExecutor(THREADS, f"{name} copy")
         self._running: set[asyncio.Future[Any]] = set()
-        self._given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._given_up: asyncio.Future[None] = self._loop.create_future()
+        self._turn = asyncio.Lock()
+        self._step_bytes = 0
+
+    async def turn(self, size_bytes: int) -> None:
+        """Wait until the loop may copy so much: all that it copies in one of its steps is at most STEP_BYTES."""
+        async with self._turn:
+            if self._step_bytes + size_bytes > STEP_BYTES:
+                await asyncio.sleep(0)
+            if not self._step_bytes:
+                self._loop.call_soon(self._next_step)
+            self._step_bytes += size_bytes
+
+    def _next_step(self) -> None:
+        self._step_bytes = 0
 
     async def in_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in a thread; where the caller is cancelled, he waits for its end all the same."""
