@@ -91,7 +91,7 @@ class ObjectStoreBackend(Backend):
         self._changes = self._connect(limits.store_timeout_seconds or defaults.store_timeout_seconds)
         self._looking = asyncio.Semaphore(LOOKUPS_TO_ONE_LOAD * self._concurrency)
         self._holdings, self._counting = Holdings(), None
-        self._requests = Requests(self.name)
+        self._requests = Requests()
         self._objects = Objects(
             self._connect(limits.load_timeout_seconds or defaults.load_timeout_seconds),
             self._changes,
