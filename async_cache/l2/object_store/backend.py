@@ -168,7 +168,8 @@ class ObjectStoreBackend(Backend):
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
         _check_lengths(keys, buffers)
-        outcomes = await asyncio.gather(*map(self._load, keys, buffers), return_exceptions=True)
+        loads = asyncio.gather(*map(self._load, keys, buffers), return_exceptions=True)
+        outcomes = await self._objects.requests.own(loads)
         self._note_failures(keys, outcomes)
         self._raise_if_nothing(outcomes)
         return [LoadOutcome.FAILED if isinstance(outcome, BaseException) else outcome for outcome in outcomes]

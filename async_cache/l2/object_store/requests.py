@@ -26,7 +26,6 @@ class Requests:
     def __init__(self) -> None:
         self._running: set[asyncio.Future[Any]] = set()
         self._loop = asyncio.get_running_loop()
-        self._given_up: asyncio.Future[None] = self._loop.create_future()
         self._turn = asyncio.Lock()
         self._step_bytes = 0
 
@@ -45,30 +44,37 @@ class Requests:
     def _next_step(self) -> None:
         self._step_bytes = 0
 
-    async def to_its_end(self, future: "asyncio.Future[T]") -> T:
-        """Wait until it has ended, cancelled or not, however often. Raises BackendError if that outlasts `close`."""
+    def own(self, future: "asyncio.Future[T]") -> "asyncio.Future[T]":
+        """Let `close` wait for it, and cancel it after that."""
         self._running.add(future)
         future.add_done_callback(self._running.discard)
+        return future
+
+    async def to_its_end(self, future: "asyncio.Future[T]") -> T:
+        """Wait until it has ended, cancelled or not, however often. Raises BackendError if that outlasts `close`."""
+        self.own(future)
         cancelled: asyncio.CancelledError | None = None
         while not future.done():
             try:
-                await asyncio.wait((future, self._given_up), return_when=asyncio.FIRST_COMPLETED)
-                if self._given_up.done() and not future.done():
-                    future.cancel()
-                    raise BackendError("closed")
+                await asyncio.wait((future,))
             except asyncio.CancelledError as error:
                 cancelled = error
         if cancelled is not None:
             if not future.cancelled():
                 future.exception()  # looked at: nobody else does
             raise cancelled
+        if future.cancelled():
+            raise BackendError("closed")
         return future.result()
 
     async def close(self) -> None:
         """Wait for what is under way, but not for a dead service; idempotent."""
+        running = set(self._running)
         try:
-            if self._running:
-                await asyncio.wait(set(self._running), timeout=CLOSE_SECONDS)
+            if running:
+                await asyncio.wait(running, timeout=CLOSE_SECONDS)
         finally:
-            if not self._given_up.done():
-                self._given_up.set_result(None)
+            for future in running:
+                future.cancel()
+        if running:
+            await asyncio.wait(running, timeout=CLOSE_SECONDS)  # which is a matter of some turns of the loop

@@ -280,6 +280,19 @@ async def test_a_close_does_not_wait_for_a_server_that_is_silent(server: Server)
         assert time.monotonic() - began < 4
 
 
+async def test_when_a_close_returns_no_load_touches_its_buffers(server: Server) -> None:
+    async with opened(server, store_timeout=60, load_timeout=60, concurrency=1) as backend:
+        await put(backend, range(3), 5000)
+        server.faults(of("GET", backend, 1) | {"delay": 3, "times": 1})
+        buffers = [bytearray(5000) for _ in range(3)]
+        load = asyncio.ensure_future(backend.load([key(n) for n in range(3)], views(buffers)))
+        await seen(server, "GET")
+        await backend.close()
+        assert load.done()
+        with pytest.raises((asyncio.CancelledError, BackendError)):
+            await load
+
+
 def uploads(server: Server) -> list[str]:
     """The uploads in parts that were begun and neither completed nor aborted."""
     return re.findall("<UploadId>.*?</UploadId>", server.request("GET", f"/{BUCKET}?uploads").decode())
