@@ -25,8 +25,8 @@ serve: $(INSTALLED) ## serve a cache to all processes of this machine, with the 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/pytest
 
-soak: $(INSTALLED) ## run the long part of the tests: faults, interleavings, mutated frames, 50 minutes
-	SOAK=300 $(BIN)/pytest --timeout=3600 tests/faults tests/test_state_machine.py tests/server tests/protocol
+soak: $(INSTALLED) ## run the long part of the tests: faults, interleavings, mutated frames, an hour
+	SOAK=300 $(BIN)/pytest --timeout=3600 tests/faults tests/l2/object_store tests/test_state_machine.py tests/server tests/protocol
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check

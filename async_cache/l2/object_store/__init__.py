@@ -2,7 +2,7 @@
 
     location  what a URL says: the bucket, and how it is reached
     faults    what is told of an error, and what kind of fault it is
-    requests  requests that end, and threads that copy what they bring
+    requests  requests that end, and turns of the loop to copy what they bring
     objects   one object: read in ranges and verified, written whole
     holdings  how much the prefix holds, as far as is known
     backend   the backend

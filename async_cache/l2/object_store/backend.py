@@ -91,7 +91,7 @@ class ObjectStoreBackend(Backend):
         self._changes = self._connect(limits.store_timeout_seconds or defaults.store_timeout_seconds)
         self._looking = asyncio.Semaphore(LOOKUPS_TO_ONE_LOAD * self._concurrency)
         self._holdings, self._counting = Holdings(), None
-        self._requests = Requests(self.name)
+        self._requests = Requests()
         self._objects = Objects(
             self._connect(limits.load_timeout_seconds or defaults.load_timeout_seconds),
             self._changes,
@@ -168,7 +168,8 @@ class ObjectStoreBackend(Backend):
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
         _check_lengths(keys, buffers)
-        outcomes = await asyncio.gather(*map(self._load, keys, buffers), return_exceptions=True)
+        loads = asyncio.gather(*map(self._load, keys, buffers), return_exceptions=True)
+        outcomes = await self._objects.requests.own(loads)
         self._note_failures(keys, outcomes)
         self._raise_if_nothing(outcomes)
         return [LoadOutcome.FAILED if isinstance(outcome, BaseException) else outcome for outcome in outcomes]

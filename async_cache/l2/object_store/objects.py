@@ -5,10 +5,10 @@ checksum is that of what has arrived there.
 """
 
 import asyncio
-from collections.abc import Iterator
+from mmap import mmap
 
 from msgspec import Struct
-from obstore import Bytes, get_range_async, put_async
+from obstore import get_range_async, put_async
 from obstore.store import ObjectStore
 from xxhash import xxh3_64
 
@@ -17,8 +17,6 @@ from async_cache.l2.object_store.requests import Requests
 from async_cache.l2.record import TRAILER_BYTES, is_trailer, write_trailer
 from async_cache.prompt.keys import ObjectKey
 
-BLOCK_BYTES = 512 * 1024  # copied and hashed while it is still in the processor's cache
-AT_ONCE_BYTES = 32 * 1024  # copied and hashed in less time than it takes to wake a thread
 PARTS_AT_A_TIME = 4  # of one upload
 
 
@@ -63,7 +61,8 @@ class Objects(Struct, frozen=True):
             for task, (begin, end) in zip(tasks, ranges, strict=True):
                 if (tail := await task) is None:
                     return None
-                await self.requests.in_thread(digest.update, body[begin:end])
+                async for block in self.requests.blocks(end - begin):
+                    digest.update(body[begin:end][block])
             return tail
         finally:
             for task in tasks:
@@ -80,12 +79,15 @@ class Objects(Struct, frozen=True):
         """
         more = TRAILER_BYTES + 1 if end == len(body) else 0
         async with self.loading:  # until it is copied: so it bounds the memory, too
-            answer = [await get_range_async(self.loads, path, start=begin, end=end + more)]
-            if len(answer[0]) < end - begin + max(0, more - 1):
+            answer = memoryview(await get_range_async(self.loads, path, start=begin, end=end + more))
+            if len(answer) < end - begin + max(0, more - 1):
                 return None
-            if end - begin <= AT_ONCE_BYTES:
-                return _take(answer, body[begin:end], digest)
-            return await self.requests.in_thread(_take, answer, body[begin:end], digest)
+            into = body[begin:end]
+            async for block in self.requests.blocks(len(into)):
+                into[block] = answer[block]
+                if digest is not None:
+                    digest.update(into[block])
+            return bytes(answer[len(into) :])
 
     async def write(self, path: str, key: ObjectKey, body: memoryview) -> None:
         """Write a record: others see all of it, or nothing. Raises what obstore does.
@@ -95,7 +97,7 @@ class Objects(Struct, frozen=True):
         """
         in_parts = len(body) > 2 * self.part_bytes
         async with self.storing_in_parts if in_parts else self.storing:
-            record = await self.requests.in_thread(_record, key, body)
+            record = await self._record(key, body)
             upload = put_async(
                 self.stores,
                 path,
@@ -104,8 +106,17 @@ class Objects(Struct, frozen=True):
                 chunk_size=self.part_bytes,
                 max_concurrency=PARTS_AT_A_TIME,
             )
-            del record  # it is obstore's now, and is given back in a thread of its own
+            del record  # it is obstore's now
             await self.requests.to_its_end(asyncio.ensure_future(upload))
+
+    async def _record(self, key: ObjectKey, body: memoryview) -> memoryview:
+        """The record of an object, in a mapping: a bytearray is filled with zeros at once, which holds the loop."""
+        into, digest = memoryview(mmap(-1, len(body) + TRAILER_BYTES)), xxh3_64()
+        async for block in self.requests.blocks(len(body)):
+            into[block] = body[block]
+            digest.update(into[block])
+        write_trailer(into[len(body) :], key, len(body), digest.intdigest())
+        return into
 
 
 def _ranges(size_bytes: int, part_bytes: int) -> list[tuple[int, int]]:
@@ -113,30 +124,3 @@ def _ranges(size_bytes: int, part_bytes: int) -> list[tuple[int, int]]:
     count = max(1, -(-size_bytes // part_bytes))
     step = -(-size_bytes // count)
     return [(begin, min(begin + step, size_bytes)) for begin in range(0, max(1, size_bytes), max(1, step))]
-
-
-def _blocks(size_bytes: int) -> Iterator[slice]:
-    return (slice(begin, begin + BLOCK_BYTES) for begin in range(0, size_bytes, BLOCK_BYTES))
-
-
-def _take(answer: list[Bytes], into: memoryview, digest: xxh3_64 | None) -> bytes:
-    """Copy an answer, and hash it on the way if that is wanted; return what it has beyond.
-
-    It is taken out of its list, so that its memory is given back here: for megabytes, that takes milliseconds.
-    """
-    source = memoryview(answer.pop())
-    for block in _blocks(len(into)):
-        into[block] = source[: len(into)][block]
-        if digest is not None:
-            digest.update(into[block])
-    return bytes(source[len(into) :])
-
-
-def _record(key: ObjectKey, body: memoryview) -> bytearray:
-    record = bytearray(len(body) + TRAILER_BYTES)
-    view, digest = memoryview(record), xxh3_64()
-    for block in _blocks(len(body)):
-        view[: len(body)][block] = body[block]
-        digest.update(view[: len(body)][block])
-    write_trailer(view[len(body) :], key, len(body), digest.intdigest())
-    return record

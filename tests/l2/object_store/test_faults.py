@@ -89,6 +89,19 @@ async def test_an_object_that_can_not_be_read_fails_alone_and_is_stored_anew(
         assert await get(backend, range(3), 5000) == [content(n, 5000) for n in range(3)]
 
 
+async def test_what_is_denied_while_others_are_not_is_not_found_until_it_is_stored_anew(server: Server) -> None:
+    async with opened(server) as backend:
+        await put(backend, range(3), 5000)
+        server.faults(of("GET", backend, 1) | {"status": 403, "code": "InvalidObjectState"})
+        assert await get(backend, [0, 1], 5000) == [content(0, 5000), FAILED]
+        assert await find(backend, range(3)) == [True, False, True]
+        server.faults(of("GET", backend, 2) | SLOW_DOWN)  # which will pass
+        assert await get(backend, [0, 2], 5000) == [content(0, 5000), FAILED]
+        assert await find(backend, range(3)) == [True, False, True]
+        assert await put(backend, [1], 5000) == [True]
+        assert await find(backend, range(3)) == [True, True, True]
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 async def test_a_load_that_brings_nothing_raises_in_time_and_tells_no_secret(
     server: Server, fault: dict[str, Any]
@@ -265,6 +278,19 @@ async def test_a_close_does_not_wait_for_a_server_that_is_silent(server: Server)
         with pytest.raises((asyncio.CancelledError, BackendError)):
             await store
         assert time.monotonic() - began < 4
+
+
+async def test_when_a_close_returns_no_load_touches_its_buffers(server: Server) -> None:
+    async with opened(server, store_timeout=60, load_timeout=60, concurrency=1) as backend:
+        await put(backend, range(3), 5000)
+        server.faults(of("GET", backend, 1) | {"delay": 3, "times": 1})
+        buffers = [bytearray(5000) for _ in range(3)]
+        load = asyncio.ensure_future(backend.load([key(n) for n in range(3)], views(buffers)))
+        await seen(server, "GET")
+        await backend.close()
+        assert load.done()
+        with pytest.raises((asyncio.CancelledError, BackendError)):
+            await load
 
 
 def uploads(server: Server) -> list[str]:
