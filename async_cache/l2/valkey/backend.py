@@ -11,7 +11,7 @@ from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome
 from async_cache.l2.record import TRAILER_BYTES
 from async_cache.l2.url import BackendURL
-from async_cache.l2.valkey.items import Item, ask
+from async_cache.l2.valkey.items import Item, ask, number_of
 from async_cache.l2.valkey.listing import list_node
 from async_cache.l2.valkey.names import Names
 from async_cache.l2.valkey.node import Node
@@ -83,8 +83,10 @@ class ValkeyBackend(Backend):
         items = self._items(keys)
         await self._run(items, partial(ask, (b"STRLEN",)))
         self._raise_if_all_failed(items)
-        rotten = self._rotten
-        return [item.number(0) >= TRAILER_BYTES and item.key not in rotten for item in items]
+        found = [number_of(item.lines[0]) >= TRAILER_BYTES if item.lines else False for item in items]
+        if self._rotten:
+            found = [there and item.key not in self._rotten for item, there in zip(items, found, strict=True)]
+        return found
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Nothing: there are no pins."""
