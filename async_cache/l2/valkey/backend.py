@@ -25,6 +25,7 @@ from async_cache.values import BackendUsage
 log = logging.getLogger(__name__)
 
 FIRST_COUNT_SECONDS = 0.25  # that opening waits for: what holds little is known at once
+SLICE_KEYS = 1024  # asked about in one round trip: to make more questions would hold the loop
 STREAM_BYTES = 2**20  # for which one more connection is worth its while
 MAX_VALUE_BYTES = 512 * 2**20  # that a server takes
 _MAX_DOUBTFUL = 65_536  # objects: beyond, it costs no more than that they are not replaced
@@ -80,12 +81,14 @@ class ValkeyBackend(Backend):
         first.cancel()
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
-        items = self._items(keys)
-        await self._run(items, partial(ask, (b"STRLEN",)))
-        self._raise_if_all_failed(items)
-        found = [number_of(item.lines[0]) >= TRAILER_BYTES if item.lines else False for item in items]
+        found: list[bool] = []
+        for begin in range(0, len(keys), SLICE_KEYS):
+            items = self._items(keys[begin : begin + SLICE_KEYS])
+            await self._run(items, partial(ask, (b"STRLEN",)))
+            self._raise_if_all_failed(items)
+            found += [number_of(item.lines[0]) >= TRAILER_BYTES if item.lines else False for item in items]
         if self._rotten:
-            found = [there and item.key not in self._rotten for item, there in zip(items, found, strict=True)]
+            found = [there and key not in self._rotten for key, there in zip(keys, found, strict=True)]
         return found
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
@@ -234,8 +237,11 @@ class ValkeyBackend(Backend):
 
     async def _unlink(self, keys: Sequence[ObjectKey]) -> list[Item]:
         """Remove objects, whose sizes are the first answer about each, whether they were there the second."""
-        items = self._items(keys)
-        await self._run(items, partial(ask, (b"STRLEN", b"UNLINK")))
+        items = []
+        for begin in range(0, len(keys), SLICE_KEYS):
+            some = self._items(keys[begin : begin + SLICE_KEYS])
+            await self._run(some, partial(ask, (b"STRLEN", b"UNLINK")))
+            items += some
         for item in items:
             if item.error is None:
                 self._rotten.discard(item.key)
