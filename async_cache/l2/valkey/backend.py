@@ -11,7 +11,7 @@ from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome
 from async_cache.l2.record import TRAILER_BYTES
 from async_cache.l2.url import BackendURL
-from async_cache.l2.valkey.items import Item, ask, number_of
+from async_cache.l2.valkey.items import Item, ask
 from async_cache.l2.valkey.listing import list_node
 from async_cache.l2.valkey.names import Names
 from async_cache.l2.valkey.node import Node
@@ -83,13 +83,27 @@ class ValkeyBackend(Backend):
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         found: list[bool] = []
         for begin in range(0, len(keys), SLICE_KEYS):
-            items = self._items(keys[begin : begin + SLICE_KEYS])
-            await self._run(items, partial(ask, (b"STRLEN",)))
-            self._raise_if_all_failed(items)
-            found += [number_of(item.lines[0]) >= TRAILER_BYTES if item.lines else False for item in items]
+            found += await self._look_up(keys[begin : begin + SLICE_KEYS])
         if self._rotten:
             found = [there and key not in self._rotten for key, there in zip(keys, found, strict=True)]
         return found
+
+    async def _look_up(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        """Whether there is something under each name that may be a record."""
+        only = self._open_router().only
+        if only is not None and not self._was_away:  # without an item for each key, unless one has an error
+            try:
+                lines = await only.ask((b"STRLEN",), list(map(self._names.of, keys)))
+            except BackendError:
+                self._was_away = True
+                raise
+            sizes = [int(line[1:]) for line in lines if line[:1] == b":"]
+            if len(sizes) == len(keys):
+                return [size_bytes >= TRAILER_BYTES for size_bytes in sizes]
+        items = self._items(keys)
+        await self._run(items, partial(ask, (b"STRLEN",)))
+        self._raise_if_all_failed(items)
+        return [item.number(0) >= TRAILER_BYTES for item in items]
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Nothing: there are no pins."""

@@ -33,12 +33,8 @@ class Item(Struct, gc=False, eq=False):
 
     def number(self, index: int) -> int:
         """A reply that is a number; 0 where it is none."""
-        return number_of(self.lines[index]) if index < len(self.lines) else 0
-
-
-def number_of(line: bytes) -> int:
-    """A line that is a number, such as `:1000`; 0 for any other."""
-    return int(line[1:]) if line[:1] == b":" else 0
+        line = self.lines[index] if index < len(self.lines) else b""
+        return int(line[1:]) if line[:1] == b":" else 0
 
 
 async def ask(verbs: Sequence[bytes], node: Node, items: list[Item], asking: bool) -> None:
