@@ -90,7 +90,7 @@ def test_the_document_has_the_urls_and_parameters_of_every_backend() -> None:
     with pytest.raises(ConfigError) as caught:
         from_url("none://")
     forms = str(caught.value).partition("allowed: ")[2].split(" or ")
-    assert [line.strip() for line in re.findall(r"^    \w+://.*$", BACKENDS, re.MULTILINE)] == forms
+    assert [line.strip() for line in re.findall(r"^    [\w+]+://.*$", BACKENDS, re.MULTILINE)] == forms
     parameters = [name for form in forms for name in re.findall(r"[?&](\w+)=", form)]
     assert re.findall(r"^\| \| `(\w+)`", DOCUMENT, re.MULTILINE) == parameters
 

@@ -44,13 +44,19 @@ _OWN = {
         "fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4", FileSystemBackend.from_url
     ),
 }
-_VALKEY = _Scheme(
-    "valkey://host:6379/0?namespace=akv&ttl=3600&connections=2, valkeys://... (TLS), valkey+unix:///path?..., "
-    "valkey+cluster://host:port,host:port?..., valkeys+cluster://... (redis and rediss mean the same)",
-    _later("async_cache.l2.valkey.backend:ValkeyBackend.from_url"),
-)
-_VARIANTS = ("", "s", "+unix", "+cluster", "s+cluster")
-_OWN |= {scheme + variant: _VALKEY for scheme in ("valkey", "redis") for variant in _VARIANTS}
+_CLUSTER = "valkey+cluster://host:6379,host:6379"
+_VALKEY = {
+    "": "valkey://host:6379/0?namespace=akv&ttl=60&connections=2&connect_timeout=1&usage_every=600&password_file=/path",
+    "s": "valkeys://host:6379/0?ca=/path&cert=/path&key=/path&verify=full|ca|none",
+    "+unix": "valkey+unix:///path?db=0",
+    "+cluster": _CLUSTER,
+    "s+cluster": _CLUSTER,
+}
+_OWN |= {
+    scheme + variant: _Scheme(form, _later("async_cache.l2.valkey.backend:ValkeyBackend.from_url"))
+    for scheme in ("valkey", "redis")
+    for variant, form in _VALKEY.items()
+}
 _LIMITS = {name.removesuffix("_seconds"): name for name in Limits.__struct_fields__}
 """The parameters that every URL may have, and the limit that each sets."""
 _PARSERS = {parameter: partial(CacheConfig.parse, name) for parameter, name in _LIMITS.items()}
@@ -61,7 +67,7 @@ def from_url(url: str) -> Backend:
 
         memory://[name]?capacity=1GiB
         fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4
-        valkey://host:6379/0?namespace=akv&ttl=3600&connections=2      (`docs/backends/valkey.md` has its variants)
+        valkey://host:6379/0?namespace=akv&ttl=60      (`docs/backends/valkey.md` has its variants and parameters)
 
     `capacity` is in bytes or with a unit; "none" is no bound. Without it, memory is unbounded and a directory
     is bounded to 10 GiB. A path is absolute; in it, "?", "#" and "%" are percent-encoded. Other schemes are those of
