@@ -26,7 +26,7 @@ test: $(INSTALLED) ## run the tests
 	$(BIN)/pytest
 
 soak: $(INSTALLED) ## run the long part of the tests: faults, interleavings, mutated frames, an hour
-	SOAK=300 $(BIN)/pytest --timeout=3600 tests/faults tests/l2/object_store tests/test_state_machine.py tests/server tests/protocol
+	SOAK=300 $(BIN)/pytest --timeout=3600 tests/faults tests/l2/object_store tests/l2/valkey tests/test_state_machine.py tests/server tests/protocol
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check

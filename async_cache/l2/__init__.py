@@ -15,6 +15,7 @@
     index         what a backend knows to be stored, what is pinned, and what leaves first
     memory        the reference: objects in this process's own memory
     filesystem    the default: objects as files of a local disk
+    valkey        objects in a Valkey or Redis server, or a cluster, which hosts share
     object_store  objects in a bucket, with an extra
     codec         any of them, with objects that are compressed and encrypted
 

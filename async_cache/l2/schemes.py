@@ -15,12 +15,14 @@ _BUCKET = "async_cache.l2.object_store.backend:ObjectStoreBackend.from_url"
 _OF_BUCKETS = (
     "endpoint=https://host:9000&allow_http=true|false&ca=/file.pem&anonymous=true|false&concurrency=32&part=8MiB"
 )
-_VALKEY = Scheme(
-    "valkey://host:6379/0?namespace=akv&ttl=3600&connections=2, valkeys://... (TLS), valkey+unix:///path?..., "
-    "valkey+cluster://host:port,host:port?..., valkeys+cluster://... (redis and rediss mean the same)",
-    "async_cache.l2.valkey.backend:ValkeyBackend.from_url",
-)
-_VARIANTS = ("", "s", "+unix", "+cluster", "s+cluster")
+_CLUSTER = "valkey+cluster://host:6379,host:6379"
+_OF_VALKEY = {
+    "": "valkey://host:6379/0?namespace=akv&ttl=60&connections=2&connect_timeout=1&usage_every=600&password_file=/path",
+    "s": "valkeys://host:6379/0?ca=/path&cert=/path&key=/path&verify=full|ca|none",
+    "+unix": "valkey+unix:///path?db=0",
+    "+cluster": _CLUSTER,
+    "s+cluster": _CLUSTER,
+}
 
 OWN = {
     "memory": Scheme("memory://[name]?capacity=1GiB", "async_cache.l2.memory:MemoryBackend.from_url"),
@@ -28,7 +30,11 @@ OWN = {
         "fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4",
         "async_cache.l2.filesystem.backend:FileSystemBackend.from_url",
     ),
-    **{name + variant: _VALKEY for name in ("valkey", "redis") for variant in _VARIANTS},
+    **{
+        name + variant: Scheme(form, "async_cache.l2.valkey.backend:ValkeyBackend.from_url")
+        for name in ("valkey", "redis")
+        for variant, form in _OF_VALKEY.items()
+    },
     "s3": Scheme(
         f"s3://bucket[/prefix]?region=us-east-1&addressing=path|virtual&bulk_delete=true|false&{_OF_BUCKETS}",
         _BUCKET,

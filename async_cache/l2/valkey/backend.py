@@ -25,6 +25,7 @@ from async_cache.values import BackendUsage
 log = logging.getLogger(__name__)
 
 FIRST_COUNT_SECONDS = 0.25  # that opening waits for: what holds little is known at once
+SLICE_KEYS = 1024  # asked about in one round trip: to make more questions would hold the loop
 STREAM_BYTES = 2**20  # for which one more connection is worth its while
 MAX_VALUE_BYTES = 512 * 2**20  # that a server takes
 _MAX_DOUBTFUL = 65_536  # objects: beyond, it costs no more than that they are not replaced
@@ -80,11 +81,29 @@ class ValkeyBackend(Backend):
         first.cancel()
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        found: list[bool] = []
+        for begin in range(0, len(keys), SLICE_KEYS):
+            found += await self._look_up(keys[begin : begin + SLICE_KEYS])
+        if self._rotten:
+            found = [there and key not in self._rotten for key, there in zip(keys, found, strict=True)]
+        return found
+
+    async def _look_up(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        """Whether there is something under each name that may be a record."""
+        only = self._open_router().only
+        if only is not None and not self._was_away:  # without an item for each key, unless one has an error
+            try:
+                lines = await only.ask((b"STRLEN",), list(map(self._names.of, keys)))
+            except BackendError:
+                self._was_away = True
+                raise
+            sizes = [int(line[1:]) for line in lines if line[:1] == b":"]
+            if len(sizes) == len(keys):
+                return [size_bytes >= TRAILER_BYTES for size_bytes in sizes]
         items = self._items(keys)
         await self._run(items, partial(ask, (b"STRLEN",)))
         self._raise_if_all_failed(items)
-        rotten = self._rotten
-        return [item.number(0) >= TRAILER_BYTES and item.key not in rotten for item in items]
+        return [item.number(0) >= TRAILER_BYTES for item in items]
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Nothing: there are no pins."""
@@ -232,8 +251,11 @@ class ValkeyBackend(Backend):
 
     async def _unlink(self, keys: Sequence[ObjectKey]) -> list[Item]:
         """Remove objects, whose sizes are the first answer about each, whether they were there the second."""
-        items = self._items(keys)
-        await self._run(items, partial(ask, (b"STRLEN", b"UNLINK")))
+        items = []
+        for begin in range(0, len(keys), SLICE_KEYS):
+            some = self._items(keys[begin : begin + SLICE_KEYS])
+            await self._run(some, partial(ask, (b"STRLEN", b"UNLINK")))
+            items += some
         for item in items:
             if item.error is None:
                 self._rotten.discard(item.key)

@@ -1,7 +1,8 @@
 """One object of a call: under which name it is asked for, and what became of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from async_cache.errors import BackendError
 from async_cache.l2.backend import LoadOutcome
@@ -12,8 +13,7 @@ from async_cache.prompt.keys import ObjectKey
 _NO_BUFFER = memoryview(b"")
 
 
-@dataclass(slots=True, eq=False)
-class Item:
+class Item(Struct, gc=False, eq=False):
     """An object, and what a server said of it."""
 
     key: ObjectKey
@@ -34,7 +34,7 @@ class Item:
     def number(self, index: int) -> int:
         """A reply that is a number; 0 where it is none."""
         line = self.lines[index] if index < len(self.lines) else b""
-        return int(line[1:]) if line[:1] == b":" and line[1:].isdigit() else 0
+        return int(line[1:]) if line[:1] == b":" else 0
 
 
 async def ask(verbs: Sequence[bytes], node: Node, items: list[Item], asking: bool) -> None:
@@ -43,7 +43,9 @@ async def ask(verbs: Sequence[bytes], node: Node, items: list[Item], asking: boo
     width = len(verbs)
     for index, item in enumerate(items):
         item.lines = lines[index * width : (index + 1) * width]
-        for line in item.lines:
-            if line[:1] == b"-" and not line.startswith(b"-WRONGTYPE"):  # a foreign thing under our name is not ours
-                item.fail(line)
-                break
+    if any(line[:1] == b"-" for line in lines):
+        for item in items:
+            for line in item.lines:
+                if line[:1] == b"-" and not line.startswith(b"-WRONGTYPE"):  # a foreign thing is not ours
+                    item.fail(line)
+                    break

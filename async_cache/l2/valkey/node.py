@@ -103,17 +103,12 @@ class Node:
 
         Raises BackendError.
         """
-        asks = [b"ASKING"] if asking else []
-        parts = []
-        for name in names:
-            about = b"$%d\r\n%b\r\n" % (len(name), name)
-            for verb in verbs:
-                parts += [command(b"ASKING")] if asks else []
-                parts.append(b"*2\r\n$%d\r\n%b\r\n" % (len(verb), verb))
-                parts.append(about)
+        before = command("ASKING") if asking else b""
+        heads = [b"%b*2\r\n$%d\r\n%b\r\n" % (before, len(verb), verb) for verb in verbs]
+        commands = b"".join([b"%b$%d\r\n%b\r\n" % (head, len(name), name) for name in names for head in heads])
         async with self.commands.wire() as wire:
-            lines = await wire.ask(b"".join(parts), len(names) * len(verbs) * (1 + len(asks)))
-        return lines[1::2] if asks else lines
+            lines = await wire.ask(commands, len(names) * len(verbs) * (2 if asking else 1))
+        return lines[1::2] if asking else lines
 
     async def dial(self) -> Wire:
         """A new connection, authenticated. Raises BackendError, at once where the last attempt has just failed."""

@@ -34,7 +34,8 @@ class Router:
         self._settings = settings
         self._nodes: dict[Address, Node] = {}
         self._slots: list[Node | None] = [None] * SLOTS
-        self._only: Node | None = None if settings.is_cluster else self._node(settings.addresses[0])
+        self.only: Node | None = None if settings.is_cluster else self._node(settings.addresses[0])
+        """The one server, where it is no cluster."""
         self._refreshing: asyncio.Task[None] | None = None
         self._refresh_at = 0.0
         self._pause_seconds = FIRST_PAUSE_SECONDS
@@ -42,16 +43,16 @@ class Router:
 
     async def open(self) -> None:
         """Connect once, to know whether that is possible. Raises BackendError."""
-        if self._only is not None:
-            async with self._only.commands.wire():
+        if self.only is not None:
+            async with self.only.commands.wire():
                 return
         await self._know()
 
     async def run(self, items: Sequence[Item], work: Work) -> None:
         """Do some work about objects, at all nodes side by side; where a node fails, its items have an error."""
         todo = list(items)
-        if self._only is not None:
-            await self._at(self._only, todo, False, work)
+        if self.only is not None:
+            await self._at(self.only, todo, False, work)
             for item in todo:
                 if item.redirect is not None:
                     item.error = BackendError(f"{item.error}: it is a node of a cluster, for the scheme +cluster")
@@ -76,7 +77,7 @@ class Router:
         except BackendError as error:
             for item in items:
                 item.error = item.error or error
-        if self._only is None and any(item.error is not None or item.redirect is not None for item in items):
+        if self.only is None and any(item.error is not None or item.redirect is not None for item in items):
             self._refresh_soon()
 
     def _place(self, item: Item) -> tuple[Node | None, bool]:
@@ -95,8 +96,8 @@ class Router:
 
     async def masters(self) -> list[Node]:
         """The nodes that have objects, each once. Raises BackendError."""
-        if self._only is not None:
-            return [self._only]
+        if self.only is not None:
+            return [self.only]
         if not any(self._slots):
             await self._know()
         return list(dict.fromkeys(node for node in self._slots if node is not None))

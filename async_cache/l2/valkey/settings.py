@@ -101,8 +101,11 @@ class Settings:
 def _name(scheme: str, addresses: tuple[Address, ...], database: int, namespace: str) -> str:
     """What tells this backend from others: the URL without its credentials and what is no matter of identity."""
     where = ",".join(map(str, addresses))
-    ours = f"?namespace={namespace}" if namespace != NAMESPACE else ""
-    return f"{scheme}://{where}{f'/{database}' if database else ''}{ours}"
+    is_unix = not addresses[0].port
+    path = f"/{database}" if database and not is_unix else ""
+    query = [f"db={database}"] if database and is_unix else []
+    query += [f"namespace={namespace}"] if namespace != NAMESPACE else []
+    return f"{scheme}://{where}{path}{'?' if query else ''}{'&'.join(query)}"
 
 
 def _addresses(hosts: str, *, several: bool) -> tuple[Address, ...]:

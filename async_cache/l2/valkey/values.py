@@ -21,6 +21,7 @@ STEP_BYTES = 256 * 1024
 SEND_BYTES = 256 * 1024  # to send costs more than to receive: on one machine, it does the receiver's work
 SCRATCH_BYTES = 16 * 1024  # what a read between two bodies may take of the next one, and copy
 WINDOW_BYTES = 4 * 2**20  # asked for and not there yet, of one connection: what a server keeps for a slow client
+WINDOW_OBJECTS = 256
 ASKING = b"*1\r\n$6\r\nASKING\r\n"
 
 _LOADED, _GONE, _CORRUPT, _FAILED = LoadOutcome
@@ -70,7 +71,7 @@ class Values:
     def _ask(self) -> None:
         """Ask for as much as the window has room for, two objects at least."""
         commands = []
-        while len(self._asked) < 2 or self._asked_bytes < WINDOW_BYTES:
+        while len(self._asked) < 2 or (self._asked_bytes < WINDOW_BYTES and len(self._asked) < WINDOW_OBJECTS):
             item = next(self._todo, None)
             if item is None:
                 break
@@ -183,7 +184,7 @@ class Values:
         self._part, self._body = _HEADER, memoryview(b"")
         self._asked.popleft()
         self._asked_bytes -= len(item.buffer)
-        if len(self._asked) < 2 or self._asked_bytes <= WINDOW_BYTES // 2:
+        if len(self._asked) < 2 or (self._asked_bytes <= WINDOW_BYTES // 2 and len(self._asked) <= WINDOW_OBJECTS // 2):
             self._ask()
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from async_cache.errors import BackendError, ConfigError
+from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.registry import from_url
+from async_cache.l2.valkey.names import Names
 from async_cache.testing.conformance import content, find, get, key, put
 
 from .certificates import Certificates
@@ -88,6 +90,20 @@ async def test_a_user_of_one_key_pattern_is_enough(server: Server) -> None:
         assert await get(backend, [1], 5000) == [content(1, 5000)]
         assert len([entry async for entry in backend.keys()]) == 1
         assert await backend.delete([key(1)]) == 1
+
+
+async def test_what_is_damaged_and_may_not_be_removed_is_not_found_and_replaced_when_it_may(server: Server) -> None:
+    await server.say("ACL", "SETUSER", "akv", "on", f">{SECRET}", "~akv:*", "+@all", "-unlink")
+    async with opened(f"valkey://akv:{SECRET}@127.0.0.1:{server.port}") as backend:
+        assert await put(backend, [1, 2], 5000) == [True] * 2
+        await server.flip_bit(Names("akv").of(key(1)), 77)
+        for _ in range(2):
+            assert await get(backend, [1, 2], 5000) == [LoadOutcome.CORRUPT, content(2, 5000)]
+            assert await find(backend, [1, 2]) == [False, True]
+        await server.say("ACL", "SETUSER", "akv", "+unlink")
+        assert await put(backend, [1, 2], 5000) == [True] * 2
+        assert await find(backend, [1, 2]) == [True, True]
+        assert await get(backend, [1, 2], 5000) == [content(n, 5000) for n in (1, 2)]
 
 
 async def test_a_password_from_a_file_is_read_for_each_connection(server: Server, tmp_path: Path) -> None:

@@ -81,6 +81,24 @@ async def test_a_load_that_is_given_up_in_a_stall_lets_go_of_its_buffers_at_once
     assert all(buffer.count(CANARY) == len(buffer) for buffer in buffers)
 
 
+async def test_a_store_that_is_given_up_in_a_stall_sends_nothing_of_what_its_buffers_hold_later(
+    backend: ValkeyBackend, proxy: Proxy, tcp: Server
+) -> None:
+    blob = bytearray(content(1, 16 * MIB))
+    proxy.stall()
+    store = asyncio.ensure_future(backend.store([key(1)], views([blob])))
+    await asyncio.sleep(0.3)
+    store.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(store, 5)
+    blob[:] = bytes([CANARY]) * len(blob)
+    proxy.resume()
+    await until_it_answers(backend)
+    assert await get(backend, [1], 16 * MIB) == [GONE]
+    assert await put(backend, [1], 16 * MIB) == [True]
+    assert await get(backend, [1], 16 * MIB) == [content(1, 16 * MIB)]
+
+
 @pytest.mark.parametrize("verb", ["lookup", "load", "store", "delete", "keys"])
 async def test_a_call_that_is_given_up_in_a_stall_ends_at_once_and_the_next_one_finds_the_server(
     backend: ValkeyBackend, proxy: Proxy, verb: str

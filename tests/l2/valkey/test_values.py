@@ -168,3 +168,16 @@ async def test_usage_is_counted_anew_after_a_server_was_away(tmp_path_factory: p
             while not await is_found():
                 pass
             await eventually(lambda: backend.usage().objects == 0)
+
+
+async def test_thousands_of_small_objects_are_found_loaded_and_deleted(tcp: Server) -> None:
+    await tcp.say("FLUSHALL")
+    async with opened(f"valkey://127.0.0.1:{tcp.port}") as backend:
+        numbers = range(3000)
+        assert await put(backend, numbers, 16) == [True] * 3000
+        assert await find(backend, range(10**6, 10**6 + 1000)) == [False] * 1000
+        assert await find(backend, range(3500)) == [True] * 3000 + [False] * 500
+        assert await get(backend, numbers, 16) == [content(n, 16) for n in numbers]
+        assert len({entry async for entry in backend.keys()}) == 3000
+        assert await backend.delete([key(n) for n in range(3500)]) == 3000
+        assert backend.usage().objects == 0
