@@ -44,9 +44,12 @@ def default_l2() -> tuple[str, ...]:
 
 
 def hide_password(text: str) -> str:
-    """A text without the users and passwords of the URLs in it, nor what parameters have that are called like one."""
+    """A text without the users and passwords of the URLs in it, nor what parameters have that are called like one.
+
+    The name of a file is no secret.
+    """
     text = re.sub("//[^/?#]*@", "//***@", text)
-    return re.sub("([?&][^=&#]*(?:secret|password|token|key|sig)[^=&#]*=)[^&#]*", r"\1***", text, flags=re.IGNORECASE)
+    return re.sub("([?&][^=&#]*(?:secret|password|token|key|sig)[^=&#]*(?<!_file)=)[^&#]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 class Given(NamedTuple):
