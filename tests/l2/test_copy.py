@@ -173,9 +173,10 @@ async def test_a_buffer_is_left_to_a_call_that_has_not_ended_and_used_again_afte
     buffer.leave_to(out)
     (other,) = buffer.views([1000])
     again[:4], other[:4] = b"late", b"mine"
-    assert (bytes(first[:4]), bytes(other[:4])) == (b"late", b"mine")
+    seen = bytes(first[:4]), bytes(other[:4])
     gate.release()
     await guard.close(1)
+    assert seen == (b"late", b"mine")
 
 
 async def test_a_large_object_has_a_buffer_of_its_own() -> None:
