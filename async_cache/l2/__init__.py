@@ -11,6 +11,7 @@
     index       what a backend knows to be stored, what is pinned, and what leaves first
     memory      the reference: objects in this process's own memory
     filesystem  the default: objects as files of a local disk
+    mooncake    objects in a pool of memory that hosts share
 
 `async_cache.testing` has the suite that admits a backend, and backends that fail on purpose.
 """

@@ -28,12 +28,26 @@ class _Scheme(NamedTuple):
     make: Callable[[BackendURL], Backend]
 
 
+def _later(value: str) -> Callable[[BackendURL], Backend]:
+    """What makes a backend, written as `module:attribute`, which is imported when it is first asked for."""
+
+    def make(url: BackendURL) -> Backend:
+        made: Backend = EntryPoint(url.scheme, value, GROUP).load()(url)
+        return made
+
+    return make
+
+
 _OWN = {
     "memory": _Scheme("memory://[name]?capacity=1GiB", MemoryBackend.from_url),
     "fs": _Scheme(
         "fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4", FileSystemBackend.from_url
     ),
 }
+_OWN["mooncake"] = _Scheme(
+    "mooncake://host:50051?namespace=akv&segment=0&protocol=tcp|rdma",
+    _later("async_cache.l2.mooncake.backend:MooncakeBackend.from_url"),
+)
 _LIMITS = {name.removesuffix("_seconds"): name for name in Limits.__struct_fields__}
 """The parameters that every URL may have, and the limit that each sets."""
 _PARSERS = {parameter: partial(CacheConfig.parse, name) for parameter, name in _LIMITS.items()}
@@ -44,6 +58,7 @@ def from_url(url: str) -> Backend:
 
         memory://[name]?capacity=1GiB
         fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4
+        mooncake://host:50051?namespace=akv&segment=0&protocol=tcp|rdma      (`docs/backends/mooncake.md` has the rest)
 
     `capacity` is in bytes or with a unit; "none" is no bound. Without it, memory is unbounded and a directory
     is bounded to 10 GiB. A path is absolute; in it, "?", "#" and "%" are percent-encoded. Other schemes are those of
