@@ -5,6 +5,7 @@ import logging
 import mmap
 import os
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Self
 
@@ -71,6 +72,7 @@ class MooncakeBackend(Backend):
         self._known = Index()
         self._doubtful: set[ObjectKey] = set()
         self._helper: HelperProcess | None = None
+        self._connecting: asyncio.Task[HelperProcess] | None = None
         self._mapped: list[bool] = []  # empty until the helper is a client of the pool
         self._staging: tuple[int, mmap.mmap] | None = None
 
@@ -107,7 +109,7 @@ class MooncakeBackend(Backend):
 
     async def open(self) -> None:
         """Start the helper. A master that is not there may come later."""
-        self._turn, self._starting = asyncio.Lock(), asyncio.Lock()
+        self._turn = asyncio.Lock()
         fd = os.memfd_create("async_cache mooncake", os.MFD_CLOEXEC)
         os.ftruncate(fd, STAGING_BYTES)
         self._staging = fd, mmap.mmap(fd, STAGING_BYTES)
@@ -124,30 +126,42 @@ class MooncakeBackend(Backend):
         helper = self._helper
         if helper is not None and self._mapped and not helper.has_ended:
             return helper
-        async with self._starting:
-            if self._staging is None:
-                raise BackendError(f"{self.name} is closed")
-            if self._helper is None or self._helper.has_ended:
-                self._mapped = []
-                files = [(self._staging[0], STAGING_BYTES)]
-                if self._arena is not None:
-                    files.append((self._arena[0], self._arena[2]))
-                self._helper = await HelperProcess.start(self.name, files)
-            if not self._mapped:
-                self._mapped = await self._helper.ask(self._setup)
-            return self._helper
+        if self._staging is None:
+            raise BackendError(f"{self.name} is closed")
+        if self._connecting is None or self._connecting.done():
+            self._connecting = asyncio.create_task(self._connect(self._staging[0]), name=f"{self.name} connect")
+            self._connecting.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(self._connecting)  # it goes on without those who wait no longer
+
+    async def _connect(self, staging: int) -> HelperProcess:
+        if self._helper is None or self._helper.has_ended:
+            self._mapped = []
+            files = [(staging, STAGING_BYTES)]
+            if self._arena is not None:
+                files.append((self._arena[0], self._arena[2]))
+            self._helper = await HelperProcess.start(self.name, files)
+        self._mapped = await self._helper.ask(self._setup)
+        return self._helper
 
     async def close(self) -> None:
-        helper, self._helper = self._helper, None
         staging, self._staging = self._staging, None
+        connecting, self._connecting = self._connecting, None
+        is_member = bool(self._mapped and self._setup.segment_bytes)
+        if connecting is not None and self._helper is None:
+            connecting.cancel()
+            await asyncio.wait((connecting,))
+        helper, self._helper = self._helper, None
         self._mapped = []
-        if helper is not None and self._setup.segment_bytes:
+        if helper is not None and is_member:
             await helper.close()  # the master is told that the memory goes
         elif helper is not None:
             await helper.kill()
+        if connecting is not None:
+            await asyncio.wait((connecting,))
         if staging is not None:
             os.close(staging[0])
-            staging[1].close()
+            with suppress(BufferError):  # whoever copies from it unmaps it by letting go
+                staging[1].close()
         while self._known.clear(SLICE):  # noqa: ASYNC110 (nothing is waited for)
             await asyncio.sleep(0)
 

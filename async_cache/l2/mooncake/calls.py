@@ -48,7 +48,7 @@ class Load(Struct, frozen=True, tag=True):
 
 
 class Store(Struct, frozen=True, tag=True):
-    """Write objects from these places, and remove what is named in `replaced` before. Answered by codes, 0 if stored."""
+    """Write objects from these places, and remove what is named in `replaced` before. Answered by codes: 0, stored."""
 
     keys: list[ObjectKey]
     places: list[Place]

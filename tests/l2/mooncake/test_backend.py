@@ -16,7 +16,8 @@ from async_cache.l2.record import file_name
 from async_cache.l2.registry import from_url
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing.conformance import MIB, BackendSuite, content, find, get, key, put
-from tests.l2.mooncake.support import Bare, Master
+
+from .support import Bare, Master
 
 LOADED, GONE, CORRUPT, FAILED = LoadOutcome
 numbers = count()
