@@ -26,6 +26,7 @@ PORT = 50051
 METRICS_PORT = 9003
 STAGING_BYTES = 256 * 2**20  # address space; only what is used of it is memory
 STEP_BYTES = 2**20  # copied in one step of the loop
+SETUP_SECONDS = 20.0  # registering a large L1 takes some; what hangs is killed, and started again
 SLICE = 256  # objects whose sizes are asked for at a time
 _MOST_KNOWN = 1_000_000  # objects that usage counts
 _MOST_DOUBTFUL = 65_536  # objects: beyond, it costs no more than that they are not replaced
@@ -140,8 +141,13 @@ class MooncakeBackend(Backend):
             if self._arena is not None:
                 files.append((self._arena[0], self._arena[2]))
             self._helper = await HelperProcess.start(self.name, files)
-        self._mapped = await self._helper.ask(self._setup)
-        return self._helper
+        helper = self._helper
+        asked = asyncio.ensure_future(helper.ask(self._setup))
+        await asyncio.wait((asked,), timeout=SETUP_SECONDS)
+        if not asked.done():  # the library was seen to hang in it
+            await helper.kill()
+        self._mapped = await asked
+        return helper
 
     async def close(self) -> None:
         staging, self._staging = self._staging, None

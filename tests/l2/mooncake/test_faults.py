@@ -74,7 +74,7 @@ async def test_a_master_that_dies_and_returns_under_load(pool: Master) -> None:
     """After its return it knows nothing: a hit would be one that is not there."""
     for _ in range(rounds(1, 50)):
         with Master() as master, Bare(master, 64 * MIB):
-            backend = make(master, breaker_reset=0.5, lookup_timeout=1, load_timeout=10)
+            backend = make(master, breaker_reset=0.5, lookup_timeout=1)
             async with open_cache(backend, pages=128) as cache:
                 await die_and_return(cache, master)
 
