@@ -94,7 +94,10 @@ class AsyncCache:
     async def _open(self) -> Core:
         arena = await self._make_arena()
         try:
+            for backend in self._backends:
+                backend.register(arena.fd, arena.view)
             await open_all(self._backends, self._config)
+            arena.seal()  # not before: what is registered may have been mapped by a process of a backend
         except BaseException:
             arena.close()
             raise

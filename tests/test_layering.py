@@ -48,7 +48,10 @@ MAY_KNOW = {
 """Each room (a folder, or a module beside the folders), and the rooms that it may import: all that it does import."""
 LAZY = {("async_cache.memory.tensors", "torch")}
 """What is imported in a function, and where: an extra that most have no use for."""
-ENTRY_POINTS = {("async_cache.l2.registry", "importlib.metadata")}
+ENTRY_POINTS = {
+    ("async_cache.l2.registry", "importlib.metadata"),
+    ("async_cache.l2.mooncake.backend", "importlib.util"),  # to see whether an extra is there, which a helper imports
+}
 """Who finds what other packages give: nothing else is imported by a name that is made up while it runs."""
 
 

@@ -17,6 +17,7 @@
     filesystem    the default: objects as files of a local disk
     valkey        objects in a Valkey or Redis server, or a cluster, which hosts share
     object_store  objects in a bucket, with an extra
+    mooncake      objects in a pool of memory that hosts share, with an extra
     codec         any of them, with objects that are compressed and encrypted
 
 `async_cache.testing` has the suite that admits a backend, and backends that fail on purpose.

@@ -64,6 +64,14 @@ class Backend(ABC):
     shared: bool = False
     """Whether others may add and remove objects behind this process's back, as in a store that hosts share."""
 
+    def register(self, fd: int, memory: memoryview) -> None:  # noqa: B027
+        """Take note of the memory that buffers will be from: a memory file, and all of it as it is mapped here.
+
+        Called before `open`, if at all: whoever has it registered with a NIC, or mapped by another process, loads to
+        it without a copy. It can be mapped for writing until `open` has returned, and stays mapped until `close` has.
+        Buffers may be elsewhere all the same.
+        """
+
     async def open(self) -> None:  # noqa: B027 (a backend without resources needs none)
         """Become ready to answer. Recovery of a large index goes on behind it."""
 

@@ -35,6 +35,11 @@ OWN = {
         for name in ("valkey", "redis")
         for variant, form in _OF_VALKEY.items()
     },
+    "mooncake": Scheme(
+        "mooncake://host:50051?namespace=akv&segment=0&protocol=tcp|rdma",
+        "async_cache.l2.mooncake.backend:MooncakeBackend.from_url",
+        "mooncake",
+    ),
     "s3": Scheme(
         f"s3://bucket[/prefix]?region=us-east-1&addressing=path|virtual&bulk_delete=true|false&{_OF_BUCKETS}",
         _BUCKET,

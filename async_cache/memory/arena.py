@@ -11,7 +11,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Arena:
-    """A block of shared memory: `fd` to map it elsewhere, `view` to use it here."""
+    """A block of shared memory: `fd` to map it elsewhere, `view` to use it here. `seal` it before others get it."""
 
     def __init__(self, size_bytes: int):
         self.size_bytes = size_bytes
@@ -20,11 +20,14 @@ class Arena:
             os.ftruncate(self.fd, size_bytes)
             self._map = mmap.mmap(self.fd, size_bytes)
             seal_size(self.fd)
-            seal_new_writers(self.fd)
         except BaseException:
             os.close(self.fd)
             raise
         self.view = memoryview(self._map)
+
+    def seal(self) -> None:
+        """From now on others can map it for reading only."""
+        seal_new_writers(self.fd)
 
     def populate(self, begin: int, end: int) -> None:
         """Fault the pages in, so that no request pays for it. Blocks, without the interpreter's lock."""

@@ -38,6 +38,9 @@ class WrappedBackend(Backend):
     async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers) -> None:
         """Wait, or raise, before an inner call: for subclasses. `calls` counts the call already."""
 
+    def register(self, fd: int, memory: memoryview) -> None:
+        self.inner.register(fd, memory)
+
     async def open(self) -> None:
         await self.inner.open()
 

@@ -22,6 +22,7 @@ SIZE = 8 * PAGE_BYTES
 @pytest.fixture
 def arena() -> Iterator[Arena]:
     made = Arena(SIZE)
+    made.seal()
     yield made
     made.close()
 

@@ -1,0 +1,218 @@
+"""A master and a helper that die under load, seen through a whole cache: no wrong byte, no hit that was not there."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from mmap import mmap
+
+import pytest
+from contract.support import LAYOUT, assert_nothing_held, fill, fill_l2, make_prompt, open_cache, read_back
+from soak import rounds
+
+from async_cache import AsyncCache, ObjectGroup
+from async_cache.errors import BackendError
+from async_cache.l2.breaker import BreakerState
+from async_cache.l2.mooncake.backend import MooncakeBackend
+from async_cache.l2.registry import from_url
+from async_cache.testing.conformance import MIB, content, find, get, put
+
+from .support import Bare, Master
+
+PROMPTS = [make_prompt(8, number) for number in range(4)]
+RETURN_SECONDS = 5
+PATIENCE_SECONDS = 30
+
+
+def make(master: Master, **parameters: object) -> MooncakeBackend:
+    backend = from_url(master.url("faults", **parameters))
+    assert isinstance(backend, MooncakeBackend)
+    return backend
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Master]:
+    """A master, with the memory of another process."""
+    with Master() as master, Bare(master, 64 * MIB):
+        yield master
+
+
+async def until(holds: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> float:
+    """Wait until something holds, and say how long it took."""
+    begin = time.monotonic()
+    while not holds():
+        assert time.monotonic() - begin < seconds
+        await asyncio.sleep(0.02)
+    return time.monotonic() - begin
+
+
+def helper_of(backend: MooncakeBackend) -> int:
+    assert backend._helper is not None
+    return backend._helper._process.pid
+
+
+async def test_loads_and_stores_go_to_l1_itself_in_which_nobody_else_can_write(pool: Master) -> None:
+    backend = make(pool)
+    async with open_cache(backend) as cache:
+        assert backend._mapped == [True, True]
+        with pytest.raises(PermissionError):
+            mmap(cache.core.arena.fd, cache.core.arena.size_bytes)
+        await fill_l2(cache, *PROMPTS)
+        staged = memoryview(backend._staging[1])[:64]  # type: ignore[index]
+        for prompt in PROMPTS:
+            assert await read_back(cache, prompt) == len(prompt)
+        assert bytes(staged) == bytes(64)  # nothing went that way
+        staged.release()
+        await cache.clear("all")
+        assert [item async for item in backend.keys()] == []
+        await assert_nothing_held(cache)
+
+
+@pytest.mark.timeout(rounds(60, 1800))
+async def test_a_master_that_dies_and_returns_under_load(pool: Master) -> None:
+    """After its return it knows nothing: a hit would be one that is not there."""
+    for _ in range(rounds(1, 50)):
+        with Master() as master, Bare(master, 64 * MIB):
+            backend = make(master, breaker_reset=0.5, lookup_timeout=1)
+            async with open_cache(backend, pages=128) as cache:
+                await die_and_return(cache, master)
+
+
+async def die_and_return(cache: AsyncCache, master: Master) -> None:
+    (guard,) = cache.core.guards
+    failures = 0
+    failed = guard.failed
+
+    def count(why: str) -> None:
+        nonlocal failures
+        failures += guard.breaker.state is BreakerState.CLOSED
+        failed(why)
+
+    guard.failed = count  # type: ignore[method-assign]
+    await fill_l2(cache, *PROMPTS)
+    assert [await read_back(cache, prompt) for prompt in PROMPTS] == [8] * 4
+    ended = asyncio.Event()
+
+    async def load() -> int:
+        """Read from L2 all the time, and check all bytes; the number of chunks."""
+        chunks = 0
+        while not ended.is_set():
+            await cache.clear("l1")
+            for prompt in PROMPTS:
+                chunks += await read_back(cache, prompt)
+            await asyncio.sleep(0.01)
+        return chunks
+
+    loading = asyncio.create_task(load())
+    await asyncio.sleep(0.05)
+    master.kill()
+    await until(lambda: guard.breaker.state is not BreakerState.CLOSED)
+    assert failures <= 3
+    master.start()
+    assert await until(lambda: guard.breaker.state is BreakerState.CLOSED) < RETURN_SECONDS
+    ended.set()
+    assert await loading > 0
+    await cache.clear("l1")
+    assert [await read_back(cache, prompt) for prompt in PROMPTS] == [0] * 4
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (await cache.lookup(PROMPTS[0])).chunks < 8:  # once the memory is mounted again, it can be stored again
+        assert time.monotonic() < deadline
+        await fill(cache, PROMPTS[0])
+        await cache.flush()
+        await cache.clear("l1")
+        await asyncio.sleep(0.1)
+    assert await read_back(cache, PROMPTS[0]) == 8
+    await assert_nothing_held(cache)
+
+
+async def test_a_helper_that_crashes_is_replaced_and_no_byte_is_wrong(pool: Master) -> None:
+    backend = make(pool)
+    async with open_cache(backend) as cache:
+        await fill_l2(cache, *PROMPTS)
+        os.kill(helper_of(backend), signal.SIGSEGV)
+        await until(lambda: backend._helper is None or backend._helper.has_ended)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while await read_back(cache, PROMPTS[0]) == 0:  # a new one takes its time, longer perhaps than a lookup may
+            assert time.monotonic() < deadline
+        for prompt in PROMPTS:
+            assert await read_back(cache, prompt) == len(prompt)
+        assert backend._mapped == [True, False]  # L1 is sealed: from now on, its bytes are copied
+        await cache.clear("all")
+        await assert_nothing_held(cache)
+
+
+async def test_calls_that_are_out_end_with_the_helper(pool: Master) -> None:
+    backend = make(pool)
+    await backend.open()
+    try:
+        assert await put(backend, [1], MIB) == [True]
+        os.kill(helper_of(backend), signal.SIGSTOP)
+        asked = asyncio.create_task(get(backend, [1], MIB))
+        await asyncio.sleep(0.05)
+        asked.cancel()
+        await asyncio.sleep(0.05)
+        assert not asked.done()  # the buffer is not free yet
+        os.kill(helper_of(backend), signal.SIGKILL)
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert await get(backend, [1], MIB) == [content(1, MIB)]
+    finally:
+        await backend.close()
+
+
+async def test_a_master_that_is_not_there_yet_is_found_later() -> None:
+    with Master() as master:
+        master.kill()
+        backend = make(master, segment="16MiB")
+        await backend.open()
+        try:
+            with pytest.raises(BackendError, match=r"no master answers at .*: check that mooncake_master runs"):
+                await find(backend, [1])
+            master.start()
+            assert await put(backend, [1], 5000) == [True]
+        finally:
+            await backend.close()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_close_does_not_wait_for_a_dead_master(signal_number: int) -> None:
+    with Master() as master:
+        backend = make(master, segment="16MiB")
+        await backend.open()
+        assert await put(backend, [1], 5000) == [True]
+        assert master.process is not None
+        os.kill(master.process.pid, signal_number)
+        asked = asyncio.create_task(find(backend, [1]))
+        await asyncio.sleep(0.05)
+        begin = time.monotonic()
+        await backend.close()
+        assert time.monotonic() - begin < 3  # 1.8 s, and then the helper is killed
+        await asyncio.wait([asked])
+        assert asked.exception() is None or isinstance(asked.exception(), BackendError)
+
+
+async def test_the_loop_is_not_held_while_the_library_waits_for_a_master() -> None:
+    """In this process, its `setup` would hold the interpreter's lock for seconds."""
+    with Master() as master:
+        assert master.process is not None
+        os.kill(master.process.pid, signal.SIGSTOP)
+        backend = make(master)
+        opening = asyncio.create_task(backend.open())
+        longest = 0.0
+        while not opening.done():
+            begin, worked = time.monotonic(), time.thread_time()
+            await asyncio.sleep(0.005)
+            longest = max(longest, min(time.monotonic() - begin, 10 * (time.thread_time() - worked) + 0.3))
+        await opening
+        await backend.close()
+        assert longest < 0.5
+
+
+async def test_objects_of_megabytes_land_in_l1_whole(pool: Master) -> None:
+    layout = type(LAYOUT)("big", (ObjectGroup((MIB,), "uint8"), ObjectGroup((12_345,), "uint8")), chunk_tokens=4)
+    prompt = make_prompt(6, 1, layout)
+    async with open_cache(make(pool), pages=4096) as cache:
+        await fill_l2(cache, prompt)
+        assert await read_back(cache, prompt) == 6
+        await cache.clear("all")
