@@ -49,7 +49,9 @@ def hide_password(text: str) -> str:
     The name of a file is no secret.
     """
     text = re.sub("//[^/?#]*@", "//***@", text)
-    return re.sub("([?&][^=&#]*(?:secret|password|token|key|sig)[^=&#]*(?<!_file)=)[^&#]*", r"\1***", text, flags=re.IGNORECASE)
+    return re.sub(
+        "([?&][^=&#]*(?:secret|password|token|key|sig)[^=&#]*(?<!_file)=)[^&#]*", r"\1***", text, flags=re.IGNORECASE
+    )
 
 
 class Given(NamedTuple):
