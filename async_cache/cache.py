@@ -3,12 +3,13 @@
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
-from async_cache.config import CacheConfig
+from async_cache.config import CacheConfig, prefixed
 from async_cache.core import Core
 from async_cache.errors import BackendError, CacheClosedError, ConfigError
 from async_cache.handles.lease import ReadLease
@@ -37,6 +38,17 @@ def _populate_step(arena: Arena, begin: int, end: int) -> None:
     arena.populate(begin, end)
 
 
+def _check_opened(backend: Backend, opening: "asyncio.Task[None]") -> None:
+    """Raise what a backend that could not be opened raised: as an error of ours, whatever it was."""
+    if opening.cancelled():
+        raise BackendError(f"{backend.name} gave up while it was opened")
+    error = opening.exception()
+    if isinstance(error, (ConfigError, BackendError)):
+        raise error
+    if error is not None:
+        raise BackendError(f"{backend.name} cannot be opened: {error!r}") from error
+
+
 class CacheState(Enum):
     """NEW -> OPENING -> OPEN -> CLOSED; a cache that could not be opened is CLOSED."""
 
@@ -63,6 +75,7 @@ class AsyncCache:
                 raise TypeError(f"a backend must be a Backend, not {type(backend).__name__}")
         check_names(made)
         self._backends = made
+        self._from_config = backends is None
         self._core: Core | None = None
         self._state = CacheState.NEW
         self._closing: asyncio.Task[None] | None = None
@@ -93,7 +106,8 @@ class AsyncCache:
     async def _open(self) -> Core:
         arena = await self._make_arena()
         try:
-            await self._open_backends()
+            with prefixed("l2") if self._from_config else nullcontext():
+                await self._open_backends()
         except BaseException:
             arena.close()
             raise
@@ -134,7 +148,7 @@ class AsyncCache:
                 await asyncio.wait((opening,), timeout=timeout)
                 if not opening.done():
                     raise BackendError(f"{backend.name} was not open within {timeout} s")
-                opening.result()
+                _check_opened(backend, opening)
         except BaseException:
             for opening in openings.values():
                 opening.cancel()
