@@ -3,12 +3,13 @@
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
-from async_cache.config import CacheConfig
+from async_cache.config import CacheConfig, prefixed
 from async_cache.core import Core
 from async_cache.errors import CacheClosedError, ConfigError
 from async_cache.handles.lease import ReadLease
@@ -64,6 +65,7 @@ class AsyncCache:
                 raise TypeError(f"a backend must be a Backend, not {type(backend).__name__}")
         check_names(made)
         self._backends = made
+        self._from_config = backends is None
         self._core: Core | None = None
         self._state = CacheState.NEW
         self._closing: asyncio.Task[None] | None = None
@@ -96,7 +98,8 @@ class AsyncCache:
         try:
             for backend in self._backends:
                 backend.register(arena.fd, arena.view)
-            await open_all(self._backends, self._config)
+            with prefixed("l2") if self._from_config else nullcontext():
+                await open_all(self._backends, self._config)
             arena.seal()  # not before: what is registered may have been mapped by a process of a backend
         except BaseException:
             arena.close()

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Meta, Struct, field
 
-from async_cache.errors import ConfigError
+from async_cache.errors import BackendError, ConfigError
 from async_cache.prompt.keys import check_label
 from async_cache.prompt.objects import PAGE_BYTES
 from async_cache.protocol.address import Address, default_url
@@ -63,11 +63,13 @@ class Given(NamedTuple):
 
 @contextmanager
 def prefixed(where: str) -> Iterator[None]:
-    """Put a setting's name, or where it comes from, before what is wrong with it."""
+    """Put a setting's name, or where it comes from, before what is wrong with it, or with a backend that it names."""
     try:
         yield
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    except BackendError as error:
+        raise BackendError(f"{where}: {error}") from error
 
 
 @contextmanager
@@ -75,11 +77,12 @@ def told_where(given: Mapping[str, Given]) -> Iterator[None]:
     """Put where a setting comes from before an error that begins with its name; nothing where it is a default."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, BackendError) as error:
         name = re.split(r"\W", str(error), maxsplit=1)[0]
         if name not in given:
             raise
-        raise ConfigError(f"{given[name].origin}: {error}") from error
+        with prefixed(given[name].origin):
+            raise
 
 
 _LARGEST = 2**63 - 1

@@ -11,6 +11,7 @@ import pytest
 
 from async_cache import (
     AsyncCache,
+    BackendError,
     CacheClosedError,
     CacheConfig,
     ConfigError,
@@ -93,6 +94,16 @@ async def test_a_cache_that_is_closed_while_it_opens_does_not_open() -> None:
     with pytest.raises(CacheClosedError):
         await cache.stats()
     assert repr(cache).startswith("<AsyncCache, closed")
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), OSError(28, "full"), asyncio.CancelledError()], ids=repr)
+async def test_whatever_a_backend_raises_while_it_is_opened_is_a_backend_error(error: BaseException) -> None:
+    class Raising(MemoryBackend):
+        async def open(self) -> None:
+            raise error
+
+    with pytest.raises(BackendError, match="^memory "):
+        await AsyncCache(CacheConfig(l1_bytes=2**20), [Raising()]).open()
 
 
 async def test_a_lookup_that_the_cache_closes_upon_says_so() -> None:

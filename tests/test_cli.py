@@ -545,8 +545,17 @@ def test_config_refuses_what_serve_refuses_in_the_same_line(text: str, told: str
 def test_what_can_not_be_opened_is_told_before_anything_is_said(directory: Path) -> None:
     (directory / "file").write_text("mine")
     done = run(directory, "serve", "--l2", f"fs://{directory}/file", ASYNC_CACHE_L1_BYTES="1MiB")
-    assert complaint(done).startswith(f"fs://{directory}/file cannot be used: ")
+    assert complaint(done).startswith(f"--l2: l2: fs://{directory}/file cannot be used: ")
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/kv"])
+def test_storage_that_can_not_be_opened_is_told_with_its_setting_and_the_file(place: str, directory: Path) -> None:
+    """Whether it is the setting that cannot be used, or the storage that fails."""
+    (directory / "file").write_text("mine")
+    path = directory / place
+    (directory / "c.toml").write_text(f'l1_bytes = "1MiB"\nl2 = ["fs://{path}"]\n')
+    assert complaint(run(directory, "serve", "-c", "c.toml")).startswith(f"c.toml: l2: fs://{path} cannot be ")
 
 
 def test_names_need_not_fit_the_encoding_of_the_terminal(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """`ReadLease`: a reader's lease on what its request has loaded, lease -> release."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
@@ -114,6 +115,7 @@ class ReadLease(Scoped[ReadChunk]):
     def __init__(self, enter: Callable[[], Awaitable[Entered]]):
         self._enter_read = enter
         self._entered: Entered | None = None
+        self._entering = asyncio.Lock()
         self._state = _NEW
 
     @property
@@ -159,10 +161,11 @@ class ReadLease(Scoped[ReadChunk]):
         return True
 
     async def _enter(self) -> None:
-        if self._entered is None:
-            self._entered = await self._enter_read()
-            self._chunks = self._entered.chunks
-            self._state = _ENTERED
+        async with self._entering:  # whoever else enters it meanwhile enters the same read
+            if self._entered is None:
+                self._entered = await self._enter_read()
+                self._chunks = self._entered.chunks
+                self._state = _ENTERED
 
     def _leave(self) -> None:
         self.release()

@@ -35,6 +35,7 @@ class Entry(Struct, gc=False, eq=False):
     room_bytes: int = 0  # memory that its blocks take
     leases: int = 0
     pins: int = 0
+    filling: int = 0  # those of the pins that belong to loads into what is unpublished of its blocks
     unwritten: int = 0  # backends that have not stored it yet
     dropped: bool = False  # some backend did not store it, and is not asked again until it is stored anew
     detached: bool = False

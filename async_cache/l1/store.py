@@ -136,6 +136,7 @@ class L1Store:
     def reserve_within(self, entry: Entry, rank: int) -> Reservation:
         """Reserve the unpublished part of an entry's block; the entry is pinned until the reservation is done."""
         self.pin(entry)
+        entry.filling += 1
         return Reservation(entry.chunk_hash, entry.layout, rank, entry.offset(rank), 0, entry.owner, entry)
 
     def commit(self, reservation: Reservation, mask: int, after: bytes | None = None) -> Entry:
@@ -156,7 +157,7 @@ class L1Store:
         if entry is not None and entry.ranks >> rank & 1:
             missing = mask & ~entry.present
             if not missing or entry.pins or entry.leases:
-                if missing and not entry.pins:
+                if missing and not entry.filling:  # else a load may write where it would be copied to
                     self._copy(reservation, entry, missing)
                     self._notify_committed(entry)
                 self.discard((reservation,))
@@ -186,7 +187,7 @@ class L1Store:
             notify(self._observers.committed, _observed(entry))
 
     def _copy(self, reservation: Reservation, entry: Entry, mask: int) -> None:
-        """Complete an incomplete block that somebody reads: what it lacks, nobody has seen."""
+        """Complete an incomplete block that somebody reads or writes back: what it lacks, nobody has seen."""
         view = self.arena.view
         for rank, _, begin, end in entry.layout.objects.places[mask]:
             to, source = entry.offset(rank), reservation.offset
@@ -200,6 +201,7 @@ class L1Store:
             if reservation.state is not _DONE:
                 size = self._end(reservation)
                 if reservation.within is not None:
+                    reservation.within.filling -= 1
                     self.unpin(reservation.within)
                 else:
                     rooms.append((reservation.offset, size))
@@ -352,7 +354,7 @@ class L1Store:
         assert self.evictable_bytes == sum(e.room_bytes for e in evictable if not e.pins)
         assert {id(e) for e in evictable} == {id(e) for e in self.index.values() if not e.leases}
         for entry in entries:
-            assert entry.leases >= 0 and entry.pins >= 0 and entry.unwritten >= 0
+            assert entry.leases >= 0 and entry.pins >= entry.filling >= 0 and entry.unwritten >= 0
             assert entry.present and entry.ranks and entry.room_bytes == sum(n for _, n in entry.blocks())
             assert entry.detached == (self.index.get(entry.chunk_hash) is not entry)
             assert not entry.detached or entry.leases or entry.pins

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ from async_cache.errors import ConfigError
 from async_cache.protocol.address import MAX_PATH_BYTES, Address
 
 _BACKLOG = 1024
+_ALONE_SECONDS = 2.0  # how long others may keep a directory to themselves: one that starts needs a millisecond
+_LOOK_SECONDS = 0.01
 
 
 class Listener:
@@ -75,13 +78,27 @@ class Listener:
 
 @contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Let one server at a time find an address free and take it, or give it up."""
+    """Let one server at a time find an address free and take it, or give it up.
+
+    Anybody who can read the directory can keep it locked for ever: raises TimeoutError then.
+    """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor, directory)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    deadline = time.monotonic() + _ALONE_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, f"another process keeps {directory} locked") from None
+        time.sleep(_LOOK_SECONDS)  # a lock cannot be waited for and given up
 
 
 def _real(path: Path) -> Path:

@@ -51,6 +51,29 @@ async def test_a_read_gives_the_chunks_in_order_with_their_bytes():
             assert bytes(lease[3].views[0]) == pattern(prompt, 3)
 
 
+async def test_two_tasks_that_enter_one_lease_at_once_have_the_same_read():
+    prompt = make_prompt(3)
+    gate = GatedBackend(MemoryBackend(), "load")
+    async with open_cache(gate) as cache:
+        await fill(cache, prompt)
+        await cache.flush()
+        await cache.clear("l1")
+        cache.prefetch(prompt, request_id="a")
+        lease = cache.read("a")
+        given_up, *entering = [asyncio.create_task(entered(lease)) for _ in range(3)]
+        await asyncio.sleep(0)
+        given_up.cancel()  # and whoever comes next enters
+        gate.release()
+        assert await asyncio.gather(*entering) == [lease, lease]
+        assert verify(lease, prompt) == [0, 1, 2]
+        lease.release()
+        await assert_nothing_held(cache)
+
+
+async def entered(lease):
+    return await lease
+
+
 async def test_a_read_can_be_awaited_and_released_later():
     prompt = make_prompt(3)
     async with open_cache() as cache:

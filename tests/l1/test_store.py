@@ -134,18 +134,37 @@ def test_the_first_commit_of_an_object_wins(l1):
     assert l1.used_bytes == PAGE_BYTES
 
 
+@pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("leased", [False, True])
-def test_an_incomplete_block_is_replaced_or_completed_if_somebody_reads_it(l1, leased):
+def test_an_incomplete_block_is_replaced_or_completed_if_somebody_reads_it_or_writes_it_back(l1, leased, pinned):
     part, whole = (l1.reserve(WINDOW, [(b"a", 0)])[0] for _ in range(2))
     entry = l1.commit(part, 1)
     if leased:
         l1.lease([entry])
+    if pinned:
+        l1.pin(entry)
+    l1.arena.view[whole.offset : whole.offset + 16] = bytes(16 * [7])
     l1.commit(whole, 3)
     assert entry.present == 3
-    assert entry.offset(0) == (part if leased else whole).offset
+    assert entry.offset(0) == (part if leased or pinned else whole).offset
+    begin, end = WINDOW.objects.spans[0][1]
+    assert bytes(l1.arena.view[entry.offset(0) + begin : entry.offset(0) + end]) == bytes([7]) * (end - begin)
     assert l1.used_bytes == PAGE_BYTES
+    l1.check_integrity()
+    if pinned:
+        l1.unpin(entry)
     if leased:
         l1.release((entry,))
+
+
+def test_what_a_load_writes_to_is_not_copied_to(l1):
+    part, whole = (l1.reserve(WINDOW, [(b"a", 0)])[0] for _ in range(2))
+    entry = l1.commit(part, 1)
+    loading = l1.reserve_within(entry, 0)
+    l1.commit(whole, 3)
+    assert entry.present == 1
+    l1.commit(loading, 2)
+    assert (entry.present, entry.filling, entry.pins) == (3, 0, 0)
 
 
 def test_a_removed_chunk_keeps_its_memory_until_it_is_released(l1):

@@ -1,6 +1,7 @@
 """Where a server listens: what stands there before it, who may open it, and what is left of it."""
 
 import asyncio
+import fcntl
 import os
 import signal
 import socket
@@ -8,15 +9,16 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from contract.support import count_hits, fill, make_prompt, read_back
 from soak import rounds
 
-from async_cache import BlockingClient, ConnectionLostError, connect
+from async_cache import BlockingClient, ConfigError, ConnectionLostError, connect
 from async_cache.protocol.address import Address
+from async_cache.server import listener
 from async_cache.server.listener import Listener
 
 from .programs import TESTS, environment, heard, program, serve_command, server, socket_in, tell
@@ -81,6 +83,28 @@ def test_what_is_no_socket_is_left_alone(tmp_path):
     assert (tmp_path / "s").read_text() == "a file of somebody"
 
 
+def test_a_directory_that_somebody_keeps_locked_neither_hangs_a_start_nor_an_end(tmp_path, monkeypatch):
+    """Whoever can read a directory can lock it, as `systemd-tmpfiles` has people do."""
+    monkeypatch.setattr(listener, "_ALONE_SECONDS", 0.05)
+    address = Address.parse(socket_in(tmp_path))
+    first = Listener(address)
+    with locked(tmp_path):
+        first.close()
+        with pytest.raises(ConfigError, match=f"another process keeps {tmp_path} locked"):
+            Listener(address)
+    assert (tmp_path / "s").is_socket()  # dead, and replaced by whoever comes
+    Listener(address).close()
+    assert not (tmp_path / "s").exists()
+
+
+@contextmanager
+def locked(directory):
+    descriptor = os.open(directory, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+    os.close(descriptor)
+
+
 def test_a_tcp_port_in_use_is_refused(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen at tcp://127.0.0.1" in refused(tmp_path, f"tcp://127.0.0.1:{taken.getsockname()[1]}")
@@ -132,9 +156,9 @@ def test_no_other_name_is_touched_whatever_it_looks_like(tmp_path):
     others = [tmp_path / f".{number:x}" for number in (1, 2, os.getpid())]
     for other in others:
         other.write_text("of somebody")
-    listener = Listener(Address.parse(socket_in(tmp_path)))
+    bound = Listener(Address.parse(socket_in(tmp_path)))
     names = {path.name for path in tmp_path.iterdir()}
-    listener.close()
+    bound.close()
     assert names == {"s", *(other.name for other in others)}
     assert [other.read_text() for other in others] == ["of somebody"] * 3
 
