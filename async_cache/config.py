@@ -294,8 +294,11 @@ def _check_addresses(urls: Sequence[str]) -> None:
     with prefixed("listen"):
         if not urls:
             raise ConfigError("a server needs an address")
-        for url in urls:
-            Address.parse(url)
+        addresses: set[Address] = set()
+        for address in map(Address.parse, urls):
+            if address in addresses and (address.path or address.port):  # a port 0 is another one each time
+                raise ConfigError(f"{address} is there twice")
+            addresses.add(address)
 
 
 def _check_tenants(value: Any) -> dict[str, TenantConfig]:

@@ -102,7 +102,7 @@ async def test_whatever_a_backend_raises_while_it_is_opened_is_a_backend_error(e
         async def open(self) -> None:
             raise error
 
-    with pytest.raises(BackendError, match="^memory "):
+    with pytest.raises(BackendError, match=r"^memory "):
         await AsyncCache(CacheConfig(l1_bytes=2**20), [Raising()]).open()
 
 

@@ -531,6 +531,7 @@ def test_settings_that_can_not_be_used_are_told(
         ('l2 = "memory://a memory://b"', "c.toml: l2 must be a list of URLs, not one str"),
         ('l1_bytes = "9TiB"', "c.toml: l1_bytes: 9,437,184 MiB is more than the machine has, "),
         ('[server]\nlisten = ["tcp://0.0.0.0:0"]', "c.toml: listen: tcp://0.0.0.0:0 can be reached"),
+        ('[server]\nlisten = ["unix:///a/s", "unix:///a/%73"]', "c.toml: listen: unix:///a/s is there twice"),
         ("[server]\nshutdown_timeout_seconds = 1e308", "c.toml: shutdown_timeout_seconds must be "),
     ],
 )

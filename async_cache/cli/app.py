@@ -22,7 +22,7 @@ from async_cache.errors import AsyncCacheError
 from async_cache.l2.registry import from_urls
 from async_cache.memory.room import check_limits
 from async_cache.protocol.address import Address
-from async_cache.server.logs import log_to
+from async_cache.server.logs import log_to, say
 from async_cache.server.process import serve as serve_until_signal
 from async_cache.values import CacheStats
 
@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(backend_app, name="backend")
-_STANDARD_ERROR = 2
+_STANDARD_OUTPUT, _STANDARD_ERROR = 1, 2
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="Settings in TOML; see docs/configuration.md.")
 ]
@@ -111,8 +111,8 @@ def serve(
     size, where = show_bytes(cache_config.l1_bytes), hide_password(" ".join(cache_config.l2)) or "no storage"
 
     def ready(addresses: Sequence[Address]) -> None:
-        console.print(f"async-cache with {size} of memory and {where}", soft_wrap=True, highlight=False)
-        console.print(f"serving at {' '.join(map(str, addresses))}", soft_wrap=True, highlight=False)
+        said = f"async-cache with {size} of memory and {where}\nserving at {' '.join(map(str, addresses))}\n"
+        say(_STANDARD_OUTPUT, said.encode(sys.stdout.encoding, "backslashreplace"))
 
     with log_to(_STANDARD_ERROR, log_level.upper()), told_where(cache_given):
         uvloop.run(serve_until_signal(cache_config, server_config, ready))

@@ -50,14 +50,22 @@ class ThreadedLog(logging.Handler):
                 self._write(f"{dropped} lines of the log were dropped: they were not read in time\n")
 
     def _write(self, text: str) -> None:
-        data = text.encode(errors="backslashreplace")
-        while data:
-            try:
-                data = data[os.write(self._descriptor, data) :]
-            except BlockingIOError:
-                select.select([], [self._descriptor], [])
-            except OSError:
-                return  # nobody reads it any more
+        _write_all(self._descriptor, text.encode(errors="backslashreplace"))
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            select.select([], [descriptor], [])
+        except OSError:
+            return  # nobody reads it any more
+
+
+def say(descriptor: int, data: bytes) -> None:
+    """Have a thread write this to a descriptor: who listens there may hang, or be gone."""
+    threading.Thread(target=_write_all, args=(descriptor, data), name="say", daemon=True).start()
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class BrokenDisk:
         try:
             with process(__name__, self._source, self._mount) as self.child:
                 if self.child.stdout.readline() != "mounted\n":
-                    pytest.skip("can not mount a FUSE file system")
+                    pytest.skip("cannot mount a FUSE file system")
                 yield self
         finally:
             subprocess.run(["umount", "--lazy", self._mount], capture_output=True)

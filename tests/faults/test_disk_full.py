@@ -31,7 +31,7 @@ def disk(tmp_path, request):
         ["mount", "-t", "tmpfs", "-o", LIMITS[request.param], "tmpfs", tmp_path], capture_output=True, text=True
     )
     if mount.returncode:
-        pytest.skip(f"can not mount a tmpfs: {mount.stderr.strip()}")
+        pytest.skip(f"cannot mount a tmpfs: {mount.stderr.strip()}")
     yield tmp_path
     subprocess.run(["umount", "--lazy", tmp_path], check=True)
 

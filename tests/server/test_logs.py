@@ -121,6 +121,35 @@ def test_a_reader_of_the_log_that_hangs_does_not_hold_up_the_server(tmp_path):
             os.close(reading)
 
 
+def full_pipe():
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, F_SETPIPE_SZ, 4096)
+    os.write(writing, bytes(4096))
+    return reading, writing
+
+
+def pipe_that_nobody_reads():
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.open(os.devnull, os.O_RDONLY), writing
+
+
+@pytest.mark.parametrize("output", [full_pipe, pipe_that_nobody_reads])
+def test_who_hangs_or_is_gone_where_it_says_that_it_serves_does_not_hold_up_the_server(tmp_path, output):
+    reading, writing = output()
+    command = serve_command(socket_in(tmp_path), l1="16MiB", l2=["memory://"], config=None, via=["async_cache"])
+    with subprocess.Popen(command, cwd=TESTS, env=environment(), stdout=writing, stderr=writing) as child:
+        os.close(writing)
+        try:
+            with BlockingClient(socket_in(tmp_path), connect_timeout_seconds=END_SECONDS) as cache:
+                cache.ping()
+            child.terminate()
+            assert child.wait(END_SECONDS) == 0
+        finally:
+            child.kill()
+            os.close(reading)
+
+
 def test_what_there_is_no_room_for_is_dropped_and_counted():
     reading, writing = os.pipe()
     fcntl.fcntl(writing, F_SETPIPE_SZ, 4096)
