@@ -123,8 +123,9 @@ async def main():
     arena = Arena(-(-OBJECTS * RECORD_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE)
     master, port, metrics_port = start_master()
     address = f"127.0.0.1:{port}"
-    clients = [Bare(address, 2 * OBJECTS * RECORD_BYTES, arena.fd, arena.size_bytes)]
+    clients = []
     try:
+        clients.append(Bare(address, 2 * OBJECTS * RECORD_BYTES, arena.fd, arena.size_bytes))
         clients.append(Bare(address, 0, arena.fd, arena.size_bytes))
         backend = from_url(f"mooncake://{address}?namespace={NAMESPACE}&metrics_port={metrics_port}")
         backend.register(arena.fd, arena.view)
