@@ -28,12 +28,29 @@ class _Scheme(NamedTuple):
     make: Callable[[BackendURL], Backend]
 
 
+def _later(value: str) -> Callable[[BackendURL], Backend]:
+    """What makes a backend, written as `module:attribute`, which is imported when it is first asked for."""
+
+    def make(url: BackendURL) -> Backend:
+        made: Backend = EntryPoint(url.scheme, value, GROUP).load()(url)
+        return made
+
+    return make
+
+
 _OWN = {
     "memory": _Scheme("memory://[name]?capacity=1GiB", MemoryBackend.from_url),
     "fs": _Scheme(
         "fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4", FileSystemBackend.from_url
     ),
 }
+_VALKEY = _Scheme(
+    "valkey://host:6379/0?namespace=akv&ttl=3600&connections=2, valkeys://... (TLS), valkey+unix:///path?..., "
+    "valkey+cluster://host:port,host:port?..., valkeys+cluster://... (redis and rediss mean the same)",
+    _later("async_cache.l2.valkey.backend:ValkeyBackend.from_url"),
+)
+_VARIANTS = ("", "s", "+unix", "+cluster", "s+cluster")
+_OWN |= {scheme + variant: _VALKEY for scheme in ("valkey", "redis") for variant in _VARIANTS}
 _LIMITS = {name.removesuffix("_seconds"): name for name in Limits.__struct_fields__}
 """The parameters that every URL may have, and the limit that each sets."""
 _PARSERS = {parameter: partial(CacheConfig.parse, name) for parameter, name in _LIMITS.items()}
@@ -44,6 +61,7 @@ def from_url(url: str) -> Backend:
 
         memory://[name]?capacity=1GiB
         fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4
+        valkey://host:6379/0?namespace=akv&ttl=3600&connections=2      (`docs/backends/valkey.md` has its variants)
 
     `capacity` is in bytes or with a unit; "none" is no bound. Without it, memory is unbounded and a directory
     is bounded to 10 GiB. A path is absolute; in it, "?", "#" and "%" are percent-encoded. Other schemes are those of
@@ -52,7 +70,7 @@ def from_url(url: str) -> Backend:
 
     Raises ConfigError, which names the URL without its password, and what is allowed or who made it.
     """
-    allowed = f"; allowed: {' or '.join(scheme.form for scheme in _OWN.values())}"
+    allowed = f"; allowed: {' or '.join(dict.fromkeys(scheme.form for scheme in _OWN.values()))}"
     try:
         parts = BackendURL.parse(url)
         own = _OWN.get(parts.scheme)

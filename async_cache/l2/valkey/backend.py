@@ -1,0 +1,271 @@
+"""`ValkeyBackend`: objects in the memory of a Valkey or Redis server, or of a cluster, which other hosts share."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Self
+
+from async_cache.errors import BackendError, ConfigError
+from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.record import TRAILER_BYTES
+from async_cache.l2.url import BackendURL
+from async_cache.l2.valkey.items import Item, ask
+from async_cache.l2.valkey.listing import list_node
+from async_cache.l2.valkey.names import Names
+from async_cache.l2.valkey.node import Node
+from async_cache.l2.valkey.router import Router, Work, all_of
+from async_cache.l2.valkey.settings import Settings
+from async_cache.l2.valkey.usage import Usage
+from async_cache.l2.valkey.values import Values, store
+from async_cache.prompt.keys import ObjectKey
+from async_cache.values import BackendUsage
+
+log = logging.getLogger(__name__)
+
+FIRST_COUNT_SECONDS = 0.25  # that opening waits for: what holds little is known at once
+STREAM_BYTES = 2**20  # for which one more connection is worth its while
+MAX_VALUE_BYTES = 512 * 2**20  # that a server takes
+_MAX_DOUBTFUL = 65_536  # objects: beyond, it costs no more than that they are not replaced
+
+_LOADED, _GONE, _CORRUPT, _FAILED = LoadOutcome
+
+
+class ValkeyBackend(Backend):
+    """One string for each object: a record, so that its checksum and its identity come and go with its bytes.
+
+    A server that needs room evicts by its own rules, and others may remove anything: a pin holds nothing here. What
+    vanished after its lookup is GONE.
+    """
+
+    shared = True
+
+    def __init__(self, settings: Settings):
+        self.name = settings.name
+        self._settings = settings
+        self._names = Names(settings.namespace)
+        self._ttl = None if settings.ttl_seconds is None else max(1, round(settings.ttl_seconds * 1000))
+        self._usage = Usage()
+        self._doubtful: set[ObjectKey] = set()  # could not be read: to be replaced
+        self._rotten: set[ObjectKey] = set()  # damaged, and could not be removed: not to be found either
+        self._router: Router | None = None
+        self._counting: asyncio.Task[None] | None = None
+        self._counted = asyncio.Event()
+        self._recount = asyncio.Event()
+        self._was_away = False
+
+    @classmethod
+    def from_url(cls, url: BackendURL) -> Self:
+        """The backend of a URL such as `valkey://host:6379/0?namespace=akv`. Raises ConfigError."""
+        return cls(Settings.from_url(url))
+
+    async def open(self) -> None:
+        """Connect. A server that is not there may come later; one that refuses us raises ConfigError."""
+        self._router = router = Router(self._settings)
+        self._counted, self._recount = asyncio.Event(), asyncio.Event()
+        try:
+            await router.open()
+        except ConfigError:
+            await self.close()
+            raise
+        except BackendError as error:
+            log.warning("%s; it is tried again when it is needed", error)
+        except BaseException:
+            await self.close()
+            raise
+        self._counting = asyncio.create_task(self._count_now_and_then(router), name=f"{self.name} count")
+        first = asyncio.ensure_future(self._counted.wait())
+        await asyncio.wait((first,), timeout=FIRST_COUNT_SECONDS)
+        first.cancel()
+
+    async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        items = self._items(keys)
+        await self._run(items, partial(ask, (b"STRLEN",)))
+        self._raise_if_all_failed(items)
+        rotten = self._rotten
+        return [item.number(0) >= TRAILER_BYTES and item.key not in rotten for item in items]
+
+    def unpin(self, keys: Sequence[ObjectKey]) -> None:
+        """Nothing: there are no pins."""
+
+    async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+        items = self._items(keys, buffers)
+        await self._run(items, self._load)
+        for item in items:
+            item.outcome = item.outcome or _FAILED
+        self._doubt(item.key for item in items if item.outcome is _FAILED)
+        if any(item.outcome is not _FAILED for item in items):
+            await self._remove_rotten([item.key for item in items if item.outcome is _CORRUPT])
+        else:
+            self._raise_if_all_failed(items)
+        return [item.outcome or _FAILED for item in items]
+
+    async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
+        items = self._items(keys, buffers)
+        await self._replace(keys)
+        await self._run([item for item in items if len(item.buffer) <= MAX_VALUE_BYTES - TRAILER_BYTES], self._store)
+        if not any(item.stored for item in items):
+            self._raise_if_all_failed(items)
+        return [item.stored for item in items]
+
+    async def delete(self, keys: Sequence[ObjectKey]) -> int:
+        items = await self._unlink(keys)
+        failed = next((item.error for item in items if item.error is not None), None)
+        if failed is not None:
+            raise BackendError(f"{self.name}: {failed}") from failed
+        return sum(item.number(1) for item in items)
+
+    async def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
+        """All objects, each with its size in bytes; twice, perhaps, while the server's tables or slots are moved."""
+        for node in await self._open_router().masters():
+            async for page in list_node(node, self._names):
+                for entry in page:
+                    yield entry
+
+    def usage(self) -> BackendUsage:
+        """What the namespace holds, records with their trailers, as `Usage` knows it; a bound is the server's own."""
+        return self._usage.now()
+
+    async def close(self) -> None:
+        counting, self._counting = self._counting, None
+        router, self._router = self._router, None
+        if counting is not None:
+            counting.cancel()
+            await asyncio.wait((counting,))
+        if router is not None:
+            await router.close()
+
+    # Calls.
+
+    def _items(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview] | None = None) -> list[Item]:
+        of = self._names.of
+        if buffers is None:
+            return [Item(key, of(key)) for key in keys]
+        if len(keys) != len(buffers):
+            raise ValueError(f"{len(keys)} keys with {len(buffers)} buffers")
+        return [Item(key, of(key), buffer) for key, buffer in zip(keys, buffers, strict=True)]
+
+    def _open_router(self) -> Router:
+        if self._router is None:
+            raise BackendError(f"{self.name} is not open")
+        return self._router
+
+    async def _run(self, items: Sequence[Item], work: Work) -> None:
+        router = self._open_router()
+        if items:
+            try:
+                await router.run(items, work)
+            finally:
+                self._hear(items)
+
+    def _hear(self, items: Sequence[Item]) -> None:
+        """After a server was away it may hold other things: they are counted anew."""
+        if any(item.error is not None for item in items):
+            self._was_away = True
+        elif self._was_away:
+            self._was_away = False
+            self._recount.set()
+
+    def _raise_if_all_failed(self, items: Sequence[Item]) -> None:
+        if items and all(item.error is not None for item in items):
+            error = items[0].error
+            text = str(error)
+            raise BackendError(text if text.startswith(self.name) else f"{self.name}: {text}") from error
+
+    # Values.
+
+    async def _load(self, node: Node, items: list[Item], asking: bool) -> None:
+        for item in items:
+            item.outcome = None
+
+        async def stream(todo: Iterator[Item]) -> None:
+            async with node.bulk.wire() as wire:
+                await Values(wire, todo, asking).run()
+
+        await self._side_by_side(node, items, stream)
+
+    async def _store(self, node: Node, items: list[Item], asking: bool) -> None:
+        async def stream(todo: Iterator[Item]) -> None:
+            async with node.bulk.wire() as wire:
+                for item in todo:
+                    self._note_store(item, await store(wire, item, self._ttl, asking))
+
+        await self._side_by_side(node, items, stream)
+
+    async def _side_by_side(
+        self, node: Node, items: list[Item], stream: Callable[[Iterator[Item]], Awaitable[None]]
+    ) -> None:
+        """Share the work among connections: one waits for its turn, others help if they are free."""
+        todo = iter(items)
+        useful = min(len(items), 1 + sum(len(item.buffer) for item in items) // STREAM_BYTES)
+        await all_of([stream(todo) for _ in range(max(1, min(useful, node.bulk.free)))])
+
+    def _note_store(self, item: Item, line: bytes) -> None:
+        item.stored = line in (b"+OK", b"$-1")  # new, or there already
+        if line == b"+OK":
+            self._usage.stored(item.key, len(item.buffer) + TRAILER_BYTES)
+        elif not item.stored and not line.startswith(b"-OOM"):  # which is no fault: the server is full
+            item.fail(line)
+
+    # What could not be read.
+
+    def _doubt(self, keys: Iterable[ObjectKey]) -> None:
+        if len(self._doubtful) > _MAX_DOUBTFUL:
+            self._doubtful.clear()
+        self._doubtful.update(keys)
+
+    async def _replace(self, keys: Sequence[ObjectKey]) -> None:
+        """Remove what is there of objects that could not be read, and are stored anew now."""
+        replaced = [key for key in keys if key in self._doubtful or key in self._rotten]
+        if replaced:
+            await self._unlink(replaced)
+            self._doubtful.difference_update(replaced)
+
+    async def _remove_rotten(self, keys: Sequence[ObjectKey]) -> None:
+        """Remove damaged objects; what cannot be removed is not found by us any more."""
+        if keys:
+            if len(self._rotten) > _MAX_DOUBTFUL:
+                self._rotten.clear()
+            self._rotten.update(keys)
+            await self._unlink(keys)
+
+    async def _unlink(self, keys: Sequence[ObjectKey]) -> list[Item]:
+        """Remove objects, whose sizes are the first answer about each, whether they were there the second."""
+        items = self._items(keys)
+        await self._run(items, partial(ask, (b"STRLEN", b"UNLINK")))
+        for item in items:
+            if item.error is None:
+                self._rotten.discard(item.key)
+                if item.number(1):
+                    self._usage.removed(item.key, item.number(0))
+        return items
+
+    # Counting.
+
+    async def _count_now_and_then(self, router: Router) -> None:
+        while True:
+            self._recount.clear()
+            try:
+                await self._count(router)
+            except BackendError as error:
+                self._was_away = True
+                log.debug("%s: what it holds could not be counted: %s", self.name, error)
+            except Exception:  # the root of a task
+                log.exception("%s: what it holds could not be counted", self.name)
+            self._counted.set()
+            with suppress(TimeoutError):  # not wait_for: in Python 3.11, it loses a cancel that comes with the event
+                async with asyncio.timeout(self._settings.usage_seconds):
+                    await self._recount.wait()
+
+    async def _count(self, router: Router) -> None:
+        self._usage.begin_count()
+        complete = False
+        try:
+            for node in await router.masters():
+                async for page in list_node(node, self._names):
+                    for key, size_bytes in page:
+                        self._usage.see(key, size_bytes + TRAILER_BYTES)
+            complete = True
+        finally:
+            self._usage.end_count(complete=complete)

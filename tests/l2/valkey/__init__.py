@@ -1,0 +1,1 @@
+"""The backend of Valkey and Redis, against real servers: `servers` starts them."""

@@ -1,0 +1,128 @@
+"""Passwords: wrong, changed, taken away while connected, from a file; and never told."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from async_cache.errors import BackendError, ConfigError
+from async_cache.l2.registry import from_url
+from async_cache.testing.conformance import content, find, get, key, put
+
+from .certificates import Certificates
+from .servers import Server, running
+from .support import nothing_left, opened, until_it_answers
+
+SECRET, WRONG = "s3cret-word", "wr0ng-word"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with running(tmp_path / "valkey", "--requirepass", SECRET) as server:
+        yield server
+
+
+@pytest.mark.parametrize("credentials", ["", f":{WRONG}@", f"user:{WRONG}@", f"user:{SECRET}@", ":@", "default@"])
+async def test_who_is_refused_is_told_so_at_the_start_and_the_password_is_not(
+    server: Server, credentials: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with nothing_left():
+        backend = from_url(f"valkey://{credentials}127.0.0.1:{server.port}")
+        with caplog.at_level(logging.DEBUG), pytest.raises(ConfigError) as caught:
+            await backend.open()
+        told = f"{caught.value!r} {caught.value} {backend!r} {backend.name} {vars(backend)} {caplog.text}"
+        assert f"valkey://127.0.0.1:{server.port}: " in str(caught.value)
+        assert "WRONGPASS" in told or "NOAUTH" in told
+        assert WRONG not in told and SECRET not in told
+
+
+async def test_a_password_is_percent_decoded(server: Server) -> None:
+    await server.say("ACL", "SETUSER", "us:er@x", "on", ">p/a:s@s %?#", "~*", "+@all")
+    async with opened(f"valkey://us%3Aer%40x:p%2Fa%3As%40s%20%25%3F%23@127.0.0.1:{server.port}") as backend:
+        assert await put(backend, [1], 5000) == [True]
+
+
+async def test_a_password_that_changes_while_connected(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    async with opened(f"valkey://:{SECRET}@127.0.0.1:{server.port}") as backend:
+        assert await put(backend, [1], 5000) == [True]
+        await server.say("CONFIG", "SET", "requirepass", WRONG)
+        assert await get(backend, [1], 5000) == [content(1, 5000)]  # connections stay
+        server.password = WRONG
+        await server.say("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        with caplog.at_level(logging.DEBUG):
+            for _ in range(3):
+                with pytest.raises(BackendError, match=r"valkey://127.0.0.1:\d+: ") as caught:
+                    await get(backend, [1], 5000)
+                assert SECRET not in str(caught.value)
+        await server.say("CONFIG", "SET", "requirepass", SECRET)
+        await until_it_answers(backend)
+        assert await get(backend, [1], 5000) == [content(1, 5000)]
+        assert SECRET not in caplog.text
+
+
+async def test_a_user_who_may_do_nothing_any_more(server: Server) -> None:
+    await server.say("ACL", "SETUSER", "akv", "on", f">{SECRET}", "~akv:*", "+@all")
+    async with opened(f"valkey://akv:{SECRET}@127.0.0.1:{server.port}") as backend:
+        assert await put(backend, [1, 2], 5000) == [True] * 2
+        await server.say("ACL", "SETUSER", "akv", "-@all", "+ping")
+        for call in (find(backend, [1]), get(backend, [1], 5000), put(backend, [3], 5000), backend.delete([key(1)])):
+            with pytest.raises(BackendError, match="NOPERM"):
+                await call
+        with pytest.raises(BackendError, match="NOPERM"):
+            assert [entry async for entry in backend.keys()]
+        await server.say("ACL", "SETUSER", "akv", "+@all")
+        assert await get(backend, [1, 2], 5000) == [content(n, 5000) for n in (1, 2)]
+        await server.say("ACL", "DELUSER", "akv")  # which closes connections
+        results = [await asyncio.gather(get(backend, [1], 5000), return_exceptions=True) for _ in range(3)]
+        assert isinstance(results[-1][0], BackendError)
+
+
+async def test_a_user_of_one_key_pattern_is_enough(server: Server) -> None:
+    rights = ("+get", "+set", "+strlen", "+unlink", "+scan", "+ping", "+select")
+    await server.say("ACL", "SETUSER", "least", "on", f">{SECRET}", "~akv:*", *rights)
+    async with opened(f"valkey://least:{SECRET}@127.0.0.1:{server.port}/1") as backend:
+        assert await put(backend, [1], 5000) == [True]
+        assert await find(backend, [1]) == [True]
+        assert await get(backend, [1], 5000) == [content(1, 5000)]
+        assert len([entry async for entry in backend.keys()]) == 1
+        assert await backend.delete([key(1)]) == 1
+
+
+async def test_a_password_from_a_file_is_read_for_each_connection(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text(f"{SECRET}\n")
+    async with opened(f"valkey://127.0.0.1:{server.port}?password_file={file}") as backend:
+        assert await put(backend, [1], 5000) == [True]
+        await server.say("CONFIG", "SET", "requirepass", WRONG)
+        server.password = WRONG
+        file.write_text(WRONG)
+        await server.say("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        await until_it_answers(backend)
+        assert await get(backend, [1], 5000) == [content(1, 5000)]
+        file.unlink()
+        await server.say("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        results = [await asyncio.gather(get(backend, [1], 5000), return_exceptions=True) for _ in range(3)]
+        assert "cannot be read" in str(results[-1][0])
+
+
+async def test_certificates_that_do_not_fit_are_refused(
+    tls: Server, certificates: Certificates, tmp_path: Path
+) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    url = f"rediss://:secret@127.0.0.1:{tls.tls_port}?connect_timeout=20&"
+    named = url.replace("127.0.0.1", "localhost")  # which is not the name in the certificate
+    async with nothing_left():
+        with pytest.raises(ConfigError, match="certificate"):  # an authority that we do not trust
+            await from_url(url + Certificates(others).parameters).open()
+        with pytest.raises(ConfigError, match="mismatch"):
+            await from_url(named + certificates.parameters).open()
+        async with opened(named + certificates.parameters + "&verify=ca") as backend:
+            assert await put(backend, [1], 5000) == [True]
+        backend = from_url(f"{url}ca={certificates.directory}/ca.pem")  # without one of our own
+        await backend.open()
+        with pytest.raises(BackendError):
+            await find(backend, [1])
+        await backend.close()
