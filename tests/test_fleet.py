@@ -114,8 +114,8 @@ async def find(cache: CacheClient, prompt: Prompt) -> list[bytes]:
 class Model:
     """What may be served of one prompt, which one worker at a time stores, deletes and finds through both servers.
 
-    Whoever stores it writes bytes of a new version. What one server deleted may be served by the other, from its own L1;
-    what both deleted by none.
+    Whoever stores it writes bytes of a new version. What one server deleted the other may serve, from its own L1; what
+    both deleted neither may.
     """
 
     def __init__(self, number: int, told: Counter[str]):
