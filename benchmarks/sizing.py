@@ -147,13 +147,16 @@ def conversations(requests_per_second: float, seconds: float = SECONDS, seed: in
 
 
 def trace(path: Path) -> list[Request]:
-    """The requests of a file in Mooncake's format."""
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
-        rows = [json.loads(line) for line in lines]
-    return sorted(
-        Request(row["timestamp"] / 1000, number, row["hash_ids"][: row["input_length"] // BLOCK_TOKENS])
-        for number, row in enumerate(rows)
-    )
+    """The requests of a file in Mooncake's format. Ends the program if it is none."""
+    try:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+            rows = [json.loads(line) for line in lines]
+        return sorted(
+            Request(row["timestamp"] / 1000, number, row["hash_ids"][: row["input_length"] // BLOCK_TOKENS])
+            for number, row in enumerate(rows)
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path} is no trace: {error!r}") from error
 
 
 # The simulation.
@@ -311,7 +314,12 @@ def ends(name: str, tier: Tier, read_per_host: float, written_per_host: float) -
     most = 0.7 * tier.nodes * tier.node_bytes_per_second
     per_host = max(read_per_host, written_per_host)
     links = f"{tier.nodes} x {tier.node_bytes_per_second / GBIT:.0f} Gbit/s"
-    return name, links, f"{read_per_host / 1e9:.2f} / {written_per_host / 1e9:.2f} GB/s", f"{most / per_host:.0f}"
+    return (
+        name,
+        links,
+        f"{read_per_host / 1e9:.2f} / {written_per_host / 1e9:.2f} GB/s",
+        f"{most / per_host:.0f}" if per_host else "",
+    )
 
 
 def main() -> None:
@@ -333,6 +341,8 @@ def main() -> None:
     rows, by_hosts = [], {}
     for hosts in arguments.hosts:
         known = trace(arguments.trace) if arguments.trace else conversations(hosts * arguments.requests_per_second)
+        if not known or known[-1].at_seconds <= 0:
+            raise SystemExit("there are no requests over time to simulate")
         for fleet in (MACHINES, RACK, CLUSTER):
             for sticky in (False, True) if hosts > 1 and not arguments.trace else (False,):
                 row, counted = tiers(fleet, hosts, sticky, known, model)

@@ -1,26 +1,39 @@
-"""Several servers share a store: the example does what it says, and what both have deleted neither serves."""
+"""Several servers share a store: the example and what deploys it, and what both have deleted neither serves."""
 
 import asyncio
+import gzip
+import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import resources
 from pathlib import Path
+from subprocess import PIPE
+from typing import Any
 
+import jsonschema
+import kubernetes_validate
 import psutil
 import pytest
+import yaml
 from contract.support import fill, make_layout, make_prompt, pattern
-from l2.valkey.servers import running
+from l2.valkey.servers import running, valkey_binary
 from server.programs import server
 from soak import rounds
 
-from async_cache import CacheClient, ObjectGroup, Prompt, connect
+from async_cache import CacheClient, CacheConfig, ConfigError, ObjectGroup, Prompt, __version__, connect
+from async_cache.config import ServerConfig, parse_bytes
+from async_cache.l2.registry import from_urls
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "fleet" / "fleet.py"
+ROOT = Path(__file__).parents[1]
+FLEET = ROOT / "examples" / "fleet"
+EXAMPLE = FLEET / "fleet.py"
 LAYOUT = make_layout(ObjectGroup((1000,), "uint8"))
 CHUNKS = 4
 WORKERS = 8
@@ -32,7 +45,7 @@ VERSIONS = 250  # the version of a prompt's bytes is a byte: they return after s
 
 def start_example(*arguments: str) -> "subprocess.Popen[str]":
     command = [sys.executable, str(EXAMPLE), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True)
 
 
 @pytest.mark.parametrize(("store", "steps"), [("valkey", 17), ("directory", 11)])
@@ -71,6 +84,109 @@ def test_what_cannot_be_a_store_is_one_line() -> None:
     assert (child.returncode, told) == (1, "")
     assert len(errors.splitlines()) == 1
     assert "unknown scheme 'nope'" in errors
+
+
+# What deploys it.
+
+
+def settings_of(text: str, path: Path) -> tuple[CacheConfig, ServerConfig]:
+    """The settings in a TOML text, as the server reads them; its backends are made, and not opened."""
+    path.write_text(text)
+    config = CacheConfig.load(path, environ={})
+    assert from_urls(config.l2)
+    return config, ServerConfig.load(path, environ={})
+
+
+def manifests() -> dict[str, Any]:
+    """What the Kubernetes manifest has, by kind."""
+    return {document["kind"]: document for document in yaml.safe_load_all((FLEET / "kubernetes.yaml").read_text())}
+
+
+def containers() -> list[dict[str, Any]]:
+    pods = [manifests()[kind]["spec"]["template"]["spec"] for kind in ("DaemonSet", "StatefulSet")]
+    pods.append(manifests()["Pod"]["spec"])
+    return [container for pod in pods for container in pod["containers"] + pod.get("initContainers", [])]
+
+
+def test_the_compose_file_fits_its_schema() -> None:
+    compose = yaml.safe_load((FLEET / "compose.yaml").read_text())
+    schema = resources.files("check_jsonschema.builtin_schemas.vendor").joinpath("compose-spec.json").read_text()
+    jsonschema.validate(compose, json.loads(schema))
+    with pytest.raises(jsonschema.ValidationError):  # the schema says something
+        jsonschema.validate({"services": {"a": {"imagee": "x"}}}, json.loads(schema))
+
+
+@pytest.mark.parametrize("kind", ["ConfigMap", "DaemonSet", "Service", "StatefulSet", "Pod"])
+def test_the_manifest_fits_the_schemas_of_kubernetes(kind: str) -> None:
+    kubernetes_validate.validate(manifests()[kind], kubernetes_validate.latest_version(), strict=True)
+    broken = manifests()[kind] | {"unknown": 1}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_settings_are_those_of_a_server(tmp_path: Path) -> None:
+    text = (FLEET / "server.toml").read_text()
+    config, serving = settings_of(text, tmp_path / "server.toml")
+    assert serving.listen == ("unix:///run/async-cache/cache.sock",)
+    assert manifests()["ConfigMap"]["data"]["server.toml"] == text
+    with pytest.raises(ConfigError):
+        settings_of(text.replace("lookup_timeout", "look_timeout"), tmp_path / "server.toml")
+    limits = {container["name"]: container["resources"]["limits"]["memory"] for container in containers()}
+    assert parse_bytes(f"{limits['server']}B") >= config.l1_bytes + 2 * 2**30, "L1 counts as the server's memory"
+
+
+def test_images_are_named_with_a_version_and_nothing_runs_as_root_but_one_step() -> None:
+    images = set(
+        re.findall(r"image: (\S+)", (FLEET / "kubernetes.yaml").read_text() + (FLEET / "compose.yaml").read_text())
+    )
+    assert images == {f"async-kv-cache:{__version__}", "valkey/valkey:8.1.3-bookworm", "engine:1.0"}
+    assert not re.search(r"FROM \S+:latest|FROM [^:\s]+$", (FLEET / "Dockerfile").read_text(), re.MULTILINE)
+    as_root = [c["name"] for c in containers() if c["securityContext"].get("runAsUser") == 0]
+    assert as_root == ["own-the-directory"]
+    assert all(c["securityContext"]["capabilities"]["drop"] == ["ALL"] for c in containers())
+
+
+@pytest.mark.parametrize("where", ["compose", "kubernetes"])
+def test_valkey_takes_its_settings_and_the_password_from_standard_input(where: str, tmp_path: Path) -> None:
+    settings = manifests()["ConfigMap"]["data"]["valkey.conf"]
+    if where == "compose":
+        settings = (FLEET / "valkey.conf").read_text()
+    settings += f"requirepass secret\nport 0\nunixsocket {tmp_path}/valkey\n"
+    with subprocess.Popen([valkey_binary(), "-"], cwd=tmp_path, stdin=PIPE, stdout=PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(settings)
+        child.stdin.close()
+        said = next((line for line in child.stdout if "Ready to accept" in line or "FATAL" in line), "")
+        child.terminate()
+    assert "Ready to accept" in said
+
+
+def test_the_document_shows_what_the_simulation_prints() -> None:
+    document = (ROOT / "docs" / "deployment.md").read_text()
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "sizing.py"], stdout=PIPE, text=True, timeout=55, check=True
+    )
+    tables = [block for block in done.stdout.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 5
+    for shown in tables:
+        assert shown.strip() in document
+
+
+def test_the_simulation_takes_a_trace(tmp_path: Path) -> None:
+    row = {"input_length": 2048, "output_length": 100, "hash_ids": [1, 2, 3, 4]}
+    with gzip.open(tmp_path / "trace.jsonl.gz", "wt") as lines:
+        lines.writelines(f"{json.dumps(row | {'timestamp': second * 1000})}\n" for second in range(400))
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "sizing.py",
+        "--hosts",
+        "2",
+        "--trace",
+        tmp_path / "trace.jsonl.gz",
+    ]
+    told = subprocess.run(command, stdout=PIPE, text=True, timeout=50, check=True).stdout
+    assert re.search(r"\| rack \| 2 \| by chance \| 100% \|  \| 0% \|  \| 0% \|", told)
 
 
 # Two servers against a model.
@@ -182,7 +298,11 @@ async def play(model: Model, caches: tuple[CacheClient, CacheClient], rng: rando
         asking = asyncio.gather(*(find(cache, model.prompt) for cache in caches for _ in range(3)))
         await model.delete_everywhere((one, other), together=True)
         await asking
-    elif how < 0.85:
+    elif how < 0.8:
+        await model.delete_everywhere((one, other), together=rng.random() < 0.5)
+    elif how < 0.95:  # deleted while it is written to the store
+        await model.store(one)
+        await asyncio.sleep(rng.choice((0, 0.001, 0.002)))
         await model.delete_everywhere((one, other), together=rng.random() < 0.5)
     for cache in rng.sample(caches, 2):
         await model.find(cache, must=model.everywhere)
