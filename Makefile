@@ -29,7 +29,7 @@ test: $(INSTALLED) ## run the tests
 	$(BIN)/pytest
 
 soak: $(INSTALLED) ## run the long part of the tests: faults, interleavings, mutated frames, 50 minutes
-	SOAK=300 $(BIN)/pytest --timeout=3600 tests/faults tests/test_state_machine.py tests/server tests/protocol
+	SOAK=300 $(BIN)/pytest --timeout=3600 tests/faults tests/test_state_machine.py tests/test_fleet.py tests/server tests/protocol
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check
