@@ -63,6 +63,8 @@ class Backend(ABC):
     """Which chunks it is given; parameters of its URL set that, too."""
     shared: bool = False
     """Whether others may add and remove objects behind this process's back, as in a store that hosts share."""
+    lists_sizes: bool = True
+    """Whether the sizes that `keys` tells are those that `load` needs, so that all objects can be copied from it."""
 
     def register(self, fd: int, memory: memoryview) -> None:  # noqa: B027
         """Take note of the memory that buffers will be from: a memory file, and all of it as it is mapped here.

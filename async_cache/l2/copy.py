@@ -83,8 +83,13 @@ class Copy:
     async def run(self) -> Copied:
         """Look at all objects, and copy what is to be copied. What fails of single objects is counted.
 
-        Raises BackendError where the source cannot be listed, or one side is left alone after failures.
+        Raises BackendError where the source cannot be listed, or one side is left alone after failures, and where the
+        source does not know how long its objects are.
         """
+        if not self._source.backend.lists_sizes:
+            raise BackendError(
+                f"{self._source.name} is encoded: only what it stores can be copied, by its URL without codec"
+            )
         with self._source.kept():
             try:
                 async with asyncio.TaskGroup() as workers:

@@ -32,6 +32,7 @@ class WrappedBackend(Backend):
         self.inner = inner
         self.name = inner.name
         self.limits, self.placement, self.shared = inner.limits, inner.placement, inner.shared
+        self.lists_sizes = inner.lists_sizes
         self.calls: Counter[str] = Counter()
         self.keys_asked: Counter[str] = Counter()
 

@@ -14,6 +14,7 @@ from async_cache.l2.copy import _BATCH_BYTES, _WORKERS, _Buffer, copy_all
 from async_cache.l2.filesystem import FileSystemBackend
 from async_cache.l2.guard import Guard
 from async_cache.l2.memory import MemoryBackend
+from async_cache.l2.registry import from_url
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing import BitFlipBackend, FailingBackend, GatedBackend, flip_bit
 from async_cache.testing.backends import WrappedBackend
@@ -211,3 +212,14 @@ async def test_a_flipped_bit_is_noticed_as_it_is_loaded() -> None:
     memory = await filled(MemoryBackend("a"), range(5))
     copied = await copy_all(BitFlipBackend(memory), MemoryBackend("b"))
     assert (copied.copied, copied.corrupt) == (0, 5)
+
+
+async def test_what_is_encoded_is_not_copied_and_stays() -> None:
+    """The sizes that it lists are not those of the objects: loads of these would find them corrupt, and remove them."""
+    source = await filled(from_url("memory://encoded?codec=zstd"), range(3))
+    with pytest.raises(BackendError, match="is encoded: only what it stores"):
+        await copy_all(source, MemoryBackend("target"), CONFIG)
+    await source.open()
+    assert source.usage().objects == 3
+    assert await source.lookup([key(n) for n in range(3)]) == [True] * 3
+    await source.close()

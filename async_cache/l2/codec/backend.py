@@ -39,6 +39,8 @@ class CodecBackend(Backend):
     Raises ConfigError for a backend that has no `load_sized`.
     """
 
+    lists_sizes = False  # but those of what is stored
+
     def __init__(self, inner: Backend, codec: Codec, *, threads: int = THREADS):
         if type(inner).load_sized is Backend.load_sized:
             raise ConfigError(f"codec: {type(inner).__name__} loads only what it is told the size of (no load_sized)")

@@ -144,7 +144,7 @@ class MooncakeBackend(Backend):
         helper = self._helper
         asked = asyncio.ensure_future(helper.ask(self._setup))
         await asyncio.wait((asked,), timeout=SETUP_SECONDS)
-        if not asked.done():  # the library was seen to hang in it
+        if not asked.done():  # it took longer once, in some thirty starts; why is not known
             await helper.kill()
         self._mapped = await asked
         return helper
