@@ -39,7 +39,7 @@ async def test_what_one_stored_the_other_finds(server: Server) -> None:
         assert [await read_back(two, prompt) for prompt in prompts] == [CHUNKS] * PROMPTS
         assert (await two.delete(prompts[0])).chunks == CHUNKS
         assert await count_hits(one, prompts[0]) == 0  # its L1 is empty
-        assert (await one.stats()).backends[one.core.guards[0].name].objects == CHUNKS * PROMPTS
+        assert (await one.stats()).backends[one.core.guards.current[0].name].objects == CHUNKS * PROMPTS
 
 
 async def test_a_cache_that_opens_later_finds_all_and_can_clear_all(server: Server) -> None:
@@ -47,7 +47,7 @@ async def test_a_cache_that_opens_later_finds_all_and_can_clear_all(server: Serv
     async with opened(server, "later") as one:
         await fill_l2(one, *prompts)
     async with opened(server, "later") as two:
-        assert (await two.stats()).backends[two.core.guards[0].name].objects == CHUNKS * PROMPTS
+        assert (await two.stats()).backends[two.core.guards.current[0].name].objects == CHUNKS * PROMPTS
         assert [await read_back(two, prompt) for prompt in prompts] == [CHUNKS] * PROMPTS
         assert (await two.clear("all")).chunks == CHUNKS * PROMPTS
         assert [await count_hits(two, prompt) for prompt in prompts] == [0] * PROMPTS
@@ -118,7 +118,7 @@ async def test_a_server_that_dies_again_and_again_costs_hits_and_nothing_else(mo
     monkeypatch.setattr(Guard, "succeeded", succeed)
     with Server() as server:
         async with opened(server, "dying") as cache:
-            guard = cache.core.guards[0]
+            guard = cache.core.guards.current[0]
             deaths = served = 0
             over = False
 
