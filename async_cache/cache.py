@@ -9,6 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
+from async_cache.aio.home import Home
 from async_cache.config import CacheConfig, prefixed
 from async_cache.core import Core
 from async_cache.errors import CacheClosedError, ConfigError
@@ -69,7 +70,7 @@ class AsyncCache:
         self._core: Core | None = None
         self._state = CacheState.NEW
         self._closing: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._home: Home | None = None
 
     # Life.
 
@@ -81,7 +82,7 @@ class AsyncCache:
         """
         if self._state is not CacheState.NEW:
             raise CacheClosedError("a cache is opened once")
-        self._state, self._loop = CacheState.OPENING, asyncio.get_running_loop()
+        self._state, self._home = CacheState.OPENING, Home()
         try:
             core = await self._open()
         except BaseException:
@@ -161,7 +162,7 @@ class AsyncCache:
         if self._core is None:
             closed = self._state is CacheState.CLOSED
             raise CacheClosedError("the cache is closed" if closed else "the cache is not open: use `async with`")
-        if asyncio._get_running_loop() not in (self._loop, None):
+        if self._home is not None and self._home.is_elsewhere():
             raise RuntimeError("the cache was opened in another event loop: call it from there")
         return self._core
 

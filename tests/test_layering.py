@@ -36,7 +36,7 @@ MAY_KNOW = {
     "read": "aio config errors handles l1 l2 observe prompt values",
     "write": "aio config errors handles l1 l2 observe prompt read retention values",
     "core": "aio config l1 l2 memory observe prompt read retention values write",
-    "cache": "config core errors handles l2 memory prompt values",
+    "cache": "aio config core errors handles l2 memory prompt values",
     # the same from other processes
     "server": "cache config errors handles memory observe prompt protocol values",
     "client": "aio errors handles memory prompt protocol values",

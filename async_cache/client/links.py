@@ -5,6 +5,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterator
 from enum import Enum
 
+from async_cache.aio.home import Home
 from async_cache.client.link import Link, Lost
 from async_cache.errors import CacheClosedError, ConnectionLostError
 from async_cache.protocol.messages import Ping
@@ -59,7 +60,7 @@ class Links:
         self._waiting: list[asyncio.Future[Link]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._closing: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._home: Home | None = None
 
     # Life.
 
@@ -67,7 +68,7 @@ class Links:
         """Connect, and stay connected. Raises CacheClosedError, and what the last attempt failed with."""
         if self._state is not LinksState.NEW:
             raise CacheClosedError("a client is opened once")
-        self._state, self._loop = LinksState.OPENING, asyncio.get_running_loop()
+        self._state, self._home = LinksState.OPENING, Home()
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._connect_timeout_seconds
         for delay in backoff():
@@ -127,7 +128,7 @@ class Links:
 
     def here(self) -> Link | None:
         """The link that there is now. Raises RuntimeError in another loop than the one that opened the client."""
-        if self.current is not None and asyncio._get_running_loop() not in (self._loop, None):
+        if self.current is not None and self._home is not None and self._home.is_elsewhere():
             raise RuntimeError("the client was opened in another event loop: call it from there")
         return self.current
 

@@ -8,6 +8,7 @@ import pytest
 
 from async_cache.errors import ConfigError
 from async_cache.l2.registry import from_url, from_urls
+from async_cache.l2.schemes import OWN
 from async_cache.l2.url import BackendURL
 from async_cache.l2.valkey.settings import Address, Settings
 
@@ -92,7 +93,7 @@ def test_what_cannot_be_used_is_refused_in_one_line_with_what_is_allowed(url: st
         from_url(url)
     message = str(caught.value)
     assert reason in message and "\n" not in message
-    assert "valkey://host:6379/0?namespace=akv" in message
+    assert OWN[url.partition(":")[0]].form in message
 
 
 @pytest.mark.parametrize("more", ["", "?connections=0", "/x", "?nothing=1"])

@@ -1,0 +1,22 @@
+"""Where something was opened: an event loop, and the thread that runs it."""
+
+import asyncio
+from threading import get_ident
+
+
+class Home:
+    """The loop that runs where this is made."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._thread = get_ident()
+
+    def is_elsewhere(self) -> bool:
+        """Whether another loop runs where this is asked.
+
+        At home it makes no system call. To ask for the running loop makes one up to Python 3.11 (getpid), and this is
+        asked several times for each request.
+        """
+        if get_ident() == self._thread and self.loop.is_running():
+            return False
+        return asyncio._get_running_loop() not in (self.loop, None)
