@@ -93,6 +93,10 @@ async def test_nothing_is_unpickled_or_executed_in_a_whole_run(tmp_path, monkeyp
             prefetch = blocking.prefetch(make_prompt(2, 99, LAYOUT))
             assert prefetch.load_done.result().chunks == 0
         async with connect(served.url) as cache:
+            await cache.add_backend(f"fs://{tmp_path}/more")
+            name = (await cache.backends())[1].name
+            await cache.drain_backend(name)
+            await cache.remove_backend(name)
             await given_back(cache)
         assert served.stop() == 0
         told = json.loads(served.child.stdout.readlines()[-1])
