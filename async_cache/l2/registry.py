@@ -51,15 +51,10 @@ def from_url(url: str) -> Backend:
 
     Raises ConfigError, which names the URL without its password, and what is allowed or who made it.
     """
-    allowed = ""
+    own = OWN.get(url.strip().partition(":")[0].lower())
     try:
         parts = BackendURL.parse(url)
-        own = OWN.get(parts.scheme)
-        if own is not None:
-            allowed = f"; allowed: {own.form}"
-            make = _load(own.make, own.extra)
-        else:
-            make = partial(_make, _find(parts.scheme))
+        make = _load(own.make, own.extra) if own is not None else partial(_make, _find(parts.scheme))
         parts, common = _split_common(parts)
         codec = _codec(**{parameter: common[parameter] for parameter in _CODEC if parameter in common})
         backend: Backend = make(parts)
@@ -68,6 +63,7 @@ def from_url(url: str) -> Backend:
         if not backend.name.isprintable():
             raise ConfigError(f"the name {backend.name!r} cannot be printed")
     except ConfigError as error:
+        allowed = f"; allowed: {own.form}" if own is not None else ""
         raise ConfigError(f"{hide_password(url)}: {error}{allowed}") from error
     limits = {name: common[parameter] for parameter, name in _LIMITS.items() if parameter in common}
     placement = {parameter: common[parameter] for parameter in _PLACEMENT if parameter in common}

@@ -47,7 +47,7 @@ class CodecBackend(Backend):
         self.inner, self.codec = inner, codec
         self.name = inner.name
         self.limits = inner.limits
-        self.shared = inner.shared
+        self.placement, self.shared = inner.placement, inner.shared
         self._names, *self._older = codec.names
         self._found_older: Counter[ObjectKey] = Counter()  # pins of objects under older keys, by their names
         self._threads = threads
