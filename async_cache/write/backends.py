@@ -90,6 +90,7 @@ class Backends:
             raise ConfigError(f"backend {name!r} is being removed")
         drain = self._drains.get(guard)
         if drain is None and guard.state is not BackendState.DRAINED:
+            guard.state = BackendState.DRAINING
             drain = self._drains[guard] = self._carrier.begin(self._drain(guard))
             drain.add_done_callback(lambda _: self._drains.pop(guard))
         if drain is not None:
@@ -102,7 +103,6 @@ class Backends:
 
     async def _drain(self, guard: Guard) -> None:
         log.info("backend %s is being drained", guard.name)
-        guard.state = BackendState.DRAINING
         await self._writeback.end(guard)
         while True:
             others = self._guards.others(guard)

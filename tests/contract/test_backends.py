@@ -450,6 +450,23 @@ async def test_a_backend_may_be_removed_while_it_is_drained() -> None:
         await assert_nothing_held(cache)
 
 
+@pytest.mark.embedded
+async def test_a_backend_that_is_removed_as_its_drain_begins_is_leaving() -> None:
+    near = GatedBackend(MemoryBackend("near"))
+    async with open_cache(near, MemoryBackend("far")) as cache:
+        await fill_l2(cache, make_prompt(2))
+        near.hold("load")
+        prefetch = cache.prefetch(make_prompt(2))
+        waits = [asyncio.create_task(cache.drain_backend("near")), asyncio.create_task(cache.remove_backend("near"))]
+        await settle()
+        assert (await states(cache))["near"] is BackendState.LEAVING
+        with pytest.raises(ConfigError, match="being removed"):
+            await cache.drain_backend("near")
+        near.release()
+        assert [type(result) for result in await outcomes(*waits)] == [BackendError, type(None)]
+        await cache.end_request(prefetch.request_id)
+
+
 async def test_what_is_copied_to_a_backend_that_leaves_is_copied_once_more() -> None:
     near, leaving, staying = MemoryBackend("near"), GatedBackend(MemoryBackend("leaving")), MemoryBackend("staying")
     staying.placement = Placement(write=Placing.FIRST)
