@@ -55,6 +55,12 @@ async def copy_all(
             await guard.close(config.close_timeout_seconds)
 
 
+def check_can_be_copied(source: Guard) -> None:
+    """Raises BackendError for a backend that does not know how long its objects are."""
+    if not source.backend.lists_sizes:
+        raise BackendError(f"{source.name} is encoded: only what it stores can be copied, by its URL without codec")
+
+
 class Copy:
     """One copying of all objects of `source` that none of `others` holds, to where `stages` says at the time.
 
@@ -86,10 +92,7 @@ class Copy:
         Raises BackendError where the source cannot be listed, or one side is left alone after failures, and where the
         source does not know how long its objects are.
         """
-        if not self._source.backend.lists_sizes:
-            raise BackendError(
-                f"{self._source.name} is encoded: only what it stores can be copied, by its URL without codec"
-            )
+        check_can_be_copied(self._source)
         with self._source.kept():
             try:
                 async with asyncio.TaskGroup() as workers:
