@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import threading
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from async_cache import cache as cache_module
 from async_cache.l2.memory import MemoryBackend
 from async_cache.server import Server
 from async_cache.testing import GatedBackend
+from async_cache.write import backends as backends_module
 
 LAYOUT = ModelLayout("m", (ObjectGroup((8,), "uint8"),), chunk_tokens=4)
 PROMPT = LAYOUT.prompt(range(9))
@@ -298,6 +300,27 @@ async def test_a_read_of_before_the_close_that_is_entered_after_it_says_so() -> 
         lease = cache.read(prefetch.request_id)
     with pytest.raises(CacheClosedError):
         await lease
+
+
+async def test_a_backend_that_is_added_as_the_cache_closes_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported, opened = threading.Event(), []
+
+    class Late(MemoryBackend):
+        async def open(self) -> None:
+            opened.append(self)
+
+    def from_url(url: str) -> Late:
+        assert imported.wait(5)
+        return Late("late")
+
+    monkeypatch.setattr(backends_module, "from_url", from_url)
+    async with AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache:
+        adding = asyncio.create_task(cache.add_backend("late://"))
+        await asyncio.sleep(0)
+    imported.set()
+    with pytest.raises(CacheClosedError):
+        await adding
+    assert opened == []
 
 
 async def test_a_call_from_another_loop_is_told_so_at_once() -> None:

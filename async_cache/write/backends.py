@@ -66,8 +66,8 @@ class Backends:
             backend = url_or_backend
         if backend.name in self._opening or any(guard.name == backend.name for guard in self._guards):
             raise ConfigError(f"there is a backend {backend.name!r} already")
-        self._opening.add(backend.name)
         opening = self._carrier.begin(self._add(backend, position))
+        self._opening.add(backend.name)
         opening.add_done_callback(lambda _: self._opening.discard(backend.name))
         await self._carrier.wait(opening)
 
