@@ -530,6 +530,25 @@ async def test_what_is_deleted_while_it_is_drained_does_not_come_back(verb: Any,
         assert await count_hits(cache, prompt) == 0
 
 
+@pytest.mark.embedded
+@pytest.mark.parametrize("how", ["delete", "clear"])
+async def test_what_is_deleted_is_deleted_from_a_backend_that_is_added_meanwhile(how: str) -> None:
+    near, added = GatedBackend(MemoryBackend("near")), MemoryBackend("added")
+    prompt = make_prompt(5)
+    await seed(near.inner, prompt)
+    await seed(added, prompt)
+    async with open_cache(near) as cache:
+        near.hold("delete")
+        deleting = asyncio.create_task(cache.delete(prompt) if how == "delete" else cache.clear("all"))
+        await near.reached("delete")
+        await cache.add_backend(added)
+        assert await count_hits(cache, prompt) == 0
+        near.release()
+        assert (await deleting).chunks == 5
+        assert await count_hits(cache, prompt) == 0
+        assert await keys_of(added) == set()
+
+
 async def test_requests_go_on_while_backends_come_and_go() -> None:
     prompts = [make_prompt(4, number=number) for number in range(20)]
     async with open_cache(MemoryBackend("first"), pages=64) as cache:
