@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from async_cache.config import CacheConfig
@@ -57,24 +57,25 @@ class Backends:
         Raises ConfigError for a URL or a name that cannot be, ValueError for a position that there is not, and what the
         backend raises as it opens.
         """
-        there = len(self._guards.current)
-        if position is not None and not 0 <= position <= there:
-            raise ValueError(f"position must be from 0 to {there}, not {position}")
+        there = self._guards.current
+        if position is not None and not 0 <= position <= len(there):
+            raise ValueError(f"position must be from 0 to {len(there)}, not {position}")
+        behind = there[position:] if position is not None else ()
         if isinstance(url_or_backend, str):
             backend = await asyncio.to_thread(from_url, url_or_backend)  # it may import
         else:
             backend = url_or_backend
         if backend.name in self._opening or any(guard.name == backend.name for guard in self._guards):
             raise ConfigError(f"there is a backend {backend.name!r} already")
-        opening = self._carrier.begin(self._add(backend, position))
+        opening = self._carrier.begin(self._add(backend, behind))
         self._opening.add(backend.name)
         opening.add_done_callback(lambda _: self._opening.discard(backend.name))
         await self._carrier.wait(opening)
 
-    async def _add(self, backend: Backend, position: int | None) -> None:
+    async def _add(self, backend: Backend, behind: Sequence[Guard]) -> None:
         await open_all([backend], self._config)
         guard = Guard.of(backend, self._config)
-        self._guards.add(guard, position)
+        self._guards.add(guard, behind)
         self._writeback.add(guard)
         log.info("backend %s was added", guard.name)
 

@@ -142,6 +142,24 @@ async def test_of_two_that_are_added_at_once_with_one_name_one_is_refused() -> N
         assert [each.name for each in await cache.backends()] == ["new"]
 
 
+@pytest.mark.embedded
+async def test_a_backend_is_added_before_the_one_that_was_at_its_position_when_it_was_asked_for() -> None:
+    opened = asyncio.Event()
+
+    class Slow(MemoryBackend):
+        async def open(self) -> None:
+            await opened.wait()
+
+    async with open_cache(*map(MemoryBackend, "abcd")) as cache:
+        adding = asyncio.create_task(cache.add_backend(Slow("slow"), position=2))
+        await settle()
+        await cache.add_backend(MemoryBackend("first"), position=0)
+        await cache.remove_backend("c")
+        opened.set()
+        await adding
+        assert list(await states(cache)) == ["first", "a", "b", "slow", "d"]
+
+
 # Remove.
 
 
