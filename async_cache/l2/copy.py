@@ -21,7 +21,7 @@ from async_cache.l2.opening import open_all
 from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.objects import PAGE_BYTES
-from async_cache.values import Copied
+from async_cache.values import BackendState, Copied
 
 _LISTED = 256  # objects that are asked for at a time
 _BATCH_BYTES = 32 * 2**20  # in a buffer, unless one object is larger
@@ -166,7 +166,8 @@ class Copy:
             if not left:
                 return
             keys, views = list(left), list(left.values())
-            calls = [guard.begin_store(keys, views) for guard in stage]  # in this step: a deletion waits for them
+            staying = [guard for guard in stage if guard.state is BackendState.ACTIVE]  # since the first stage began
+            calls = [guard.begin_store(keys, views) for guard in staying]  # in this step: a deletion waits for them
             for stored in await asyncio.gather(*(_stored(call, buffer) for call in calls if call is not None)):
                 for key, ok in zip(keys, stored, strict=False):
                     if ok and key in left:

@@ -481,6 +481,26 @@ async def test_a_backend_may_be_removed_while_it_is_drained() -> None:
 
 
 @pytest.mark.embedded
+@pytest.mark.parametrize("verb", ["drain_backend", "remove_backend"])
+async def test_what_is_drained_is_not_written_to_a_backend_that_leaves_before_its_turn(verb: str) -> None:
+    class Full(MemoryBackend):
+        async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
+            return [False] * len(keys)
+
+    near, mid, far = MemoryBackend("near"), GatedBackend(Full("mid")), Recorder(MemoryBackend("far"))
+    far.placement = Placement(write=Placing.FIRST)
+    await seed(near, make_prompt(3))
+    async with open_cache(near, mid, far) as cache:
+        mid.hold("store")
+        draining = asyncio.create_task(cache.drain_backend("near"))
+        await mid.reached("store")
+        await getattr(cache, verb)("far")
+        mid.release()
+        assert (await draining).copied.failed == 3, "mid has no room"
+        assert far.calls["store"] == 0
+
+
+@pytest.mark.embedded
 async def test_a_backend_that_is_removed_as_its_drain_begins_is_leaving() -> None:
     near = GatedBackend(MemoryBackend("near"))
     async with open_cache(near, MemoryBackend("far")) as cache:
