@@ -21,6 +21,7 @@ from async_cache import (
     ModelLayout,
     ObjectGroup,
     ObjectKey,
+    Prompt,
     ServerConfig,
     TenantConfig,
     connect,
@@ -321,6 +322,31 @@ async def test_a_backend_that_is_added_as_the_cache_closes_is_not_opened(monkeyp
     with pytest.raises(CacheClosedError):
         await adding
     assert opened == []
+
+
+async def test_a_lookup_that_hashes_while_a_backend_is_removed_does_not_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed, asked = threading.Event(), []
+    hash_prompt = Prompt.hash
+
+    def hash_late(prompt: Prompt) -> None:
+        assert removed.wait(5)
+        hash_prompt(prompt)
+
+    class Near(MemoryBackend):
+        shared = True
+
+        async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+            asked.append(keys)
+            return await super().lookup(keys)
+
+    monkeypatch.setattr(Prompt, "hash", hash_late)
+    async with AsyncCache(CacheConfig(l1_bytes=2**20), [Near("near")]) as cache:
+        looking = asyncio.create_task(cache.lookup(LAYOUT.prompt(range(40_000))))
+        await asyncio.sleep(0)
+        await cache.remove_backend("near")
+        removed.set()
+        assert (await looking).chunks == 0
+    assert asked == []
 
 
 async def test_a_call_from_another_loop_is_told_so_at_once() -> None:
