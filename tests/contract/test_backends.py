@@ -276,6 +276,23 @@ async def test_a_dead_backend_can_be_removed() -> None:
 
 
 @pytest.mark.embedded
+async def test_a_backend_that_does_not_close_is_removed_in_its_time_and_its_name_is_free() -> None:
+    class Stuck(MemoryBackend):
+        async def close(self) -> None:
+            await asyncio.sleep(1e6)
+
+    async with open_cache(Stuck("near"), close_timeout_seconds=3) as cache:
+        began = asyncio.get_running_loop().time()
+        removing = asyncio.create_task(cache.remove_backend("near"))
+        await settle()
+        with pytest.raises(ConfigError, match="there is a backend 'near' already"):
+            await cache.add_backend(MemoryBackend("near"))
+        await removing
+        assert asyncio.get_running_loop().time() - began == pytest.approx(3)
+        await cache.add_backend(MemoryBackend("near"))
+
+
+@pytest.mark.embedded
 async def test_a_removal_goes_on_though_its_caller_is_cancelled_and_may_be_waited_for_again() -> None:
     near = Recorder(GatedBackend(MemoryBackend("near")))
     async with open_cache(near) as cache:
