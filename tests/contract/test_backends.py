@@ -1,6 +1,8 @@
 """Backends come and go while the cache is open, and requests that are under way end as they would have."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -602,6 +604,47 @@ async def test_what_is_deleted_is_deleted_from_a_backend_that_is_added_meanwhile
         assert (await deleting).chunks == 5
         assert await count_hits(cache, prompt) == 0
         assert await keys_of(added) == set()
+
+
+@pytest.mark.embedded
+async def test_a_removal_waits_for_what_is_copied_to_the_backend() -> None:
+    near, far = MemoryBackend("near"), Recorder(GatedBackend(MemoryBackend("far")))
+    await seed(near, make_prompt(3))
+    async with open_cache(near, far) as cache:
+        far.inner.hold("store")  # type: ignore[attr-defined]
+        draining = asyncio.create_task(cache.drain_backend("near"))
+        await far.inner.reached("store")  # type: ignore[attr-defined]
+        removing = asyncio.create_task(cache.remove_backend("far"))
+        await settle()
+        assert far.calls["close"] == 0
+        far.inner.release()  # type: ignore[attr-defined]
+        await removing
+        assert far.calls["close"] == 1 and len(far.stored) == 3
+        assert (await draining).state is BackendState.DRAINING, "nobody else has it"
+
+
+@pytest.mark.embedded
+async def test_of_a_backend_that_was_removed_nothing_is_left() -> None:
+    async with open_cache(MemoryBackend("stays")) as cache:
+        guards = []
+        for number in range(5):
+            near = MemoryBackend("near")
+            near.placement = Placement(promote=True, admit=2)
+            far = MemoryBackend("far")
+            await seed(far, make_prompt(3, number=number))
+            await cache.add_backend(near, position=0)
+            await cache.add_backend(far)
+            guards += map(weakref.ref, cache.core.guards)
+            assert await read_back(cache, make_prompt(3, number=number)) == 3
+            await fill(cache, make_prompt(3, number=10 + number))
+            await cache.flush()
+            for name in ("near", "far"):
+                await cache.drain_backend(name)
+                await cache.remove_backend(name)
+        await settle()
+        gc.collect()
+        assert {guard for ref in guards if (guard := ref()) is not None} == set(cache.core.guards)
+        assert (await cache.stats()).l1_chunks
 
 
 async def test_requests_go_on_while_backends_come_and_go() -> None:
