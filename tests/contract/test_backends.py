@@ -607,6 +607,19 @@ async def test_what_is_deleted_is_deleted_from_a_backend_that_is_added_meanwhile
 
 
 @pytest.mark.embedded
+async def test_what_another_backend_cannot_read_is_copied_to_it() -> None:
+    near, far = Scripted(MemoryBackend("near")), Scripted(MemoryBackend("far"))
+    prompt = make_prompt(3)
+    for each in (near, far):
+        await seed(each.inner, prompt)
+    far.load_answers = dict.fromkeys(object_keys(prompt)[-1:], LoadOutcome.FAILED)
+    async with open_cache(far, near) as cache:
+        assert await read_back(cache, prompt) == 3
+        assert (await cache.drain_backend("near")).copied.copied == 1
+        assert list(far.stored) == object_keys(prompt)[-1:]
+
+
+@pytest.mark.embedded
 async def test_a_removal_waits_for_what_is_copied_to_the_backend() -> None:
     near, far = MemoryBackend("near"), Recorder(GatedBackend(MemoryBackend("far")))
     await seed(near, make_prompt(3))
