@@ -2,7 +2,7 @@
 
 import asyncio
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -128,6 +128,26 @@ async def test_a_target_that_dies_ends_the_copy() -> None:
     with pytest.raises(BackendError, match="b cannot be written to"):
         await copy_all(memory, FailingBackend(target, "store", nth=2, times=None), CONFIG)
     assert 0 < target.usage().objects < 1000
+
+
+async def test_the_listing_of_a_copy_that_ends_early_is_closed() -> None:
+    listings = []
+
+    class Listed(WrappedBackend):
+        def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
+            listings.append(self._list())  # so that nobody else closes it
+            return listings[-1]
+
+        async def _list(self) -> AsyncGenerator[tuple[ObjectKey, int], None]:
+            async for each in self.inner.keys():
+                yield each
+
+    source = Listed(await filled(MemoryBackend("a"), range(1000)))
+    with pytest.raises(BackendError, match="b cannot be written to"):
+        await copy_all(source, FailingBackend(MemoryBackend("b"), "store", times=None), CONFIG)
+    assert len(listings) == 1
+    with pytest.raises(StopAsyncIteration):
+        await anext(listings[0])
 
 
 async def test_a_source_that_cannot_be_listed_or_opened_ends_the_copy(tmp_path: Path) -> None:
