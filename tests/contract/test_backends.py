@@ -14,6 +14,7 @@ from async_cache.l2 import Backend, LoadOutcome, Placement, Placing
 from async_cache.l2.memory import MemoryBackend
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing import FailingBackend, GatedBackend
+from async_cache.write.admission import Admission
 
 from .support import (
     Recorder,
@@ -326,6 +327,45 @@ async def test_who_waits_for_a_removal_is_told_that_the_cache_closed() -> None:
         results = await outcomes(*waits, looking)
         assert [type(result) for result in results] == [CacheClosedError, ConfigError, CacheClosedError]
         await closing
+
+
+@pytest.mark.embedded
+async def test_what_is_stored_by_a_backend_that_leaves_goes_to_the_one_that_stands_in_for_it() -> None:
+    near, far = GatedBackend(MemoryBackend("near")), MemoryBackend("far")
+    far.placement = Placement(write=Placing.FIRST)
+    async with open_cache(near, far) as cache:
+        near.hold("store")
+        await fill(cache, make_prompt(3))
+        await near.reached("store")
+        removing = asyncio.create_task(cache.remove_backend("near"))
+        await settle()
+        near.release()
+        await removing
+        assert (await cache.flush()).pending == 0
+        assert await keys_of(far) == set(object_keys(make_prompt(3)))
+
+
+@pytest.mark.embedded
+async def test_what_was_loaded_from_a_backend_that_leaves_is_not_promoted_and_served(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    near, far = MemoryBackend("near"), GatedBackend(MemoryBackend("far"))
+    near.placement = Placement(promote=True)
+    await seed(far.inner, make_prompt(3))
+    async with open_cache(near, far) as cache:
+        far.hold("load")
+        prefetch = cache.prefetch(make_prompt(3))
+        await far.reached("load")
+        removing = asyncio.create_task(cache.remove_backend("far"))
+        await settle()
+        far.release()
+        await removing
+        assert (await prefetch.load_done).chunks == 3
+        await cache.flush()
+        assert near.usage().objects == 0
+        assert "failed" not in caplog.text
+        await cache.end_request(prefetch.request_id)
+        await assert_nothing_held(cache)
 
 
 # Drain.
@@ -657,6 +697,7 @@ async def test_of_a_backend_that_was_removed_nothing_is_left() -> None:
         await settle()
         gc.collect()
         assert {guard for ref in guards if (guard := ref()) is not None} == set(cache.core.guards)
+        assert not any(isinstance(each, Admission) for each in gc.get_objects()), "nobody asks what is counted"
         assert (await cache.stats()).l1_chunks
 
 
