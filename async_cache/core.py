@@ -81,7 +81,7 @@ class Core:
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now."""
-        return await count_hits(prompt, self.l1, self.guards.current, self.loader, self.tombstones)
+        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones)
 
     def stats(self) -> CacheStats:
         """Count what is held now, and what was done since the cache was opened."""

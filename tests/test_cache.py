@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import threading
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from async_cache import (
     ModelLayout,
     ObjectGroup,
     ObjectKey,
+    Prompt,
     ServerConfig,
     TenantConfig,
     connect,
@@ -28,6 +30,7 @@ from async_cache import cache as cache_module
 from async_cache.l2.memory import MemoryBackend
 from async_cache.server import Server
 from async_cache.testing import GatedBackend
+from async_cache.write import backends as backends_module
 
 LAYOUT = ModelLayout("m", (ObjectGroup((8,), "uint8"),), chunk_tokens=4)
 PROMPT = LAYOUT.prompt(range(9))
@@ -298,6 +301,52 @@ async def test_a_read_of_before_the_close_that_is_entered_after_it_says_so() -> 
         lease = cache.read(prefetch.request_id)
     with pytest.raises(CacheClosedError):
         await lease
+
+
+async def test_a_backend_that_is_added_as_the_cache_closes_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported, opened = threading.Event(), []
+
+    class Late(MemoryBackend):
+        async def open(self) -> None:
+            opened.append(self)
+
+    def from_url(url: str) -> Late:
+        assert imported.wait(5)
+        return Late("late")
+
+    monkeypatch.setattr(backends_module, "from_url", from_url)
+    async with AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache:
+        adding = asyncio.create_task(cache.add_backend("late://"))
+        await asyncio.sleep(0)
+    imported.set()
+    with pytest.raises(CacheClosedError):
+        await adding
+    assert opened == []
+
+
+async def test_a_lookup_that_hashes_while_a_backend_is_removed_does_not_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed, asked = threading.Event(), []
+    hash_prompt = Prompt.hash
+
+    def hash_late(prompt: Prompt) -> None:
+        assert removed.wait(5)
+        hash_prompt(prompt)
+
+    class Near(MemoryBackend):
+        shared = True
+
+        async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+            asked.append(keys)
+            return await super().lookup(keys)
+
+    monkeypatch.setattr(Prompt, "hash", hash_late)
+    async with AsyncCache(CacheConfig(l1_bytes=2**20), [Near("near")]) as cache:
+        looking = asyncio.create_task(cache.lookup(LAYOUT.prompt(range(40_000))))
+        await asyncio.sleep(0)
+        await cache.remove_backend("near")
+        removed.set()
+        assert (await looking).chunks == 0
+    assert asked == []
 
 
 async def test_a_call_from_another_loop_is_told_so_at_once() -> None:

@@ -1,7 +1,20 @@
 """Where something was opened: an event loop, and the thread that runs it."""
 
 import asyncio
+import os
+import weakref
 from threading import get_ident
+
+_homes: "weakref.WeakSet[Home]" = weakref.WeakSet()
+
+
+def _leave() -> None:
+    """In a forked child no thread runs the loop of its parent, though one has the ident of the thread that does."""
+    for home in _homes:
+        home._thread = None
+
+
+os.register_at_fork(after_in_child=_leave)
 
 
 class Home:
@@ -9,7 +22,8 @@ class Home:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self._thread = get_ident()
+        self._thread: int | None = get_ident()
+        _homes.add(self)
 
     def is_elsewhere(self) -> bool:
         """Whether another loop runs where this is asked.

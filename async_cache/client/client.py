@@ -17,12 +17,20 @@ from async_cache.errors import AccessDeniedError, RequestConflictError
 from async_cache.handles.lease import Entered, ReadChunk, ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Opened, Writer
-from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
+from async_cache.prompt.arguments import (
+    check_prompt,
+    check_request_id,
+    check_seconds,
+    check_text,
+    check_tier,
+    ranks_of,
+    start_of,
+)
 from async_cache.prompt.keys import check_label
 from async_cache.prompt.layout import Prompt, check_index
 from async_cache.protocol import messages
 from async_cache.protocol.address import Address, default_url
-from async_cache.protocol.messages import VERSION, Hello
+from async_cache.protocol.messages import MAX_URL, VERSION, Hello
 from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits
 
 MAX_REQUEST_ID = 256
@@ -299,6 +307,7 @@ class CacheClient:
         """
         if not isinstance(url, str):
             raise TypeError(f"a backend must be a URL, not {type(url).__name__}")
+        check_text("url", url, MAX_URL)
         if position is not None:
             check_index("position", position, 2**32)
         await self._ask(messages.Done, lambda number: messages.AddBackend(number, url, position))
@@ -310,6 +319,7 @@ class CacheClient:
         waited for again. Its state is DRAINED when it is done. Raises ConfigError for a name that there is not,
         BackendError where the copying cannot go on, AccessDeniedError for a token that is bound to salts.
         """
+        check_text("name", name, MAX_URL)
         check_seconds("deadline_seconds", deadline_seconds)
         drain = partial(messages.DrainBackend, name=name, deadline_seconds=deadline_seconds)
         return (await self._ask(messages.BackendTold, drain)).backend
@@ -320,6 +330,7 @@ class CacheClient:
         What only it has is not found any more, unless it was drained before. Raises ConfigError for a name that there
         is not, AccessDeniedError for a token that is bound to salts.
         """
+        check_text("name", name, MAX_URL)
         await self._ask(messages.Done, lambda number: messages.RemoveBackend(number, name))
 
     async def backends(self) -> list[BackendStatus]:

@@ -21,7 +21,7 @@ from async_cache.l2.opening import open_all
 from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.objects import PAGE_BYTES
-from async_cache.values import Copied
+from async_cache.values import BackendState, Copied
 
 _LISTED = 256  # objects that are asked for at a time
 _BATCH_BYTES = 32 * 2**20  # in a buffer, unless one object is larger
@@ -55,6 +55,12 @@ async def copy_all(
             await guard.close(config.close_timeout_seconds)
 
 
+def check_can_be_copied(source: Guard) -> None:
+    """Raises BackendError for a backend that does not know how long its objects are."""
+    if not source.backend.lists_sizes:
+        raise BackendError(f"{source.name} is encoded: only what it stores can be copied, by its URL without codec")
+
+
 class Copy:
     """One copying of all objects of `source` that none of `others` holds, to where `stages` says at the time.
 
@@ -86,10 +92,7 @@ class Copy:
         Raises BackendError where the source cannot be listed, or one side is left alone after failures, and where the
         source does not know how long its objects are.
         """
-        if not self._source.backend.lists_sizes:
-            raise BackendError(
-                f"{self._source.name} is encoded: only what it stores can be copied, by its URL without codec"
-            )
+        check_can_be_copied(self._source)
         with self._source.kept():
             try:
                 async with asyncio.TaskGroup() as workers:
@@ -163,7 +166,8 @@ class Copy:
             if not left:
                 return
             keys, views = list(left), list(left.values())
-            calls = [guard.begin_store(keys, views) for guard in stage]  # in this step: a deletion waits for them
+            staying = [guard for guard in stage if guard.state is BackendState.ACTIVE]  # since the first stage began
+            calls = [guard.begin_store(keys, views) for guard in staying]  # in this step: a deletion waits for them
             for stored in await asyncio.gather(*(_stored(call, buffer) for call in calls if call is not None)):
                 for key, ok in zip(keys, stored, strict=False):
                     if ok and key in left:

@@ -57,11 +57,10 @@ class Guards:
         """Those that are slower than this one; none where it has left."""
         return self.current[self.current.index(guard) + 1 :] if guard in self.current else ()
 
-    def add(self, guard: Guard, position: int | None = None) -> None:
-        """Let one be asked from now on, before the one at this position; behind all if None."""
-        guards = list(self.current)
-        guards.insert(len(guards) if position is None else position, guard)
-        self.current = tuple(guards)
+    def add(self, guard: Guard, behind: Sequence[Guard] = ()) -> None:
+        """Let one be asked from now on, before the first of these that is there still; behind all if none is."""
+        at = next((at for at, other in enumerate(self.current) if other in behind), len(self.current))
+        self.current = (*self.current[:at], guard, *self.current[at:])
 
     def leave(self, guard: Guard) -> None:
         """Let one be asked no more."""

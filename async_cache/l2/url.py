@@ -21,9 +21,13 @@ class BackendURL(SplitResult):
     def parse(cls, url: str) -> Self:
         """Split a URL. Raises ConfigError where it cannot be split."""
         try:
-            return cls(*urlsplit(url))
+            parts = cls(*urlsplit(url))
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        _, colon, port = parts.netloc.rpartition(":")
+        if colon and "@" in url.partition(parts.netloc)[2] and not re.fullmatch(r"\d*|.*\]", port):
+            raise ConfigError("in a password, write %2F for /, %3F for ? and %23 for #")
+        return parts
 
     def parameters(self, **parsers: Callable[[str], Any]) -> dict[str, Any]:
         """The parameters of the query, parsed; what the URL does not say is left out.

@@ -15,11 +15,16 @@ def check_prompt(prompt: Prompt) -> None:
 
 def check_request_id(request_id: str, longest: int) -> str:
     """Check that a request id is text of 1 to `longest` characters, and return it. Raises TypeError or ValueError."""
-    if not isinstance(request_id, str):
-        raise TypeError(f"request_id must be a str, not {type(request_id).__name__}")
-    if not 0 < len(request_id) <= longest:
-        raise ValueError(f"request_id must have 1 to {longest} characters, not {len(request_id)}")
+    check_text("request_id", request_id, longest, least=1)
     return request_id
+
+
+def check_text(name: str, text: str, longest: int, *, least: int = 0) -> None:
+    """Check that it is text of so many characters. Raises TypeError or ValueError."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a str, not {type(text).__name__}")
+    if not least <= len(text) <= longest:
+        raise ValueError(f"{name} must have {least} to {longest} characters, not {len(text)}")
 
 
 def check_seconds(name: str, seconds: float | None) -> None:

@@ -39,6 +39,9 @@ Index = Annotated[int, Meta(ge=0, lt=2**32)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
 Label = Annotated[str, Meta(max_length=128)]
 Name = Annotated[str, Meta(max_length=1024)]
+MAX_URL = 4096  # characters
+URL = Annotated[str, Meta(max_length=MAX_URL)]
+BackendName = URL  # it may be most of one
 Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 Seconds = Annotated[float, Meta(title="0 or more")]
 
@@ -303,7 +306,7 @@ class AddBackend(Message):
     """Open one more backend, before the one at `position` (None: behind all), and use it. Answered by Done."""
 
     number: Number
-    url: Annotated[str, Meta(max_length=4096)]
+    url: URL
     position: Index | None = None
 
 
@@ -311,7 +314,7 @@ class DrainBackend(Message):
     """Write nothing new to a backend, and copy what only it has to the others. Answered by BackendTold."""
 
     number: Number
-    name: Name
+    name: BackendName
     deadline_seconds: Seconds | None = None
 
 
@@ -319,7 +322,7 @@ class RemoveBackend(Message):
     """Ask a backend no more, and close it when what was promised of it is loaded. Answered by Done."""
 
     number: Number
-    name: Name
+    name: BackendName
 
 
 class ListBackends(Message):

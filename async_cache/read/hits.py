@@ -1,11 +1,10 @@
 """How much of a prompt is cached, for those who only want to know: no lease, no load, no promise."""
 
 import asyncio
-from collections.abc import Sequence
 
 from async_cache.errors import CacheClosedError
 from async_cache.l1.store import L1Store
-from async_cache.l2.guard import Guard
+from async_cache.l2.guards import Guards
 from async_cache.l2.meter import expected_load_seconds
 from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt import coverage
@@ -15,9 +14,7 @@ from async_cache.read.lookup import Asked, ask, ask_nowait
 from async_cache.values import LookupHits, Shortfall
 
 
-async def count_hits(
-    prompt: Prompt, l1: L1Store, guards: Sequence[Guard], loader: Loader, tombstones: Tombstones
-) -> LookupHits:
+async def count_hits(prompt: Prompt, l1: L1Store, guards: Guards, loader: Loader, tombstones: Tombstones) -> LookupHits:
     """Count what a prefetch of this prompt would find. What it pins is unpinned before it returns."""
     if not prompt.hashed:
         await asyncio.to_thread(prompt.hash)
@@ -32,7 +29,8 @@ async def count_hits(
     ]
     missing = {n: lacks for n, mask in enumerate(here) if (lacks := layout.objects.full_mask & ~mask)}
     asked = Asked(layout, hashes, missing)
-    with ask_nowait(guards, asked, tombstones) or await ask(guards, asked, tombstones) as found:
+    there = guards.current
+    with ask_nowait(there, asked, tombstones) or await ask(there, asked, tombstones) as found:
         if l1.closed:
             raise CacheClosedError("the cache was closed")
         found.touch_prefix(hashes)

@@ -2,13 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend
-from async_cache.l2.copy import Copy
+from async_cache.l2.copy import Copy, check_can_be_copied
 from async_cache.l2.guard import Guard
 from async_cache.l2.guards import Guards
 from async_cache.l2.opening import open_all
@@ -57,24 +57,25 @@ class Backends:
         Raises ConfigError for a URL or a name that cannot be, ValueError for a position that there is not, and what the
         backend raises as it opens.
         """
-        there = len(self._guards.current)
-        if position is not None and not 0 <= position <= there:
-            raise ValueError(f"position must be from 0 to {there}, not {position}")
+        there = self._guards.current
+        if position is not None and not 0 <= position <= len(there):
+            raise ValueError(f"position must be from 0 to {len(there)}, not {position}")
+        behind = there[position:] if position is not None else ()
         if isinstance(url_or_backend, str):
             backend = await asyncio.to_thread(from_url, url_or_backend)  # it may import
         else:
             backend = url_or_backend
         if backend.name in self._opening or any(guard.name == backend.name for guard in self._guards):
             raise ConfigError(f"there is a backend {backend.name!r} already")
+        opening = self._carrier.begin(self._add(backend, behind))
         self._opening.add(backend.name)
-        opening = self._carrier.begin(self._add(backend, position))
         opening.add_done_callback(lambda _: self._opening.discard(backend.name))
         await self._carrier.wait(opening)
 
-    async def _add(self, backend: Backend, position: int | None) -> None:
+    async def _add(self, backend: Backend, behind: Sequence[Guard]) -> None:
         await open_all([backend], self._config)
         guard = Guard.of(backend, self._config)
-        self._guards.add(guard, position)
+        self._guards.add(guard, behind)
         self._writeback.add(guard)
         log.info("backend %s was added", guard.name)
 
@@ -90,6 +91,8 @@ class Backends:
             raise ConfigError(f"backend {name!r} is being removed")
         drain = self._drains.get(guard)
         if drain is None and guard.state is not BackendState.DRAINED:
+            check_can_be_copied(guard)  # before it gets no more to store
+            guard.state = BackendState.DRAINING
             drain = self._drains[guard] = self._carrier.begin(self._drain(guard))
             drain.add_done_callback(lambda _: self._drains.pop(guard))
         if drain is not None:
@@ -102,7 +105,6 @@ class Backends:
 
     async def _drain(self, guard: Guard) -> None:
         log.info("backend %s is being drained", guard.name)
-        guard.state = BackendState.DRAINING
         await self._writeback.end(guard)
         while True:
             others = self._guards.others(guard)

@@ -14,13 +14,17 @@ class Carrier:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
 
     async def carry_out(self, work: Coroutine[Any, Any, T]) -> T:
         """Do it in a task of its own, and wait for that."""
         return await self.wait(self.begin(work))
 
     def begin(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-        """Do it in a task of its own, for any number of waiters."""
+        """Do it in a task of its own, for any number of waiters. Raises CacheClosedError after `close`."""
+        if self._closed:
+            work.close()
+            raise CacheClosedError("the cache was closed")
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -41,7 +45,8 @@ class Carrier:
             task.exception()  # looked at, also where its caller is gone
 
     async def close(self) -> None:
-        """Cancel what is being carried out, and wait for its end."""
+        """Cancel what is being carried out, wait for its end, and begin no more."""
+        self._closed = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

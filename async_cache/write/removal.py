@@ -132,13 +132,18 @@ class Remover:
     # L2.
 
     async def _delete_everywhere(self, keys: Sequence[ObjectKey] | None) -> set[bytes]:
-        """Delete these objects, or all if None, from every backend; the chunks that were found on any.
+        """Delete these objects, or all if None, from every backend, also one that is added meanwhile.
 
-        Raises BackendError once all backends have ended, if one failed.
+        Returns the chunks that were found on any. Raises BackendError once all backends have ended, if one failed.
         """
-        deletions = [self._delete_from(guard, keys) for guard in self._guards.current]
+        asked: set[Guard] = set()
+        outcomes: list[set[bytes] | BaseException] = []
+        while guards := [guard for guard in self._guards.current if guard not in asked]:
+            asked.update(guards)
+            deletions = [self._delete_from(guard, keys) for guard in guards]
+            outcomes += await asyncio.gather(*deletions, return_exceptions=True)
         found: set[bytes] = set()
-        for outcome in await asyncio.gather(*deletions, return_exceptions=True):
+        for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
             found |= outcome

@@ -740,3 +740,28 @@ async def test_another_layout_of_the_same_model_is_told_in_a_line(url: str, capl
         "model 'two ways' is cached in another layout too, which shares nothing with this one: "
         "chunk_tokens is 8 here and 4 there, revision is 'r2' here and '' there"
     ]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, None, 5])
+async def test_a_backend_that_cannot_be_named_costs_no_connection(name: Any) -> None:
+    with short_directory() as directory:
+        url = f"unix://{directory}/s"
+        async with serve(url) as (cache, _), connect(url) as client:
+            prompt = make_prompt(1)
+            writer = await client.store(prompt)
+            for call in (client.add_backend, client.drain_backend, client.remove_backend):
+                with pytest.raises(TypeError if not isinstance(name, str) else ValueError):
+                    await call(name)
+            assert (await cache.stats()).reserved_bytes, "what this client holds"
+            writer.close()
+
+
+async def test_a_backend_that_a_client_adds_can_be_drained_and_removed_however_long_its_name() -> None:
+    with short_directory() as directory:
+        url = f"unix://{directory}/s"
+        async with serve(url) as (_, _), connect(url) as client:
+            await client.add_backend(f"memory://{'x' * (4096 - len('memory://'))}")
+            (added,) = await client.backends()
+            await client.drain_backend(added.name)
+            await client.remove_backend(added.name)
+            assert await client.backends() == []

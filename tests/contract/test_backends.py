@@ -1,6 +1,8 @@
 """Backends come and go while the cache is open, and requests that are under way end as they would have."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from async_cache.l2 import Backend, LoadOutcome, Placement, Placing
 from async_cache.l2.memory import MemoryBackend
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing import FailingBackend, GatedBackend
+from async_cache.write.admission import Admission
 
 from .support import (
     Recorder,
@@ -142,6 +145,24 @@ async def test_of_two_that_are_added_at_once_with_one_name_one_is_refused() -> N
         assert [each.name for each in await cache.backends()] == ["new"]
 
 
+@pytest.mark.embedded
+async def test_a_backend_is_added_before_the_one_that_was_at_its_position_when_it_was_asked_for() -> None:
+    opened = asyncio.Event()
+
+    class Slow(MemoryBackend):
+        async def open(self) -> None:
+            await opened.wait()
+
+    async with open_cache(*map(MemoryBackend, "abcd")) as cache:
+        adding = asyncio.create_task(cache.add_backend(Slow("slow"), position=2))
+        await settle()
+        await cache.add_backend(MemoryBackend("first"), position=0)
+        await cache.remove_backend("c")
+        opened.set()
+        await adding
+        assert list(await states(cache)) == ["first", "a", "b", "slow", "d"]
+
+
 # Remove.
 
 
@@ -258,6 +279,23 @@ async def test_a_dead_backend_can_be_removed() -> None:
 
 
 @pytest.mark.embedded
+async def test_a_backend_that_does_not_close_is_removed_in_its_time_and_its_name_is_free() -> None:
+    class Stuck(MemoryBackend):
+        async def close(self) -> None:
+            await asyncio.sleep(1e6)
+
+    async with open_cache(Stuck("near"), close_timeout_seconds=3) as cache:
+        began = asyncio.get_running_loop().time()
+        removing = asyncio.create_task(cache.remove_backend("near"))
+        await settle()
+        with pytest.raises(ConfigError, match="there is a backend 'near' already"):
+            await cache.add_backend(MemoryBackend("near"))
+        await removing
+        assert asyncio.get_running_loop().time() - began == pytest.approx(3)
+        await cache.add_backend(MemoryBackend("near"))
+
+
+@pytest.mark.embedded
 async def test_a_removal_goes_on_though_its_caller_is_cancelled_and_may_be_waited_for_again() -> None:
     near = Recorder(GatedBackend(MemoryBackend("near")))
     async with open_cache(near) as cache:
@@ -289,6 +327,45 @@ async def test_who_waits_for_a_removal_is_told_that_the_cache_closed() -> None:
         results = await outcomes(*waits, looking)
         assert [type(result) for result in results] == [CacheClosedError, ConfigError, CacheClosedError]
         await closing
+
+
+@pytest.mark.embedded
+async def test_what_is_stored_by_a_backend_that_leaves_goes_to_the_one_that_stands_in_for_it() -> None:
+    near, far = GatedBackend(MemoryBackend("near")), MemoryBackend("far")
+    far.placement = Placement(write=Placing.FIRST)
+    async with open_cache(near, far) as cache:
+        near.hold("store")
+        await fill(cache, make_prompt(3))
+        await near.reached("store")
+        removing = asyncio.create_task(cache.remove_backend("near"))
+        await settle()
+        near.release()
+        await removing
+        assert (await cache.flush()).pending == 0
+        assert await keys_of(far) == set(object_keys(make_prompt(3)))
+
+
+@pytest.mark.embedded
+async def test_what_was_loaded_from_a_backend_that_leaves_is_not_promoted_and_served(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    near, far = MemoryBackend("near"), GatedBackend(MemoryBackend("far"))
+    near.placement = Placement(promote=True)
+    await seed(far.inner, make_prompt(3))
+    async with open_cache(near, far) as cache:
+        far.hold("load")
+        prefetch = cache.prefetch(make_prompt(3))
+        await far.reached("load")
+        removing = asyncio.create_task(cache.remove_backend("far"))
+        await settle()
+        far.release()
+        await removing
+        assert (await prefetch.load_done).chunks == 3
+        await cache.flush()
+        assert near.usage().objects == 0
+        assert "failed" not in caplog.text
+        await cache.end_request(prefetch.request_id)
+        await assert_nothing_held(cache)
 
 
 # Drain.
@@ -356,6 +433,18 @@ async def test_where_no_other_takes_it_a_backend_is_not_drained_and_says_how_muc
         await cache.add_backend("memory://new")
         status = await cache.drain_backend("near")
         assert (status.state, status.copied.present, status.copied.copied) == (BackendState.DRAINED, 2, 2)
+
+
+async def test_a_backend_that_is_encoded_is_not_drained_and_is_written_to_as_before() -> None:
+    encoded = MemoryBackend("encoded")
+    encoded.lists_sizes = False
+    async with open_cache(encoded, MemoryBackend("far")) as cache:
+        with pytest.raises(BackendError, match="is encoded"):
+            await cache.drain_backend("encoded")
+        assert (await states(cache))["encoded"] is BackendState.ACTIVE
+        await fill(cache, make_prompt(3))
+        await cache.flush()
+        assert (await cache.stats()).backends["encoded"].objects == 3
 
 
 async def test_what_is_held_only_by_two_that_are_drained_is_copied_too() -> None:
@@ -450,6 +539,43 @@ async def test_a_backend_may_be_removed_while_it_is_drained() -> None:
         await assert_nothing_held(cache)
 
 
+@pytest.mark.embedded
+@pytest.mark.parametrize("verb", ["drain_backend", "remove_backend"])
+async def test_what_is_drained_is_not_written_to_a_backend_that_leaves_before_its_turn(verb: str) -> None:
+    class Full(MemoryBackend):
+        async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
+            return [False] * len(keys)
+
+    near, mid, far = MemoryBackend("near"), GatedBackend(Full("mid")), Recorder(MemoryBackend("far"))
+    far.placement = Placement(write=Placing.FIRST)
+    await seed(near, make_prompt(3))
+    async with open_cache(near, mid, far) as cache:
+        mid.hold("store")
+        draining = asyncio.create_task(cache.drain_backend("near"))
+        await mid.reached("store")
+        await getattr(cache, verb)("far")
+        mid.release()
+        assert (await draining).copied.failed == 3, "mid has no room"
+        assert far.calls["store"] == 0
+
+
+@pytest.mark.embedded
+async def test_a_backend_that_is_removed_as_its_drain_begins_is_leaving() -> None:
+    near = GatedBackend(MemoryBackend("near"))
+    async with open_cache(near, MemoryBackend("far")) as cache:
+        await fill_l2(cache, make_prompt(2))
+        near.hold("load")
+        prefetch = cache.prefetch(make_prompt(2))
+        waits = [asyncio.create_task(cache.drain_backend("near")), asyncio.create_task(cache.remove_backend("near"))]
+        await settle()
+        assert (await states(cache))["near"] is BackendState.LEAVING
+        with pytest.raises(ConfigError, match="being removed"):
+            await cache.drain_backend("near")
+        near.release()
+        assert [type(result) for result in await outcomes(*waits)] == [BackendError, type(None)]
+        await cache.end_request(prefetch.request_id)
+
+
 async def test_what_is_copied_to_a_backend_that_leaves_is_copied_once_more() -> None:
     near, leaving, staying = MemoryBackend("near"), GatedBackend(MemoryBackend("leaving")), MemoryBackend("staying")
     staying.placement = Placement(write=Placing.FIRST)
@@ -499,6 +625,82 @@ async def test_what_is_deleted_while_it_is_drained_does_not_come_back(verb: Any,
         await draining
         assert await keys_of(far) == set()
         assert await count_hits(cache, prompt) == 0
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("how", ["delete", "clear"])
+async def test_what_is_deleted_is_deleted_from_a_backend_that_is_added_meanwhile(how: str) -> None:
+    near, added = GatedBackend(MemoryBackend("near")), MemoryBackend("added")
+    prompt = make_prompt(5)
+    await seed(near.inner, prompt)
+    await seed(added, prompt)
+    async with open_cache(near) as cache:
+        near.hold("delete")
+        deleting = asyncio.create_task(cache.delete(prompt) if how == "delete" else cache.clear("all"))
+        await near.reached("delete")
+        await cache.add_backend(added)
+        assert await count_hits(cache, prompt) == 0
+        near.release()
+        assert (await deleting).chunks == 5
+        assert await count_hits(cache, prompt) == 0
+        assert await keys_of(added) == set()
+
+
+@pytest.mark.embedded
+async def test_what_another_backend_cannot_read_is_copied_to_it() -> None:
+    near, far = Scripted(MemoryBackend("near")), Scripted(MemoryBackend("far"))
+    prompt = make_prompt(3)
+    for each in (near, far):
+        await seed(each.inner, prompt)
+    far.load_answers = dict.fromkeys(object_keys(prompt)[-1:], LoadOutcome.FAILED)
+    async with open_cache(far, near) as cache:
+        assert await read_back(cache, prompt) == 3
+        assert (await cache.drain_backend("near")).copied.copied == 1
+        assert list(far.stored) == object_keys(prompt)[-1:]
+
+
+@pytest.mark.embedded
+async def test_a_removal_waits_for_what_is_copied_to_the_backend() -> None:
+    near, far = MemoryBackend("near"), Recorder(GatedBackend(MemoryBackend("far")))
+    await seed(near, make_prompt(3))
+    async with open_cache(near, far) as cache:
+        far.inner.hold("store")  # type: ignore[attr-defined]
+        draining = asyncio.create_task(cache.drain_backend("near"))
+        await far.inner.reached("store")  # type: ignore[attr-defined]
+        removing = asyncio.create_task(cache.remove_backend("far"))
+        await settle()
+        assert far.calls["close"] == 0
+        far.inner.release()  # type: ignore[attr-defined]
+        await removing
+        assert far.calls["close"] == 1 and len(far.stored) == 3
+        assert (await draining).state is BackendState.DRAINING, "nobody else has it"
+
+
+@pytest.mark.embedded
+async def test_of_a_backend_that_was_removed_nothing_is_left() -> None:
+    counting_before = {each for each in gc.get_objects() if type(each) is Admission}
+    async with open_cache(MemoryBackend("stays")) as cache:
+        guards = []
+        for number in range(5):
+            near = MemoryBackend("near")
+            near.placement = Placement(promote=True, admit=2)
+            far = MemoryBackend("far")
+            await seed(far, make_prompt(3, number=number))
+            await cache.add_backend(near, position=0)
+            await cache.add_backend(far)
+            guards += map(weakref.ref, cache.core.guards)
+            assert await read_back(cache, make_prompt(3, number=number)) == 3
+            await fill(cache, make_prompt(3, number=10 + number))
+            await cache.flush()
+            for name in ("near", "far"):
+                await cache.drain_backend(name)
+                await cache.remove_backend(name)
+        await settle()
+        gc.collect()
+        assert {guard for ref in guards if (guard := ref()) is not None} == set(cache.core.guards)
+        counting = {each for each in gc.get_objects() if type(each) is Admission}
+        assert counting <= counting_before, "nobody asks what is counted"
+        assert (await cache.stats()).l1_chunks
 
 
 async def test_requests_go_on_while_backends_come_and_go() -> None:

@@ -542,3 +542,10 @@ async def test_guards_and_backends_can_be_printed() -> None:
     assert "1 calls out" in repr(guard)
     await guard.close(1.0)
     assert repr(from_url("fs:///var/kv")) == "<FileSystemBackend 'fs:///var/kv'>"
+
+
+async def test_what_is_known_of_objects_that_could_not_be_read_is_bounded() -> None:
+    guard = Guard(MemoryBackend(), Counted(), TIMEOUTS)
+    for begin in range(0, 200_000, 1000):
+        guard.doubt(key(n) for n in range(begin, begin + 1000))
+        assert 0 < len(guard.doubtful) <= 67_000

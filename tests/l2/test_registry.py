@@ -11,6 +11,7 @@ import pytest
 from distribution import BACKEND, install
 
 from async_cache import AsyncCache, CacheConfig
+from async_cache.config import hide_password
 from async_cache.errors import ConfigError
 from async_cache.l2.backend import Limits
 from async_cache.l2.codec.backend import CodecBackend
@@ -438,3 +439,19 @@ def test_a_scheme_of_two_packages_is_refused(packages: Callable[..., None]) -> N
     assert str(caught.value) == (
         "shared://host: kv_one:make of kv_one 1.5 and kv_two:make of kv_two 1.5 both give the scheme 'shared'"
     )
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["valkey://u:{}/@h/0", "valkey://u:a/{}@h", "valkey://u:{}?@h", "valkey://u:a#{}@h", "valkey:/u:{}@h", "u:{}@h"],
+)
+def test_a_password_that_is_written_wrongly_is_told_to_nobody(url: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        from_url(url.format("hunter2"))
+    assert "hunter2" not in str(raised.value)
+    assert "hunter2" not in repr(CacheConfig(l2=[url.format("hunter2"), "fs:///mnt/a@b/c?policy=x@y"]))
+
+
+def test_what_is_no_password_is_shown() -> None:
+    for url in ("fs:///mnt/a@b/c", "valkey://h:6379/0", "s3://b/a@b?endpoint=http://h:9000", "valkey://[::1]:1/a"):
+        assert hide_password(f"l2: {url}: it failed at 12:30") == f"l2: {url}: it failed at 12:30"

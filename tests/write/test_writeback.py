@@ -232,3 +232,26 @@ def test_what_could_not_be_read_is_stored_anew_though_the_backend_still_finds_it
         assert backend.keys_asked["store"] == len(prompt) + 1
 
     play(backend, scene)
+
+
+def test_what_could_not_be_read_once_and_was_stored_anew_is_left_out_after_that() -> None:
+    prompt = LAYOUT.prompt(range(12))
+    keys = [ObjectKey(prompt.chunk_hashes[-1], 0, 0)]
+    backend = FailingBackend(MemoryBackend(), "load", keys=keys)
+
+    async def scene(cache: AsyncCache) -> None:
+        prefetches = []
+        for stored in (len(prompt), len(prompt) + 1, len(prompt) + 1):
+            async with cache.store(prompt) as writer:
+                for chunk in writer:
+                    chunk.commit()
+            await cache.flush()
+            assert backend.keys_asked["store"] == stored
+            await cache.clear(tier="l1")
+            if not prefetches:
+                prefetches.append(cache.prefetch(prompt))
+                assert (await prefetches[0].load_done).chunks == len(prompt) - 1
+                await cache.end_request(prefetches[0].request_id)
+                await cache.clear(tier="l1")
+
+    play(backend, scene)
