@@ -12,12 +12,18 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.mark.parametrize(
     ("script", "arguments"),
-    [("hashing", ()), ("hits", ("0.015625",)), ("index", ("timed", "1000")), ("index", ("restart", "1000"))],
+    [
+        ("hashing", ()),
+        ("hits", ("0.015625",)),
+        ("index", ("timed", "1000")),
+        ("index", ("restart", "1000")),
+        ("l2/tiers", ("4",)),
+    ],
 )
 def test_a_benchmark_runs(script: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
     done = subprocess.run(
         (sys.executable, BENCHMARKS / f"{script}.py", *arguments),
-        env={"PATH": "", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+        env={"PATH": "", "PYTHONPATH": str(BENCHMARKS.parent), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=50,

@@ -30,7 +30,11 @@ class SQLiteBackend(Backend):
 
     async def open(self) -> None:
         self._thread = ThreadPoolExecutor(1, self.name)
-        await self._run(self._open)
+        try:
+            await self._run(self._open)
+        except BaseException:
+            self._thread.shutdown()  # its call has ended
+            raise
 
     def _open(self) -> None:
         self._db = sqlite3.connect(self._path, isolation_level=None)  # each statement is a transaction
@@ -101,5 +105,5 @@ class SQLiteBackend(Backend):
 
     async def close(self) -> None:
         with suppress(RuntimeError):  # of a thread that was ended before
-            await self._run(self._db.close)
+            await self._run(lambda: self._db.close())
         self._thread.shutdown()

@@ -1,7 +1,10 @@
 """The suite that admits a backend, and what a user of it does."""
 
+import sqlite3
+import threading
 from pathlib import Path
 
+import pytest
 from kv_sqlite import SQLiteBackend
 
 from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, ObjectKey
@@ -36,3 +39,11 @@ async def test_it_is_found_by_its_scheme(tmp_path: Path) -> None:
         await cache.flush()
     async with AsyncCache(config) as cache:
         assert (await cache.lookup(layout.prompt(range(8)))).l2_chunks == 2
+
+
+async def test_a_database_that_cannot_be_opened_leaves_nothing_behind(tmp_path: Path) -> None:
+    backend = SQLiteBackend(str(tmp_path))  # a directory
+    with pytest.raises(sqlite3.OperationalError):
+        await backend.open()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(backend.name)]
+    await backend.close()
