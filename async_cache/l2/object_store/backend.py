@@ -7,9 +7,9 @@ gone, while a lookup of it is out there, that lookup does not find.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from obstore import delete_async, head_async
 from obstore import list as list_objects
@@ -27,6 +27,8 @@ from async_cache.l2.record import body_bytes, file_name, parse_name
 from async_cache.l2.url import BackendURL
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -167,12 +169,32 @@ class ObjectStoreBackend(Backend):
     # Loads.
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+        return await self._load_all(self._load, keys, buffers)
+
+    async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
+        return await self._load_all(self._load_sized, keys, buffers)
+
+    async def _load_all(
+        self,
+        load: Callable[[ObjectKey, memoryview], Awaitable[T]],
+        keys: Sequence[ObjectKey],
+        buffers: Sequence[memoryview],
+    ) -> list[T | LoadOutcome]:
         _check_lengths(keys, buffers)
-        loads = asyncio.gather(*map(self._load, keys, buffers), return_exceptions=True)
+        loads = asyncio.gather(*map(load, keys, buffers), return_exceptions=True)
         outcomes = await self._objects.requests.own(loads)
         self._note_failures(keys, outcomes)
         self._raise_if_nothing(outcomes)
         return [LoadOutcome.FAILED if isinstance(outcome, BaseException) else outcome for outcome in outcomes]
+
+    async def _load_sized(self, key: ObjectKey, buffer: memoryview) -> int | LoadOutcome:
+        """Load an object that may be shorter than its buffer: ranges are asked for by its size."""
+        size_bytes = await self._size(key)
+        if size_bytes is None:
+            return LoadOutcome.GONE
+        body = buffer[: body_bytes(size_bytes) or 0]
+        outcome = await self._load(key, body)
+        return len(body) if outcome is LoadOutcome.LOADED else outcome
 
     async def _load(self, key: ObjectKey, buffer: memoryview) -> LoadOutcome:
         path = self._path(key)
@@ -196,15 +218,16 @@ class ObjectStoreBackend(Backend):
             logger.warning("%s: what is corrupt stays: %s", self.name, error)
             self._failed[key] = True
 
-    def _note_failures(self, keys: Sequence[ObjectKey], outcomes: Sequence[LoadOutcome | BaseException]) -> None:
+    def _note_failures(self, keys: Sequence[ObjectKey], outcomes: Sequence[object]) -> None:
         """Take note of what is to be stored anew; of what is denied while others are not, it is the object's fault."""
         if len(self._failed) > REMEMBERED:
             self._failed.clear()
-        others_came = LoadOutcome.LOADED in outcomes
-        for key, outcome in zip(keys, outcomes, strict=True):
+        came = [outcome is LoadOutcome.LOADED or isinstance(outcome, int) for outcome in outcomes]
+        others_came = any(came)
+        for key, outcome, has_come in zip(keys, outcomes, came, strict=True):
             if isinstance(outcome, BaseException):
                 self._failed[key] = others_came and is_denied(outcome)
-            elif outcome is LoadOutcome.LOADED:
+            elif has_come:
                 self._failed.pop(key, None)
 
     # Changes.

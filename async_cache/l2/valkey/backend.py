@@ -109,7 +109,18 @@ class ValkeyBackend(Backend):
         """Nothing: there are no pins."""
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+        return await self._load_all(self._items(keys, buffers))
+
+    async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
         items = self._items(keys, buffers)
+        for item in items:
+            item.may_be_shorter = True
+        outcomes = await self._load_all(items)
+        return [
+            len(item.buffer) if outcome is _LOADED else outcome for item, outcome in zip(items, outcomes, strict=True)
+        ]
+
+    async def _load_all(self, items: Sequence[Item]) -> list[LoadOutcome]:
         await self._run(items, self._load)
         for item in items:
             item.outcome = item.outcome or _FAILED

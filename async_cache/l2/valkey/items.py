@@ -19,6 +19,8 @@ class Item(Struct, gc=False, eq=False):
     key: ObjectKey
     name: bytes
     buffer: memoryview = _NO_BUFFER
+    may_be_shorter: bool = False
+    """Whether the object may be shorter than its buffer, which is cut to its size then."""
     lines: Sequence[bytes] = ()
     """The replies about it that are of one line."""
     outcome: LoadOutcome | None = None
