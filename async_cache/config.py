@@ -46,9 +46,9 @@ def default_l2() -> tuple[str, ...]:
 def hide_password(text: str) -> str:
     """A text without the users and passwords of the URLs in it, nor what parameters have that are called like one.
 
-    The name of a file is no secret.
+    The name of a file is no secret. A password in which "/", "?" or "#" stands as it is ends where it was to end.
     """
-    text = re.sub("//[^/?#]*@", "//***@", text)
+    text = re.sub(r"//[^/?#\s'\"]*:[^@\s'\"]*@|//[^/?#]*@", "//***@", text)
     return re.sub(
         "([?&][^=&#]*(?:secret|password|token|key|sig)[^=&#]*(?<!_file)=)[^&#]*", r"\1***", text, flags=re.IGNORECASE
     )

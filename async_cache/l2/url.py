@@ -19,11 +19,15 @@ class BackendURL(SplitResult):
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Split a URL. Raises ConfigError where it cannot be split."""
+        """Split a URL. Raises ConfigError where it cannot be split, or a password seems to be split, too."""
         try:
-            return cls(*urlsplit(url))
+            parts = cls(*urlsplit(url))
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        host, colon, port = parts.netloc.rpartition(":")
+        if colon and not host.startswith("[") and "@" not in parts.netloc and "@" in url and not port.isdecimal():
+            raise ConfigError("in a password, '/' is written as %2F, '?' as %3F and '#' as %23")
+        return parts
 
     def parameters(self, **parsers: Callable[[str], Any]) -> dict[str, Any]:
         """The parameters of the query, parsed; what the URL does not say is left out.
