@@ -15,6 +15,7 @@ from async_cache.l2.valkey.items import Item, ask
 from async_cache.l2.valkey.listing import list_node
 from async_cache.l2.valkey.names import Names
 from async_cache.l2.valkey.node import Node
+from async_cache.l2.valkey.replies import number_of
 from async_cache.l2.valkey.router import Router, Work, all_of
 from async_cache.l2.valkey.settings import Settings
 from async_cache.l2.valkey.usage import Usage
@@ -97,7 +98,7 @@ class ValkeyBackend(Backend):
             except BackendError:
                 self._was_away = True
                 raise
-            sizes = [int(line[1:]) for line in lines if line[:1] == b":"]
+            sizes = [size_bytes for size_bytes in map(number_of, lines) if size_bytes is not None]
             if len(sizes) == len(keys):
                 return [size_bytes >= TRAILER_BYTES for size_bytes in sizes]
         items = self._items(keys)

@@ -153,9 +153,9 @@ class Node:
         except ssl.SSLCertVerificationError as error:
             wire.abort()
             raise RefusedError(f"{self.name}: {error.verify_message}") from error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter for a name that can be none of a host
             wire.abort()
-            raise BackendError(f"{self.name}: {error.strerror or error}") from error
+            raise BackendError(f"{self.name}: {getattr(error, 'strerror', None) or error}") from error
         except BaseException:
             wire.abort()
             raise
