@@ -22,7 +22,7 @@ from async_cache.l2.object_store.faults import is_absent, is_denied, is_of_setti
 from async_cache.l2.object_store.holdings import Holdings
 from async_cache.l2.object_store.location import CONCURRENCY, PART_BYTES, Location
 from async_cache.l2.object_store.objects import PARTS_AT_A_TIME, Objects
-from async_cache.l2.object_store.requests import Requests
+from async_cache.l2.object_store.requests import Requests, side_by_side
 from async_cache.l2.record import body_bytes, file_name, parse_name
 from async_cache.l2.url import BackendURL
 from async_cache.prompt.keys import ObjectKey
@@ -91,7 +91,8 @@ class ObjectStoreBackend(Backend):
         limits, defaults = self.limits, CacheConfig()
         self._lookups = self._connect(limits.lookup_timeout_seconds or defaults.lookup_timeout_seconds)
         self._changes = self._connect(limits.store_timeout_seconds or defaults.store_timeout_seconds)
-        self._looking = asyncio.Semaphore(LOOKUPS_TO_ONE_LOAD * self._concurrency)
+        self._at_a_time = LOOKUPS_TO_ONE_LOAD * self._concurrency
+        self._looking = asyncio.Semaphore(self._at_a_time)
         self._holdings, self._counting = Holdings(), None
         self._requests = Requests()
         self._objects = Objects(
@@ -130,7 +131,7 @@ class ObjectStoreBackend(Backend):
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         with self._watch() as removed:
-            sizes = await asyncio.gather(*map(self._size, keys), return_exceptions=True)
+            sizes = await side_by_side(self._at_a_time, self._size, keys)
         self._raise_if_nothing(sizes)
         return [
             isinstance(size_bytes, int) and key not in removed and not self._failed.get(key, False)
@@ -181,8 +182,8 @@ class ObjectStoreBackend(Backend):
         buffers: Sequence[memoryview],
     ) -> list[T | LoadOutcome]:
         _check_lengths(keys, buffers)
-        loads = asyncio.gather(*map(load, keys, buffers), return_exceptions=True)
-        outcomes = await self._objects.requests.own(loads)
+        loads = asyncio.ensure_future(side_by_side(self._at_a_time, load, keys, buffers))
+        outcomes = await self._objects.requests.result(loads)
         self._note_failures(keys, outcomes)
         self._raise_if_nothing(outcomes)
         return [LoadOutcome.FAILED if isinstance(outcome, BaseException) else outcome for outcome in outcomes]
@@ -234,7 +235,7 @@ class ObjectStoreBackend(Backend):
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         _check_lengths(keys, buffers)
-        stored = await asyncio.gather(*map(self._store, keys, buffers), return_exceptions=True)
+        stored = await side_by_side(self._at_a_time, self._store, keys, buffers)
         self._raise_if_nothing(stored)
         return [outcome is True for outcome in stored]
 
