@@ -134,8 +134,9 @@ class ValkeyBackend(Backend):
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         items = self._items(keys, buffers)
-        await self._replace(keys)
-        await self._run([item for item in items if len(item.buffer) <= MAX_VALUE_BYTES - TRAILER_BYTES], self._store)
+        await self._replace(items)
+        fit = [item for item in items if len(item.buffer) <= MAX_VALUE_BYTES - TRAILER_BYTES]
+        await self._run([item for item in fit if item.error is None], self._store)
         if not any(item.stored for item in items):
             self._raise_if_all_failed(items)
         return [item.stored for item in items]
@@ -246,12 +247,14 @@ class ValkeyBackend(Backend):
             self._doubtful.clear()
         self._doubtful.update(keys)
 
-    async def _replace(self, keys: Sequence[ObjectKey]) -> None:
-        """Remove what is there of objects that could not be read, and are stored anew now."""
-        replaced = [key for key in keys if key in self._doubtful or key in self._rotten]
+    async def _replace(self, items: Sequence[Item]) -> None:
+        """Remove what is there of objects that could not be read, and are stored anew now; else they have an error."""
+        replaced = [item for item in items if item.key in self._doubtful or item.key in self._rotten]
         if replaced:
-            await self._unlink(replaced)
-            self._doubtful.difference_update(replaced)
+            for item, removed in zip(replaced, await self._unlink([item.key for item in replaced]), strict=True):
+                item.error = removed.error
+                if removed.error is None:
+                    self._doubtful.discard(item.key)
 
     async def _remove_rotten(self, keys: Sequence[ObjectKey]) -> None:
         """Remove damaged objects; what cannot be removed is not found by us any more."""
