@@ -136,7 +136,7 @@ class MooncakeBackend(Backend):
 
     async def _connect(self, staging: int) -> HelperProcess:
         if self._helper is None or self._helper.has_ended:
-            self._mapped = []
+            self._helper, self._mapped = None, []  # so `close` knows that what is connecting has none yet
             files = [(staging, STAGING_BYTES)]
             if self._arena is not None:
                 files.append((self._arena[0], self._arena[2]))
@@ -153,21 +153,23 @@ class MooncakeBackend(Backend):
         staging, self._staging = self._staging, None
         connecting, self._connecting = self._connecting, None
         is_member = bool(self._mapped and self._setup.segment_bytes)
-        if connecting is not None and self._helper is None:
-            connecting.cancel()
-            await asyncio.wait((connecting,))
-        helper, self._helper = self._helper, None
-        self._mapped = []
-        if helper is not None and is_member:
-            await helper.close()  # the master is told that the memory goes
-        elif helper is not None:
-            await helper.kill()
-        if connecting is not None:
-            await asyncio.wait((connecting,))
-        if staging is not None:
-            os.close(staging[0])
-            with suppress(BufferError):  # whoever copies from it unmaps it by letting go
-                staging[1].close()
+        try:
+            if connecting is not None and self._helper is None:
+                connecting.cancel()
+                await asyncio.wait((connecting,))
+            helper, self._helper = self._helper, None
+            self._mapped = []
+            if helper is not None and is_member:
+                await helper.close()  # the master is told that the memory goes
+            elif helper is not None:
+                await helper.kill()
+            if connecting is not None:
+                await asyncio.wait((connecting,))
+        finally:
+            if staging is not None:
+                os.close(staging[0])
+                with suppress(BufferError):  # whoever copies from it unmaps it by letting go
+                    staging[1].close()
         while self._known.clear(SLICE):  # noqa: ASYNC110 (nothing is waited for)
             await asyncio.sleep(0)
 

@@ -4,6 +4,7 @@ It ends when the socket does: so it never outlives the process that started it.
 """
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -155,7 +156,12 @@ def _map(descriptor: int, size_bytes: int) -> mmap | None:
 
 
 def main() -> None:
-    """Serve the socket that was inherited, with the memory files."""
+    """Serve the socket that was inherited, with the memory files.
+
+    What a terminal or a supervisor signals to the whole group is for the cache, which has to flush before this ends.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     files = [_map(*map(int, file.split(":"))) for file in sys.argv[2:]]
     with suppress(OSError):  # the other end is gone

@@ -53,12 +53,18 @@ class HelperProcess:
                 stderr=None if "MC_LOG_LEVEL" in os.environ else asyncio.subprocess.DEVNULL,
                 env=QUIET | os.environ,
             )
-            reader, writer = await asyncio.open_unix_connection(sock=ours)
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
+        try:
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            _kill(process)
+            await process.wait()
+            raise
         return cls(name, process, reader, writer)
 
     @property
@@ -89,21 +95,19 @@ class HelperProcess:
         return future.result()
 
     async def _read(self) -> None:
-        why = "the helper has ended"
         try:
             while True:
                 (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
                 self._answered(self._decode(await self._reader.readexactly(length)))
         except (OSError, asyncio.IncompleteReadError):
-            why = "the helper has ended by itself"
+            pass
         finally:
-            with suppress(ProcessLookupError):
-                self._process.kill()
+            _kill(self._process)
             await self._process.wait()  # only then it touches nothing any more
             self._writer.close()
             for future in self._calls.values():
                 if not future.done():
-                    future.set_exception(BackendError(f"{self._name}: {why}"))
+                    future.set_exception(BackendError(f"{self._name}: the helper has ended"))
                     future.exception()
             self._calls.clear()
 
@@ -119,12 +123,24 @@ class HelperProcess:
     async def close(self) -> None:
         """Let the client leave the pool, then end the process, at the latest by killing it."""
         closing = asyncio.ensure_future(self.ask(Close()))
-        await asyncio.wait((closing,), timeout=CLOSE_SECONDS)
-        await self.kill()
+        try:
+            await asyncio.wait((closing,), timeout=CLOSE_SECONDS)
+        finally:
+            await self.kill()
         with suppress(BackendError):
             await closing
 
     async def kill(self) -> None:
-        """End the process now, and wait until it has."""
-        self._reading.cancel()
+        """End the process now, and wait until it has.
+
+        Its answers end with it. They are not cancelled: before their first step nobody would be told, nor at their end.
+        """
+        _kill(self._process)
+        await self._process.wait()
+        self._reader.feed_eof()  # a child of ours may have inherited the socket
         await asyncio.wait((self._reading,))
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with suppress(ProcessLookupError):
+        process.kill()

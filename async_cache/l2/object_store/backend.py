@@ -7,9 +7,9 @@ gone, while a lookup of it is out there, that lookup does not find.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from obstore import delete_async, head_async
 from obstore import list as list_objects
@@ -22,11 +22,13 @@ from async_cache.l2.object_store.faults import is_absent, is_denied, is_of_setti
 from async_cache.l2.object_store.holdings import Holdings
 from async_cache.l2.object_store.location import CONCURRENCY, PART_BYTES, Location
 from async_cache.l2.object_store.objects import PARTS_AT_A_TIME, Objects
-from async_cache.l2.object_store.requests import Requests
+from async_cache.l2.object_store.requests import Requests, side_by_side
 from async_cache.l2.record import body_bytes, file_name, parse_name
 from async_cache.l2.url import BackendURL
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,8 @@ class ObjectStoreBackend(Backend):
         limits, defaults = self.limits, CacheConfig()
         self._lookups = self._connect(limits.lookup_timeout_seconds or defaults.lookup_timeout_seconds)
         self._changes = self._connect(limits.store_timeout_seconds or defaults.store_timeout_seconds)
-        self._looking = asyncio.Semaphore(LOOKUPS_TO_ONE_LOAD * self._concurrency)
+        self._at_a_time = LOOKUPS_TO_ONE_LOAD * self._concurrency
+        self._looking = asyncio.Semaphore(self._at_a_time)
         self._holdings, self._counting = Holdings(), None
         self._requests = Requests()
         self._objects = Objects(
@@ -128,7 +131,7 @@ class ObjectStoreBackend(Backend):
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         with self._watch() as removed:
-            sizes = await asyncio.gather(*map(self._size, keys), return_exceptions=True)
+            sizes = await side_by_side(self._at_a_time, self._size, keys)
         self._raise_if_nothing(sizes)
         return [
             isinstance(size_bytes, int) and key not in removed and not self._failed.get(key, False)
@@ -167,12 +170,32 @@ class ObjectStoreBackend(Backend):
     # Loads.
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+        return await self._load_all(self._load, keys, buffers)
+
+    async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
+        return await self._load_all(self._load_sized, keys, buffers)
+
+    async def _load_all(
+        self,
+        load: Callable[[ObjectKey, memoryview], Awaitable[T]],
+        keys: Sequence[ObjectKey],
+        buffers: Sequence[memoryview],
+    ) -> list[T | LoadOutcome]:
         _check_lengths(keys, buffers)
-        loads = asyncio.gather(*map(self._load, keys, buffers), return_exceptions=True)
-        outcomes = await self._objects.requests.own(loads)
+        loads = asyncio.ensure_future(side_by_side(self._at_a_time, load, keys, buffers))
+        outcomes = await self._objects.requests.result(loads)
         self._note_failures(keys, outcomes)
         self._raise_if_nothing(outcomes)
         return [LoadOutcome.FAILED if isinstance(outcome, BaseException) else outcome for outcome in outcomes]
+
+    async def _load_sized(self, key: ObjectKey, buffer: memoryview) -> int | LoadOutcome:
+        """Load an object that may be shorter than its buffer: ranges are asked for by its size."""
+        size_bytes = await self._size(key)
+        if size_bytes is None:
+            return LoadOutcome.GONE
+        body = buffer[: body_bytes(size_bytes) or 0]
+        outcome = await self._load(key, body)
+        return len(body) if outcome is LoadOutcome.LOADED else outcome
 
     async def _load(self, key: ObjectKey, buffer: memoryview) -> LoadOutcome:
         path = self._path(key)
@@ -196,22 +219,23 @@ class ObjectStoreBackend(Backend):
             logger.warning("%s: what is corrupt stays: %s", self.name, error)
             self._failed[key] = True
 
-    def _note_failures(self, keys: Sequence[ObjectKey], outcomes: Sequence[LoadOutcome | BaseException]) -> None:
+    def _note_failures(self, keys: Sequence[ObjectKey], outcomes: Sequence[object]) -> None:
         """Take note of what is to be stored anew; of what is denied while others are not, it is the object's fault."""
         if len(self._failed) > REMEMBERED:
             self._failed.clear()
-        others_came = LoadOutcome.LOADED in outcomes
-        for key, outcome in zip(keys, outcomes, strict=True):
+        came = [outcome is LoadOutcome.LOADED or isinstance(outcome, int) for outcome in outcomes]
+        others_came = any(came)
+        for key, outcome, has_come in zip(keys, outcomes, came, strict=True):
             if isinstance(outcome, BaseException):
                 self._failed[key] = others_came and is_denied(outcome)
-            elif outcome is LoadOutcome.LOADED:
+            elif has_come:
                 self._failed.pop(key, None)
 
     # Changes.
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         _check_lengths(keys, buffers)
-        stored = await asyncio.gather(*map(self._store, keys, buffers), return_exceptions=True)
+        stored = await side_by_side(self._at_a_time, self._store, keys, buffers)
         self._raise_if_nothing(stored)
         return [outcome is True for outcome in stored]
 

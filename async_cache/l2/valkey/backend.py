@@ -15,6 +15,7 @@ from async_cache.l2.valkey.items import Item, ask
 from async_cache.l2.valkey.listing import list_node
 from async_cache.l2.valkey.names import Names
 from async_cache.l2.valkey.node import Node
+from async_cache.l2.valkey.replies import number_of
 from async_cache.l2.valkey.router import Router, Work, all_of
 from async_cache.l2.valkey.settings import Settings
 from async_cache.l2.valkey.usage import Usage
@@ -97,7 +98,7 @@ class ValkeyBackend(Backend):
             except BackendError:
                 self._was_away = True
                 raise
-            sizes = [int(line[1:]) for line in lines if line[:1] == b":"]
+            sizes = [size_bytes for size_bytes in map(number_of, lines) if size_bytes is not None]
             if len(sizes) == len(keys):
                 return [size_bytes >= TRAILER_BYTES for size_bytes in sizes]
         items = self._items(keys)
@@ -109,7 +110,18 @@ class ValkeyBackend(Backend):
         """Nothing: there are no pins."""
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+        return await self._load_all(self._items(keys, buffers))
+
+    async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
         items = self._items(keys, buffers)
+        for item in items:
+            item.may_be_shorter = True
+        outcomes = await self._load_all(items)
+        return [
+            len(item.buffer) if outcome is _LOADED else outcome for item, outcome in zip(items, outcomes, strict=True)
+        ]
+
+    async def _load_all(self, items: Sequence[Item]) -> list[LoadOutcome]:
         await self._run(items, self._load)
         for item in items:
             item.outcome = item.outcome or _FAILED
@@ -122,8 +134,9 @@ class ValkeyBackend(Backend):
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         items = self._items(keys, buffers)
-        await self._replace(keys)
-        await self._run([item for item in items if len(item.buffer) <= MAX_VALUE_BYTES - TRAILER_BYTES], self._store)
+        await self._replace(items)
+        fit = [item for item in items if len(item.buffer) <= MAX_VALUE_BYTES - TRAILER_BYTES]
+        await self._run([item for item in fit if item.error is None], self._store)
         if not any(item.stored for item in items):
             self._raise_if_all_failed(items)
         return [item.stored for item in items]
@@ -234,12 +247,14 @@ class ValkeyBackend(Backend):
             self._doubtful.clear()
         self._doubtful.update(keys)
 
-    async def _replace(self, keys: Sequence[ObjectKey]) -> None:
-        """Remove what is there of objects that could not be read, and are stored anew now."""
-        replaced = [key for key in keys if key in self._doubtful or key in self._rotten]
+    async def _replace(self, items: Sequence[Item]) -> None:
+        """Remove what is there of objects that could not be read, and are stored anew now; else they have an error."""
+        replaced = [item for item in items if item.key in self._doubtful or item.key in self._rotten]
         if replaced:
-            await self._unlink(replaced)
-            self._doubtful.difference_update(replaced)
+            for item, removed in zip(replaced, await self._unlink([item.key for item in replaced]), strict=True):
+                item.error = removed.error
+                if removed.error is None:
+                    self._doubtful.discard(item.key)
 
     async def _remove_rotten(self, keys: Sequence[ObjectKey]) -> None:
         """Remove damaged objects; what cannot be removed is not found by us any more."""

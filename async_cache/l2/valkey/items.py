@@ -7,7 +7,7 @@ from msgspec import Struct
 from async_cache.errors import BackendError
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.valkey.node import Node
-from async_cache.l2.valkey.replies import Redirect, parse_redirect
+from async_cache.l2.valkey.replies import Redirect, number_of, parse_redirect
 from async_cache.prompt.keys import ObjectKey
 
 _NO_BUFFER = memoryview(b"")
@@ -19,6 +19,8 @@ class Item(Struct, gc=False, eq=False):
     key: ObjectKey
     name: bytes
     buffer: memoryview = _NO_BUFFER
+    may_be_shorter: bool = False
+    """Whether the object may be shorter than its buffer, which is cut to its size then."""
     lines: Sequence[bytes] = ()
     """The replies about it that are of one line."""
     outcome: LoadOutcome | None = None
@@ -32,9 +34,9 @@ class Item(Struct, gc=False, eq=False):
         self.error = BackendError(line[1:].decode(errors="replace"))
 
     def number(self, index: int) -> int:
-        """A reply that is a number; 0 where it is none."""
+        """A reply that is a number; 0 where it is none. Raises BackendError for what is no reply."""
         line = self.lines[index] if index < len(self.lines) else b""
-        return int(line[1:]) if line[:1] == b":" else 0
+        return number_of(line) or 0
 
 
 async def ask(verbs: Sequence[bytes], node: Node, items: list[Item], asking: bool) -> None:

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from async_cache.l2.record import TRAILER_BYTES
 from async_cache.l2.valkey.names import Names
 from async_cache.l2.valkey.node import Node
-from async_cache.l2.valkey.replies import command, items_of, text_of
+from async_cache.l2.valkey.replies import command, items_of, number_of, text_of
 from async_cache.prompt.keys import ObjectKey
 
 PAGE_KEYS = 1000  # that a server looks at in one step, ours or not
@@ -27,8 +27,9 @@ async def list_node(node: Node, names: Names) -> AsyncIterator[Page]:
         sizes = await node.ask((b"STRLEN",), [name for _, name in ours]) if ours else []
         page = []
         for (key, _), line in zip(ours, sizes, strict=True):
-            if line[:1] == b":" and int(line[1:]) >= TRAILER_BYTES:
-                page.append((key, int(line[1:]) - TRAILER_BYTES))
+            size_bytes = number_of(line)
+            if size_bytes is not None and size_bytes >= TRAILER_BYTES:
+                page.append((key, size_bytes - TRAILER_BYTES))
         yield page
         cursor = text_of(following)
         if cursor == "0":

@@ -153,9 +153,9 @@ class Node:
         except ssl.SSLCertVerificationError as error:
             wire.abort()
             raise RefusedError(f"{self.name}: {error.verify_message}") from error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter for a name that can be none of a host
             wire.abort()
-            raise BackendError(f"{self.name}: {error.strerror or error}") from error
+            raise BackendError(f"{self.name}: {getattr(error, 'strerror', None) or error}") from error
         except BaseException:
             wire.abort()
             raise
@@ -174,9 +174,11 @@ class Node:
         if settings.database:
             greetings.append(command("SELECT", settings.database))
         greetings.append(command("PING"))
-        for line in await wire.ask(b"".join(greetings), len(greetings)):
+        for line, greeting in zip(await wire.ask(b"".join(greetings), len(greetings)), greetings, strict=True):
             if line[:1] == b"-":
                 said = line[1:].decode(errors="replace")
+                if b"AUTH" in greeting and not said.startswith(_CREDENTIALS):  # it may quote what it was told
+                    said = "the server does not understand AUTH"
                 kind = RefusedError if said.startswith((*_CREDENTIALS, "ERR DB index")) else BackendError
                 raise kind(f"{self.name}: {said}")
 

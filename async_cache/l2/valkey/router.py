@@ -14,7 +14,7 @@ from async_cache.errors import BackendError
 from async_cache.l2.valkey.items import Item
 from async_cache.l2.valkey.names import SLOTS, slot_of
 from async_cache.l2.valkey.node import Node
-from async_cache.l2.valkey.replies import Reply, command, items_of, text_of
+from async_cache.l2.valkey.replies import Reply, command, is_port, items_of, text_of
 from async_cache.l2.valkey.settings import Address, Settings
 
 log = logging.getLogger(__name__)
@@ -161,10 +161,12 @@ class Router:
         """Take over the answer to CLUSTER SLOTS: [first slot, last slot, [host, port, ...] of the master, ...] each."""
         slots: list[Node | None] = [None] * SLOTS
         for entry in items_of(reply):
-            first, last, master, *_ = items_of(entry)
-            host, port, *_ = items_of(master)
+            first, last, master = [*items_of(entry)[:3], None, None, None][:3]
+            host, port = [*items_of(master)[:2], None, None][:2]
             if not isinstance(first, int) or not isinstance(last, int) or not isinstance(port, int):
                 raise BackendError("the map of the cluster is none")
+            if not 0 <= first <= last < SLOTS or not is_port(port):
+                raise BackendError(f"the map of the cluster is none: slots {first} to {last} at port {port}")
             node = self._node(Address((text_of(host) if host is not None else "") or asked.host, port))
             slots[first : last + 1] = [node] * (last - first + 1)
         if not any(slots):

@@ -148,6 +148,9 @@ class Values:
             size_bytes = int(line[1:])
         except ValueError:
             raise BackendError(f"what the server says is not the value of a key: {line[:20]!r}") from None
+        if item.may_be_shorter and TRAILER_BYTES <= size_bytes < len(item.buffer) + TRAILER_BYTES:
+            self._asked_bytes -= len(item.buffer) + TRAILER_BYTES - size_bytes
+            item.buffer = item.buffer[: size_bytes - TRAILER_BYTES]
         if size_bytes < 0:
             self._end_of(item, _GONE)
         elif size_bytes != len(item.buffer) + TRAILER_BYTES:

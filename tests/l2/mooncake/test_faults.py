@@ -5,7 +5,9 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from mmap import mmap
+from pathlib import Path
 
 import pytest
 from contract.support import LAYOUT, assert_nothing_held, fill, fill_l2, make_prompt, open_cache, read_back
@@ -159,6 +161,69 @@ async def test_calls_that_are_out_end_with_the_helper(pool: Master) -> None:
         assert await get(backend, [1], MIB) == [content(1, MIB)]
     finally:
         await backend.close()
+
+
+async def test_what_a_terminal_or_a_supervisor_signals_to_the_group_does_not_end_the_helper(pool: Master) -> None:
+    backend = make(pool)
+    await backend.open()
+    try:
+        pid = helper_of(backend)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(pid, number)
+            assert await put(backend, [77], 5000) == [True]  # a cache that ends flushes now
+        assert helper_of(backend) == pid and await get(backend, [77], 5000) == [content(77, 5000)]
+    finally:
+        await backend.close()
+
+
+def helpers() -> set[int]:
+    """The helpers that are children of this process and have not ended."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if (
+                int(parent) == os.getpid()
+                and state != "Z"
+                and b"mooncake.helper" in (stat.parent / "cmdline").read_bytes()
+            ):
+                found.add(int(stat.parent.name))
+    return found
+
+
+async def test_a_close_while_another_helper_is_started_leaves_none(pool: Master) -> None:
+    for turns in (0, 1, 2, 5, 20, 100):
+        before = helpers()
+        backend = make(pool)
+        await backend.open()
+        os.kill(helper_of(backend), signal.SIGKILL)
+        await until(lambda its=backend: its._helper is None or its._helper.has_ended)  # type: ignore[misc]
+        asked = asyncio.create_task(find(backend, [1]))
+        for _ in range(turns):
+            await asyncio.sleep(0.001)
+        begin = time.monotonic()
+        await backend.close()
+        assert time.monotonic() - begin < 3
+        await asyncio.wait([asked])
+        assert helpers() <= before and backend._helper is None
+
+
+async def test_a_start_or_a_close_that_is_given_up_leaves_no_helper_and_no_descriptor(pool: Master) -> None:
+    before, descriptors = helpers(), len(os.listdir("/proc/self/fd"))
+    for turns in (0, 1, 2, 3, 5, 8, 20, 100, 300):
+        for verb in ("start", "close"):
+            backend = make(pool, segment="16MiB")
+            opening = asyncio.create_task(backend.open())
+            if verb == "close":
+                await opening
+                opening = asyncio.create_task(backend.close())
+            for _ in range(turns):
+                await asyncio.sleep(0.001 if verb == "start" else 0)
+            opening.cancel()
+            await asyncio.wait([opening])
+            await backend.close()
+            await until(lambda: helpers() <= before)
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 1)
 
 
 async def test_a_master_that_is_not_there_yet_is_found_later() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import obstore
 import pytest
+from obstore.store import MemoryStore
 
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import LoadOutcome
@@ -356,6 +357,34 @@ async def test_a_listing_that_fails_says_so(server: Server) -> None:
         server.faults({"request": "GET .*list-type.*"} | SLOW_DOWN)
         with pytest.raises(BackendError, match=f"{re.escape(backend.name)}.*503.*SlowDown"):
             _ = [item async for item in backend.keys()]
+
+
+async def test_a_call_about_very_many_objects_neither_holds_the_loop_nor_those_of_others() -> None:
+    backend = ObjectStoreBackend("memory store", lambda _: MemoryStore())
+    await backend.open()
+    try:
+        most, many = 0, asyncio.ensure_future(backend.lookup([key(n) for n in range(20_000)]))
+        await asyncio.sleep(0)
+        few = asyncio.ensure_future(find(backend, [1]))
+        while not many.done():
+            most = max(most, len(asyncio.all_tasks()))
+            await asyncio.sleep(0)
+            assert few.done() or not many.done()
+        assert most < 1000
+        assert few.done() and await many == [False] * 20_000
+    finally:
+        await backend.close()
+
+
+async def test_a_load_that_outlasts_the_close_is_a_fault_and_no_cancel(server: Server) -> None:
+    async with opened(server, load_timeout=20) as backend:
+        await put(backend, [1], 5000)
+        server.faults({**of("GET", backend, 1), "delay": 6})
+        load = asyncio.ensure_future(get(backend, [1], 5000))
+        await seen(server, "GET")
+        await backend.close()
+        with pytest.raises(BackendError, match="closed"):
+            await load
 
 
 # The opening.

@@ -40,6 +40,26 @@ async def test_who_is_refused_is_told_so_at_the_start_and_the_password_is_not(
         assert WRONG not in told and SECRET not in told
 
 
+async def test_a_server_that_quotes_what_it_was_told_is_not_quoted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(tmp_path / "valkey", "--rename-command", "AUTH", "") as server, caplog.at_level(logging.DEBUG):
+        async with opened(f"valkey://somebody:{SECRET}@127.0.0.1:{server.port}") as backend:
+            with pytest.raises(BackendError, match="does not understand AUTH") as caught:
+                await find(backend, [1])
+    assert "does not understand AUTH" in caplog.text
+    for told in (str(caught.value), caplog.text):
+        assert SECRET not in told and "somebody" not in told
+
+
+@pytest.mark.parametrize("mark", "/?#")
+@pytest.mark.parametrize("scheme", ["valkey", "valkeys+cluster", "s3", "mooncake"])
+def test_a_password_that_is_not_percent_encoded_is_refused_and_not_told(scheme: str, mark: str) -> None:
+    with pytest.raises(ConfigError, match="in a password, '/' is written as %2F") as caught:
+        from_url(f"{scheme}://somebody:{SECRET}{mark}{WRONG}@host")
+    assert SECRET not in str(caught.value) and WRONG not in str(caught.value)
+
+
 async def test_a_password_is_percent_decoded(server: Server) -> None:
     await server.say("ACL", "SETUSER", "us:er@x", "on", ">p/a:s@s %?#", "~*", "+@all")
     async with opened(f"valkey://us%3Aer%40x:p%2Fa%3As%40s%20%25%3F%23@127.0.0.1:{server.port}") as backend:

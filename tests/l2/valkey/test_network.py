@@ -10,6 +10,7 @@ import pytest_asyncio
 from async_cache.errors import BackendError
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.valkey.backend import ValkeyBackend
+from async_cache.l2.valkey.node import Node
 from async_cache.testing import Proxy
 from async_cache.testing.conformance import CANARY, MIB, content, find, get, key, put, views
 
@@ -48,6 +49,27 @@ async def test_a_value_that_is_cut_is_no_hit_and_what_came_before_is(
     assert await put(backend, range(4), MIB) == [True] * 4  # anew, where it failed
     assert await get(backend, range(4), MIB) == [content(n, MIB) for n in range(4)]
     assert backend.usage().objects == 4
+
+
+async def test_what_could_not_be_read_and_cannot_be_removed_is_not_said_to_be_stored(
+    backend: ValkeyBackend, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert await put(backend, range(4), MIB) == [True] * 4
+    proxy.cut_after(MIB + 500)
+    got = await get(backend, range(4), MIB)
+    assert FAILED in got and got[0] == content(0, MIB)
+    await until_it_answers(backend)
+    asked = Node.ask
+
+    async def ask(*_: object) -> list[bytes]:
+        raise BackendError("the connection was idle for too long")
+
+    monkeypatch.setattr(Node, "ask", ask)  # while those for values are well
+    assert await put(backend, range(4), MIB) == [one is not FAILED for one in got]
+    monkeypatch.setattr(Node, "ask", asked)
+    assert await put(backend, range(4), MIB) == [True] * 4  # and it is still known what is to be replaced
+    assert not backend._doubtful
+    assert await get(backend, range(4), MIB) == [content(n, MIB) for n in range(4)]
 
 
 async def test_after_a_reset_it_is_connected_anew(backend: ValkeyBackend, proxy: Proxy) -> None:

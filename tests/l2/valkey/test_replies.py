@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -122,12 +123,65 @@ async def test_lines_and_trees_wherever_they_are_split() -> None:
         feed(Lines(1), b":1\r\n:2\r\n", [])
 
 
+@pytest.mark.parametrize(
+    "nonsense", [b"*1\r\n" * 5000, b"*9\r\n" * 20, b"+" + b"x" * 70_000, b":" + b"9" * 5000 + b"\r\n"]
+)
+async def test_a_tree_without_an_end_is_refused(nonsense: bytes) -> None:
+    with pytest.raises(BackendError):
+        feed(Tree(), nonsense, [])
+
+
+async def test_what_is_parsed_of_a_tree_is_not_parsed_again_with_each_piece() -> None:
+    tree, begin = Tree(), time.thread_time()
+    feed(tree, b"*400000\r\n" + b"$1\r\nx\r\n" * 400_000, [])
+    assert tree.reply == [b"x"] * 400_000
+    assert time.thread_time() - begin < 10  # again with each piece, it was a minute
+
+
+async def test_a_line_without_an_end_is_refused_before_it_is_long() -> None:
+    lines = Lines(1)
+    with pytest.raises(BackendError, match="more than it was asked"):
+        feed(lines, b"+" + b"x" * 100_000, [])
+
+
+@pytest.mark.parametrize(
+    "entry", [b"*0\r\n", b"*2\r\n:0\r\n:5\r\n"] + [
+        b"*3\r\n:%d\r\n:%d\r\n*2\r\n$1\r\nh\r\n:%d\r\n" % numbers
+        for numbers in [(0, 10**8, 6379), (-1, 5, 6379), (0, 5, 0), (0, 5, 70_000), (7, 6, 6379)]
+    ],
+)  # fmt: skip
+async def test_a_map_that_is_none_is_a_fault_and_costs_nothing(liar: "Liar", entry: bytes) -> None:
+    liar.answer = b"*1\r\n" + entry
+    backend = from_url(f"valkey+cluster://127.0.0.1:{liar.port}")
+    await backend.open()
+    with pytest.raises(BackendError, match=r"map of the cluster|expected"):
+        await backend.lookup([key(1)])
+    await backend.close()
+
+
+@pytest.mark.parametrize("host", ["two..dots", "x" * 70])
+async def test_a_name_that_is_none_of_a_host_is_a_server_that_is_not_there(host: str) -> None:
+    backend = from_url(f"valkey://{host}")
+    await backend.open()
+    with pytest.raises(BackendError, match=host):
+        await backend.lookup([key(1)])
+    await backend.close()
+
+
 def test_commands_and_redirections() -> None:
     assert command("SET", b"\x00\r\n", 12) == b"*3\r\n$3\r\nSET\r\n$3\r\n\x00\r\n\r\n$2\r\n12\r\n"
     assert parse_redirect(b"-MOVED 3999 127.0.0.1:6381") == Redirect(3999, "127.0.0.1", 6381, True)
     assert parse_redirect(b"-ASK 1 [::1]:7") == Redirect(1, "::1", 7, False)
     assert parse_redirect(b"-MOVED 5 :7") == Redirect(5, "", 7, True)
-    for other in (b"-ERR MOVED", b"-MOVED", b"-MOVED x y:z", b"-MOVED 1 host", b"+OK"):
+    for other in (
+        b"-ERR MOVED",
+        b"-MOVED",
+        b"-MOVED x y:z",
+        b"-MOVED 1 host",
+        b"+OK",
+        b"-MOVED 1 /tmp/s:0",
+        b"-ASK 1 h:70000",
+    ):
         assert parse_redirect(other) is None
 
 
@@ -192,7 +246,17 @@ class Liar:
 
 
 @pytest.mark.parametrize(
-    "answer", [b"+OK\r\n", b"*0\r\n", b"\x00" * 5000, b":1\r\n" * 50, b"$5\r\nhello\r\n", b"-\r\n", b"$99999999999\r\n"]
+    "answer",
+    [
+        b"+OK\r\n",
+        b"*0\r\n",
+        b"\x00" * 5000,
+        b":1\r\n" * 50,
+        b"$5\r\nhello\r\n",
+        b"-\r\n",
+        b"$99999999999\r\n",
+        b":x\r\n:1\r\n",
+    ],
 )
 async def test_a_server_of_another_kind_is_a_fault_and_no_hit(liar: Liar, answer: bytes) -> None:
     liar.answer = answer
