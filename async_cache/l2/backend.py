@@ -147,3 +147,9 @@ class Backend(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {getattr(self, 'name', 'without a name')!r}>"
+
+
+def check_lengths(keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:
+    """Raises ValueError unless there is a buffer for each key, as the caller guarantees."""
+    if len(keys) != len(buffers):
+        raise ValueError(f"{len(keys)} keys with {len(buffers)} buffers")

@@ -11,7 +11,7 @@ from typing import Self
 from xxhash import xxh3_64
 
 from async_cache.errors import ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.index import Chunk, Index
 from async_cache.l2.url import BackendURL, capacity
 from async_cache.prompt.keys import ObjectKey
@@ -96,15 +96,15 @@ class MemoryBackend(Backend):
         self._index.unpin(keys)
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
-        _check_lengths(keys, buffers)
+        check_lengths(keys, buffers)
         return [await self._load(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
 
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
-        _check_lengths(keys, buffers)
+        check_lengths(keys, buffers)
         return [await self._load_sized(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
-        _check_lengths(keys, buffers)
+        check_lengths(keys, buffers)
         chunk_hashes = [key.chunk_hash for key in keys]
         self._index.pin_prefix(chunk_hashes)  # none of them makes room for another one
         try:
@@ -212,8 +212,3 @@ class MemoryBackend(Backend):
 def _parts(buffer: memoryview) -> Iterator[memoryview]:
     """The buffer in slices of STEP_BYTES."""
     return (buffer[begin : begin + STEP_BYTES] for begin in range(0, len(buffer), STEP_BYTES))
-
-
-def _check_lengths(keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:
-    if len(keys) != len(buffers):
-        raise ValueError(f"{len(keys)} keys with {len(buffers)} buffers")

@@ -36,7 +36,12 @@ def file_name(key: ObjectKey) -> str:
 def parse_name(name: str) -> ObjectKey | None:
     """The key of the object whose record has this name; None if no record has it."""
     match = _NAME.fullmatch(name)
-    return match and ObjectKey(bytes.fromhex(match[1]), int(match[2]), int(match[3]))
+    return match and key_of(bytes.fromhex(match[1]), int(match[2]), int(match[3]))
+
+
+def key_of(chunk_hash: bytes, rank: int, group: int) -> ObjectKey | None:
+    """The key that a name says; None if its numbers are larger than a record can have."""
+    return ObjectKey(chunk_hash, rank, group) if max(rank, group) < 2**32 else None
 
 
 def write_trailer(into: bytearray | mmap | memoryview, key: ObjectKey, size_bytes: int, checksum: int) -> None:

@@ -134,7 +134,8 @@ async def test_a_record_is_its_body_and_a_trailer(start, directory):
 @pytest.mark.parametrize(
     "name",
     ["", "a.0.0.kv", "0" * 64 + ".0.kv", "0" * 64 + ".00.0.kv", "0" * 64 + ".0.0.kv.tmp", "A" * 64 + ".0.0.kv",
-     "0" * 64 + ".\u0660.0.kv", "0" * 64 + ".-1.0.kv", "0" * 64 + ".0.0.kv\n", "0" * 62 + ".0.0.kv"],
+     "0" * 64 + ".\u0660.0.kv", "0" * 64 + ".-1.0.kv", "0" * 64 + ".4294967296.0.kv",
+     "0" * 64 + ".0.9999999999.kv", "0" * 64 + ".0.0.kv\n", "0" * 62 + ".0.0.kv"],
 )  # fmt: skip
 def test_other_names_are_foreign(name):
     assert parse_name(name) is None

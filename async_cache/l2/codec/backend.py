@@ -15,7 +15,7 @@ from threading import Event
 from typing import Any
 
 from async_cache.errors import BackendError, ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.codec.codec import Codec
 from async_cache.l2.codec.scratch import Scratch, lots
 from async_cache.l2.filesystem.workers import DaemonExecutor, settle
@@ -125,7 +125,7 @@ class CodecBackend(Backend):
     # Loads.
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
-        _check_lengths(keys, buffers)
+        check_lengths(keys, buffers)
         bounds = [self.codec.bound_bytes(len(buffer)) for buffer in buffers]
         calls = [self._load(keys[lot], buffers[lot], bounds[lot]) for lot in lots(bounds)]
         if len(calls) == 1:
@@ -170,7 +170,7 @@ class CodecBackend(Backend):
     # Stores.
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
-        _check_lengths(keys, buffers)
+        check_lengths(keys, buffers)
         bounds = [self.codec.bound_bytes(len(buffer)) for buffer in buffers]
         chunk_hashes = [key.chunk_hash for key in keys]
         stored: list[bool] = []
@@ -237,8 +237,3 @@ def _work(
     with suppress(InterruptedError):
         for n, key, source, target in work:
             results[n] = step(key, source, target, stop)
-
-
-def _check_lengths(keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:
-    if len(keys) != len(buffers):
-        raise ValueError(f"{len(keys)} keys with {len(buffers)} buffers")

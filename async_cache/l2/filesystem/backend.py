@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote
 from aiofiles.os import makedirs, wrap
 
 from async_cache.errors import BackendError, ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.filesystem.directory import Found, RecordDirectory, RecordFault
 from async_cache.l2.filesystem.faults import Faults
 from async_cache.l2.filesystem.workers import DaemonExecutor, settle
@@ -177,7 +177,7 @@ class FileSystemBackend(Backend):
         self, load: Callable[..., None], keys: Sequence[ObjectKey], buffers: Sequence[memoryview]
     ) -> list[Any]:
         """What a `load` of the directory says of each object: its threads share the work."""
-        _check_lengths(keys, buffers)
+        check_lengths(keys, buffers)
         todo = zip(range(len(keys)), keys, buffers, strict=True)
         outcomes: list[Any] = [None] * len(keys)
         stop = Event()
@@ -211,7 +211,7 @@ class FileSystemBackend(Backend):
         return told
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
-        _check_lengths(keys, buffers)
+        check_lengths(keys, buffers)
         chunk_hashes = [key.chunk_hash for key in keys]
         self._index.pin_prefix(chunk_hashes)  # none of them makes room for another one
         try:
@@ -375,8 +375,3 @@ def _told(fault: OSError) -> LoadOutcome:
 def _shutdown(executors: Sequence[DaemonExecutor]) -> None:
     for executor in executors:
         executor.shutdown()
-
-
-def _check_lengths(keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:
-    if len(keys) != len(buffers):
-        raise ValueError(f"{len(keys)} keys with {len(buffers)} buffers")

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from async_cache.config import parse_bytes
 from async_cache.errors import BackendError, ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.index import Index
 from async_cache.l2.mooncake.calls import Find, ListAll, Load, Measure, Place, Remove, Setup, Store
 from async_cache.l2.mooncake.process import HelperProcess
@@ -186,7 +186,7 @@ class MooncakeBackend(Backend):
         """Nothing: a lease ends by its time."""
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
-        _check_lengths(keys, buffers)
+        check_lengths(keys, buffers)
         helper = await self._connected() if keys else None
         outcomes = [LoadOutcome.FAILED] * len(keys)
         places = [self._place(buffer) for buffer in buffers]
@@ -217,7 +217,7 @@ class MooncakeBackend(Backend):
                 self._drop([key], Removal.LOST if gone else Removal.DAMAGED)
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
-        _check_lengths(keys, buffers)
+        check_lengths(keys, buffers)
         helper = await self._connected() if keys else None
         codes = [_NO_ROOM] * len(keys)
         places = [self._place(buffer) for buffer in buffers]
@@ -331,8 +331,3 @@ def _word(text: str) -> str:
     if not text or not text.isprintable() or " " in text:
         raise ConfigError(f"{text!r} cannot be used")
     return text
-
-
-def _check_lengths(keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:
-    if len(keys) != len(buffers):
-        raise ValueError(f"{len(keys)} keys with {len(buffers)} buffers")

@@ -17,7 +17,7 @@ from obstore.store import ObjectStore
 
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError, ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.object_store.faults import is_absent, is_denied, is_of_settings, is_of_the_way, told
 from async_cache.l2.object_store.holdings import Holdings
 from async_cache.l2.object_store.location import CONCURRENCY, PART_BYTES, Location
@@ -181,7 +181,7 @@ class ObjectStoreBackend(Backend):
         keys: Sequence[ObjectKey],
         buffers: Sequence[memoryview],
     ) -> list[T | LoadOutcome]:
-        _check_lengths(keys, buffers)
+        check_lengths(keys, buffers)
         loads = asyncio.ensure_future(side_by_side(self._at_a_time, load, keys, buffers))
         outcomes = await self._objects.requests.result(loads)
         self._note_failures(keys, outcomes)
@@ -234,7 +234,7 @@ class ObjectStoreBackend(Backend):
     # Changes.
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
-        _check_lengths(keys, buffers)
+        check_lengths(keys, buffers)
         stored = await side_by_side(self._at_a_time, self._store, keys, buffers)
         self._raise_if_nothing(stored)
         return [outcome is True for outcome in stored]
@@ -364,8 +364,3 @@ class ObjectStoreBackend(Backend):
             raise BackendError(f"{self.name}: {told(faults[0])}")
         if faults:
             logger.warning("%s: %d of %d objects: %s", self.name, len(faults), len(outcomes), told(faults[0]))
-
-
-def _check_lengths(keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:
-    if len(keys) != len(buffers):
-        raise ValueError(f"{len(keys)} keys with {len(buffers)} buffers")

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Self
 
 from async_cache.errors import BackendError, ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.record import TRAILER_BYTES
 from async_cache.l2.url import BackendURL
 from async_cache.l2.valkey.items import Item, ask
@@ -162,11 +162,13 @@ class ValkeyBackend(Backend):
     async def close(self) -> None:
         counting, self._counting = self._counting, None
         router, self._router = self._router, None
-        if counting is not None:
-            counting.cancel()
-            await asyncio.wait((counting,))
-        if router is not None:
-            await router.close()
+        try:
+            if counting is not None:
+                counting.cancel()
+                await asyncio.wait((counting,))
+        finally:  # also where the caller waits no longer
+            if router is not None:
+                await router.close()
 
     # Calls.
 
@@ -174,8 +176,7 @@ class ValkeyBackend(Backend):
         of = self._names.of
         if buffers is None:
             return [Item(key, of(key)) for key in keys]
-        if len(keys) != len(buffers):
-            raise ValueError(f"{len(keys)} keys with {len(buffers)} buffers")
+        check_lengths(keys, buffers)
         return [Item(key, of(key), buffer) for key, buffer in zip(keys, buffers, strict=True)]
 
     def _open_router(self) -> Router:

@@ -7,6 +7,7 @@ stands in braces decides the slot (https://valkey.io/topics/cluster-spec/), so t
 import re
 from binascii import crc_hqx
 
+from async_cache.l2.record import key_of
 from async_cache.prompt.keys import ObjectKey
 
 SLOTS = 16384
@@ -32,7 +33,7 @@ class Names:
         if not name.startswith(self._prefix):
             return None
         match = _REST.fullmatch(name, len(self._prefix))
-        return match and ObjectKey(bytes.fromhex(match[1].decode()), int(match[2]), int(match[3]))
+        return match and key_of(bytes.fromhex(match[1].decode()), int(match[2]), int(match[3]))
 
 
 def slot_of(key: ObjectKey) -> int:

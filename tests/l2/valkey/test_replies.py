@@ -191,6 +191,8 @@ def test_names_and_slots() -> None:
     assert names.of(one) == b"a.b:c:{%b}.7.12" % bytes(range(32)).hex().encode()
     assert names.parse(names.of(one)) == one
     assert Names("akv").parse(names.of(one)) is None
+    assert names.parse(names.of(one._replace(rank=2**32 - 1, group=2**32 - 1))) is not None
+    assert names.parse(names.of(one._replace(rank=2**32))) is None, "no record can have it"
     foo = ObjectKey(b"", 0, 0)
     assert slot_of(foo) == 0
     assert slot_of(one) == slot_of(one._replace(rank=1, group=9))
