@@ -153,7 +153,7 @@ class Node:
         except ssl.SSLCertVerificationError as error:
             wire.abort()
             raise RefusedError(f"{self.name}: {error.verify_message}") from error
-        except (OSError, ValueError) as error:  # the latter for a name that can be none of a host
+        except (OSError, UnicodeError) as error:  # the latter for a name that can be none of a host
             wire.abort()
             raise BackendError(f"{self.name}: {getattr(error, 'strerror', None) or error}") from error
         except BaseException:
