@@ -13,6 +13,7 @@
     copy          what one backend holds and others lack, to them
     record        the format of a stored object
     index         what a backend knows to be stored, what is pinned, and what leaves first
+    workers       threads such that a dead disk holds up nobody
     memory        the reference: objects in this process's own memory
     filesystem    the default: objects as files of a local disk
     valkey        objects in a Valkey or Redis server, or a cluster, which hosts share
