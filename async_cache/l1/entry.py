@@ -4,6 +4,7 @@ Both are msgspec structs outside the garbage collector: there may be millions, a
 """
 
 from enum import Enum
+from typing import Any
 
 from msgspec import Struct
 
@@ -39,7 +40,8 @@ class Entry(Struct, gc=False, eq=False):
     unwritten: int = 0  # backends that have not stored it yet
     dropped: bool = False  # some backend did not store it, and is not asked again until it is stored anew
     detached: bool = False
-    older: "Entry | None" = None  # for the eviction policy
+    node: Any = None  # what the eviction policy knows of it
+    older: "Entry | None" = None  # for the eviction policy, too
     newer: "Entry | None" = None
 
     def offset(self, rank: int) -> int:

@@ -169,7 +169,7 @@ class L1Store:
             pages = page_of(rank, reservation.offset)
             entry = Entry(chunk_hash, reservation.layout, reservation.owner, mask, 1 << rank, pages, size)
             self.index[chunk_hash] = entry
-            self._policy.use(entry, before if before is not None and not before.leases else None)
+            self._policy.enter(entry, before, kept=before is not None and before.leases > 0)
         else:
             entry.present |= mask
             entry.place(rank, reservation.offset)
