@@ -50,7 +50,7 @@ class LeavesFirst(Generic[T]):
         """An item was used again."""
 
     def candidates(self) -> Iterator[T]:
-        """Iterate over what is in the queues, in the order in which it should go: each item once."""
+        """Iterate over what is in the queues, in the order in which it should go; what came may come again."""
         raise NotImplementedError
 
     def gone(self, item: T, removal: Removal) -> None:
@@ -107,12 +107,14 @@ class LeavesFirst(Generic[T]):
     def victims(self) -> Iterator[T]:
         """Iterate over all items in the order in which they should go. Those that came may leave."""
         stayed: dict[int, int] = {}  # by the id of an item, how many that build on it have come, but did not leave
+        came: set[int] = set()
         for item in self.candidates():
-            if item.node.children:
+            if item.node.children > stayed.get(id(item), 0):
                 item.node.queue.discard(item)
                 item.node.passed = True
                 continue
-            while True:
+            while id(item) not in came:
+                came.add(id(item))
                 parent = item.node.parent
                 yield item
                 if parent is None or parent.node is None:

@@ -304,7 +304,7 @@ class PrefixPolicy(Generic[T]):
         if not branch.members:
             branch.entry = HELD
             self._unhang(branch.parent)
-        elif newer is None and (branch.entry == HELD or branch.entry > 0 and branch.run_at(place).begin == place):
+        elif newer is None and (branch.entry == HELD or (branch.entry > 0 and branch.run_at(place).begin == place)):
             self._push(branch)
 
     # What it is asked.

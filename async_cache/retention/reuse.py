@@ -7,6 +7,7 @@ Hazan and Singer, 2011). It rises and falls with time, so what a chunk is worth 
 the best ratio, over all horizons, of the probability of a use to the time for which memory must be held for it.
 """
 
+import itertools
 from array import array
 from bisect import bisect_right
 from math import exp, log2, sqrt
@@ -55,7 +56,15 @@ def kind_of(
     """
     touched = bisect_right(_TOUCHES, touches)
     new = _octave(new_tokens, 64)
-    values = [(0, touched), (1, tail), (2, cut), (3, new), (5, min(turn, _MOST_TURNS)), (6, gap), (7, touched * 17 + new)]
+    values = [
+        (0, touched),
+        (1, tail),
+        (2, cut),
+        (3, new),
+        (5, min(turn, _MOST_TURNS)),
+        (6, gap),
+        (7, touched * 17 + new),
+    ]
     if output_tokens is None:
         return Kind(tuple([_FIRST[trait] + value * _ROW for trait, value in values]))
     output = _octave(output_tokens, 8)
@@ -113,7 +122,7 @@ class ReuseModel:
         self._lessons += 1
 
     def worth(self, kind: Kind, bin: int) -> float:
-        """What it is worth to keep a chunk of this kind that is in this bin: uses to be expected per second of memory."""
+        """What it is worth to keep a chunk of this kind in this bin: uses to be expected per second of memory."""
         known = self._known.get(kind)
         if known is None or self._lessons - known[0] >= _FRESH_FOR:
             if known is None and len(self._known) >= _MOST_KNOWN:
@@ -136,7 +145,7 @@ class ReuseModel:
                 indices[bin] = _slope(spent, unused, *hull[-1])
             hull.append((spent, unused))
         indices[BINS] = indices[BINS - 1]
-        return [(now + then) / 2 for now, then in zip(indices, indices[1:], strict=False)]
+        return [(now + then) / 2 for now, then in itertools.pairwise(indices)]
 
     def _curve(self, kind: Kind) -> list[tuple[float, float]]:
         """At each end of a bin, the memory spent until then, and the chance to be unused until then."""

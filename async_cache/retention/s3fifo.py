@@ -13,6 +13,7 @@ from async_cache.values import Removal
 
 SMALL_SHARE = 0.1
 _MOST_USES = 3
+_USES_TO_STAY = 2
 
 T = TypeVar("T", bound=Leafy)
 
@@ -37,26 +38,31 @@ class S3FIFO(LeavesFirst[T]):
         item.node.uses = min(item.node.uses + 1, _MOST_USES)
 
     def candidates(self) -> Iterator[T]:
-        small_first = self._in_small >= SMALL_SHARE * self.known
-        for queue in (self._small, self._main) if small_first else (self._main, self._small):
-            for item in queue:
-                if self._deserves_more(item):
-                    continue
+        if self._in_small < SMALL_SHARE * self.known:
+            yield from self._least_used()
+            yield from self._small
+            return
+        for item in self._small:
+            if item.node.uses < _USES_TO_STAY:
                 yield item
+            else:
+                self._in_small -= 1
+                item.node.uses = 0
+                self.move(item, self._main)
+        yield from self._least_used()
 
-    def _deserves_more(self, item: T) -> bool:
-        node = item.node
-        if node.queue is self._small:
-            if node.uses < 2:
-                return False
-            self._in_small -= 1
-            node.uses = 0
-        elif node.uses:
-            node.uses -= 1
-        else:
-            return False
-        self.move(item, self._main)
-        return True
+    def _least_used(self) -> Iterator[T]:
+        """What is in the main queue. An item that was used since it came there comes to its end once more."""
+        again = True
+        while again:
+            again = False
+            for item in self._main:
+                if item.node.uses:
+                    item.node.uses -= 1
+                    self.move(item, self._main)
+                    again = True
+                else:
+                    yield item
 
     def gone(self, item: T, removal: Removal) -> None:
         if item.node.queue is self._small:
