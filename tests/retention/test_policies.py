@@ -12,7 +12,7 @@ from async_cache.retention.arc import AdaptiveReplacement
 from async_cache.retention.fifo import FirstInFirstOut
 from async_cache.retention.policies import NAMES, make_policy
 from async_cache.retention.policy import EvictionPolicy
-from async_cache.retention.s3fifo import SMALL_SHARE, S3FIFO
+from async_cache.retention.s3fifo import S3FIFO, SMALL_SHARE
 from async_cache.values import Removal
 from tests.retention.paths import Chunk, Tree, chunk_hash
 
@@ -82,7 +82,7 @@ def test_suspended_items_may_be_left_out_until_they_are_used(name: str) -> None:
 
 
 def test_a_policy_that_there_is_none_of_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="'lfu'.*prefix, lru, fifo, s3fifo, arc, tinylfu"):
+    with pytest.raises(ConfigError, match=r"'lfu'.*prefix, lru, fifo, s3fifo, arc, tinylfu"):
         make_policy("lfu", lambda: 0.0)
 
 
