@@ -7,6 +7,7 @@ The rooms, in the order the data flows. Which of them knows which is in `docs/de
 - `l1`: chunks in memory
 - `l2`: storage: a directory, memory, or another backend
 - `retention`: which chunk leaves first
+- `ledger`: what has left, and why
 - `read`: the way of a prefetch: lookup, promise, load
 - `write`: the way of a store: reserve, commit, write back; delete and clear
 - `handles`: what a caller holds: a prefetch, a lease, a writer
@@ -52,12 +53,18 @@ from async_cache.values import (
     BackendStatus,
     BackendUsage,
     CacheStats,
+    ChunkState,
     Copied,
     Deleted,
+    Elsewhere,
+    Explanation,
     FlushResult,
     LoadResult,
     LookupHits,
+    Missed,
+    Removal,
     Shortfall,
+    Span,
 )
 
 __version__ = "0.1.0"
@@ -82,10 +89,17 @@ __all__ = [
     "LookupHits",
     "LoadResult",
     "Shortfall",
+    "Missed",
     "ReadLease",
     "ReadChunk",
     "Writer",
     "WriteChunk",
+    # why something is not there
+    "Explanation",
+    "Span",
+    "ChunkState",
+    "Removal",
+    "Elsewhere",
     # looking at it, emptying it, and changing its backends
     "BackendState",
     "BackendStatus",

@@ -24,7 +24,7 @@ from async_cache.memory.room import check_free
 from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
 from async_cache.prompt.layout import Prompt
 from async_cache.prompt.objects import PAGE_BYTES
-from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+from async_cache.values import BackendStatus, CacheStats, Deleted, Explanation, FlushResult, LoadResult, LookupHits
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +197,15 @@ class AsyncCache:
         core = self.core
         check_prompt(prompt)
         return await core.count_hits(prompt)
+
+    async def explain(self, prompt: Prompt) -> Explanation:
+        """Say where each chunk of a prompt is, or why it is not there, and where else its tokens are cached.
+
+        Nothing is leased or loaded for that, and what a backend pins to answer is unpinned before this returns.
+        """
+        core = self.core
+        check_prompt(prompt)
+        return await core.explainer.explain(prompt)
 
     async def query_lookup_hits(self, request_id: str) -> LookupHits:
         """Wait for the lookup of a request, and return its hits, to any number of callers.

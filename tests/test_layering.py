@@ -30,12 +30,13 @@ MAY_KNOW = {
     "protocol": "errors prompt values",
     "config": "errors prompt protocol",
     "observe": "handles values",
+    "ledger": "observe prompt values",
     # the tiers, and the ways through them
-    "l1": "memory observe prompt retention values",
-    "l2": "config errors prompt retention values",
-    "read": "aio config errors handles l1 l2 observe prompt values",
-    "write": "aio config errors handles l1 l2 observe prompt read retention values",
-    "core": "aio config l1 l2 memory observe prompt read retention values write",
+    "l1": "ledger memory observe prompt retention values",
+    "l2": "config errors ledger prompt retention values",
+    "read": "aio config errors handles l1 l2 ledger observe prompt values",
+    "write": "aio config errors handles l1 l2 ledger observe prompt read retention values",
+    "core": "aio config l1 l2 ledger memory observe prompt read retention values write",
     "cache": "aio config core errors handles l2 memory prompt values",
     # the same from other processes
     "server": "cache config errors handles memory observe prompt protocol values",

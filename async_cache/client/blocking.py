@@ -21,7 +21,7 @@ from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Opened, Writer
 from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, ranks_of, start_of
 from async_cache.prompt.layout import Prompt
-from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+from async_cache.values import BackendStatus, CacheStats, Deleted, Explanation, FlushResult, LoadResult, LookupHits
 
 T = TypeVar("T")
 
@@ -202,6 +202,10 @@ class BlockingClient:
     def lookup(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> LookupHits:
         """How much of a prompt is cached now: no lease, no load, no promise."""
         return self._thread.wait(self._opened().lookup(prompt), timeout_seconds)
+
+    def explain(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> Explanation:
+        """Where each chunk of a prompt is, or why it is not there: see `CacheClient.explain`."""
+        return self._thread.wait(self._opened().explain(prompt), timeout_seconds)
 
     def query_lookup_hits(self, request_id: str, *, timeout_seconds: float | None = None) -> LookupHits:
         """Wait for the lookup of a request, of any client of this tenant and namespace. Raises UnknownRequestError."""

@@ -31,7 +31,7 @@ from async_cache.prompt.layout import Prompt, check_index
 from async_cache.protocol import messages
 from async_cache.protocol.address import Address, default_url
 from async_cache.protocol.messages import MAX_URL, VERSION, Hello
-from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+from async_cache.values import BackendStatus, CacheStats, Deleted, Explanation, FlushResult, LoadResult, LookupHits
 
 MAX_REQUEST_ID = 256
 CONNECT_TIMEOUT_SECONDS = 2.0
@@ -182,6 +182,17 @@ class CacheClient:
         """How much of a prompt is cached now: no lease, no load, no promise."""
         check_prompt(prompt)
         return (await self._ask_of(messages.Hits, messages.Lookup, prompt)).hits
+
+    async def explain(self, prompt: Prompt) -> Explanation:
+        """Where each chunk of a prompt is, or why it is not there, and where else its tokens are cached.
+
+        The server gets the token ids for that, if they fit a frame, and keeps none. Where only the hashes of a prompt
+        are known, it cannot say the latter.
+        """
+        check_prompt(prompt)
+        link = self._links.here() or await self._links.ready()
+        question = messages.Explain(link.next_number(), link.pack_source(prompt))
+        return (await link.ask(messages.Explained, question)).explanation
 
     async def query_lookup_hits(self, request_id: str) -> LookupHits:
         """Await `lookup_done`; by any number of callers, any number of times. Raises UnknownRequestError.

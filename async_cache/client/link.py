@@ -132,6 +132,12 @@ class Link:
             await asyncio.to_thread(prompt.hash)
         return self.pack(prompt)
 
+    def pack_source(self, prompt: Prompt) -> messages.WirePrompt:
+        """A prompt to send by what its hashes are made from, if that is known and fits a frame."""
+        if prompt.source is None or prompt.tokens > MAX_TOKENS:
+            return self.pack(prompt)
+        return self.layouts.pack(prompt, trusted=False)
+
     def prefetch(self, call: PrefetchCall, deadline_seconds: float | None) -> None:
         """Begin a prefetch. Raises what a layout or prompt is refused with."""
         layout = call.prompt.layout

@@ -24,7 +24,16 @@ from async_cache.errors import (
     UnknownRequestError,
     WriterClosedError,
 )
-from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits, Shortfall
+from async_cache.values import (
+    BackendStatus,
+    CacheStats,
+    Deleted,
+    Explanation,
+    FlushResult,
+    LoadResult,
+    LookupHits,
+    Shortfall,
+)
 
 VERSION = 1
 DIGEST_BYTES = 32
@@ -114,6 +123,7 @@ class Digests(Message):
     tokens: Count
     salt: Label
     chunk_hashes: Annotated[bytes, Meta(max_length=DIGEST_BYTES * MAX_CHUNKS)]
+    adapter: Label = ""
 
 
 class TokenIds(Message):
@@ -203,6 +213,16 @@ class Unclaim(Message):
 
 class Lookup(Message):
     """Count what is cached of a prompt. Answered by Hits."""
+
+    number: Number
+    prompt: WirePrompt
+
+
+class Explain(Message):
+    """Ask where the chunks of a prompt are, and why not in the cache. Answered by Explained.
+
+    Where else the same tokens are cached is told where the prompt does not come by its digests.
+    """
 
     number: Number
     prompt: WirePrompt
@@ -345,6 +365,7 @@ Request = (
     | QueryPrefetchStatus
     | Unclaim
     | Lookup
+    | Explain
     | AcquireRead
     | ReleaseRead
     | ReserveStore
@@ -421,6 +442,13 @@ class Hits(Extensible):
 
     number: int
     hits: LookupHits
+
+
+class Explained(Extensible):
+    """Where the chunks of a prompt are, or why they are not there."""
+
+    number: int
+    explanation: Explanation
 
 
 class Loaded(Extensible):
@@ -517,6 +545,7 @@ Answer = (
     | RequestOver
     | RequestClaimed
     | Hits
+    | Explained
     | Loaded
     | ReadAcquired
     | ReadData

@@ -225,6 +225,10 @@ class Session:
     async def _lookup(self, message: messages.Lookup) -> Message:
         return messages.Hits(message.number, await self._cache.lookup(self._layouts.prompt(message.prompt)))
 
+    async def _explain(self, message: messages.Explain) -> Message:
+        prompt = self._layouts.prompt(message.prompt)
+        return messages.Explained(message.number, await self._cache.explain(prompt))
+
     async def _acquire_read(self, message: messages.AcquireRead) -> None:
         request_id = self._scope.inner(message.request_id)
         lease = self._cache.read(request_id, rank=message.rank, reader=message.reader)
@@ -306,6 +310,7 @@ _WAITING: dict[type[Message], _Waits] = {
     messages.QueryPrefetchLookupHits: Session._query_lookup_hits,
     messages.QueryPrefetchStatus: Session._query_status,
     messages.Lookup: Session._lookup,
+    messages.Explain: Session._explain,
     messages.AcquireRead: Session._acquire_read,
     messages.ReserveStore: Session._reserve_store,
     messages.Delete: Session._delete,

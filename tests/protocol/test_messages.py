@@ -27,6 +27,10 @@ PARTS = (messages.Group, messages.Layout, *typing.get_args(messages.WirePrompt))
 REQUESTS, ANSWERS = typing.get_args(messages.Request), typing.get_args(messages.Answer)
 VALUES = (
     values.LookupHits,
+    values.Missed,
+    values.Explanation,
+    values.Span,
+    values.Elsewhere,
     values.LoadResult,
     values.Deleted,
     values.FlushResult,
@@ -87,7 +91,7 @@ def written(kind: Any) -> str:
         return f"{written(base)} {bounds(meta)}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join("nil" if argument is types.NoneType else written(argument) for argument in arguments)
-    if origin is list:
+    if origin is list or arguments[-1:] == (...,):
         return f"[{written(arguments[0])}]"
     if origin is tuple:
         return f"({', '.join(map(written, arguments))})"
@@ -148,8 +152,9 @@ def test_the_document_has_the_limits_and_the_version() -> None:
     assert f"This is version {VERSION}." in re.sub(r"\s+", " ", DOCUMENT)
 
 
-def test_the_document_has_every_shortfall() -> None:
-    assert all(f"`{shortfall.value}`" in section("Values") for shortfall in values.Shortfall)
+def test_the_document_has_every_shortfall_state_and_removal() -> None:
+    told = (*values.Shortfall, *values.ChunkState, *values.Removal)
+    assert all(f"`{value}`" in section("Values") for value in told)
 
 
 def test_the_document_has_every_error_with_its_exception() -> None:
