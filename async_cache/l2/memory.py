@@ -14,7 +14,7 @@ from xxhash import xxh3_64
 from async_cache.errors import ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.index import Chunk, Index
-from async_cache.l2.url import BackendURL, capacity
+from async_cache.l2.urls.url import BackendURL, capacity
 from async_cache.prompt.keys import ObjectKey
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import BackendUsage, Removal

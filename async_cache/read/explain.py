@@ -13,7 +13,7 @@ from operator import itemgetter
 from async_cache.errors import CacheClosedError
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
-from async_cache.l2.guards import Guards
+from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
 from async_cache.ledger.ledger import Left
 from async_cache.ledger.roots import Root, Roots, differences

@@ -4,8 +4,8 @@ import asyncio
 
 from async_cache.errors import CacheClosedError
 from async_cache.l1.store import L1Store
-from async_cache.l2.guards import Guards
-from async_cache.l2.meter import expected_load_seconds
+from async_cache.l2.guard.guards import Guards
+from async_cache.l2.guard.meter import expected_load_seconds
 from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt

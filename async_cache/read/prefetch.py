@@ -14,7 +14,7 @@ from async_cache.config import CacheConfig
 from async_cache.handles.prefetch import Prefetch
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
-from async_cache.l2.guards import Guards
+from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
 from async_cache.ledger.roots import Roots
 from async_cache.observe import Observers, notify

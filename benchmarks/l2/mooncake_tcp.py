@@ -22,7 +22,7 @@ from pathlib import Path
 from async_cache import ObjectKey
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.record import TRAILER_BYTES, file_name
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.memory.arena import Arena
 
 OBJECTS, OBJECT_BYTES = 64, 2**20

@@ -30,7 +30,7 @@ from pathlib import Path
 import uvloop
 
 from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, ObjectKey
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.l2.valkey.names import Names
 
 HERE = Path(__file__).parent

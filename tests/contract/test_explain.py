@@ -316,7 +316,7 @@ async def test_chunks_that_left_long_after_each_other_are_two_spans():
         ]
 
 
-@pytest.mark.parametrize(("explain_chunks", "remembered"), [(0, 0), (1, 1), (3, 3), (8, 8), (9, 8)])
+@pytest.mark.parametrize(("explain_chunks", "remembered"), [(1, 1), (3, 3), (8, 8), (9, 8)])
 async def test_no_more_is_remembered_than_the_setting_says(explain_chunks, remembered):
     prompt = make_prompt(8)
     async with open_cache(explain_chunks=explain_chunks) as cache:
