@@ -13,6 +13,7 @@ The rooms, in the order the data flows. Which of them knows which is in `docs/de
 - `handles`: what a caller holds: a prefetch, a lease, a writer
 - `aio`: the small asynchronous tools: a value that comes once, time to live
 - `observe`: who is told what happens
+- `events`: what was stored and removed, to iterate over
 - `core`, `cache`: the parts, wired up; `AsyncCache`, which owns them
 - `protocol`: what a client and a server say to each other
 - `server`: one cache for all the processes of a machine
@@ -42,6 +43,7 @@ from async_cache.errors import (
     UnknownRequestError,
     WriterClosedError,
 )
+from async_cache.handles.events import EventStream
 from async_cache.handles.lease import ReadChunk, ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import WriteChunk, Writer
@@ -63,8 +65,11 @@ from async_cache.values import (
     LookupHits,
     Missed,
     Removal,
+    Removed,
     Shortfall,
+    Skipped,
     Span,
+    Stored,
 )
 
 __version__ = "0.1.0"
@@ -100,6 +105,11 @@ __all__ = [
     "ChunkState",
     "Removal",
     "Elsewhere",
+    # what happens
+    "EventStream",
+    "Stored",
+    "Removed",
+    "Skipped",
     # looking at it, emptying it, and changing its backends
     "BackendState",
     "BackendStatus",

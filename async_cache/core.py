@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from async_cache.aio.sweeper import Sweeper
 from async_cache.config import CacheConfig
+from async_cache.errors import CacheClosedError
+from async_cache.events import Events
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
 from async_cache.l2.guard import Guard
@@ -35,6 +37,7 @@ class Core:
         self.config, self.arena = config, arena
         self.observers = Observers()
         self.ledger = Ledger(config.explain_chunks, self.observers, self._owner_of)
+        self.events = Events(self.observers, self.ledger)
         self.roots = Roots()
         self.guards = Guards([Guard.of(backend, config, self.ledger) for backend in backends])
         self.l1 = L1Store(
@@ -81,6 +84,7 @@ class Core:
         await self.writeback.flush(timeout)
         await self.writeback.close()
         self.sweeping.cancel()
+        self.events.close(CacheClosedError("the cache was closed"))
         self.ledger.close()  # what leaves from here on need not be explained
         await asyncio.wait((self.sweeping,))
         await asyncio.gather(*(guard.close(timeout) for guard in self.guards))

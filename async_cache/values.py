@@ -1,6 +1,7 @@
 """The values that callers get back: counts, results, shortfalls, statistics."""
 
 from enum import StrEnum
+from typing import Literal
 
 from msgspec import Struct
 
@@ -127,6 +128,41 @@ class Explanation(Struct, frozen=True, array_like=True):
     spans: tuple[Span, ...]
     elsewhere: tuple[Elsewhere, ...] = ()
     missed: Missed | None = None
+
+
+Tier = Literal["l1", "l2"]
+
+
+class Stored(Struct, frozen=True, array_like=True, tag=True):
+    """A tier has all objects of a chunk, of so many `tokens`, which it had not before.
+
+    `parent` is the chunk before it in a prompt, None for the first or where that is not known; `backend` None in L1.
+    """
+
+    chunk_hash: bytes
+    parent: bytes | None
+    tokens: int
+    tier: Tier
+    backend: str | None
+
+
+class Removed(Struct, frozen=True, array_like=True, tag=True):
+    """A chunk cannot be served from a tier any more, and why."""
+
+    chunk_hash: bytes
+    tier: Tier
+    backend: str | None
+    removal: Removal
+
+
+class Skipped(Struct, frozen=True, array_like=True, tag=True):
+    """Here stood events that the reader was too slow for: so many."""
+
+    count: int
+
+
+Event = Stored | Removed | Skipped
+"""What `events` iterates over."""
 
 
 class Deleted(Struct, frozen=True, array_like=True):

@@ -36,7 +36,8 @@ MAY_KNOW = {
     "l2": "config errors ledger prompt retention values",
     "read": "aio config errors handles l1 l2 ledger observe prompt values",
     "write": "aio config errors handles l1 l2 ledger observe prompt read retention values",
-    "core": "aio config l1 l2 ledger memory observe prompt read retention values write",
+    "events": "handles ledger observe values",
+    "core": "aio config errors events l1 l2 ledger memory observe prompt read retention values write",
     "cache": "aio config core errors handles l2 memory prompt values",
     # the same from other processes
     "server": "cache config errors handles memory observe prompt protocol values",

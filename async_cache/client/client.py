@@ -14,10 +14,12 @@ from async_cache.client.link import Link
 from async_cache.client.links import Dial, Links
 from async_cache.client.writing import Post, call_now, open_chunks
 from async_cache.errors import AccessDeniedError, RequestConflictError
+from async_cache.handles.events import EVENTS_CAPACITY, EventStream
 from async_cache.handles.lease import Entered, ReadChunk, ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Opened, Writer
 from async_cache.prompt.arguments import (
+    check_capacity,
     check_prompt,
     check_request_id,
     check_seconds,
@@ -352,6 +354,21 @@ class CacheClient:
         return (await self._ask(messages.BackendsListed, messages.ListBackends)).backends
 
     # Looking at it.
+
+    def events(self, capacity: int = EVENTS_CAPACITY) -> EventStream:
+        """What is stored and removed from now on, of the salts of this client's token, in order.
+
+        See `AsyncCache.events`. It is bound to the connection: once that is lost, iterating raises ConnectionLostError,
+        and whoever goes on begins anew.
+        """
+        check_capacity(capacity)
+        link = self._links.here()
+        if link is None:
+            self._links.check_open()
+            stream = EventStream(capacity)
+            stream.break_with(self._links.error)
+            return stream
+        return link.events(capacity)
 
     async def stats(self) -> CacheStats:
         """A snapshot of what the server's cache holds, and counters since it was opened."""

@@ -59,6 +59,11 @@ class Entry(Struct, gc=False, eq=False):
             self.room_bytes += self.layout.objects.room_bytes[rank]
         self.pages |= page_of(rank, offset)
 
+    @property
+    def lacks(self) -> int:
+        """The objects of the chunk that are not published, by bit."""
+        return self.layout.objects.full_mask & ~self.present
+
     def built_on_by(self, child: bytes) -> None:
         """Know a chunk that builds on this one."""
         if self.child is None:
@@ -68,10 +73,9 @@ class Entry(Struct, gc=False, eq=False):
 
     def observed(self) -> ObservedChunk:
         """What observers are told of it now."""
-        layout, present = self.layout, self.present
-        is_whole = present == layout.objects.full_mask
+        tokens = self.layout.chunk_tokens
         return ObservedChunk(
-            self.chunk_hash, self.owner, present, self.room_bytes, is_whole, layout.chunk_tokens, self.parent
+            self.chunk_hash, self.owner, self.present, self.room_bytes, not self.lacks, tokens, self.parent
         )
 
     def blocks(self) -> list[tuple[int, int]]:

@@ -28,6 +28,7 @@ from async_cache.values import (
     BackendStatus,
     CacheStats,
     Deleted,
+    Event,
     Explanation,
     FlushResult,
     LoadResult,
@@ -48,6 +49,7 @@ Index = Annotated[int, Meta(ge=0, lt=2**32)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
 Label = Annotated[str, Meta(max_length=128)]
 Name = Annotated[str, Meta(max_length=1024)]
+MAX_EVENTS = 65_536  # that a server keeps for one reader
 MAX_URL = 4096  # characters
 URL = Annotated[str, Meta(max_length=MAX_URL)]
 BackendName = URL  # it may be most of one
@@ -322,6 +324,16 @@ class Stats(Message):
     number: Number
 
 
+class Events(Message):
+    """Be told what is stored and removed from now on. Answered by Happened, again and again until a Cancel.
+
+    So many events wait for a client that is slow; what comes beyond that is counted by a Skipped.
+    """
+
+    number: Number
+    capacity: Annotated[int, Meta(ge=1, le=MAX_EVENTS)] = MAX_EVENTS
+
+
 class AddBackend(Message):
     """Open one more backend, before the one at `position` (None: behind all), and use it. Answered by Done."""
 
@@ -378,6 +390,7 @@ Request = (
     | Clear
     | Flush
     | Stats
+    | Events
     | AddBackend
     | DrainBackend
     | RemoveBackend
@@ -519,6 +532,13 @@ class Counted(Extensible):
     stats: CacheStats
 
 
+class Happened(Extensible):
+    """Pushed: what was stored and removed, in order; first without any, when all that follows will be told."""
+
+    number: int
+    events: list[Event]
+
+
 class BackendTold(Extensible):
     """The backend of a DrainBackend, as it is now: DRAINED if that is done."""
 
@@ -554,6 +574,7 @@ Answer = (
     | Removed
     | Flushed
     | Counted
+    | Happened
     | BackendTold
     | BackendsListed
 )

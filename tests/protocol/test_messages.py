@@ -31,6 +31,8 @@ VALUES = (
     values.Explanation,
     values.Span,
     values.Elsewhere,
+    values.Stored,
+    values.Skipped,
     values.LoadResult,
     values.Deleted,
     values.FlushResult,
@@ -125,6 +127,11 @@ def default(field: Any) -> str:
 def test_the_document_has_every_message_with_its_fields_in_order(kind: type[Struct]) -> None:
     code = [[field.name, written(field.type), default(field)] for field in msgspec.structs.fields(kind)]
     assert [row[:3] for row in rows(kind.__name__)] == code
+
+
+def test_the_document_has_the_event_that_is_called_as_a_message() -> None:
+    code = [[field.name, written(field.type), default(field)] for field in msgspec.structs.fields(values.Removed)]
+    assert [row[:3] for row in rows("Removed, the event")] == code
 
 
 def test_the_document_has_no_message_that_there_is_not() -> None:
