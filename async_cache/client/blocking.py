@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -126,7 +127,8 @@ class BlockingEvents(Iterator[Event]):
 
     def close(self) -> None:
         """Read nothing more. May be called more than once."""
-        self._thread.post(self._stream.close)
+        with suppress(CacheClosedError):  # then it has ended
+            self._thread.wait(self._stream.aclose())
 
 
 class BlockingClient:
