@@ -6,7 +6,6 @@ It uses no threads, so that it runs under a virtual clock as well.
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from typing import Self
 
 from xxhash import xxh3_64
@@ -71,12 +70,7 @@ class MemoryBackend(Backend):
         self._turn = asyncio.Lock()  # a lock belongs to the loop that it was first waited for in
 
     def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
-        if self._index.pin_chunks(chunk_hashes, objects):
-            return [True] * len(chunk_hashes)
-        found = self._index.whole(chunk_hashes, objects)
-        if found is not None:
-            self._index.pin_chunks(list(compress(chunk_hashes, found)), objects)
-        return found
+        return self._index.pin_whole(chunk_hashes, objects)
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         return self._index.pin_present(keys)

@@ -20,7 +20,7 @@ from async_cache.ledger.roots import Root, Roots, differences
 from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Loader
-from async_cache.read.lookup import Asked, ask, ask_nowait
+from async_cache.read.lookup import Asked, Found, ask
 from async_cache.read.misses import Misses
 from async_cache.values import ChunkState, Elsewhere, Explanation, Removal, Span
 
@@ -82,11 +82,14 @@ class Explainer:
             (entry.present if entry is not None else 0) | (load.wanted if load is not None else 0)
             for entry, load in zip(entries, loads, strict=True)
         ]
-        asked = Asked(layout, hashes, {n: full & ~mask for n, mask in enumerate(here) if mask != full})
-        found = ask_nowait(guards, asked, self._tombstones)
-        if found is None:
+        lacking = {n: full & ~mask for n, mask in enumerate(here) if mask != full}
+        asked = Asked(layout, hashes, lacking)
+        found = Found(asked, [(guard, {}) for guard in guards])
+        if found.ask_more(lacking) is None:
             found = await ask(guards, asked, self._tombstones)
             entries, loads = self._here(hashes)  # as they are now
+        elif self._tombstones:
+            found.leave_out(self._tombstones, lacking)
         with found:
             if self._l1.closed:
                 raise CacheClosedError("the cache was closed")
