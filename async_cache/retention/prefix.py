@@ -97,7 +97,7 @@ class Branch(Struct, gc=False, eq=False):
         for run in reversed(self.runs):
             if run.begin <= place:
                 return run
-        raise IndexError(place)
+        return self.runs[0]  # digests that are not chained may be in two places
 
 
 class PrefixPolicy(Generic[T]):
@@ -118,11 +118,20 @@ class PrefixPolicy(Generic[T]):
         self._remembered = 0
         self._last: Branch | None = None
 
+    def __len__(self) -> int:
+        """The number of chunks that it knows: those that are there, and those that it remembers."""
+        return self._members + self._remembered
+
+    @property
+    def lessons(self) -> int:
+        """How often it has learned something."""
+        return self._model.lessons
+
     # What it is told.
 
     def asked(self, path: Sequence[bytes], tokens: int, chunk_tokens: int, output_tokens: int | None = None) -> None:
         """A request asked for all chunks on a path from the root, of so many tokens, and put out so many."""
-        if not path:
+        if not path or len(set(path)) < len(path):  # an engine's own digests need not be chained
             return
         now = self._clock()
         self._age(now)
@@ -337,7 +346,16 @@ class PrefixPolicy(Generic[T]):
             offer(branch, branch.deepest)
 
         try:
-            while self._clean() or leaves:
+            while True:
+                if not self._clean() and not leaves:  # digests that are not chained may hang on one another
+                    held = next((branch for branch in self._by_age if branch.entry == HELD and branch.members), None)
+                    if held is not None:
+                        show(held)
+                    elif stuck:
+                        heappush(leaves, (0.0, next(numbers), *stuck.popitem()[1]))
+                    else:
+                        return
+                    continue
                 if self._heap and (not leaves or self._heap[0][0] < leaves[0][0]):
                     show(heappop(self._heap)[2])
                     continue
@@ -449,7 +467,7 @@ class PrefixPolicy(Generic[T]):
             self._remembered -= len(branch)
             if branch.members:  # what is there cannot be forgotten
                 self._remembered += branch.members
-                kept = branch.place_of(branch.deepest.chunk_hash) + 1 - branch.begin
+                kept = max(branch.place_of(branch.deepest.chunk_hash) + 1 - branch.begin, 1)
                 self._remembered += kept - branch.members
                 branch.digests = branch.digests[: kept * _DIGEST_BYTES]
                 branch.runs = [run for run in branch.runs if run.begin < branch.begin + kept]

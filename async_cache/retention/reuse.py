@@ -99,7 +99,7 @@ class ReuseModel:
     def __init__(self) -> None:
         self._weights = [0.0] * _WEIGHTS
         self._squares = [1.0] * _WEIGHTS  # of all gradients, for AdaGrad
-        self._lessons = 0
+        self.lessons = 0
         self._known: dict[Kind, tuple[int, array[float]]] = {}
 
     def learn(self, kind: Kind, bin: int, used: bool, weight: float) -> None:
@@ -119,15 +119,15 @@ class ReuseModel:
             gradient = slope + _DECAY * value
             squares[place] = square = squares[place] + gradient * gradient
             weights[place] = value - _STEP * gradient / sqrt(square)
-        self._lessons += 1
+        self.lessons += 1
 
     def worth(self, kind: Kind, bin: int) -> float:
         """What it is worth to keep a chunk of this kind in this bin: uses to be expected per second of memory."""
         known = self._known.get(kind)
-        if known is None or self._lessons - known[0] >= _FRESH_FOR:
+        if known is None or self.lessons - known[0] >= _FRESH_FOR:
             if known is None and len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            known = self._known[kind] = self._lessons, array("d", self._worths(kind))
+            known = self._known[kind] = self.lessons, array("d", self._worths(kind))
         return known[1][bin]
 
     def _worths(self, kind: Kind) -> list[float]:
