@@ -31,7 +31,7 @@ MAY_KNOW = {
     "config": "errors prompt protocol",
     "observe": "handles values",
     # the tiers, and the ways through them
-    "l1": "memory observe prompt retention values",
+    "l1": "aio memory observe prompt retention values",
     "l2": "config errors prompt retention values",
     "read": "aio config errors handles l1 l2 observe prompt values",
     "write": "aio config errors handles l1 l2 observe prompt read retention values",
