@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from async_cache.aio.sweeper import Sweeper
+from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
@@ -34,6 +35,7 @@ class Core:
         self.l1 = L1Store(arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry), self.observers)
         self.writeback = Writeback(self.l1, self.guards, self.observers, config)
         self.tombstones = tombstones = Tombstones()
+        self.hashing = Worker("async_cache hashing")
         self.loader = Loader(
             self.l1,
             self.guards,
@@ -44,11 +46,11 @@ class Core:
         )
         self.sweeper = Sweeper()
         self.controller = PrefetchController(
-            self.l1, self.guards, self.loader, self.sweeper, tombstones, self.observers, config
+            self.l1, self.guards, self.loader, self.sweeper, self.hashing, tombstones, self.observers, config
         )
         self.requests = self.controller.requests
-        self.writing = Writing(self.l1, self.writeback, self.sweeper, config)
-        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones)
+        self.writing = Writing(self.l1, self.writeback, self.sweeper, self.hashing, config)
+        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones, self.hashing)
         self.backends = Backends(self.guards, self.writeback, tombstones, config, self.loader.forget)
         self.sweeping = asyncio.create_task(self.sweeper.run())
 
@@ -68,7 +70,12 @@ class Core:
         await self.loader.close()
         await self.remover.empty_l1()
         self.l1.close()
-        await asyncio.to_thread(self.arena.close)  # to unmap gigabytes takes its time
+        await asyncio.to_thread(self._close_blocking)
+
+    def _close_blocking(self) -> None:
+        """Close what may take its time: to unmap gigabytes does."""
+        self.hashing.close(wait=True)
+        self.arena.close()
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether the chunks of a prompt that are in memory have its layout.
@@ -81,7 +88,7 @@ class Core:
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now."""
-        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones)
+        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones, self.hashing)
 
     def stats(self) -> CacheStats:
         """Count what is held now, and what was done since the cache was opened."""

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, Generator, Iterable
 from functools import partial
 from typing import NamedTuple
 
+from async_cache.aio.worker import Worker
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
 from async_cache.l2.guards import Guards
@@ -68,12 +69,15 @@ class _Tally:
 class Decider:
     """Takes requests to their promise, step by step."""
 
-    def __init__(self, l1: L1Store, guards: Guards, loader: Loader, tombstones: Tombstones, planner: Planner):
+    def __init__(
+        self, l1: L1Store, guards: Guards, loader: Loader, tombstones: Tombstones, planner: Planner, hashing: Worker
+    ):
         self._l1 = l1
         self._guards = guards
         self._loader = loader
         self._tombstones = tombstones
         self._planner = planner
+        self._hashing = hashing
 
     def is_all_in_l1(self, request: Request) -> bool:
         """Decide a request of which L1 has everything, in the shortest way; whether that is so."""
@@ -93,7 +97,7 @@ class Decider:
     def steps(self, request: Request) -> Generator[Wait, None, Promised]:
         """Decide what is promised. Each step says what to wait for before the next."""
         if not request.prompt.hashed:
-            yield partial(asyncio.to_thread, request.prompt.hash)
+            yield partial(self._hashing.run, request.prompt.hash)
         layout, hashes = request.prompt.layout, request.hashes
         request.search = search = Search(layout, hashes, self._guards.current, self._tombstones)
         for _ in self._find(request, search):

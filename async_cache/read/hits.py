@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from contextlib import closing
 
+from async_cache.aio.worker import Worker
 from async_cache.errors import CacheClosedError
 from async_cache.l1.store import L1Store
 from async_cache.l2.guards import Guards
@@ -21,10 +22,12 @@ _AT_ONCE = (
 )
 
 
-async def count_hits(prompt: Prompt, l1: L1Store, guards: Guards, loader: Loader, tombstones: Tombstones) -> LookupHits:
+async def count_hits(
+    prompt: Prompt, l1: L1Store, guards: Guards, loader: Loader, tombstones: Tombstones, hashing: Worker
+) -> LookupHits:
     """Count what a prefetch of this prompt would find. What it pins is unpinned before it returns."""
     if not prompt.hashed:
-        await asyncio.to_thread(prompt.hash)
+        await hashing.run(prompt.hash)
         if l1.closed:
             raise CacheClosedError("the cache was closed")
     layout, hashes, there = prompt.layout, prompt.chunk_hashes, guards.current

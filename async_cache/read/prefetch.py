@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from functools import partial
 
 from async_cache.aio.sweeper import Sweeper
+from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
 from async_cache.handles.prefetch import Prefetch
 from async_cache.l1.entry import Entry
@@ -36,6 +37,7 @@ class PrefetchController:
         guards: Guards,
         loader: Loader,
         sweeper: Sweeper,
+        hashing: Worker,
         tombstones: Tombstones,
         observers: Observers,
         config: CacheConfig,
@@ -44,7 +46,7 @@ class PrefetchController:
         self._l1 = l1
         self._loader = loader
         self._observers = observers
-        self._decider = Decider(l1, guards, loader, tombstones, Planner(l1, loader, config))
+        self._decider = Decider(l1, guards, loader, tombstones, Planner(l1, loader, config), hashing)
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
 

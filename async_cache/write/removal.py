@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress, islice
 
+from async_cache.aio.worker import Worker
 from async_cache.errors import BackendError, CacheClosedError
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
@@ -30,12 +31,14 @@ class Remover:
         loader: Loader,
         writeback: Writeback,
         tombstones: Tombstones,
+        hashing: Worker,
     ):
         self._l1 = l1
         self._guards = guards
         self._loader = loader
         self._writeback = writeback
         self._tombstones = tombstones
+        self._hashing = hashing
         self._carrier = Carrier()
 
     async def delete(self, prompt: Prompt) -> Deleted:
@@ -44,7 +47,7 @@ class Remover:
         A removal is carried to its end, also where its caller is cancelled.
         """
         if not prompt.hashed:
-            await asyncio.to_thread(prompt.hash)
+            await self._hashing.run(prompt.hash)
             if self._l1.closed:
                 raise CacheClosedError("the cache was closed")
         removed = _Removed()

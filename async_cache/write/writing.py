@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from async_cache.aio.sweeper import Sweeper
+from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
 from async_cache.errors import CacheClosedError
 from async_cache.handles.writer import Block, Life, Opened, WriteChunk, Writer
@@ -43,9 +44,10 @@ class OpenWriter:
 class Writing:
     """All writers that are open: what they reserve, publish and leave, and the time after which they expire."""
 
-    def __init__(self, l1: L1Store, writeback: Writeback, sweeper: Sweeper, config: CacheConfig):
+    def __init__(self, l1: L1Store, writeback: Writeback, sweeper: Sweeper, hashing: Worker, config: CacheConfig):
         self._l1 = l1
         self._writeback = writeback
+        self._hashing = hashing
         self._loop = asyncio.get_running_loop()
         self._open = sweeper.expiry(config.reservation_ttl_seconds, self._expire)
         self._unseen: deque[Reservation] = deque()  # rooms whose last view has gone, in whatever thread
@@ -80,10 +82,10 @@ class Writing:
     async def _reserve(
         self, prompt: Prompt, rank: int, start_chunk: int, expired: Callable[[], None] | None, writer: Writer
     ) -> Opened:
+        self._check_open()
         if not prompt.hashed:
-            await asyncio.to_thread(prompt.hash)
-        if self._l1.closed:
-            raise CacheClosedError("the cache was closed")
+            await self._hashing.run(prompt.hash)
+            self._check_open()
         self.reclaim()
         missing: list[int] = []
         resident: list[Entry] = []  # leased meanwhile
@@ -114,8 +116,11 @@ class Writing:
         """Let others have their turn, between two parts of a long prompt. Raises CacheClosedError."""
         if done:
             await asyncio.sleep(0)
-            if self._l1.closed:
-                raise CacheClosedError("the cache was closed")
+            self._check_open()
+
+    def _check_open(self) -> None:
+        if self._l1.closed:
+            raise CacheClosedError("the cache was closed")
 
     async def _look_up(
         self, prompt: Prompt, rank: int, start_chunk: int, missing: list[int], resident: list[Entry]
