@@ -30,12 +30,14 @@ MAY_KNOW = {
     "protocol": "errors prompt values",
     "config": "errors prompt protocol",
     "observe": "handles values",
+    "ledger": "observe prompt values",
     # the tiers, and the ways through them
-    "l1": "aio memory observe prompt retention values",
-    "l2": "config errors prompt retention values",
-    "read": "aio config errors handles l1 l2 observe prompt values",
-    "write": "aio config errors handles l1 l2 observe prompt read retention values",
-    "core": "aio config l1 l2 memory observe prompt read retention values write",
+    "l1": "aio ledger memory observe prompt retention values",
+    "l2": "config errors ledger prompt retention values",
+    "read": "aio config errors handles l1 l2 ledger observe prompt values",
+    "write": "aio config errors handles l1 l2 ledger observe prompt read retention values",
+    "events": "handles ledger observe values",
+    "core": "aio config errors events l1 l2 ledger memory observe prompt read retention values write",
     "cache": "aio config core errors handles l2 memory prompt values",
     # the same from other processes
     "server": "cache config errors handles memory observe prompt protocol values",
@@ -49,7 +51,7 @@ MAY_KNOW = {
 LAZY = {("async_cache.memory.tensors", "torch")}
 """What is imported in a function, and where: an extra that most have no use for."""
 ENTRY_POINTS = {
-    ("async_cache.l2.registry", "importlib.metadata"),
+    ("async_cache.l2.urls.registry", "importlib.metadata"),
     ("async_cache.l2.mooncake.backend", "importlib.util"),  # to see whether an extra is there, which a helper imports
 }
 """Who finds what other packages give: nothing else is imported by a name that is made up while it runs."""
@@ -181,9 +183,8 @@ def test_nothing_imports_an_integration() -> None:
 
 def test_the_package_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'transformers', 'pytest', 'async_solipsism', 'obstore'}"
-    code = (
-        f"import sys, async_cache, async_cache.integrations, async_cache.l2.registry; print({heavy} & set(sys.modules))"
-    )
+    modules = "sys, async_cache, async_cache.integrations, async_cache.l2.urls.registry"
+    code = f"import {modules}; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 

@@ -13,7 +13,7 @@ from xxhash import xxh3_64
 from async_cache.errors import ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.index import Chunk, Index
-from async_cache.l2.url import BackendURL, capacity
+from async_cache.l2.urls.url import BackendURL, capacity
 from async_cache.prompt.keys import ObjectKey
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import BackendUsage, Removal
@@ -50,7 +50,7 @@ class MemoryBackend(Backend):
             raise ValueError(f"capacity_bytes must be at least 1, or None for no bound, not {capacity_bytes}")
         self.name = name
         self.capacity_bytes = capacity_bytes
-        self._index = Index(policy)
+        self._index = Index(policy, lambda *removed: self.on_removed(*removed))
         self._objects: dict[ObjectKey, _Object] = {}
         self._turn = asyncio.Lock()
 

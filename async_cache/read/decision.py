@@ -13,16 +13,18 @@ from typing import NamedTuple
 from async_cache.aio.worker import Worker
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
-from async_cache.l2.guards import Guards
+from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
+from async_cache.ledger.roots import Roots
 from async_cache.prompt import coverage
 from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Loader
 from async_cache.read.lookup import Found, Sources, ask
+from async_cache.read.misses import Misses
 from async_cache.read.plan import Plan, Planner
 from async_cache.read.request import Request
 from async_cache.read.search import Search
-from async_cache.values import Shortfall
+from async_cache.values import Missed, Shortfall
 
 _LOOKED_UP_AT_ONCE = 8192  # chunks in L1, or objects in L2, in a step of the loop: a millisecond or two
 _CAUGHT_UP_AT_ONCE = 4096  # chunks
@@ -39,6 +41,7 @@ class Promised(NamedTuple):
     shortfall: Shortfall | None = None
     load_bytes: int = 0
     expected_load_seconds: float | None = 0.0
+    missed: Missed | None = None
 
 
 class _Tally:
@@ -70,7 +73,15 @@ class Decider:
     """Takes requests to their promise, step by step."""
 
     def __init__(
-        self, l1: L1Store, guards: Guards, loader: Loader, tombstones: Tombstones, planner: Planner, hashing: Worker
+        self,
+        l1: L1Store,
+        guards: Guards,
+        loader: Loader,
+        tombstones: Tombstones,
+        planner: Planner,
+        hashing: Worker,
+        misses: Misses,
+        roots: Roots,
     ):
         self._l1 = l1
         self._guards = guards
@@ -78,6 +89,8 @@ class Decider:
         self._tombstones = tombstones
         self._planner = planner
         self._hashing = hashing
+        self._misses = misses
+        self._roots = roots
 
     def is_all_in_l1(self, request: Request) -> bool:
         """Decide a request of which L1 has everything, in the shortest way; whether that is so."""
@@ -234,6 +247,7 @@ class Decider:
     def _load(self, request: Request, found: Found, sources: Sources, to_load: Mapping[int, int]) -> None:
         """Hand what has its room to the loader."""
         if to_load:
+            self._roots.note(request.prompt)
             self._loader.add(request, request.hashes, found, sources)
             request.loads.update(to_load)
 
@@ -248,14 +262,17 @@ class Decider:
             shared[number] &= ~loaded[number]
         self._loader.shared_loads += sum(map(int.bit_count, shared.values()))
         request.from_l2 = sorted({**shared, **loaded})
-        shortfall = None
+        shortfall = missed = None
         if plan.length < plan.found:
             shortfall = Shortfall.MEMORY
         elif plan.found < len(request.hashes):
             shortfall = request.reasons.get(plan.found, Shortfall.BACKEND_ERROR if found.failed else None)
+        if plan.found < len(request.hashes):
+            number = request.start_chunk + plan.found
+            missed = self._misses.missed(request.prompt.chunk_hashes, number, failed=found.failed)
         load_bytes = sum(map(sizes.__getitem__, loaded.values())) + sum(map(sizes.__getitem__, shared.values()))
         expected = self._loader.expected_seconds(tally.more_bytes)
-        return Promised(plan.found, shortfall, load_bytes, expected)
+        return Promised(plan.found, shortfall, load_bytes, expected, missed)
 
 
 def _parts(numbers: Sequence[int]) -> Iterator[Sequence[int]]:

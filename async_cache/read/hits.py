@@ -7,23 +7,28 @@ from contextlib import closing
 from async_cache.aio.worker import Worker
 from async_cache.errors import CacheClosedError
 from async_cache.l1.store import L1Store
-from async_cache.l2.guards import Guards
-from async_cache.l2.meter import Meter, expected_load_seconds
+from async_cache.l2.guard.guards import Guards
+from async_cache.l2.guard.meter import Meter, expected_load_seconds
 from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
 from async_cache.read.loads import Loader
 from async_cache.read.lookup import ask
+from async_cache.read.misses import Misses
 from async_cache.read.search import Search
 from async_cache.values import LookupHits, Shortfall
 
-_AT_ONCE = (
-    8192  # chunks in L1, or objects in L2, that are looked at in a millisecond or two; then the loop has its turn
-)
+_AT_ONCE = 8192  # chunks in L1, or objects in L2: a millisecond or two, then the loop has its turn
 
 
 async def count_hits(
-    prompt: Prompt, l1: L1Store, guards: Guards, loader: Loader, tombstones: Tombstones, hashing: Worker
+    prompt: Prompt,
+    l1: L1Store,
+    guards: Guards,
+    loader: Loader,
+    tombstones: Tombstones,
+    hashing: Worker,
+    misses: Misses,
 ) -> LookupHits:
     """Count what a prefetch of this prompt would find. What it pins is unpinned before it returns."""
     if not prompt.hashed:
@@ -88,4 +93,5 @@ async def count_hits(
         shortfall=Shortfall.BACKEND_ERROR if length < len(hashes) and found.failed else None,
         load_bytes=sum(map(sizes.__getitem__, to_load.values())),
         expected_load_seconds=expected_load_seconds(list(source_bytes.items())),
+        missed=misses.missed(hashes, length, failed=found.failed) if length < len(hashes) else None,
     )

@@ -11,13 +11,15 @@ from async_cache.config import CacheConfig
 from async_cache.handles.prefetch import Prefetch
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
-from async_cache.l2.guards import Guards
+from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
+from async_cache.ledger.roots import Roots
 from async_cache.observe import Observers, notify
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
 from async_cache.read.decision import Decider, Promised, Wait
 from async_cache.read.loads import Arrival, Loader
+from async_cache.read.misses import Misses
 from async_cache.read.plan import Planner
 from async_cache.read.request import LOADED, LOADING, LOOKING_UP, Request
 from async_cache.read.requests import Requests
@@ -41,12 +43,14 @@ class PrefetchController:
         tombstones: Tombstones,
         observers: Observers,
         config: CacheConfig,
+        misses: Misses,
+        roots: Roots,
     ):
         self.requests = Requests(l1, sweeper, observers, config, self._give_up)
         self._l1 = l1
         self._loader = loader
         self._observers = observers
-        self._decider = Decider(l1, guards, loader, tombstones, Planner(l1, loader, config), hashing)
+        self._decider = Decider(l1, guards, loader, tombstones, Planner(l1, loader, config), hashing, misses, roots)
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -217,6 +221,7 @@ class PrefetchController:
             shortfall=promised.shortfall,
             load_bytes=promised.load_bytes,
             expected_load_seconds=promised.expected_load_seconds,
+            missed=promised.missed,
         )
         if request.hits.resolve(hits) and self._observers.promised:
             notify(self._observers.promised, request.prefetch, hits)

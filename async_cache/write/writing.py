@@ -2,7 +2,7 @@
 
 import asyncio
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,6 +13,7 @@ from async_cache.errors import CacheClosedError
 from async_cache.handles.writer import Block, Life, Opened, WriteChunk, Writer
 from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
+from async_cache.ledger.roots import Roots
 from async_cache.prompt.layout import Prompt, check_index
 from async_cache.values import Shortfall
 from async_cache.write.writeback import Writeback
@@ -44,7 +45,18 @@ class OpenWriter:
 class Writing:
     """All writers that are open: what they reserve, publish and leave, and the time after which they expire."""
 
-    def __init__(self, l1: L1Store, writeback: Writeback, sweeper: Sweeper, hashing: Worker, config: CacheConfig):
+    def __init__(
+        self,
+        l1: L1Store,
+        writeback: Writeback,
+        sweeper: Sweeper,
+        hashing: Worker,
+        config: CacheConfig,
+        roots: Roots | None = None,
+    ):
+        self.filling: Counter[bytes] = Counter()
+        """Chunks for which a writer has room, and how many rooms: they are about to be committed."""
+        self._roots = roots if roots is not None else Roots()
         self._l1 = l1
         self._writeback = writeback
         self._hashing = hashing
@@ -93,7 +105,7 @@ class Writing:
         chunks: list[WriteChunk] = []
         life = Life()
         try:
-            await self._look_up(prompt, rank, start_chunk, missing, resident)
+            dropped = await self._look_up(prompt, rank, start_chunk, missing, resident)
             await self._make_room(prompt, rank, missing, resident, made)
             for begin in range(0, len(made), _AT_ONCE):
                 await self._turn(begin)
@@ -106,7 +118,12 @@ class Writing:
             raise
         finally:
             self._l1.release_soon(resident[::-1])
+        for entry, index in dropped:
+            if entry.dropped and not entry.detached:  # whoever stores a prompt again wants it in L2
+                self._writeback.enqueue(entry, prompt.chunk_hashes, index)
         shortfall = Shortfall.MEMORY if len(made) < len(missing) else None
+        self.filling.update([reservation.chunk_hash for reservation in made])
+        self._roots.note(prompt)
         opened = OpenWriter(writer, prompt, rank, missing, made, expired)
         self._open.add(opened)
         lend, commit = partial(self._lend, opened), partial(self._commit, opened)
@@ -124,8 +141,12 @@ class Writing:
 
     async def _look_up(
         self, prompt: Prompt, rank: int, start_chunk: int, missing: list[int], resident: list[Entry]
-    ) -> None:
-        """Add the chunks that L1 lacks of a rank to `missing`, and lease to `resident` what it has of a prompt."""
+    ) -> list[tuple[Entry, int]]:
+        """Add the chunks that L1 lacks of a rank to `missing`, and lease to `resident` what it has of a prompt.
+
+        Returns what of that some backend has dropped, and which chunk it is.
+        """
+        dropped: list[tuple[Entry, int]] = []
         hashes, mask = prompt.chunk_hashes, prompt.layout.objects.rank_masks[rank]
         for begin in range(0, len(hashes), _AT_ONCE):
             await self._turn(begin)
@@ -138,9 +159,8 @@ class Writing:
                 for index, entry in enumerate(found, begin)
                 if index >= start_chunk and mask & ~(entry.present if entry is not None else 0)
             ]
-            for index, entry in enumerate(found, begin):
-                if entry is not None and entry.dropped:  # whoever stores a prompt again wants it in L2
-                    self._writeback.enqueue(entry, hashes, index)
+            dropped += [(entry, n) for n, entry in enumerate(found, begin) if entry is not None and entry.dropped]
+        return dropped
 
     async def _make_room(
         self, prompt: Prompt, rank: int, missing: Sequence[int], resident: list[Entry], made: list[Reservation]
@@ -176,8 +196,15 @@ class Writing:
         mask = prompt.layout.objects.rank_masks[opened.rank]
         hashes = prompt.chunk_hashes
         before = hashes[index - 1] if index else None
+        self._filled(hashes[index])
         self._writeback.enqueue(self._l1.commit(opened.reservations[position], mask, before), hashes, index)
         self._open.add(opened)
+
+    def _filled(self, chunk_hash: bytes) -> None:
+        """One room less is to be filled of a chunk."""
+        left = self.filling.pop(chunk_hash, 0) - 1
+        if left > 0:
+            self.filling[chunk_hash] = left
 
     def _close(self, opened: OpenWriter, uncommitted: list[tuple[int, Block | None]]) -> None:
         """Give back the rooms that were not committed; in quarantine goes what somebody still sees."""
@@ -185,6 +212,8 @@ class Writing:
         opened.writer = None
         self._woken = True  # `reclaim` follows
         rooms = opened.reservations
+        for room in [rooms[position] for position, _ in uncommitted]:
+            self._filled(room.chunk_hash)
         free = [rooms[position] for position, block in uncommitted if block is None]
         lent = [(rooms[position], block) for position, block in uncommitted if block is not None]
         uncommitted.clear()

@@ -16,7 +16,7 @@ from async_cache.l2.index import Index
 from async_cache.l2.mooncake.calls import Find, ListAll, Load, Measure, Place, Remove, Setup, Store
 from async_cache.l2.mooncake.process import HelperProcess
 from async_cache.l2.mooncake.views import address
-from async_cache.l2.url import BackendURL, one_of, whole_number
+from async_cache.l2.urls.url import BackendURL, one_of, whole_number
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage, Removal
 
@@ -70,7 +70,7 @@ class MooncakeBackend(Backend):
             master, metrics_port, namespace, host, metadata, segment_bytes, protocol, devices, replicas, threads
         )
         self._arena: tuple[int, int, int] | None = None  # its descriptor, where it begins here, and its size
-        self._known = Index()
+        self._known = Index(on_removed=lambda *removed: self.on_removed(*removed))
         self._doubtful: set[ObjectKey] = set()
         self._helper: HelperProcess | None = None
         self._connecting: asyncio.Task[HelperProcess] | None = None

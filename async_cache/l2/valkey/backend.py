@@ -10,7 +10,7 @@ from typing import Self
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.record import TRAILER_BYTES
-from async_cache.l2.url import BackendURL
+from async_cache.l2.urls.url import BackendURL
 from async_cache.l2.valkey.items import Item, ask
 from async_cache.l2.valkey.listing import list_node
 from async_cache.l2.valkey.names import Names
@@ -47,6 +47,7 @@ class ValkeyBackend(Backend):
         self.name = settings.name
         self._settings = settings
         self._names = Names(settings.namespace)
+        self.ttl_seconds = settings.ttl_seconds
         self._ttl = None if settings.ttl_seconds is None else max(1, round(settings.ttl_seconds * 1000))
         self._usage = Usage()
         self._doubtful: set[ObjectKey] = set()  # could not be read: to be replaced
