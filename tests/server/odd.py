@@ -1,7 +1,7 @@
 """Servers with odd backends, as a program: `python -m server.odd KIND serve ...`, which takes the flags of `serve`.
 
-KIND: lookup, load or store, of which all calls wait for ever; or stuck, of which each load and store is a thread that
-nothing ends.
+KIND: lookup, load or store, of which all calls wait for ever; stuck, of which each load and store is a thread that
+nothing ends; or slow, which takes 2 ms for 16 bytes.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from async_cache import AsyncCache, CacheConfig, cli
 from async_cache.l2 import Backend
 from async_cache.l2.urls.registry import from_url
 from async_cache.server import process
-from async_cache.testing.backends import GatedBackend, WrappedBackend
+from async_cache.testing.backends import GatedBackend, ThrottledBackend, WrappedBackend
 
 
 class StuckBackend(WrappedBackend):
@@ -33,6 +33,7 @@ KINDS: dict[str, Callable[[Backend], Backend]] = {
     "load": lambda inner: GatedBackend(inner, "load"),
     "store": lambda inner: GatedBackend(inner, "store"),
     "stuck": StuckBackend,
+    "slow": lambda inner: ThrottledBackend(inner, bytes_per_second=16 / 0.002),
 }
 
 
