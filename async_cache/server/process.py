@@ -41,20 +41,19 @@ async def serve(
     stopped = asyncio.Event()
 
     def stop() -> None:
+        if stopped.is_set():
+            return
         log.info("shutting down")
         stopped.set()
         opening.cancel()
         _end_after(timeout)
 
-    numbers = _signals()
-
     def signalled(*_: object) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        loop.call_soon_threadsafe(stop)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(stop)
 
-    # Not by the loop, which would give them back as it closes: what comes then would kill the process.
-    for number in numbers:
+    # Not by the loop, which would let go of them as it closes: what comes then would kill the process.
+    for number in _signals():
         signal.signal(number, signalled)
     async with AsyncExitStack() as stack:
         opening = asyncio.create_task(_open(stack, cache_config, server_config))

@@ -1,10 +1,13 @@
 """Servers with odd backends, as a program: `python -m server.odd KIND serve ...`, which takes the flags of `serve`.
 
 KIND: lookup, load or store, of which all calls wait for ever; stuck, of which each load and store is a thread that
-nothing ends; or slow, which takes 2 ms for 16 bytes.
+nothing ends; or slow, which takes 2 ms for 16 bytes. A slow server stops (SIGSTOP) when it has only to exit still.
 """
 
 import asyncio
+import atexit
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -38,7 +41,10 @@ KINDS: dict[str, Callable[[Backend], Backend]] = {
 
 
 def main() -> None:
-    make = KINDS[sys.argv.pop(1)]
+    kind = sys.argv.pop(1)
+    make = KINDS[kind]
+    if kind == "slow":
+        atexit.register(os.kill, os.getpid(), signal.SIGSTOP)
 
     def odd_cache(config: CacheConfig) -> AsyncCache:
         return AsyncCache(config, [make(from_url(url)) for url in config.l2])

@@ -150,18 +150,19 @@ async def test_what_was_committed_before_is_in_storage_afterwards(tmp_path):
 @pytest.mark.parametrize("then", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 async def test_further_signals_change_nothing_while_it_flushes_or_ends(tmp_path, first, then):
-    """They come until it is gone, after its event loop as well."""
+    """They come after its event loop has ended as well."""
     with server(tmp_path, l2=[f"fs://{tmp_path}/l2"], via=["server.odd", "slow"]) as served:
         async with connect(served.url) as cache:
             for prompt in SMALL_PROMPTS:
                 await fill(cache, prompt)
             os.kill(served.pid, first)
             sent = 0
-            while served.child.poll() is None:
+            while psutil.Process(served.pid).status() != psutil.STATUS_STOPPED:
                 os.kill(served.pid, then)
                 sent += 1
                 await asyncio.sleep(0.001)
-            assert served.child.returncode == 0 and sent > 100
+            os.kill(served.pid, signal.SIGCONT)
+            assert served.child.wait(SHUTDOWN_SECONDS) == 0 and sent > 10
             assert served.log.count("shutting down") == 1
     with server(tmp_path, l2=[f"fs://{tmp_path}/l2"]) as served:
         async with connect(served.url) as cache:
