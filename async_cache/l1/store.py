@@ -12,7 +12,7 @@ from async_cache.ledger.ledger import Ledger
 from async_cache.memory.arena import Arena
 from async_cache.memory.extents import Extents, Gaps
 from async_cache.observe import Observers, notify
-from async_cache.prompt.layout import ModelLayout
+from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import Removal
 
@@ -136,6 +136,10 @@ class L1Store:
                 self._free(entry)
             else:
                 self.evictable_bytes += entry.room_bytes
+
+    def asked(self, prompt: Prompt) -> None:
+        """Note that a request asked for all chunks of a prompt, there or not."""
+        self._policy.asked(prompt.chunk_hashes, prompt.tokens, prompt.layout.chunk_tokens)
 
     def touch(self, chunk_hashes: Iterable[bytes]) -> None:
         """Mark chunks as used just now, the last one most recently."""

@@ -1,4 +1,4 @@
-"""Recorded requests through the real index of L1, in virtual time and without bytes: what would have been found?
+"""Recorded requests through the real index of L1, in virtual time and without bytes: what would be found.
 
 trace      the requests of a recording, as they are in a file
 foresight  the policy that knows the future: no other can find more

@@ -28,6 +28,7 @@ _DIGEST_BYTES = 8
 _LESSON_EVERY = 2  # branches that come through a bin unused: one of so many is a lesson, of that weight
 _LESSON_POWER = 0.3  # of the number of chunks is the weight of a lesson: they are not independent
 _AGED_AT_ONCE = 8  # branches in each bin: what is older than its bin for a while is only judged too well
+_LONGEST_PATH = 8192  # chunks: what lies behind is known, but not as a part of the path
 _STALE = 1024  # entries of the heap beyond those in use
 
 HELD, SUSPENDED, SHOWN = 0, -1, -2
@@ -133,6 +134,7 @@ class PrefixPolicy(Generic[T]):
         """A request asked for all chunks on a path from the root, of so many tokens, and put out so many."""
         if not path or len(set(path)) < len(path):  # an engine's own digests need not be chained
             return
+        path = path[:_LONGEST_PATH]
         now = self._clock()
         self._age(now)
         digests = b"".join([chunk_hash[:_DIGEST_BYTES] for chunk_hash in path])
