@@ -50,7 +50,11 @@ MAY_KNOW = {
     "testing": "errors l2 prompt values",
 }
 """Each room (a folder, or a module beside the folders), and the rooms that it may import: all that it does import."""
-LAZY = {("async_cache.memory.tensors", "torch"), ("async_cache.tracing", "opentelemetry"), ("async_cache.replay.plot", "matplotlib.figure")}
+LAZY = {
+    ("async_cache.memory.tensors", "torch"),
+    ("async_cache.tracing", "opentelemetry"),
+    ("async_cache.replay.plot", "matplotlib.figure"),
+}
 """What is imported in a function, and where: an extra that most have no use for."""
 ENTRY_POINTS = {
     ("async_cache.l2.urls.registry", "importlib.metadata"),

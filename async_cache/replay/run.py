@@ -83,6 +83,10 @@ def replay(
         policy.asked(path, request.tokens, trace.chunk_tokens, request.output_tokens if outputs else None)
         stored: list[Entry] = []  # pinned, as they are until they are written back
         for place in range(len(found), len(path)):
+            if (behind := l1.find(path[place])) is not None:  # only what came before it had left
+                l1.pin(behind)
+                stored.append(behind)
+                continue
             if l1.used_bytes + chunk_bytes > size:
                 full = full or number < measured_from
                 if not policy.admits(path[place]):

@@ -71,7 +71,7 @@ def read_trace(path: Path) -> Trace:
                     requests.append(_request(fields, chunk_tokens, hashes))
                 except (ValueError, TypeError, KeyError, AttributeError) as error:
                     raise ConfigError(f"{path}, line {number}: not a request of a trace: {error}") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not requests:
         raise ConfigError(f"{path} has no requests")

@@ -1,23 +1,41 @@
-"""First in, first out: what came first leaves first, however often it is used."""
+"""First in, first out: what came first leaves first, however often it is used, and whatever builds on it.
 
-from collections.abc import Iterator
+It is a yardstick, and the one policy that knows nothing of trees: so simulators of caches have it.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from async_cache.retention.leaves import Leafy, LeavesFirst
-from async_cache.retention.ring import Ring
+from async_cache.retention.ring import Linked, Ring
+from async_cache.values import Removal
 
-T = TypeVar("T", bound=Leafy)
+T = TypeVar("T", bound=Linked)
 
 
-class FirstInFirstOut(LeavesFirst[T]):
-    """One queue, in the order in which items came."""
+class FirstInFirstOut(Ring[T]):
+    """A policy whose order is that in which items came."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._queue: Ring[T] = Ring()
+    def asked(self, path: Sequence[bytes], tokens: int, chunk_tokens: int, output_tokens: int | None = None) -> None:
+        """Nothing: being asked for changes no place in a queue."""
 
-    def entered(self, item: T) -> Ring[T]:
-        return self._queue
+    def enter(self, item: T, parent: T | None, kept: bool = False) -> None:
+        """Place the item at the end of the queue."""
+        super().use(item)
 
-    def candidates(self) -> Iterator[T]:
-        return iter(self._queue)
+    def use(self, item: T, before: T | None = None) -> None:
+        """Nothing, for the same reason."""
+
+    def suspend(self, item: T) -> None:
+        """Nothing: whoever passes over an item does so each time."""
+
+    def left(self, item: T, removal: Removal) -> None:
+        """Take the item out of the queue."""
+        self.discard(item)
+
+    def admits(self, chunk_hash: bytes) -> bool:
+        """Yes: it comes last."""
+        return True
+
+    def victims(self) -> Iterator[T]:
+        """All items, the one that came first first."""
+        return iter(self)
