@@ -40,7 +40,7 @@ class PerfectForesight:
         self._entries[item.chunk_hash] = item
         self._offer(item.chunk_hash)
 
-    def use(self, item: Entry) -> None:
+    def use(self, item: Entry, before: Entry | None = None) -> None:
         """It was known."""
 
     def suspend(self, item: Entry) -> None:

@@ -21,8 +21,9 @@ def plot(points: Sequence[Point], path: Path, title: str) -> None:
     axes = figure.add_subplot()
     for name in dict.fromkeys(point.policy for point in points):
         own = sorted((p.capacity_bytes / _GIB, 100 * p.found.hit_rate) for p in points if p.policy == name)
-        style = {"color": "0.55", "linestyle": "--"} if name == FORESIGHT else {}
-        axes.plot(*zip(*own, strict=True), marker="o", label=name, **style)
+        (line,) = axes.plot(*zip(*own, strict=True), marker="o", label=name)
+        if name == FORESIGHT:
+            line.set(color="0.55", linestyle="--")
     axes.set_xscale("log", base=2)
     ticks = sorted({point.capacity_bytes / _GIB for point in points})
     axes.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks])

@@ -8,8 +8,8 @@ from msgspec import Struct
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.memory.arena import Arena
-from async_cache.prompt.layout import ModelLayout, ObjectGroup
-from async_cache.prompt.objects import PAGE_BYTES
+from async_cache.prompt.layout import ModelLayout
+from async_cache.prompt.objects import PAGE_BYTES, ObjectGroup
 from async_cache.replay.trace import Trace
 from async_cache.retention.policy import EvictionPolicy
 

@@ -23,7 +23,9 @@ class FirstInFirstOut(Ring[T]):
         super().use(item)
 
     def use(self, item: T, before: T | None = None) -> None:
-        """Nothing, for the same reason."""
+        """Place an item that is not known at the end, or before another one; else nothing, for the same reason."""
+        if item.older is None:
+            super().use(item, before)
 
     def suspend(self, item: T) -> None:
         """Nothing: whoever passes over an item does so each time."""

@@ -18,4 +18,4 @@ class Ghosts:
 
     def take(self, digest: bytes) -> bool:
         """Whether it is remembered; it is not any more."""
-        return self._digests.pop(digest, self) is None  # type: ignore[arg-type]
+        return self._digests.pop(digest, self) is None

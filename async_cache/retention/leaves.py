@@ -81,9 +81,11 @@ class LeavesFirst(Generic[T]):
         self.known += 1
         self.move(item, self.entered(item))
 
-    def use(self, item: T) -> None:
-        """An item was used just now."""
-        if item.node is not None:
+    def use(self, item: T, before: T | None = None) -> None:
+        """An item, known or not, was used just now."""
+        if item.node is None:
+            self.enter(item, None)
+        elif before is None:
             self.used(item)
 
     def suspend(self, item: T) -> None:

@@ -24,8 +24,11 @@ class EvictionPolicy(Protocol[T]):
     def enter(self, item: T, parent: T | None, kept: bool = False) -> None:
         """An item came, which builds on another one, if that is there. `kept`: that one is leased."""
 
-    def use(self, item: T) -> None:
-        """An item that is known was used just now. Those of a prompt come with the last one first."""
+    def use(self, item: T, before: T | None = None) -> None:
+        """An item, known or not, was used just now; or it is to leave right before another one.
+
+        Those of a prompt come with the last one first.
+        """
 
     def suspend(self, item: T) -> None:
         """An item must stay for now, and need not be among the victims until its next `use`."""

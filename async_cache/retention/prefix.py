@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from msgspec import Struct
 
-from async_cache.retention.reuse import BIN_ENDS, NO_GAP, Kind, ReuseModel, cut_of, gap_of, kind_of
+from async_cache.retention.reuse import BIN_ENDS, NO_GAP, UNKNOWN, Kind, ReuseModel, cut_of, gap_of, kind_of
 from async_cache.values import Removal
 
 REMEMBERED = 4  # times the chunks that are there: so many that left are remembered,
@@ -54,7 +54,7 @@ class Run(Struct, gc=False):
     touches: int  # requests that asked for them
     gap: int  # between their last two uses, see `gap_of`
     tail: bool = False  # one chunk, which is shorter than others
-    kind: Kind | None = None
+    kind: Kind = UNKNOWN
 
 
 class Branch(Struct, gc=False, eq=False):
@@ -226,9 +226,11 @@ class PrefixPolicy(Generic[T]):
             branch.members += moved
         return moved
 
-    def use(self, item: T) -> None:
-        """An item was used just now."""
-        if item.node is not None and item.node.entry == SUSPENDED:
+    def use(self, item: T, before: T | None = None) -> None:
+        """An item, known or not, was used just now."""
+        if item.node is None:
+            self.enter(item, None)
+        elif item.node.entry == SUSPENDED:
             self._push(item.node)
 
     def enter(self, item: T, parent: T | None, kept: bool = False) -> None:

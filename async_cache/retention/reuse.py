@@ -45,6 +45,9 @@ class Kind(NamedTuple):
     since_output_and_turn: int = -1
 
 
+UNKNOWN = Kind(())
+
+
 def kind_of(
     touches: int, tail: bool, cut: int, new_tokens: int, output_tokens: int | None, turn: int, gap: int
 ) -> Kind:

@@ -104,5 +104,5 @@ def test_a_file_without_requests_is_one_line(tmp_path: Path, content: bytes | No
     path = tmp_path / "t.jsonl"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match="t.jsonl"):
+    with pytest.raises(ConfigError, match=r"t\.jsonl"):
         read_trace(path)
