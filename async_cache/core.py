@@ -24,6 +24,7 @@ from async_cache.read.loads import Loader
 from async_cache.read.misses import Misses
 from async_cache.read.prefetch import PrefetchController
 from async_cache.retention.lru import LeastRecentlyUsed
+from async_cache.tracing import Tracing
 from async_cache.values import CacheStats, LookupHits
 from async_cache.write.backends import Backends
 from async_cache.write.removal import Remover
@@ -34,10 +35,13 @@ from async_cache.write.writing import Writing
 class Core:
     """The parts to which `AsyncCache` delegates, and a server beside it. `close` ends them in order."""
 
-    def __init__(self, config: CacheConfig, arena: Arena, backends: Sequence[Backend]):
+    def __init__(self, config: CacheConfig, arena: Arena, backends: Sequence[Backend], tracing: Tracing | None = None):
         self.config, self.arena = config, arena
         self.observers = Observers()
         self.ledger = Ledger(config.explain_chunks, self.observers, self._owner_of)
+        self.tracing = tracing
+        if tracing is not None:
+            self.observers.add(tracing)
         self.events = Events(self.observers, self.ledger)
         self.roots = Roots()
         self.guards = Guards([Guard.of(backend, config, self.ledger) for backend in backends])

@@ -25,6 +25,7 @@ from async_cache.prompt.arguments import (
     check_seconds,
     check_text,
     check_tier,
+    check_traceparent,
     ranks_of,
     start_of,
 )
@@ -145,12 +146,14 @@ class CacheClient:
         skip_tokens: int = 0,
         ranks: Sequence[int] | None = None,
         deadline_seconds: float | None = None,
+        traceparent: str | None = None,
     ) -> Prefetch:
         """Look a prompt up and load what is cached of it; returns at once.
 
         `skip_tokens`: what the engine holds itself; its whole chunks are neither looked up nor counted.
         `ranks`: those to load here, all if None; the others are only checked for existence.
         `deadline_seconds` runs from the moment when the server has the call.
+        `traceparent`: the span that it belongs to, where the server has `traces`.
         Raises RequestConflictError if this client uses the id for something else; without a connection, the futures
         have ConnectionLostError.
         """
@@ -162,6 +165,7 @@ class CacheClient:
             request_id = self.new_request_id()
         check_request_id(request_id, MAX_REQUEST_ID)
         check_seconds("deadline_seconds", deadline_seconds)
+        check_traceparent(traceparent)
         start_chunk, here = start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
         known = link.requests.get(request_id) if link is not None else None
         if known is not None and known.state is not LEFT:
@@ -173,7 +177,7 @@ class CacheClient:
         if link is None:
             call.lost(self._links.error)
         else:
-            link.prefetch(call, float(deadline_seconds) if deadline_seconds is not None else None)
+            link.prefetch(call, float(deadline_seconds) if deadline_seconds is not None else None, traceparent)
         return call.prefetch
 
     def new_request_id(self) -> str:

@@ -61,6 +61,7 @@ class PrefetchController:
         start_chunk: int,
         ranks: Sequence[int],
         deadline_seconds: float | None,
+        traceparent: str | None = None,
     ) -> Prefetch:
         """Begin a request, or return the one that runs under this id. What needs no waiting is known on return.
 
@@ -72,6 +73,7 @@ class PrefetchController:
         elif (known := requests.same(request_id, prompt, start_chunk, ranks)) is not None:
             return known.prefetch
         request = Request(request_id, prompt, start_chunk, ranks, self._loop.time())
+        request.traceparent = traceparent
         request.prefetch = prefetch = Prefetch(request, partial(self.cancel, request))
         requests.add(request)
         self._decide(request)

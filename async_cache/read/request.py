@@ -57,6 +57,7 @@ class Request:
         "start_chunk",
         "state",
         "task",
+        "traceparent",
     )  # fmt: skip
 
     prefetch: Prefetch  # what its caller has of it
@@ -71,6 +72,7 @@ class Request:
         self._hashes: list[bytes] = []
         # Where it is.
         self.began = began
+        self.traceparent: str | None = None  # the span that it belongs to, in the form of W3C
         self.state = LOOKING_UP
         self.task: asyncio.Task[None] | None = None  # while it waits for L2
         self.deadline: asyncio.TimerHandle | None = None
