@@ -55,7 +55,8 @@ def replay(
     if capacities[0] < each * requests.chunk_tokens:
         raise ConfigError(f"--capacity: a chunk takes {show_bytes(each * requests.chunk_tokens)}")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    terminal = Console(stderr=True)
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         bar = progress.add_task("replaying", total=len(policies) * len(capacities) * len(requests.requests))
         points = list(
             sweep(
