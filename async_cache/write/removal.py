@@ -1,7 +1,8 @@
 """Delete and clear: what is removed cannot be found from the call on, whatever reads, loads or stores it meanwhile."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from async_cache.errors import BackendError, CacheClosedError
 from async_cache.l1.entry import Entry
@@ -12,7 +13,7 @@ from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import Prompt
 from async_cache.read.loads import Loader
-from async_cache.values import Deleted
+from async_cache.values import BackendState, Deleted
 from async_cache.write.carrier import Carrier
 from async_cache.write.writeback import Writeback
 
@@ -49,8 +50,9 @@ class Remover:
         hashes = prompt.chunk_hashes
         self._tombstones.bury(hashes)
         resident, leased = self._remove_from_l1(hashes)
+        removal = self._carrier.begin(self._delete_from_l2(prompt, resident, leased))  # before what leaves is let go
         self._loader.delete(hashes)
-        return await self._carrier.carry_out(self._delete_from_l2(prompt, resident, leased))
+        return await self._carrier.wait(removal)
 
     async def clear(self, tier: str) -> Deleted:
         """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1").
@@ -60,8 +62,9 @@ class Remover:
         if tier == "l1":
             return await self._carrier.carry_out(self._clear_written())
         self._tombstones.bury(None)
+        removal = self._carrier.begin(self._clear_all())
         self._loader.delete(list(self._loader.in_flight()))
-        return await self._carrier.carry_out(self._clear_all())
+        return await self._carrier.wait(removal)
 
     async def empty_l1(self) -> None:
         """Remove everything from L1; what somebody still reads keeps its memory."""
@@ -76,7 +79,8 @@ class Remover:
     async def _delete_from_l2(self, prompt: Prompt, resident: set[bytes], leased: int) -> Deleted:
         hashes, objects = prompt.chunk_hashes, prompt.layout.objects
         try:
-            found = await self._delete_everywhere(objects.keys([(h, objects.full_mask) for h in hashes]))
+            with self._all_kept():
+                found = await self._delete_everywhere(objects.keys([(h, objects.full_mask) for h in hashes]))
             return Deleted(len(resident | found), leased)
         finally:
             self._tombstones.lift(hashes)
@@ -88,8 +92,9 @@ class Remover:
 
     async def _clear_all(self) -> Deleted:
         try:
-            resident, leased = await self._clear_l1(keep_needed=False)
-            found = await self._delete_everywhere(None)
+            with self._all_kept():
+                resident, leased = await self._clear_l1(keep_needed=False)
+                found = await self._delete_everywhere(None)
             return Deleted(len(resident | found), leased)
         finally:
             self._tombstones.lift(None)
@@ -132,22 +137,32 @@ class Remover:
     # L2.
 
     async def _delete_everywhere(self, keys: Sequence[ObjectKey] | None) -> set[bytes]:
-        """Delete these objects, or all if None, from every backend, also one that is added meanwhile.
+        """Delete these objects, or all if None, from every backend, also one that is added or removed meanwhile.
 
-        Returns the chunks that were found on any. Raises BackendError once all backends have ended, if one failed.
+        Returns the chunks that were found on any. Raises BackendError once all backends have ended, if one failed that
+        is still there.
         """
-        asked: set[Guard] = set()
+        asked: list[Guard] = []
         outcomes: list[set[bytes] | BaseException] = []
-        while guards := [guard for guard in self._guards.current if guard not in asked]:
-            asked.update(guards)
+        while guards := [guard for guard in self._guards if guard not in asked]:
+            asked += guards
             deletions = [self._delete_from(guard, keys) for guard in guards]
             outcomes += await asyncio.gather(*deletions, return_exceptions=True)
         found: set[bytes] = set()
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
+        for guard, outcome in zip(asked, outcomes, strict=True):
+            if not isinstance(outcome, BaseException):
+                found |= outcome
+            elif guard.state is not BackendState.LEAVING:
                 raise outcome
-            found |= outcome
         return found
+
+    @contextmanager
+    def _all_kept(self) -> Iterator[None]:
+        """Have every backend stay open, also one that leaves now."""
+        with ExitStack() as kept:
+            for guard in self._guards:
+                kept.enter_context(guard.kept())
+            yield
 
     async def _delete_from(self, guard: Guard, keys: Sequence[ObjectKey] | None) -> set[bytes]:
         hashes = None if keys is None else {key.chunk_hash for key in keys}
