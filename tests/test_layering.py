@@ -33,7 +33,7 @@ MAY_KNOW = {
     "ledger": "observe prompt values",
     # the tiers, and the ways through them
     "l1": "ledger memory observe prompt retention values",
-    "l2": "config errors ledger prompt retention values",
+    "l2": "aio config errors ledger prompt retention values",
     "read": "aio config errors handles l1 l2 ledger observe prompt values",
     "write": "aio config errors handles l1 l2 ledger observe prompt read retention values",
     "events": "handles ledger observe values",
@@ -42,7 +42,7 @@ MAY_KNOW = {
     # the same from other processes
     "server": "cache config errors handles memory observe prompt protocol values",
     "client": "aio errors handles memory prompt protocol values",
-    "integrations": "cache client errors handles prompt values",
+    "integrations": "aio cache client errors handles prompt values",
     "cli": "client config errors l2 memory protocol server values",
     "__main__": "cli",
     "testing": "errors l2 prompt values",
