@@ -157,6 +157,7 @@ class Session:
             skip_tokens=message.skip_tokens,
             ranks=message.ranks,
             deadline_seconds=message.deadline_seconds,
+            traceparent=message.traceparent,
         )
         HeldPrefetch(message.number, self.held, self.connection, prefetch, self._holders, self._scope)
 
