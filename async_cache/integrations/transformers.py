@@ -23,7 +23,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from async_cache.aio.ends import in_thread
+from async_cache.aio.ending import in_thread
 from async_cache.cache import AsyncCache
 from async_cache.client import CacheClient
 from async_cache.errors import AsyncCacheError, ConnectionLostError

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Self
 
 from async_cache import ConfigError, ObjectKey
-from async_cache.aio.ends import in_thread
+from async_cache.aio.ending import in_thread
 from async_cache.l2 import Backend, BackendURL, BackendUsage, LoadOutcome
 from async_cache.l2.record import file_name, is_whole, make_trailer, parse_name
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from async_cache.aio.ends import at_its_end
+from async_cache.aio.ending import to_its_end
 from async_cache.errors import BackendError
 
 T = TypeVar("T")
@@ -78,18 +78,16 @@ class Requests:
         try:
             return await self.own(future)
         except asyncio.CancelledError:
-            if self._closing.is_set() and not _is_cancelled():
+            task = asyncio.current_task()
+            if self._closing.is_set() and task is not None and not task.cancelling():
                 raise BackendError("closed") from None
             raise
 
     async def to_its_end(self, future: "asyncio.Future[T]") -> T:
         """Wait until it has ended, cancelled or not, however often. Raises BackendError if that outlasts `close`."""
-        try:
-            return await at_its_end(self.own(future))
-        except asyncio.CancelledError:
-            if _is_cancelled():
-                raise
-            raise BackendError("closed") from None
+        if (await to_its_end(self.own(future))).cancelled():
+            raise BackendError("closed")
+        return future.result()
 
     async def close(self) -> None:
         """Wait for what is under way, but not for a dead service; idempotent."""
@@ -103,9 +101,3 @@ class Requests:
                 future.cancel()
         if running:
             await asyncio.wait(running, timeout=CLOSE_SECONDS)  # which is a matter of some turns of the loop
-
-
-def _is_cancelled() -> bool:
-    """Whether it is this task that was cancelled, and not what it waited for."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

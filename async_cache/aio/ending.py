@@ -1,0 +1,36 @@
+"""Waiting for what must not be left behind, however often whoever waits is cancelled."""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def to_its_end(future: "asyncio.Future[T]") -> "asyncio.Future[T]":
+    """Wait until a future is done, and return it. A cancel of the caller is raised then, and not before."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait((future,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not future.cancelled():
+            future.exception()  # looked at: nobody else does
+        try:
+            raise cancelled
+        finally:
+            del cancelled  # it knows this frame: if the frame knew it, both would wait for the garbage collector
+    return future
+
+
+async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """What a function returns, called in a thread of the loop's own. A cancel is raised when it has ended.
+
+    Only then is what it touches the caller's again.
+    """
+    call = partial(function, *args, **kwargs)
+    return (await to_its_end(asyncio.get_running_loop().run_in_executor(None, call))).result()
