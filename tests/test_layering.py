@@ -43,7 +43,7 @@ MAY_KNOW = {
     # the same from other processes
     "server": "cache config errors handles memory observe prompt protocol values",
     "client": "aio errors handles memory prompt protocol values",
-    "integrations": "cache client errors handles prompt values",
+    "integrations": "aio cache client errors handles prompt values",
     "replay": "errors l1 memory prompt retention values",
     "cli": "client config errors l2 memory protocol replay retention server values",
     "__main__": "cli",
