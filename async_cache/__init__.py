@@ -13,6 +13,7 @@ The rooms, in the order the data flows. Which of them knows which is in `docs/de
 - `aio`: the small asynchronous tools: a value that comes once, time to live
 - `observe`: who is told what happens
 - `core`, `cache`: the parts, wired up; `AsyncCache`, which owns them
+- `metrics`: what is counted for those who operate it
 - `protocol`: what a client and a server say to each other
 - `server`: one cache for all the processes of a machine
 - `client`: `CacheClient` and `BlockingClient`, the same cache from another process

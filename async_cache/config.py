@@ -271,6 +271,8 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
     """How long a client may not read what it is sent."""
     shutdown_timeout_seconds: Seconds = 5.0
     """How long a shutdown may take."""
+    http: str = "127.0.0.1:9600"
+    """Where to answer HTTP, as host:port; empty for nowhere."""
     tenants: dict[str, TenantConfig] = {}
     """By name: their tokens, and their salts. A port beyond loopback needs one."""
 
@@ -279,16 +281,32 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
         for address in map(Address.parse, self.listen):
             if not address.is_local and not self.tenants:
                 raise ConfigError(f"listen: {address} can be reached from other machines: it needs tenants with tokens")
+        if self.http and not http_address(self.http).is_local and not self.tenants:
+            raise ConfigError(f"http: {self.http} can be reached from other machines: it needs tenants with tokens")
 
     @classmethod
     def check(cls, name: str, value: Any) -> Any:
         """The value, if the setting may have it. Raises ConfigError, which tells no token."""
         if name == "tenants":
             return _check_tenants(value)
+        if name == "http":
+            if not isinstance(value, str):
+                raise ConfigError(f"http must be host:port, not {value!r}")
+            if value:
+                http_address(value)
+            return value
         value = super().check(name, value)
         if name == "listen":
             _check_addresses(value)
         return value
+
+
+def http_address(text: str) -> Address:
+    """The address that `http` says. Raises ConfigError."""
+    try:
+        return Address.parse(f"tcp://{text}")
+    except ConfigError as error:
+        raise ConfigError(f"http must be host:port, not {text!r}") from error
 
 
 def _check_addresses(urls: Sequence[str]) -> None:

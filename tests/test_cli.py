@@ -63,7 +63,7 @@ def start(directory: Path, *arguments: str, **variables: str) -> subprocess.Pope
     return subprocess.Popen(
         [*COMMAND, *arguments],
         cwd=directory,
-        env=environment(directory, **variables),
+        env=environment(directory, **({"ASYNC_CACHE_SERVER_HTTP": ""} if "serve" in arguments else {}) | variables),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -38,7 +38,8 @@ MAY_KNOW = {
     "core": "aio config l1 l2 memory observe prompt read retention values write",
     "cache": "aio config core errors handles l2 memory prompt values",
     # the same from other processes
-    "server": "cache config errors handles memory observe prompt protocol values",
+    "metrics": "core handles l2 observe prompt read values",
+    "server": "cache config core errors handles l2 memory metrics observe prompt protocol read values",
     "client": "aio errors handles memory prompt protocol values",
     "integrations": "cache client errors handles prompt values",
     "cli": "client config errors l2 memory protocol server values",

@@ -57,6 +57,11 @@ class Promise(Generic[T]):
             self._told.append(callback)
 
     @property
+    def value(self) -> T | None:
+        """The value, None where there is none yet."""
+        return self._value
+
+    @property
     def error(self) -> Exception | None:
         """Why no value will come, if the promise is broken."""
         return self._error

@@ -282,6 +282,7 @@ class PrefetchController:
     ) -> None:
         length, from_l2 = request.length, len(request.from_l2)
         request.state = LOADING
+        request.promised_at = self._loop.time()
         hits = LookupHits(
             request_id=request.request_id,
             start_chunk=request.start_chunk,

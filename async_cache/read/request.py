@@ -44,6 +44,7 @@ class Request:
         "local_mask",
         "needed",
         "prefetch",
+        "promised_at",
         "prompt",
         "ranks",
         "readers",
@@ -66,7 +67,7 @@ class Request:
         self.ranks = ranks
         self.local_mask = prompt.layout.objects.mask_of_ranks(ranks)  # the objects to load here
         # Where it is.
-        self.began = began
+        self.began = self.promised_at = began  # by the loop's clock
         self.state = LOOKING_UP
         self.task: asyncio.Task[None] | None = None  # while it waits for L2
         self.deadline: asyncio.TimerHandle | None = None

@@ -52,6 +52,16 @@ class Requests:
         return iter(self._requests.values())
 
     @property
+    def pending(self) -> int:
+        """Requests that are not loaded yet."""
+        return len(self._requests) - len(self._results) - len(self._uses)
+
+    @property
+    def unclaimed(self) -> int:
+        """Requests that are loaded, and that nobody has claimed or read yet."""
+        return len(self._results)
+
+    @property
     def swept_results(self) -> int:
         """Requests that nobody claimed or read in time."""
         return self._results.swept

@@ -12,6 +12,7 @@ prefetches  prefetches that are held: pushes, and which connections hold a reque
 reads       reads that are held: leases, and their bytes in frames
 writers     writers that are held: bytes from a segment or from frames, until they are committed
 segment     memory that a client writes to, and the server only reads
+http        what is wrong, what is counted, and a page to look at
 """
 
 from async_cache.server.server import Server

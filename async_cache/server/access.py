@@ -37,6 +37,11 @@ class Tenant:
             raise AccessDeniedError(f"the token is bound to salts: it is not for {what}")
 
 
+def tenant_of(request_id: str) -> str:
+    """The name of the tenant whose request the cache knows by this id."""
+    return request_id.partition("\0")[0]
+
+
 class Scope:
     """The request ids of a tenant and namespace: in the cache they are longer, and so never meet those of others."""
 

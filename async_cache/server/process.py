@@ -13,8 +13,11 @@ from contextlib import AsyncExitStack
 import msgspec
 
 from async_cache.cache import AsyncCache
-from async_cache.config import CacheConfig, ServerConfig
+from async_cache.config import CacheConfig, ServerConfig, http_address
+from async_cache.metrics import Watch
 from async_cache.protocol.address import Address
+from async_cache.server.access import tenant_of
+from async_cache.server.http import HTTPServer
 from async_cache.server.listener import Listener
 from async_cache.server.server import Server
 
@@ -64,7 +67,16 @@ async def _open(stack: AsyncExitStack, cache_config: CacheConfig, server_config:
         # An address that is taken is known at once, and not only when the memory is there.
         Listener(Address.parse(url)).close()
     cache = await stack.enter_async_context(AsyncCache(cache_config))
-    return await stack.enter_async_context(Server(cache, server_config))
+    watch = Watch(cache.core, tenant_of)
+    stack.push_async_callback(watch.close)
+    server = Server(cache, server_config)
+    http = HTTPServer(server, watch)
+    stack.push_async_callback(http.close)  # after the server, which it tells of meanwhile
+    await stack.enter_async_context(server)
+    watch.open()
+    if server_config.http:
+        http.open(http_address(server_config.http))
+    return server
 
 
 def _signals() -> Sequence[signal.Signals]:

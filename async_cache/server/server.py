@@ -66,6 +66,21 @@ class Server:
         self._closing: asyncio.Task[None] | None = None
 
     @property
+    def access(self) -> Access:
+        """Who may connect, and so may ask by another way, too."""
+        return self._access
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether clients can connect."""
+        return self._state is ServerState.LISTENING
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected."""
+        return len(self._sessions)
+
+    @property
     def addresses(self) -> list[Address]:
         """The addresses that it listens at; a port 0 has become a real one."""
         return [listener.address for listener in self._listeners]

@@ -52,6 +52,7 @@ class ServerProcess:
 def environment(**settings: Any) -> dict[str, str]:
     """This process's own, with these settings of a server instead of those that it has."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ASYNC_CACHE_")}
+    settings = {"server_http": ""} | settings  # else all would want the same port
     return inherited | {f"ASYNC_CACHE_{name.upper()}": str(value) for name, value in settings.items()}
 
 
