@@ -1,14 +1,12 @@
 """How long chunks stay in memory, and how long they are not used there: from a sample, as all would be too many."""
 
-from collections.abc import Callable, Container
-from typing import Final
+from collections.abc import Callable, Container, Sequence
 
 from msgspec import Struct
 
 from async_cache.metrics.histogram import SLOW_SECONDS, Histogram
-from async_cache.prompt.layout import Prompt
 
-_PLACES: Final = (0, 15, 127, 1023)  # in a prefix, where chunks may be in the sample: one has the same place always
+_NEAR, _FAR = 15, 255  # the places in a prefix, beside its first, that the sample is from: a chunk has one place always
 _ONE_IN = 8  # of those, by their hashes
 _LIMIT = 2048
 
@@ -34,13 +32,11 @@ class Residence:
         self._clock = clock
         self._stays: dict[bytes, Stay] = {}
 
-    def asked(self, prompt: Prompt) -> None:
-        """Take note that a prompt was asked for."""
-        hashes = prompt.chunk_hashes
-        for place in _PLACES:
-            if place >= len(hashes):
-                break
-            chunk_hash = hashes[place]
+    def asked(self, chunk_hashes: Sequence[bytes]) -> None:
+        """Take note that a prompt with these chunks was asked for."""
+        count = len(chunk_hashes)
+        if count:
+            chunk_hash = chunk_hashes[0 if count <= _NEAR else _NEAR if count <= _FAR else _FAR]
             if not chunk_hash[0] % _ONE_IN:
                 self._use(chunk_hash)
 

@@ -40,14 +40,15 @@ class Watch:
 
     def open(self) -> None:
         """Begin to count."""
-        self.core.observers.add(self.traffic)
+        self.core.observers.counting += (self.traffic.count,)
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
         """Count no more; idempotent."""
         task, self._task = self._task, None
         if task is not None:
-            self.core.observers.discard(self.traffic)
+            observers = self.core.observers
+            observers.counting = tuple(count for count in observers.counting if count != self.traffic.count)
             task.cancel()
             await asyncio.wait((task,))
 

@@ -314,8 +314,11 @@ class PrefetchController:
             shortfall=shortfall,
             seconds=self._loop.time() - request.began,
         )
-        if request.result.resolve(result) and self._observers.loaded:
-            notify(self._observers.loaded, request.prefetch, result)
+        if request.result.resolve(result):
+            for count in self._observers.counting:
+                count(request.prefetch, result)
+            if self._observers.loaded:
+                notify(self._observers.loaded, request.prefetch, result)
 
     # What ends a request before it has loaded.
 

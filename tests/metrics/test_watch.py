@@ -38,11 +38,9 @@ async def watched(
 
 
 async def ask(cache: AsyncCache, prompt: Prompt, request_id: str) -> None:
-    """A request, from its beginning to its end, and until all have heard of it."""
+    """A request, from its beginning to its end."""
     await cache.prefetch(prompt, request_id=request_id).load_done
     await cache.end_request(request_id)
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
 
 
 async def values(watch: Watch) -> dict[str, float]:
@@ -152,12 +150,12 @@ def test_how_long_chunks_stay_is_seen_in_a_sample() -> None:
     sample = [prompt for prompt in prompts if not prompt.chunk_hashes[0][0] % 8]
     assert 20 < len(sample) < 100
     for prompt in prompts:
-        residence.asked(prompt)
+        residence.asked(prompt.chunk_hashes)
         index.update(prompt.chunk_hashes)
     residence.look()
     now = 30.0
     for prompt in prompts:
-        residence.asked(prompt)
+        residence.asked(prompt.chunk_hashes)
     now = 100.0
     index.clear()
     residence.look()
@@ -169,7 +167,7 @@ def test_how_long_chunks_stay_is_seen_in_a_sample() -> None:
 async def test_the_sample_is_bounded() -> None:
     residence = Residence(set(), lambda: 0.0)
     for number in range(40_000):
-        residence.asked(LAYOUT.prompt([number] * CHUNK_TOKENS))
+        residence.asked(LAYOUT.prompt([number] * CHUNK_TOKENS).chunk_hashes)
     assert len(residence._stays) == 2048
 
 
@@ -199,3 +197,16 @@ async def test_nothing_is_counted_after_the_end() -> None:
         await watch.close()
         await ask(cache, make_prompt(1), "acme/2")
         assert sum(it.requests for it in watch.traffic.by_names.values()) == 1
+
+
+async def test_what_cannot_be_counted_is_logged_and_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    def nobody(request_id: str) -> str:
+        raise LookupError(request_id)
+
+    async with AsyncCache(CacheConfig(l1_bytes=16 * PAGE), []) as cache:
+        watch = Watch(cache.core, nobody)
+        watch.open()
+        await fill(cache, make_prompt(2))
+        assert (await cache.prefetch(make_prompt(2), request_id="acme/1").load_done).chunks == 2
+        assert "a request could not be counted" in caplog.text
+        await watch.close()
