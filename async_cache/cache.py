@@ -18,7 +18,7 @@ from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Writer
 from async_cache.l2.backend import Backend
 from async_cache.l2.opening import open_all
-from async_cache.l2.registry import check_names, from_urls
+from async_cache.l2.urls.registry import check_names, from_urls
 from async_cache.memory.arena import Arena
 from async_cache.memory.room import check_free
 from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of

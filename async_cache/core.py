@@ -8,7 +8,7 @@ from async_cache.config import CacheConfig
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
 from async_cache.l2.guard import Guard
-from async_cache.l2.guards import Guards
+from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
 from async_cache.memory.arena import Arena
 from async_cache.observe import Observers

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from async_cache.l2.registry import GROUP
+from async_cache.l2.urls.registry import GROUP
 
 BACKEND = """\
 from async_cache.l2 import BackendURL

@@ -18,7 +18,7 @@ import pytest
 from distribution import BACKEND, install
 
 from async_cache import CacheConfig, CacheStats, ObjectKey, ServerConfig, __version__
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 
 COMMAND = [sys.executable, "-m", "async_cache"]
 SECONDS = 30

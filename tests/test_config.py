@@ -16,8 +16,8 @@ from async_cache.config import CacheConfig, ServerConfig, Settings, TenantConfig
 from async_cache.errors import ConfigError
 from async_cache.l2.backend import Limits
 from async_cache.l2.filesystem.backend import FileSystemBackend
-from async_cache.l2.registry import GROUP, from_url
-from async_cache.l2.schemes import OWN
+from async_cache.l2.urls.registry import GROUP, from_url
+from async_cache.l2.urls.schemes import OWN
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
 BACKENDS, SERVER = (

@@ -29,7 +29,7 @@ from soak import rounds
 
 from async_cache import CacheClient, CacheConfig, ConfigError, ObjectGroup, Prompt, __version__, connect
 from async_cache.config import ServerConfig, parse_bytes
-from async_cache.l2.registry import from_urls
+from async_cache.l2.urls.registry import from_urls
 
 ROOT = Path(__file__).parents[1]
 FLEET = ROOT / "examples" / "fleet"

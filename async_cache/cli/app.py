@@ -19,7 +19,7 @@ from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_c
 from async_cache.client.client import CacheClient
 from async_cache.config import CacheConfig, Given, ServerConfig, hide_password, told_where
 from async_cache.errors import AsyncCacheError
-from async_cache.l2.registry import from_urls
+from async_cache.l2.urls.registry import from_urls
 from async_cache.memory.room import check_limits
 from async_cache.protocol.address import Address
 from async_cache.server.logs import log_to, say

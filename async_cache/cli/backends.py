@@ -17,7 +17,7 @@ from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_c
 from async_cache.client.client import CacheClient
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.copy import copy_all
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.values import BackendState, BackendStatus, Copied
 
 _SHOWN_SECONDS = 0.2  # between two looks at how far a server is

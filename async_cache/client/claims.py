@@ -102,8 +102,8 @@ class Claims:
     def _given_up(self, call: ClaimCall, waiter: "asyncio.Future[LoadResult]") -> None:
         call.waiters.remove(waiter)
         if call.result is not None:
-            if waiter.done() and not waiter.cancelled():
-                call.pass_on()
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                call.pass_on()  # unless another one has taken it, and this one was told so
         elif not call.waiters and not call.is_given_up:
             call.is_given_up = True
             self._line.cancel(call.number)

@@ -2,17 +2,17 @@
 
     backend       what a backend promises, and what it needs of time
     placement     which chunks a backend is given
-    url           a URL, split into its parts
-    registry      a URL -> a backend, of ours or of another package
+    urls          a URL -> a backend, of ours or of another package
     opening       opens backends, all or none
-    guard         a backend as the cache sees it: every call ends
-    guards        the backends of a cache, which may come and go
-    breaker       leaves a failing backend alone for a while
-    meter         what is queued for a backend, and how fast it is
+    guard         what stands before each: every call ends, a failing one is left alone, loads are metered
     tombstones    what is being deleted is not found
     copy          what one backend holds and others lack, to them
+
+What backends are made of, and ours:
+
     record        the format of a stored object
     index         what a backend knows to be stored, what is pinned, and what leaves first
+    workers       threads such that a dead disk holds up nobody
     memory        the reference: objects in this process's own memory
     filesystem    the default: objects as files of a local disk
     valkey        objects in a Valkey or Redis server, or a cluster, which hosts share
@@ -25,7 +25,7 @@
 
 from async_cache.l2.backend import Backend, Limits, LoadOutcome
 from async_cache.l2.placement import Placement, Placing
-from async_cache.l2.url import BackendURL
+from async_cache.l2.urls.url import BackendURL
 from async_cache.values import BackendUsage
 
 __all__ = ["Backend", "BackendURL", "BackendUsage", "Limits", "LoadOutcome", "Placement", "Placing"]

@@ -16,7 +16,7 @@ from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
 from async_cache.l2.backend import Backend, LoadOutcome
 from async_cache.l2.guard import Call, Guard, Listing
-from async_cache.l2.guards import held_by
+from async_cache.l2.guard.guards import held_by
 from async_cache.l2.opening import open_all
 from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt.keys import ObjectKey

@@ -12,8 +12,8 @@ from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.guard import Guard
-from async_cache.l2.guards import Guards
-from async_cache.l2.meter import expected_load_seconds
+from async_cache.l2.guard.guards import Guards
+from async_cache.l2.guard.meter import expected_load_seconds
 from async_cache.l2.tombstones import Tombstones
 from async_cache.read.batches import Batch, Batches
 from async_cache.read.load import ChunkLoad, LoadState

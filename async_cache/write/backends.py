@@ -10,10 +10,10 @@ from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend
 from async_cache.l2.copy import Copy, check_can_be_copied
 from async_cache.l2.guard import Guard
-from async_cache.l2.guards import Guards
+from async_cache.l2.guard.guards import Guards
 from async_cache.l2.opening import open_all
-from async_cache.l2.registry import from_url
 from async_cache.l2.tombstones import Tombstones
+from async_cache.l2.urls.registry import from_url
 from async_cache.values import BackendState, BackendStatus
 from async_cache.write.carrier import Carrier
 from async_cache.write.writeback import Writeback

@@ -14,9 +14,9 @@ from msgspec import Struct
 from async_cache.errors import BackendError
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
-from async_cache.l2.breaker import BreakerState
 from async_cache.l2.guard import Call, Guard
-from async_cache.l2.guards import held_by
+from async_cache.l2.guard.breaker import BreakerState
+from async_cache.l2.guard.guards import held_by
 from async_cache.l2.placement import Placing
 from async_cache.prompt.keys import ObjectKey
 

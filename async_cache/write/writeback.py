@@ -12,7 +12,7 @@ from async_cache.config import CacheConfig
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
-from async_cache.l2.guards import Guards
+from async_cache.l2.guard.guards import Guards
 from async_cache.l2.placement import Placing
 from async_cache.observe import Observers
 from async_cache.read.load import ChunkLoad

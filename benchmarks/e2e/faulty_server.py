@@ -10,7 +10,7 @@ import signal
 
 from async_cache import AsyncCache, BackendError, CacheConfig, ServerConfig
 from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.server import Server
 from async_cache.testing.backends import WrappedBackend
 

@@ -22,13 +22,13 @@ from pathlib import Path
 from async_cache import ObjectKey
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.record import TRAILER_BYTES, file_name
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.memory.arena import Arena
 
 OBJECTS, OBJECT_BYTES = 64, 2**20
 RECORD_BYTES = OBJECT_BYTES + TRAILER_BYTES
 LOOKUP = 256
-ROUNDS = 41
+ROUNDS = int(os.environ.get("ROUNDS", "41"))
 NAMESPACE = "bench"
 
 

@@ -26,7 +26,7 @@ from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.object_store.backend import LOOKUPS_TO_ONE_LOAD, ObjectStoreBackend
 from async_cache.l2.object_store.location import CONCURRENCY
 from async_cache.l2.record import TRAILER_BYTES
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.prompt.keys import ObjectKey
 
 MIB = 2**20

@@ -11,14 +11,11 @@ import os
 import threading
 import time
 from array import array
-from collections.abc import Callable
 from functools import partial
 from itertools import count, product
 from zlib import crc32
 
-import async_solipsism
 import pytest
-import uvloop
 from contract.support import (
     PAGE,
     SMALL,
@@ -47,44 +44,13 @@ from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing import GatedBackend, ThrottledBackend, WrappedBackend
 
+from .striking import RealLoop, VirtualLoop, strike
+
 STRIDE = rounds(quick=61, long=1)  # of the steps, one in so many; each test begins with another one
 CHUNKS = 4
 GROUPS = (SMALL, ObjectGroup((8,), "uint8", window_chunks=2))
 SHORT = make_layout(*GROUPS, world_size=2)
 LONG = make_layout(*GROUPS, world_size=2, chunk_tokens=10_000)  # so many tokens are hashed in a thread
-
-
-class Striking:
-    """A loop that strikes after so many callbacks."""
-
-    _left = 0
-
-    def strike_after(self, steps: int, strike: Callable[[], None]) -> None:
-        self._left, self._strike = steps, strike
-
-    def call_soon(self, callback, *args, context=None):
-        return super().call_soon(self._step, callback, *args, context=context)
-
-    def call_soon_threadsafe(self, callback, *args, context=None):
-        return super().call_soon_threadsafe(self._step, callback, *args, context=context)
-
-    def call_at(self, when, callback, *args, context=None):
-        return super().call_at(when, self._step, callback, *args, context=context)
-
-    def _step(self, callback, *args):
-        callback(*args)
-        if self._left:
-            self._left -= 1
-            if not self._left:
-                self._strike()
-
-
-class VirtualLoop(Striking, async_solipsism.EventLoop):
-    pass
-
-
-class RealLoop(Striking, uvloop.Loop):
-    pass
 
 
 # Where: backends that hold the prompt, all of it or its halves.
@@ -269,23 +235,6 @@ async def trial(backends, layout, work, blow, steps):
         await until_quiet(cache, backends, tasks)
     assert asyncio.all_tasks() == {asyncio.current_task()}
     return struck
-
-
-async def strike(work, steps, blow):
-    """Do the work, and strike after so many steps: the task that did it, and whether it was not done by then."""
-    loop = asyncio.get_running_loop()
-    task, struck = loop.create_task(work), False
-
-    def fall():
-        nonlocal struck
-        struck = not task.done()
-        blow(task)
-
-    loop.strike_after(steps, fall)
-    await asyncio.wait((task,), timeout=10)
-    loop.strike_after(0, fall)
-    assert task.done()
-    return task, struck
 
 
 async def outlast(cache, prompt, prefetch, bystander, blow, struck):

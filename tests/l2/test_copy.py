@@ -15,7 +15,7 @@ from async_cache.l2.copy import _BATCH_BYTES, _Buffer, copy_all
 from async_cache.l2.filesystem import FileSystemBackend
 from async_cache.l2.guard import Guard
 from async_cache.l2.memory import MemoryBackend
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing import BitFlipBackend, FailingBackend, GatedBackend, flip_bit
 from async_cache.testing.backends import WrappedBackend

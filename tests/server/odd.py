@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from async_cache import AsyncCache, CacheConfig, cli
 from async_cache.l2 import Backend
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.server import process
 from async_cache.testing.backends import GatedBackend, WrappedBackend
 

@@ -9,8 +9,8 @@ from async_cache import AsyncCache, CacheConfig, FlushResult, ModelLayout, Objec
 from async_cache.l1.entry import Entry
 from async_cache.l2 import Backend
 from async_cache.l2.backend import Limits
+from async_cache.l2.guard.meter import Meter
 from async_cache.l2.memory import MemoryBackend
-from async_cache.l2.meter import Meter
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.objects import ChunkObjects
 from async_cache.testing import FailingBackend, GatedBackend

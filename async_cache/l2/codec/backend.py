@@ -18,7 +18,7 @@ from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.codec.codec import Codec
 from async_cache.l2.codec.scratch import Scratch, lots
-from async_cache.l2.filesystem.workers import DaemonExecutor, settle
+from async_cache.l2.workers import DaemonExecutor, settle
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
 

@@ -3,7 +3,6 @@
 backend    `FileSystemBackend`: decides in an index, and lets threads do what blocks
 directory  records in a directory: read, write, list, remove
 faults     which objects could not be read
-workers    threads such that a dead disk holds up nobody
 """
 
 from async_cache.l2.filesystem.backend import FileSystemBackend

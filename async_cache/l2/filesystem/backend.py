@@ -22,9 +22,9 @@ from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.filesystem.directory import Found, RecordDirectory, RecordFault
 from async_cache.l2.filesystem.faults import Faults
-from async_cache.l2.filesystem.workers import DaemonExecutor, settle
 from async_cache.l2.index import Chunk, Index
-from async_cache.l2.url import BackendURL, capacity, one_of, whole_number
+from async_cache.l2.urls.url import BackendURL, capacity, one_of, whole_number
+from async_cache.l2.workers import DaemonExecutor, settle
 from async_cache.prompt.keys import ObjectKey
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import BackendUsage, Removal

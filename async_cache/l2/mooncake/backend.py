@@ -16,7 +16,7 @@ from async_cache.l2.index import Index
 from async_cache.l2.mooncake.calls import Find, ListAll, Load, Measure, Place, Remove, Setup, Store
 from async_cache.l2.mooncake.process import HelperProcess
 from async_cache.l2.mooncake.views import address
-from async_cache.l2.url import BackendURL, one_of, whole_number
+from async_cache.l2.urls.url import BackendURL, one_of, whole_number
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage, Removal
 

@@ -24,7 +24,7 @@ from async_cache.l2.object_store.location import CONCURRENCY, PART_BYTES, Locati
 from async_cache.l2.object_store.objects import PARTS_AT_A_TIME, Objects
 from async_cache.l2.object_store.requests import Requests, side_by_side
 from async_cache.l2.record import body_bytes, file_name, parse_name
-from async_cache.l2.url import BackendURL
+from async_cache.l2.urls.url import BackendURL
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
 

@@ -20,7 +20,7 @@ from obstore.store import AzureStore, GCSStore, ObjectStore, S3Store
 
 from async_cache.config import parse_bytes
 from async_cache.errors import ConfigError
-from async_cache.l2.url import BackendURL, one_of, whole_number
+from async_cache.l2.urls.url import BackendURL, one_of, whole_number
 
 CONCURRENCY = 32
 PART_BYTES = 8 * 2**20

@@ -10,7 +10,7 @@ from typing import Self
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.record import TRAILER_BYTES
-from async_cache.l2.url import BackendURL
+from async_cache.l2.urls.url import BackendURL
 from async_cache.l2.valkey.items import Item, ask
 from async_cache.l2.valkey.listing import list_node
 from async_cache.l2.valkey.names import Names

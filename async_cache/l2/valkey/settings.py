@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from async_cache.config import CacheConfig
 from async_cache.errors import ConfigError
-from async_cache.l2.url import BackendURL, one_of, whole_number
+from async_cache.l2.urls.url import BackendURL, one_of, whole_number
 
 PORT = 6379
 NAMESPACE = "akv"

@@ -13,7 +13,7 @@ import pytest
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome
 from async_cache.l2.record import file_name
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing.conformance import MIB, BackendSuite, content, find, get, key, put
 
@@ -212,7 +212,7 @@ def test_without_the_extra_it_is_named() -> None:
     code = (
         "from importlib import util; real = util.find_spec;"
         "util.find_spec = lambda name, *a: None if name == 'mooncake' else real(name, *a);"
-        "from async_cache.l2.registry import from_url\n"
+        "from async_cache.l2.urls.registry import from_url\n"
         "try: from_url('mooncake://host')\n"
         "except ValueError as error: print(type(error).__name__, error)"
     )

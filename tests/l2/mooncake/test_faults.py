@@ -15,9 +15,9 @@ from soak import rounds
 
 from async_cache import AsyncCache, ObjectGroup
 from async_cache.errors import BackendError
-from async_cache.l2.breaker import BreakerState
+from async_cache.l2.guard.breaker import BreakerState
 from async_cache.l2.mooncake.backend import MooncakeBackend
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.testing.conformance import MIB, content, find, get, put
 
 from .support import Bare, Master

@@ -11,7 +11,7 @@ from typing import Any, Self
 import pytest
 
 from async_cache.l2.object_store.backend import ObjectStoreBackend
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 
 PROGRAM = Path(__file__).with_name("faulty_s3.py")
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI-not-to-be-shown"}

@@ -12,8 +12,8 @@ from contract.support import PAGE, assert_nothing_held, count_hits, fill, fill_l
 from soak import rounds
 
 from async_cache import AsyncCache, CacheConfig, Shortfall
-from async_cache.l2.breaker import BreakerState
 from async_cache.l2.guard import Guard
+from async_cache.l2.guard.breaker import BreakerState
 
 from .support import Server
 

@@ -11,7 +11,7 @@ from obstore.store import LocalStore, MemoryStore
 
 from async_cache.l2.backend import Backend
 from async_cache.l2.object_store.backend import ObjectStoreBackend
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing.conformance import BackendSuite
 

@@ -9,8 +9,8 @@ import pytest
 from async_cache.config import CacheConfig
 from async_cache.errors import ConfigError
 from async_cache.l2.object_store.location import Location
-from async_cache.l2.registry import from_url
-from async_cache.l2.url import BackendURL
+from async_cache.l2.urls.registry import from_url
+from async_cache.l2.urls.url import BackendURL
 
 from .support import CREDENTIALS
 
@@ -124,7 +124,7 @@ def test_without_the_extra_the_error_names_it() -> None:
 import sys
 sys.modules["obstore"] = None
 from async_cache import AsyncCache
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.errors import ConfigError
 try:
     from_url("s3://bucket")

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from async_cache.errors import BackendError
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.l2.valkey.backend import ValkeyBackend
 from async_cache.testing.conformance import key
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from async_cache.l2.backend import Backend
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.l2.valkey.names import Names, slot_of
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing.conformance import BackendSuite

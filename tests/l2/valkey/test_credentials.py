@@ -9,7 +9,7 @@ import pytest
 
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.l2.valkey.names import Names
 from async_cache.testing.conformance import content, find, get, key, put
 

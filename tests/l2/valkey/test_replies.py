@@ -12,7 +12,7 @@ from xxhash import xxh3_64_intdigest
 from async_cache.errors import BackendError
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.record import TRAILER_BYTES, write_trailer
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.l2.valkey.items import Item
 from async_cache.l2.valkey.names import Names, slot_of
 from async_cache.l2.valkey.replies import Lines, Redirect, Tree, command, parse_redirect

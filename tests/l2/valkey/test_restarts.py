@@ -13,8 +13,8 @@ from contract.support import assert_nothing_held, fill, make_layout, make_prompt
 from soak import rounds
 
 from async_cache import AsyncCache, CacheConfig, ObjectGroup
-from async_cache.l2.breaker import BreakerState
-from async_cache.l2.registry import from_url
+from async_cache.l2.guard.breaker import BreakerState
+from async_cache.l2.urls.registry import from_url
 
 from .servers import running
 from .support import eventually, nothing_left

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from async_cache.errors import ConfigError
-from async_cache.l2.registry import from_url, from_urls
-from async_cache.l2.schemes import OWN
-from async_cache.l2.url import BackendURL
+from async_cache.l2.urls.registry import from_url, from_urls
+from async_cache.l2.urls.schemes import OWN
+from async_cache.l2.urls.url import BackendURL
 from async_cache.l2.valkey.settings import Address, Settings
 
 from .certificates import Certificates

@@ -2,7 +2,7 @@
 
 import pytest
 
-from async_cache.l2.breaker import Breaker, BreakerState
+from async_cache.l2.guard.breaker import Breaker, BreakerState
 
 CLOSED, OPEN, HALF_OPEN = BreakerState
 

@@ -12,10 +12,10 @@ import pytest
 from async_cache import AsyncCache, CacheConfig
 from async_cache.errors import BackendError
 from async_cache.l2.backend import Backend, Limits, LoadOutcome
-from async_cache.l2.breaker import Breaker, BreakerState
-from async_cache.l2.guard import CallTimeoutError, Guard, Timeouts
+from async_cache.l2.guard.breaker import Breaker, BreakerState
+from async_cache.l2.guard.guard import CallTimeoutError, Guard, Timeouts
 from async_cache.l2.memory import MemoryBackend
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout
 from async_cache.prompt.objects import ObjectGroup

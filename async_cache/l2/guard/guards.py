@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 
 from async_cache.errors import ConfigError
-from async_cache.l2.guard import Guard
+from async_cache.l2.guard.guard import Guard
 from async_cache.l2.placement import Placing
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendState

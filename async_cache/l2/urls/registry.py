@@ -22,8 +22,8 @@ from async_cache.l2.codec.codec import Codec
 from async_cache.l2.codec.keyfile import read_keys
 from async_cache.l2.codec.parameters import Steps
 from async_cache.l2.placement import MOST_ADMIT, Placing
-from async_cache.l2.schemes import OWN
-from async_cache.l2.url import BackendURL, one_of, whole_number
+from async_cache.l2.urls.schemes import OWN
+from async_cache.l2.urls.url import BackendURL, one_of, whole_number
 
 GROUP = "async_cache.backends"
 _ZSTD = "async_cache.l2.codec.zstd:Zstd"

@@ -18,9 +18,9 @@ from async_cache.l2.codec.backend import CodecBackend
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.placement import Placement, Placing
-from async_cache.l2.registry import from_url
-from async_cache.l2.schemes import OWN
-from async_cache.l2.url import BackendURL
+from async_cache.l2.urls.registry import from_url
+from async_cache.l2.urls.schemes import OWN
+from async_cache.l2.urls.url import BackendURL
 
 
 class Recorded(FileSystemBackend):
@@ -328,7 +328,7 @@ def test_what_a_codec_needs_is_told_where_it_is_not_installed(codec: str, missin
 import sys
 sys.modules[{missing!r}] = None
 import async_cache
-from async_cache.l2.registry import from_url
+from async_cache.l2.urls.registry import from_url
 from_url("memory://")
 try:
     from_url({url!r})

@@ -14,8 +14,8 @@ from msgspec import Struct
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
 from async_cache.l2.backend import Backend, LoadOutcome
-from async_cache.l2.breaker import Breaker, BreakerState
-from async_cache.l2.meter import Meter
+from async_cache.l2.guard.breaker import Breaker, BreakerState
+from async_cache.l2.guard.meter import Meter
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout
 from async_cache.values import BackendState, BackendUsage

@@ -1,0 +1,1 @@
+"""Tests of `async_cache.l2.guard`."""
