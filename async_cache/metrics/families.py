@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from async_cache.core import Core
-from async_cache.l2.breaker import BreakerState
+from async_cache.l2.guard.breaker import BreakerState
 from async_cache.metrics.histogram import Histogram
 from async_cache.metrics.traffic import Traffic
 from async_cache.metrics.watch import Watch

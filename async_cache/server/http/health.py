@@ -5,7 +5,7 @@ from itertools import islice
 from msgspec import Struct
 
 from async_cache.core import Core
-from async_cache.l2.breaker import BreakerState
+from async_cache.l2.guard.breaker import BreakerState
 from async_cache.metrics.watch import Watch
 from async_cache.read.request import Request
 
