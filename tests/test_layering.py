@@ -38,7 +38,7 @@ MAY_KNOW = {
     "core": "aio config l1 l2 memory observe prompt read retention values write",
     "cache": "aio config core errors handles l2 memory prompt values",
     # the same from other processes
-    "metrics": "core handles l2 read values",
+    "metrics": "aio core handles l2 read values",
     "server": "cache config core errors handles l2 memory metrics observe prompt protocol read values",
     "client": "aio errors handles memory prompt protocol values",
     "integrations": "cache client errors handles prompt values",

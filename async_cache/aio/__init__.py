@@ -1,5 +1,6 @@
 """The small asynchronous tools.
 
+clock    the loop's clock, to the microsecond
 home     the event loop that something was opened in
 promise  a value that comes once, and the futures of those who wait for it
 sweeper  time to live: what nobody comes back for expires, by one task that sleeps until the next deadline

@@ -5,6 +5,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
+from async_cache.aio.clock import precise_clock
 from async_cache.core import Core
 from async_cache.metrics.histogram import Histogram
 from async_cache.metrics.residence import Residence
@@ -24,7 +25,7 @@ class Watch:
     def __init__(self, core: Core, tenant_of: Callable[[str], str]):
         self.core = core
         self.tenant_of = tenant_of
-        self.clock = asyncio.get_running_loop().time
+        self.clock = precise_clock(asyncio.get_running_loop())
         self.began = self.clock()
         self.residence = Residence(core.l1.index, self.clock)
         self.traffic = Traffic(self.residence, tenant_of)

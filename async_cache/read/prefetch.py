@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator,
 from functools import partial
 from itertools import islice
 
+from async_cache.aio.clock import precise_clock
 from async_cache.aio.sweeper import Sweeper
 from async_cache.config import CacheConfig
 from async_cache.handles.prefetch import Prefetch
@@ -59,6 +60,7 @@ class PrefetchController:
         self._observers = observers
         self._planner = Planner(l1, loader, config)
         self._loop = asyncio.get_running_loop()
+        self._clock = precise_clock(self._loop)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(
@@ -78,7 +80,7 @@ class PrefetchController:
             request_id = requests.new_id()
         elif (known := requests.same(request_id, prompt, start_chunk, ranks)) is not None:
             return known.prefetch
-        request = Request(request_id, prompt, start_chunk, ranks, self._loop.time())
+        request = Request(request_id, prompt, start_chunk, ranks, self._clock())
         request.prefetch = prefetch = Prefetch(request, partial(self.cancel, request))
         requests.add(request)
         if not (prompt.hashed and self._is_all_in_l1(request)):
@@ -382,7 +384,7 @@ class PrefetchController:
     ) -> None:
         length, from_l2 = request.length, len(request.from_l2)
         request.state = LOADING
-        request.promised_at = self._loop.time()
+        request.promised_at = self._clock()
         hits = LookupHits(
             request_id=request.request_id,
             start_chunk=request.start_chunk,
@@ -412,7 +414,7 @@ class PrefetchController:
             l1_chunks=length - from_l2,
             l2_chunks=from_l2,
             shortfall=shortfall,
-            seconds=self._loop.time() - request.began,
+            seconds=self._clock() - request.began,
         )
         if request.result.resolve(result):
             for count in self._observers.counting:

@@ -71,7 +71,7 @@ class Request:
         self.local_mask = prompt.layout.objects.mask_of_ranks(ranks)  # the objects to load here
         self._hashes: list[bytes] = []
         # Where it is.
-        self.began = self.promised_at = began  # by the loop's clock
+        self.began = self.promised_at = began  # by the precise clock
         self.state = LOOKING_UP
         self.task: asyncio.Task[None] | None = None  # while it waits for L2
         self.deadline: asyncio.TimerHandle | None = None
