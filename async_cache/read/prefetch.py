@@ -18,17 +18,19 @@ from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
+from async_cache.ledger.roots import Roots
 from async_cache.observe import Observers, notify
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
 from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Arrival, Loader
 from async_cache.read.lookup import Found, Sources, ask
+from async_cache.read.misses import Misses
 from async_cache.read.plan import Plan, Planner
 from async_cache.read.request import LOADED, LOADING, LOOKING_UP, Request
 from async_cache.read.requests import Requests
 from async_cache.read.search import Search
-from async_cache.values import LoadResult, LookupHits, Shortfall
+from async_cache.values import LoadResult, LookupHits, Missed, Shortfall
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class PrefetchController:
         tombstones: Tombstones,
         observers: Observers,
         config: CacheConfig,
+        misses: Misses,
+        roots: Roots,
     ):
         self.requests = Requests(l1, sweeper, observers, config, self._give_up)
         self._l1 = l1
@@ -58,6 +62,8 @@ class PrefetchController:
         self._loader = loader
         self._tombstones = tombstones
         self._observers = observers
+        self._misses = misses
+        self._roots = roots
         self._planner = Planner(l1, loader, config)
         self._loop = asyncio.get_running_loop()
         self._clock = precise_clock(self._loop)
@@ -70,6 +76,7 @@ class PrefetchController:
         start_chunk: int,
         ranks: Sequence[int],
         deadline_seconds: float | None,
+        traceparent: str | None = None,
     ) -> Prefetch:
         """Begin a request, or return the one that runs under this id. What needs no waiting is known on return.
 
@@ -81,6 +88,7 @@ class PrefetchController:
         elif (known := requests.same(request_id, prompt, start_chunk, ranks)) is not None:
             return known.prefetch
         request = Request(request_id, prompt, start_chunk, ranks, self._clock())
+        request.traceparent = traceparent
         request.prefetch = prefetch = Prefetch(request, partial(self.cancel, request))
         requests.add(request)
         if not (prompt.hashed and self._is_all_in_l1(request)):
@@ -278,6 +286,7 @@ class PrefetchController:
     def _load(self, request: Request, found: Found, sources: Sources, to_load: Mapping[int, int]) -> None:
         """Hand what has its room to the loader."""
         if to_load:
+            self._roots.note(request.prompt)
             self._loader.add(request, request.hashes, found, sources)
             request.loads.update(to_load)
             self._loader.begin_soon()
@@ -313,7 +322,11 @@ class PrefetchController:
         elif plan.found < len(hashes):
             shortfall = request.reasons.get(plan.found, Shortfall.BACKEND_ERROR if found.failed else None)
         self._load(request, found, sources, to_load)
-        self._say_hits(request, plan.found, shortfall, load_bytes, expected)
+        missed = None
+        if plan.found < len(hashes):
+            number = request.start_chunk + plan.found
+            missed = self._misses.missed(request.prompt.chunk_hashes, number, failed=found.failed)
+        self._say_hits(request, plan.found, shortfall, load_bytes, expected, missed)
 
     def _close_search(self, request: Request) -> None:
         search, request.search = request.search, None
@@ -381,6 +394,7 @@ class PrefetchController:
         shortfall: Shortfall | None = None,
         load_bytes: int = 0,
         expected_load_seconds: float | None = 0.0,
+        missed: Missed | None = None,
     ) -> None:
         length, from_l2 = request.length, len(request.from_l2)
         request.state = LOADING
@@ -396,6 +410,7 @@ class PrefetchController:
             shortfall=shortfall,
             load_bytes=load_bytes,
             expected_load_seconds=expected_load_seconds,
+            missed=missed,
         )
         if request.hits.resolve(hits) and self._observers.promised:
             notify(self._observers.promised, request.prefetch, hits)

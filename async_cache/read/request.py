@@ -58,6 +58,7 @@ class Request:
         "start_chunk",
         "state",
         "task",
+        "traceparent",
     )  # fmt: skip
 
     prefetch: Prefetch  # what its caller has of it
@@ -72,6 +73,7 @@ class Request:
         self._hashes: list[bytes] = []
         # Where it is.
         self.began = self.promised_at = began  # by the precise clock
+        self.traceparent: str | None = None  # the span that it belongs to, in the form of W3C
         self.state = LOOKING_UP
         self.task: asyncio.Task[None] | None = None  # while it waits for L2
         self.deadline: asyncio.TimerHandle | None = None
@@ -103,6 +105,11 @@ class Request:
             hashes = self.prompt.chunk_hashes
             self._hashes = hashes[self.start_chunk :] if self.start_chunk else hashes
         return self._hashes
+
+    def before(self, number: int) -> bytes | None:
+        """The hash of the chunk before one of this request's, if there is one."""
+        at = self.start_chunk + number
+        return self.prompt.chunk_hashes[at - 1] if at else None
 
     @property
     def pending(self) -> bool:

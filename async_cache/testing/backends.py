@@ -6,14 +6,14 @@ and touched no buffer. They use the loop's clock and no threads, so they run in 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Literal, get_args
 
 from async_cache.errors import BackendError
 from async_cache.l2.backend import Backend, LoadOutcome
 from async_cache.l2.memory import STEP_BYTES, MemoryBackend
 from async_cache.prompt.keys import ObjectKey
-from async_cache.values import BackendUsage
+from async_cache.values import BackendUsage, Removal
 
 Verb = Literal["lookup", "load", "store", "delete"]
 VERBS: tuple[Verb, ...] = get_args(Verb)
@@ -32,9 +32,18 @@ class WrappedBackend(Backend):
         self.inner = inner
         self.name = inner.name
         self.limits, self.placement, self.shared = inner.limits, inner.placement, inner.shared
-        self.lists_sizes = inner.lists_sizes
+        self.lists_sizes, self.ttl_seconds = inner.lists_sizes, inner.ttl_seconds
         self.calls: Counter[str] = Counter()
         self.keys_asked: Counter[str] = Counter()
+
+    @property
+    def on_removed(self) -> Callable[[bytes, Removal], None]:
+        """Whom the inner backend tells."""
+        return self.inner.on_removed
+
+    @on_removed.setter
+    def on_removed(self, told: Callable[[bytes, Removal], None]) -> None:
+        self.inner.on_removed = told
 
     async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers) -> None:
         """Wait, or raise, before an inner call: for subclasses. `calls` counts the call already."""

@@ -14,6 +14,7 @@ from async_cache.l2.guard.guards import Guards
 from async_cache.l2.opening import open_all
 from async_cache.l2.tombstones import Tombstones
 from async_cache.l2.urls.registry import from_url
+from async_cache.ledger.ledger import Ledger
 from async_cache.values import BackendState, BackendStatus
 from async_cache.write.carrier import Carrier
 from async_cache.write.writeback import Writeback
@@ -34,12 +35,14 @@ class Backends:
         writeback: Writeback,
         tombstones: Tombstones,
         config: CacheConfig,
+        ledger: Ledger,
         forget: Callable[[Guard], None],
     ):
         self._guards = guards
         self._writeback = writeback
         self._tombstones = tombstones
         self._config = config
+        self._ledger = ledger
         self._forget = forget
         self._opening: set[str] = set()
         self._copies: dict[Guard, Copy] = {}
@@ -74,7 +77,7 @@ class Backends:
 
     async def _add(self, backend: Backend, behind: Sequence[Guard]) -> None:
         await open_all([backend], self._config)
-        guard = Guard.of(backend, self._config)
+        guard = Guard.of(backend, self._config, self._ledger)
         self._guards.add(guard, behind)
         self._writeback.add(guard)
         log.info("backend %s was added", guard.name)

@@ -20,7 +20,7 @@ from async_cache.l2.codec.codec import Codec
 from async_cache.l2.codec.scratch import Scratch, lots
 from async_cache.l2.workers import DaemonExecutor, settle
 from async_cache.prompt.keys import ObjectKey
-from async_cache.values import BackendUsage
+from async_cache.values import BackendUsage, Removal
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,20 @@ class CodecBackend(Backend):
         self.inner, self.codec = inner, codec
         self.name = inner.name
         self.limits = inner.limits
-        self.placement, self.shared = inner.placement, inner.shared
+        self.placement, self.shared, self.ttl_seconds = inner.placement, inner.shared, inner.ttl_seconds
         self._names, *self._older = codec.names
         self._found_older: Counter[ObjectKey] = Counter()  # pins of objects under older keys, by their names
         self._threads = threads
         self._executors: tuple[DaemonExecutor, ...] = ()
+
+    @property
+    def on_removed(self) -> Callable[[bytes, Removal], None]:
+        """Whom the inner backend tells: the names of its objects have the chunk hashes of ours."""
+        return self.inner.on_removed
+
+    @on_removed.setter
+    def on_removed(self, told: Callable[[bytes, Removal], None]) -> None:
+        self.inner.on_removed = told
 
     async def open(self) -> None:
         await self.inner.open()
