@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from async_cache.core import Core
 from async_cache.l2.guard.breaker import BreakerState
 from async_cache.metrics.histogram import Histogram
-from async_cache.metrics.traffic import Traffic
+from async_cache.metrics.traffic import REASONS, Traffic
 from async_cache.metrics.watch import Watch
 from async_cache.values import Shortfall
 
@@ -70,6 +70,8 @@ def _requests(core: Core, traffic: Traffic) -> Iterator[Metric]:
     yield histogram("lookup_seconds", "From a request to its promise", traffic.lookup)
     yield histogram("load_seconds", "From a request to the end of its load, where there was one", traffic.load)
     yield histogram("gap_seconds", "From the promise to the end of the load: what asking twice wins", traffic.gap)
+    missed = {(reason,): traffic.missed.get(reason, 0) for reason in REASONS}
+    yield counter("misses", "Requests by why their first missing chunk was missing", missed, ("reason",))
     yield counter("promises_kept", "Requests that got all that they were promised", {(): traffic.kept})
     yield counter("promises_broken", "Requests that got less than promised", _reasons(traffic.broken), ("reason",))
     yield counter("promises_trimmed", "Requests promised less than exists", _reasons(traffic.trimmed), ("reason",))

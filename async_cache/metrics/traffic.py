@@ -3,8 +3,7 @@
 import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from math import inf
-from typing import cast
+from typing import NamedTuple, cast
 
 from msgspec import Struct
 
@@ -13,7 +12,7 @@ from async_cache.metrics.histogram import Histogram
 from async_cache.metrics.names import OTHER, Names
 from async_cache.metrics.residence import Residence
 from async_cache.read.request import Request
-from async_cache.values import LoadResult, Shortfall
+from async_cache.values import ChunkState, LoadResult, LookupHits, Missed, Removal
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +21,11 @@ _MAX_MODELS = 16
 _MAX_PAIRS = 4096  # of names as clients say them: beyond that they are other
 _FORGOTTEN = 0.01  # requests of late
 _RECENT = 128  # requests that are shown
-_RECENT_SECONDS = 0.01  # between two of them
+
+
+_DIVERGES = "diverges"
+REASONS = (*(state.value for state in ChunkState), *(removal.value for removal in Removal), _DIVERGES)
+"""All that `why` may say."""
 
 
 class Tokens(Struct):
@@ -41,18 +44,15 @@ class Pair(Struct):
     recent: float = 0.0
 
 
-class Loaded(Struct, frozen=True, gc=False):
-    """A request that has loaded, or fell short of it: when it began, by the loop's clock, and what it took."""
+class Loaded(NamedTuple):
+    """A request that has loaded, or fell short of it: when it began, and when it was promised what, by the clock."""
 
-    request_id: str
+    hits: LookupHits
+    result: LoadResult
     model: str
     began: float
-    lookup_seconds: float
-    seconds: float
+    promised_at: float
     asked_chunks: int
-    l1_chunks: int
-    l2_chunks: int
-    shortfall: Shortfall | None
 
 
 class Traffic:
@@ -74,6 +74,8 @@ class Traffic:
         self.recent: deque[Loaded] = deque(maxlen=_RECENT)
         self.kept = 0
         """Promises that were kept."""
+        self.missed: Counter[str] = Counter()
+        """Requests by why their first missing chunk was missing: see `why`."""
         self.broken: Counter[str] = Counter()
         """Promises that were not, by the reason."""
         self.trimmed: Counter[str] = Counter()
@@ -82,7 +84,6 @@ class Traffic:
         self._tenant_of = tenant_of
         self._tenants, self._models = Names(_MAX_TENANTS), Names(_MAX_MODELS)
         self._pairs: dict[tuple[str, str], Pair] = {}
-        self._next_recent = -inf
 
     def count(self, prefetch: Prefetch, result: LoadResult) -> None:
         """Count a request whose load is done. It raises nothing, and takes a microsecond or two."""
@@ -113,17 +114,15 @@ class Traffic:
             self.gap.observe(result.seconds - lookup_seconds)
         if hits.shortfall is not None:
             self.trimmed[hits.shortfall.value] += 1
+        if hits.missed is not None:
+            self.missed[why(hits.missed)] += 1
         if result.chunks == hits.chunks:
             self.kept += 1
         else:
             self.broken[result.shortfall.value if result.shortfall is not None else ""] += 1
         if prompt.hashed:
             self._residence.asked(prompt.chunk_hashes)
-        if began >= self._next_recent:
-            self._next_recent = began + _RECENT_SECONDS
-            taken = lookup_seconds, result.seconds
-            counts = asked, hits.l1_chunks, hits.l2_chunks
-            self.recent.append(Loaded(request.request_id, layout.model, began, *taken, *counts, result.shortfall))
+        self.recent.append(Loaded(hits, result, layout.model, began, request.promised_at, asked))
 
     def rank(self) -> None:
         """See who has the most traffic of late: those are shown by their names from now on, each from 0 again."""
@@ -152,3 +151,8 @@ class Traffic:
 
     def _shown(self, names: tuple[str, str]) -> tuple[str, str]:
         return self._tenants.show(names[0]), self._models.show(names[1])
+
+
+def why(missed: Missed) -> str:
+    """In a word, why a chunk is missing: why it was removed, that what is before it goes on otherwise, or its state."""
+    return missed.removal or (_DIVERGES if missed.diverges else missed.state)

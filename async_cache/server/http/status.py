@@ -82,6 +82,7 @@ class Status(Struct, frozen=True):
     gap: Times
     kept: int
     broken: dict[str, int]
+    missed: dict[str, int]
     trimmed: dict[str, int]
     removed: dict[str, int]
     flights: list[Flight]
@@ -110,6 +111,7 @@ def status(watch: Watch, connections: int) -> Status:
         gap=_times(traffic.gap),
         kept=traffic.kept,
         broken=dict(traffic.broken),
+        missed=dict(traffic.missed),
         trimmed=dict(traffic.trimmed),
         removed={removal.value: count for removal, count in core.l1.left.items()},
         flights=_flights(core, watch, now),
@@ -155,16 +157,16 @@ def _recent(traffic: Traffic, watch: Watch, now: float) -> list[Flight]:
     """The last requests that have loaded, the last one first."""
     return [
         Flight(
-            request_id=shown_id(it.request_id),
-            tenant=watch.tenant_of(it.request_id),
+            request_id=shown_id(it.result.request_id),
+            tenant=watch.tenant_of(it.result.request_id),
             model=it.model,
             ago_seconds=now - it.began,
-            lookup_seconds=it.lookup_seconds,
-            seconds=it.seconds,
+            lookup_seconds=it.promised_at - it.began,
+            seconds=it.result.seconds,
             asked_chunks=it.asked_chunks,
-            l1_chunks=it.l1_chunks,
-            l2_chunks=it.l2_chunks,
-            shortfall=it.shortfall.value if it.shortfall is not None else None,
+            l1_chunks=it.hits.l1_chunks,
+            l2_chunks=it.hits.l2_chunks,
+            shortfall=it.result.shortfall.value if it.result.shortfall is not None else None,
         )
         for it in islice(reversed(traffic.recent), _RECENT)
     ]
