@@ -34,6 +34,7 @@ FLAGS = {
     "backend remove": ["--url", "--token-file", "--help"],
     "backend list": ["--url", "--token-file", "--json", "--help"],
     "copy": ["--json", "--help"],
+    "top": ["--http", "--token-file", "--json", "--every", "--help"],
 }
 COMMANDS = list(dict.fromkeys(command.split()[0] for command in FLAGS))
 

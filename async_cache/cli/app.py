@@ -16,6 +16,7 @@ from rich.table import Table
 from async_cache import __version__
 from async_cache.cli.backends import backend_app, copy
 from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_client
+from async_cache.cli.top import top
 from async_cache.client.client import CacheClient
 from async_cache.config import CacheConfig, Given, ServerConfig, hide_password, told_where
 from async_cache.errors import AsyncCacheError
@@ -171,6 +172,7 @@ def show_config(config: ConfigFile = None, listen: Listen = None, l1_bytes: L1By
 
 
 app.command()(copy)
+app.command()(top)
 
 
 def given(

@@ -27,15 +27,19 @@ TokenFile = Annotated[
 ]
 
 
+def read_token(path: Path | None) -> str | None:
+    """The token in a file, None without one. Raises ConfigError."""
+    if path is None:
+        return None
+    try:
+        return path.read_bytes().decode("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the token in {path}: {error}") from error
+
+
 def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], Awaitable[None]]) -> None:
     """Connect, and use the client."""
-    token = None
-    if token_file is not None:
-        try:
-            token = token_file.read_bytes().decode("utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the token in {token_file}: {error}") from error
-
+    token = read_token(token_file)
     if url:
         with prefixed("--url"):
             Address.parse(url)
