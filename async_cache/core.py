@@ -19,6 +19,7 @@ from async_cache.observe import Observers
 from async_cache.prompt.layout import Prompt
 from async_cache.read.explain import Explainer
 from async_cache.read.hits import count_hits
+from async_cache.read.listing import Listing
 from async_cache.read.loads import Loader
 from async_cache.read.misses import Misses
 from async_cache.read.prefetch import PrefetchController
@@ -58,6 +59,7 @@ class Core:
             self.writeback.promote,
         )
         self.sweeper = Sweeper()
+        self.listing = Listing(self.l1, self.roots)
         self.writing = Writing(self.l1, self.writeback, self.sweeper, config, self.roots)
         self.misses = Misses(self.l1, self.ledger, tombstones, self.writing.filling)
         self.controller = PrefetchController(

@@ -21,6 +21,7 @@ from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.messages import Decoder, Message, failed
 from async_cache.protocol.partials import Partials
+from async_cache.protocol.prompts import describe
 from async_cache.server.access import Scope, Tenant
 from async_cache.server.events import HeldEvents
 from async_cache.server.held import Held, Wait
@@ -278,6 +279,16 @@ class Session:
         self._tenant.check_trusted("listing backends")
         return messages.BackendsListed(message.number, await self._cache.backends())
 
+    async def _list_roots(self, message: messages.ListRoots) -> Message:
+        roots = await self._cache.core.listing.roots(self._tenant.may_use)
+        told = [messages.Root(describe(root.layout), root.adapter, root.salt, chunks) for root, chunks in roots]
+        return messages.RootsListed(message.number, told)
+
+    async def _list_chunks(self, message: messages.ListChunks) -> Message:
+        which = message.model, message.salt, message.after or b"", message.limit
+        chunks = await self._cache.core.listing.chunks(self._tenant.may_use, *which)
+        return messages.ChunksListed(message.number, chunks)
+
     # The end.
 
     def _lost(self, error: Exception | None) -> None:
@@ -330,4 +341,6 @@ _WAITING: dict[type[Message], _Waits] = {
     messages.DrainBackend: Session._drain_backend,
     messages.RemoveBackend: Session._remove_backend,
     messages.ListBackends: Session._list_backends,
+    messages.ListRoots: Session._list_roots,
+    messages.ListChunks: Session._list_chunks,
 }
