@@ -169,13 +169,13 @@ class AsyncCache:
     def core(self) -> Core:
         """The parts of the open cache, for a server that serves it: nothing else is to touch them.
 
-        Raises CacheClosedError, and RuntimeError in a loop that is not the one that opened it.
+        Raises CacheClosedError, and RuntimeError in a loop that is not the one that opened it, or after a fork.
         """
         if self._core is None:
             closed = self._state is CacheState.CLOSED
             raise CacheClosedError("the cache is closed" if closed else "the cache is not open: use `async with`")
         if self._home is not None and self._home.is_elsewhere():
-            raise RuntimeError("the cache was opened in another event loop: call it from there")
+            raise self._home.refusal("cache")
         return self._core
 
     # Prefetching.

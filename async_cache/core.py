@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from async_cache.aio.sweeper import Sweeper
+from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
 from async_cache.errors import CacheClosedError
 from async_cache.events import Events
@@ -50,6 +51,7 @@ class Core:
         )
         self.writeback = Writeback(self.l1, self.guards, self.observers, config)
         self.tombstones = tombstones = Tombstones()
+        self.hashing = Worker("async_cache hashing")
         self.loader = Loader(
             self.l1,
             self.guards,
@@ -60,13 +62,14 @@ class Core:
         )
         self.sweeper = Sweeper()
         self.listing = Listing(self.l1, self.roots)
-        self.writing = Writing(self.l1, self.writeback, self.sweeper, config, self.roots)
+        self.writing = Writing(self.l1, self.writeback, self.sweeper, self.hashing, config, self.roots)
         self.misses = Misses(self.l1, self.ledger, tombstones, self.writing.filling)
         self.controller = PrefetchController(
             self.l1,
             self.guards,
             self.loader,
             self.sweeper,
+            self.hashing,
             tombstones,
             self.observers,
             config,
@@ -74,8 +77,8 @@ class Core:
             self.roots,
         )
         self.requests = self.controller.requests
-        self.explainer = Explainer(self.l1, self.guards, self.loader, tombstones, self.misses, self.roots)
-        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones)
+        self.explainer = Explainer(self.l1, self.guards, self.loader, tombstones, self.hashing, self.misses, self.roots)
+        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones, self.hashing)
         self.backends = Backends(self.guards, self.writeback, tombstones, config, self.ledger, self.loader.forget)
         self.sweeping = asyncio.create_task(self.sweeper.run())
 
@@ -97,7 +100,12 @@ class Core:
         await self.loader.close()
         await self.remover.empty_l1()
         self.l1.close()
-        await asyncio.to_thread(self.arena.close)  # to unmap gigabytes takes its time
+        await asyncio.to_thread(self._close_blocking)
+
+    def _close_blocking(self) -> None:
+        """Close what may take its time: to unmap gigabytes does."""
+        self.hashing.close(wait=True)
+        self.arena.close()
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether the chunks of a prompt that are in memory have its layout.
@@ -110,7 +118,7 @@ class Core:
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now."""
-        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones, self.misses)
+        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones, self.hashing, self.misses)
 
     def _owner_of(self, chunk_hash: bytes) -> str | None:
         entry = self.l1.find(chunk_hash)

@@ -15,7 +15,7 @@ from async_cache.client.links import Dial, Links
 from async_cache.client.writing import Post, call_now, open_chunks
 from async_cache.errors import AccessDeniedError, RequestConflictError
 from async_cache.handles.events import EVENTS_CAPACITY, EventStream
-from async_cache.handles.lease import Entered, ReadChunk, ReadLease
+from async_cache.handles.lease import Entered, Memory, ReadChunk, ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Opened, Writer
 from async_cache.prompt.arguments import (
@@ -269,18 +269,19 @@ class CacheClient:
         link = self._links.here() or await self._links.ready()
         number = link.next_number()
         request = link.requests.get(request_id)
-        acquired, memory = await link.acquire(messages.AcquireRead(number, request_id, rank, reader))
+        acquired, view = await link.acquire(messages.AcquireRead(number, request_id, rank, reader))
         layout = link.layouts.find(acquired.layout)
         objects = dict.fromkeys(range(len(acquired.offsets)), layout.objects.rank_masks[rank])
         for n, groups in acquired.absent:
             objects[n] &= ~sum(1 << layout.objects.bit(rank, group) for group in groups)
+        memory = Memory(view)
         chunks = tuple(
             ReadChunk(acquired.result.start_chunk + n, offset, rank, objects[n], layout, memory)
             for n, offset in enumerate(acquired.offsets)
         )
         release = partial(self._post, self._release, link, number, request)
         undo = partial(self._post, link.undo, number)
-        return Entered(acquired.result, layout, chunks, release, undo, lambda: link.connection.is_open)
+        return Entered(acquired.result, layout, chunks, memory, release, undo, lambda: link.connection.is_open)
 
     @staticmethod
     def _release(link: Link, number: int, request: PrefetchCall | None) -> None:

@@ -48,6 +48,10 @@ class Limits(Struct, frozen=True, kw_only=True):
                 CacheConfig.check(name, value)
 
 
+Room = Callable[[Sequence[int]], list[memoryview]]
+"""Gives memory for objects of these sizes in bytes. Raises OSError where there is none."""
+
+
 class Backend(ABC):
     """Storage for objects.
 
@@ -67,8 +71,6 @@ class Backend(ABC):
     """Which chunks it is given; parameters of its URL set that, too."""
     shared: bool = False
     """Whether others may add and remove objects behind this process's back, as in a store that hosts share."""
-    lists_sizes: bool = True
-    """Whether the sizes that `keys` tells are those that `load` needs, so that all objects can be copied from it."""
 
     ttl_seconds: float | None = None
     """How long after its store an object is gone by itself, of which nobody is told; None if it stays."""
@@ -135,6 +137,20 @@ class Backend(ABC):
         codec asks of the backend that it wraps, since nobody knows how long an encoded object is until it is read.
         """
         raise NotImplementedError(f"{self.name} cannot load what it is not told the size of")
+
+    async def load_listed(
+        self, keys: Sequence[ObjectKey], sizes: Sequence[int], room: Room
+    ) -> list[memoryview | LoadOutcome]:
+        """Load objects of which one knows what `keys` listed: the bytes that it counts for each. That is for copies.
+
+        For each object all of it, in memory that `room` gives, or what `load` says of it.
+        """
+        buffers = room(sizes)
+        outcomes = await self.load(keys, buffers)
+        return [
+            buffer if outcome is LoadOutcome.LOADED else outcome
+            for buffer, outcome in zip(buffers, outcomes, strict=True)
+        ]
 
     @abstractmethod
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:

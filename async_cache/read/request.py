@@ -118,13 +118,17 @@ class Request:
 
     def release(self, l1: L1Store, needed: Sequence[int] = ()) -> None:
         """Release the leases of chunks of which nothing is needed: the tail first, so that it is evicted first."""
-        entries = self.entries
-        if not any(entries):
-            return
-        unneeded = [n for n, entry in enumerate(entries) if entry and not (n < len(needed) and needed[n])]
-        l1.release(filter(None, [entries[n] for n in reversed(unneeded)]))
-        for number in unneeded:
-            entries[number] = None
+        entries, begin = self.entries, len(needed)
+        if any(entries):
+            unneeded = [entry for entry in reversed(entries[begin:]) if entry is not None]
+            entries[begin:] = [None] * (len(entries) - begin)
+            if 0 in needed:
+                outside = [n for n, need in enumerate(needed) if not need and entries[n] is not None]
+                unneeded += filter(None, [entries[n] for n in reversed(outside)])
+                for number in outside:
+                    entries[number] = None
+            if unneeded:
+                l1.release_soon(unneeded)
 
     def __repr__(self) -> str:
         return f"<Request {self.request_id!r}, {self.state.value}, {self.length} chunks>"

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Literal, get_args
 
 from async_cache.errors import BackendError
-from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.backend import Backend, LoadOutcome, Room
 from async_cache.l2.memory import STEP_BYTES, MemoryBackend
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage, Removal
@@ -32,7 +32,7 @@ class WrappedBackend(Backend):
         self.inner = inner
         self.name = inner.name
         self.limits, self.placement, self.shared = inner.limits, inner.placement, inner.shared
-        self.lists_sizes, self.ttl_seconds = inner.lists_sizes, inner.ttl_seconds
+        self.ttl_seconds = inner.ttl_seconds
         self.calls: Counter[str] = Counter()
         self.keys_asked: Counter[str] = Counter()
 
@@ -74,6 +74,12 @@ class WrappedBackend(Backend):
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[int | LoadOutcome]:
         await self._begin("load", keys, buffers)
         return await self.inner.load_sized(keys, buffers)
+
+    async def load_listed(
+        self, keys: Sequence[ObjectKey], sizes: Sequence[int], room: Room
+    ) -> list[memoryview | LoadOutcome]:
+        await self._begin("load", keys)
+        return await self.inner.load_listed(keys, sizes, room)
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[bool]:
         await self._begin("store", keys, buffers)
@@ -217,6 +223,12 @@ class FailingBackend(WrappedBackend):
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[int | LoadOutcome]:
         sizes, bad = await super().load_sized(keys, buffers), self._bad("load")
         return [LoadOutcome.FAILED if key in bad else of_inner for key, of_inner in zip(keys, sizes, strict=True)]
+
+    async def load_listed(
+        self, keys: Sequence[ObjectKey], sizes: Sequence[int], room: Room
+    ) -> list[memoryview | LoadOutcome]:
+        loaded, bad = await super().load_listed(keys, sizes, room), self._bad("load")
+        return [LoadOutcome.FAILED if key in bad else of_inner for key, of_inner in zip(keys, loaded, strict=True)]
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[bool]:
         await self._begin("store", keys, buffers)

@@ -8,7 +8,7 @@ from functools import partial
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend
-from async_cache.l2.copy import Copy, check_can_be_copied
+from async_cache.l2.copy import Copy
 from async_cache.l2.guard import Guard
 from async_cache.l2.guard.guards import Guards
 from async_cache.l2.opening import open_all
@@ -94,7 +94,6 @@ class Backends:
             raise ConfigError(f"backend {name!r} is being removed")
         drain = self._drains.get(guard)
         if drain is None and guard.state is not BackendState.DRAINED:
-            check_can_be_copied(guard)  # before it gets no more to store
             guard.state = BackendState.DRAINING
             drain = self._drains[guard] = self._carrier.begin(self._drain(guard))
             drain.add_done_callback(lambda _: self._drains.pop(guard))

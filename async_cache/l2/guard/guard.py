@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
-from async_cache.l2.backend import Backend, LoadOutcome, nobody_listens
+from async_cache.l2.backend import Backend, LoadOutcome, Room, nobody_listens
 from async_cache.l2.guard.breaker import Breaker, BreakerState
 from async_cache.l2.guard.meter import Meter
 from async_cache.ledger.ledger import Ledger
@@ -205,6 +205,12 @@ class Guard:
             for key, outcome in zip(keys, outcomes, strict=False):
                 if outcome in _LOSSES:
                     self._ledger.left(self.name, key.chunk_hash, _LOSSES[outcome])
+
+    def begin_load_listed(
+        self, keys: Sequence[ObjectKey], sizes: Sequence[int], room: Room
+    ) -> Call[list[memoryview | LoadOutcome]] | None:
+        """Begin to load objects of which one knows what was listed; None where the backend is left alone."""
+        return self._begin(self.timeouts.load_seconds, len(keys), self.backend.load_listed, keys, sizes, room)
 
     def begin_store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> Call[list[bool]] | None:
         """Begin to store objects; None where the backend is left alone."""
