@@ -34,6 +34,16 @@ FLAGS = {
     "backend remove": ["--url", "--token-file", "--help"],
     "backend list": ["--url", "--token-file", "--json", "--help"],
     "copy": ["--json", "--help"],
+    "explain": ["--model", "--layout", "--salt", "--adapter", "--url", "--token-file", "--json", "--help"],
+    "prefetch": ["--model", "--layout", "--salt", "--adapter", "--url", "--token-file", "--json", "--help"],
+    "list": ["--model", "--salt", "--chunks", "--after", "--limit", "-n", "--url", "--token-file", "--json", "--help"],
+    "delete": ["--model", "--layout", "--salt", "--adapter", "--url", "--token-file", "--json", "--help"],
+    "clear": ["--all", "--yes", "--url", "--token-file", "--json", "--help"],
+    "bench": [
+        *("--url", "--token-file", "--seconds", "--clients", "--prompts", "--chunks", "--chunk-bytes", "--hits"),
+        *("--seed", "--json", "--help"),
+    ],
+    "doctor": ["--config", "-c", "--listen", "--l1-bytes", "--l2", "--json", "--help"],
     "top": ["--http", "--token-file", "--json", "--every", "--help"],
 }
 COMMANDS = list(dict.fromkeys(command.split()[0] for command in FLAGS))

@@ -45,7 +45,7 @@ MAY_KNOW = {
     "server": "cache config core errors handles l2 memory metrics observe prompt protocol read values",
     "client": "aio errors handles memory prompt protocol values",
     "integrations": "cache client errors handles prompt values",
-    "cli": "client config errors l2 memory protocol server values",
+    "cli": "client config errors l2 memory prompt protocol server values",
     "__main__": "cli",
     "testing": "errors l2 prompt values",
 }
@@ -54,6 +54,7 @@ LAZY = {("async_cache.memory.tensors", "torch"), ("async_cache.tracing", "opente
 """What is imported in a function, and where: an extra that most have no use for."""
 ENTRY_POINTS = {
     ("async_cache.l2.urls.registry", "importlib.metadata"),
+    ("async_cache.cli.doctor", "importlib.metadata"),  # which versions are there
     ("async_cache.l2.mooncake.backend", "importlib.util"),  # to see whether an extra is there, which a helper imports
 }
 """Who finds what other packages give: nothing else is imported by a name that is made up while it runs."""

@@ -15,6 +15,10 @@ from rich.table import Table
 
 from async_cache import __version__
 from async_cache.cli.backends import backend_app, copy
+from async_cache.cli.bench import bench
+from async_cache.cli.doctor import examine
+from async_cache.cli.doctor import show as show_findings
+from async_cache.cli.prompts import clear, delete, explain, list_chunks, prefetch
 from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_client
 from async_cache.cli.top import top
 from async_cache.client.client import CacheClient
@@ -30,7 +34,6 @@ from async_cache.values import CacheStats
 app = typer.Typer(
     help="A KV cache for language-model servers, shared by the processes of a machine.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(backend_app, name="backend")
@@ -173,6 +176,30 @@ def show_config(config: ConfigFile = None, listen: Listen = None, l1_bytes: L1By
 
 app.command()(copy)
 app.command()(top)
+app.command()(explain)
+app.command()(prefetch)
+app.command("list")(list_chunks)
+app.command()(delete)
+app.command()(clear)
+app.command()(bench)
+
+
+@app.command()
+def doctor(
+    config: ConfigFile = None,
+    listen: Listen = None,
+    l1_bytes: L1Bytes = None,
+    l2: L2 = None,
+    json: Annotated[bool, typer.Option("--json", help="Print what was found as one JSON value.")] = False,
+) -> None:
+    """Look whether this machine can do what the settings want: memory, limits, disks, sockets; say what to change.
+
+    It takes the flags of `serve`. The exit code is 1 where something would not work.
+    """
+    cache_given, server_given = given(config, listen, l1_bytes, l2)
+    cache_config, server_config = CacheConfig.of(cache_given), ServerConfig.of(server_given)
+    if not show_findings(list(examine(cache_config, server_config)), json=json):
+        raise typer.Exit(1)
 
 
 def given(

@@ -37,16 +37,20 @@ def read_token(path: Path | None) -> str | None:
         raise ConfigError(f"cannot read the token in {path}: {error}") from error
 
 
-def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], Awaitable[None]]) -> None:
-    """Connect, and use the client."""
+def connected(url: str, token_file: Path | None) -> CacheClient:
+    """A client of the server, to enter. Raises ConfigError."""
     token = read_token(token_file)
     if url:
         with prefixed("--url"):
             Address.parse(url)
-    where = url or ServerConfig.load().listen[0]
+    return connect(url or ServerConfig.load().listen[0], token=token, heartbeat_seconds=HEARTBEAT_SECONDS)
+
+
+def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], Awaitable[None]]) -> None:
+    """Connect, and use the client."""
 
     async def run() -> None:
-        async with connect(where, token=token, heartbeat_seconds=HEARTBEAT_SECONDS) as client:
+        async with connected(url, token_file) as client:
             await use(client)
 
     uvloop.run(run())
