@@ -103,6 +103,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     SECTION: ClassVar[str] = ""
     """Its table in the file; the settings of the cache itself stand before all tables."""
 
+    AT_START: ClassVar[frozenset[str]] = frozenset()
+    """The settings that are used when a server starts, and not taken over when one that runs reads them anew."""
+
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             msgspec.structs.force_setattr(self, name, self.check(name, getattr(self, name)))
@@ -202,6 +205,8 @@ class CacheConfig(Settings, frozen=True, kw_only=True):
     Raises ConfigError for a value that cannot be used. Its `repr` hides the passwords of URLs.
     """
 
+    AT_START: ClassVar[frozenset[str]] = frozenset(("l1_bytes", "close_timeout_seconds", "explain_chunks", "traces"))
+
     l1_bytes: Bytes = 2**30
     """Size of L1, the arena in shared memory; rounded down to whole pages."""
     l2: URLs = field(default_factory=default_l2)
@@ -247,6 +252,9 @@ class CacheConfig(Settings, frozen=True, kw_only=True):
         return hide_password(super().__repr__())
 
 
+_CHOICES = {"log_level": ("debug", "info", "warning", "error"), "log_format": ("text", "json")}
+
+
 class TenantConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who may connect with one of these tokens, and which salts it may use; None is all."""
 
@@ -264,6 +272,7 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
     """
 
     SECTION: ClassVar[str] = "server"
+    AT_START: ClassVar[frozenset[str]] = frozenset(("listen", "http", "shutdown_timeout_seconds", "log_format"))
 
     listen: URLs = field(default_factory=lambda: (default_url(),))
     """Where to listen: URLs of Unix sockets, and of TCP ports."""
@@ -279,6 +288,10 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
     """How long a shutdown may take."""
     http: str = "127.0.0.1:9600"
     """Where to answer HTTP, as host:port; empty for nowhere."""
+    log_level: str = "info"
+    """What is logged: debug, info, warning or error, and what is worse."""
+    log_format: str = "text"
+    """How it is logged: text, or json, an object in each line."""
     tenants: dict[str, TenantConfig] = {}
     """By name: their tokens, and their salts. A port beyond loopback needs one."""
 
@@ -295,6 +308,12 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
         """The value, if the setting may have it. Raises ConfigError, which tells no token."""
         if name == "tenants":
             return _check_tenants(value)
+        if name in _CHOICES:
+            if not isinstance(value, str) or value.lower() not in _CHOICES[name]:
+                raise ConfigError(
+                    f"{name} must be {', '.join(_CHOICES[name][:-1])} or {_CHOICES[name][-1]}, not {value!r}"
+                )
+            return value.lower()
         if name == "http":
             if not isinstance(value, str):
                 raise ConfigError(f"http must be host:port, not {value!r}")

@@ -82,6 +82,12 @@ class Core:
         self.backends = Backends(self.guards, self.writeback, tombstones, config, self.ledger, self.loader.forget)
         self.sweeping = asyncio.create_task(self.sweeper.run())
 
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Go by other settings from now on: by those of them that are live."""
+        self.config = config
+        for part in (self.controller, self.loader, self.writing, self.writeback, self.backends, *self.guards):
+            part.reconfigure(config)
+
     async def close(self) -> None:
         """Close, in this order: no more requests, what is pending written, no more tasks, the tiers."""
         timeout = self.config.close_timeout_seconds

@@ -385,6 +385,15 @@ class CacheClient:
             return stream
         return link.events(capacity)
 
+    async def reload(self) -> tuple[list[str], list[str]]:
+        """Have the server read its settings anew: the names of those that changed, and those that wait for a restart.
+
+        Raises ConfigError for settings that cannot be used, which changes nothing, BackendError for a backend that does
+        not open, and AccessDeniedError for a token that is bound to salts.
+        """
+        reloaded = await self._ask(messages.Reloaded, messages.Reload)
+        return reloaded.changed, reloaded.waiting
+
     async def roots(self) -> list[tuple[ModelLayout, str, str, int]]:
         """Of which prompts there are chunks: the layout, adapter and salt, and how many are in the server's memory.
 

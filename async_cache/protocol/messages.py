@@ -365,6 +365,12 @@ class ListBackends(Message):
     number: Number
 
 
+class Reload(Message):
+    """Have the server read its settings anew. Answered by Reloaded."""
+
+    number: Number
+
+
 class ListRoots(Message):
     """Ask of which models and salts there are chunks. Answered by RootsListed."""
 
@@ -413,6 +419,7 @@ Request = (
     | DrainBackend
     | RemoveBackend
     | ListBackends
+    | Reload
     | ListRoots
     | ListChunks
     | Ping
@@ -573,6 +580,14 @@ class BackendsListed(Extensible):
     backends: list[BackendStatus]
 
 
+class Reloaded(Extensible):
+    """The names of settings that have changed and are used from now on, and of those that wait for a restart."""
+
+    number: int
+    changed: list[str]
+    waiting: list[str]
+
+
 class Root(Message):
     """What chunks of a model have in common beside their tokens, and how many there are in L1."""
 
@@ -620,6 +635,7 @@ Answer = (
     | Happened
     | BackendTold
     | BackendsListed
+    | Reloaded
     | RootsListed
     | ChunksListed
 )

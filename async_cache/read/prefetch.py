@@ -51,7 +51,8 @@ class PrefetchController:
         self._l1 = l1
         self._loader = loader
         self._observers = observers
-        self._decider = Decider(l1, guards, loader, tombstones, Planner(l1, loader, config), hashing, misses, roots)
+        self._planner = Planner(l1, loader, config)
+        self._decider = Decider(l1, guards, loader, tombstones, self._planner, hashing, misses, roots)
         self._loop = asyncio.get_running_loop()
         self._clock = precise_clock(self._loop)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,6 +83,11 @@ class PrefetchController:
         if deadline_seconds is not None and request.pending:
             request.deadline = self._loop.call_later(deadline_seconds, self._deadline_passed, request)
         return prefetch
+
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Go by the settings as they are now."""
+        self._planner.reconfigure(config)
+        self.requests.reconfigure(config)
 
     def cancel(self, request: Request) -> None:
         """Give up what is pending of a request; what has loaded stays."""
@@ -148,7 +154,7 @@ class PrefetchController:
             self._fail(request)
 
     def _fail(self, request: Request) -> None:
-        log.exception("request %r failed", request.request_id)
+        log.exception("request %r failed", request.request_id, extra={"request_id": request.request_id})
         self._give_up(request, Shortfall.BACKEND_ERROR)
 
     def _close_search(self, request: Request) -> None:

@@ -74,6 +74,11 @@ class Requests:
         """Requests that were claimed or read, and not released in time."""
         return self._uses.swept
 
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Let results and leases live for as long as the settings say now."""
+        self._results.live_for(config.result_ttl_seconds)
+        self._uses.live_for(config.lease_ttl_seconds)
+
     def find(self, request_id: str) -> Request | None:
         """The request of an id, or None."""
         return self._requests.get(request_id)

@@ -3,6 +3,7 @@
 process     the server as a process, which runs until a signal
 logs        the log, written by a thread
 server      accepts connections, and ends them
+reload      settings that are read anew while the server runs
 listener    sockets to listen at: Unix and TCP
 access      who may connect, which salts it may use, and which request ids are its own
 session     one connection: what it asks for, and the table of what it holds

@@ -7,8 +7,8 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
 
@@ -19,6 +19,7 @@ from async_cache.protocol.address import Address
 from async_cache.server.access import tenant_of
 from async_cache.server.http import HTTPServer
 from async_cache.server.listener import Listener
+from async_cache.server.reload import Read, Reload, reload_or_say_why
 from async_cache.server.server import Server
 
 log = logging.getLogger(__name__)
@@ -28,17 +29,20 @@ _CLOSE_PART = 0.4  # of the time for a shutdown: for write-back, and as much for
 
 
 async def serve(
-    cache_config: CacheConfig, server_config: ServerConfig, ready: Callable[[Sequence[Address]], None]
+    cache_config: CacheConfig,
+    server_config: ServerConfig,
+    ready: Callable[[Sequence[Address]], None],
+    read: Read | None = None,
 ) -> None:
     """Serve a cache until SIGTERM, SIGINT or SIGHUP; `ready` is called with the addresses, once clients can connect.
 
-    A SIGHUP that was ignored when the process began, as by `nohup`, stays ignored. From the first signal on, others
-    change nothing. The process ends, with exit code 1, if storage delays the shutdown beyond
-    `shutdown_timeout_seconds`.
+    Where `read` reads the settings anew, a SIGHUP has that done, and ends nothing. One that was ignored when the
+    process began, as by `nohup`, stays ignored. From the first signal on that ends it, others change nothing. The
+    process ends, with exit code 1, if storage delays the shutdown beyond `shutdown_timeout_seconds`.
     """
     timeout = server_config.shutdown_timeout_seconds
     close_timeout = min(cache_config.close_timeout_seconds, _CLOSE_PART * timeout)
-    cache_config = msgspec.structs.replace(cache_config, close_timeout_seconds=close_timeout)
+    bounded = msgspec.structs.replace(cache_config, close_timeout_seconds=close_timeout)
     _allow_descriptors()
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
@@ -55,22 +59,51 @@ async def serve(
         if not loop.is_closed():
             loop.call_soon_threadsafe(stop)
 
+    wanted = asyncio.Event()
+
+    def reload_wanted(*_: object) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(wanted.set)
+
     # Not by the loop, which would let go of them as it closes: what comes then would kill the process.
     for number in _signals():
-        signal.signal(number, signalled)
+        signal.signal(number, reload_wanted if number == signal.SIGHUP and read is not None else signalled)
     async with AsyncExitStack() as stack:
-        opening = asyncio.create_task(_open(stack, cache_config, server_config))
+        opening = asyncio.create_task(_open(stack, bounded, server_config))
         try:
-            server = await opening
+            cache, server = await opening
         except asyncio.CancelledError:
             if stopped.is_set():
                 return
             raise
+        if read is not None:
+            server.reload = Reload(read, cache, server, cache_config, server_config)
+            await stack.enter_async_context(_reloads(server.reload, wanted))
         ready(server.addresses)
         await stopped.wait()
 
 
-async def _open(stack: AsyncExitStack, cache_config: CacheConfig, server_config: ServerConfig) -> Server:
+@asynccontextmanager
+async def _reloads(reload: Reload, wanted: asyncio.Event) -> AsyncIterator[None]:
+    """Reload whenever that is wanted, within the block."""
+
+    async def run() -> None:
+        while True:
+            await wanted.wait()
+            wanted.clear()
+            await reload_or_say_why(reload)
+
+    task = asyncio.create_task(run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait((task,))
+
+
+async def _open(
+    stack: AsyncExitStack, cache_config: CacheConfig, server_config: ServerConfig
+) -> tuple[AsyncCache, Server]:
     for url in server_config.listen:
         # An address that is taken is known at once, and not only when the memory is there.
         Listener(Address.parse(url)).close()
@@ -84,7 +117,7 @@ async def _open(stack: AsyncExitStack, cache_config: CacheConfig, server_config:
     watch.open()
     if server_config.http:
         http.open(http_address(server_config.http))
-    return server
+    return cache, server
 
 
 def _signals() -> Sequence[signal.Signals]:

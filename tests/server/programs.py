@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -96,6 +97,11 @@ def server(
         finally:
             child.kill()
     assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def program_output(command: Sequence[str]) -> str:
+    """What a command prints that ends well."""
+    return subprocess.run(command, env=environment(), stdout=PIPE, text=True, timeout=END_SECONDS, check=True).stdout
 
 
 def socket_in(directory: Path) -> str:

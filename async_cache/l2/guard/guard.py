@@ -169,17 +169,20 @@ class Guard:
     @classmethod
     def of(cls, backend: Backend, config: CacheConfig, ledger: Ledger | None = None) -> Self:
         """The guard of a backend: what the backend itself says of its limits comes before the cache's settings."""
-        limits = backend.limits
-        breaker = Breaker(
-            limits.breaker_failures or config.breaker_failures,
-            limits.breaker_reset_seconds or config.breaker_reset_seconds,
-        )
-        timeouts = Timeouts(
+        guard = cls(backend, Breaker(config.breaker_failures, config.breaker_reset_seconds), None, ledger)
+        guard.reconfigure(config)
+        return guard
+
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Take the limits of the settings, where the backend itself has no others. Calls that are out keep theirs."""
+        limits = self.backend.limits
+        self.breaker.limit = limits.breaker_failures or config.breaker_failures
+        self.breaker.reset_seconds = limits.breaker_reset_seconds or config.breaker_reset_seconds
+        self.timeouts = Timeouts(
             limits.lookup_timeout_seconds or config.lookup_timeout_seconds,
             limits.load_timeout_seconds or config.load_timeout_seconds,
             limits.store_timeout_seconds or config.store_timeout_seconds,
         )
-        return cls(backend, breaker, timeouts, ledger)
 
     @property
     def name(self) -> str:
