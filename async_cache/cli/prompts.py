@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from msgspec import Struct
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -19,8 +18,8 @@ from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_c
 from async_cache.client.client import CacheClient
 from async_cache.errors import ConfigError
 from async_cache.prompt.layout import ModelLayout, Prompt
-from async_cache.prompt.objects import ObjectGroup
 from async_cache.protocol.prompts import describe
+from async_cache.server.http.explain import Layout, answer
 from async_cache.values import Explanation, ListedChunk, Missed
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
@@ -55,7 +54,7 @@ def explain(
         prompt = await make(client)
         explanation = await client.explain(prompt)
         if json:
-            _print_json(explanation)
+            _print_json(answer(explanation))
         else:
             _print_explanation(explanation)
 
@@ -206,30 +205,9 @@ async def _known_layout(client: CacheClient, model: str, salt: str) -> ModelLayo
     return min(known, key=itemgetter(0))[1]
 
 
-class _Group(Struct):
-    shape: tuple[int, ...]
-    dtype: str
-    window_chunks: int | None = None
-    ranks: tuple[int, ...] | None = None
-
-
-class _Layout(Struct):
-    """A layout as `list --json` shows it."""
-
-    model: str
-    groups: list[_Group]
-    chunk_tokens: int = 256
-    world_size: int = 1
-    readers_per_rank: int = 1
-    revision: str = ""
-
-
 def _read_layout(path: Path) -> ModelLayout:
     try:
-        told = msgspec.json.decode(path.read_bytes(), type=_Layout)
-        groups = [ObjectGroup(it.shape, it.dtype, window_chunks=it.window_chunks, ranks=it.ranks) for it in told.groups]
-        numbers = {name: getattr(told, name) for name in ("chunk_tokens", "world_size", "readers_per_rank")}
-        return ModelLayout(told.model, tuple(groups), revision=told.revision, **numbers)
+        return msgspec.json.decode(path.read_bytes(), type=Layout).made()
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"--layout: {path}: {error}") from error
 
@@ -256,9 +234,6 @@ def _named(value: msgspec.Struct) -> dict[str, Any]:
 
 
 def _print_json(value: Any) -> None:
-    if isinstance(value, Explanation):
-        parts = {"spans": list(map(_named, value.spans)), "elsewhere": list(map(_named, value.elsewhere))}
-        value = _named(value) | parts | {"missed": _named(value.missed) if value.missed is not None else None}
     sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
 
 

@@ -38,6 +38,18 @@ class Web:
             with error:
                 return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
 
+    def post(self, path: str, value: Any, token: str | None = None) -> tuple[int, Any]:
+        """The code, and the answer, of what is asked in JSON."""
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {token}"} if token is not None else {}
+        try:
+            request = Request(self.url + path, json.dumps(value).encode(), headers)
+            with urlopen(request, timeout=20) as response:
+                return response.status, json.load(response)
+        except HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
     def json(self, path: str, token: str | None = None) -> tuple[int, Any]:
         code, _, body = self.get(path, token)
         return code, json.loads(body)

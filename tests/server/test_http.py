@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from contract.support import fill, make_prompt
+from contract.support import fill, make_layout, make_prompt, make_tokens
 from prometheus_client.parser import text_string_to_metric_families
 
 from async_cache import AsyncCache, CacheConfig, ConfigError, ServerConfig, connect
@@ -148,6 +148,45 @@ def test_beyond_loopback_it_needs_tenants() -> None:
 def test_an_address_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^http must be host:port"):
         ServerConfig(listen=("unix:///a",), http=text)
+
+
+# Why.
+
+
+async def test_why_a_prompt_is_not_cached_is_told(site: ServedWeb) -> None:
+    layout = make_layout(model="explained")
+    async with connect(site.served.url) as cache:
+        await fill(cache, make_prompt(2, 5, layout))
+    tokens = make_tokens(3, 5)
+    text = ",".join(map(str, tokens))
+    code, told = await asyncio.to_thread(site.json, f"/explain?model=explained&tokens={text}")
+    assert code == 200
+    assert [(span["state"], span["chunks"]) for span in told["spans"]] == [("l1", 2), ("unknown", 1)]
+    described = {"model": "explained", "groups": [{"shape": [16], "dtype": "uint8"}], "chunk_tokens": 4}
+    code, again = await asyncio.to_thread(site.post, "/explain", {"tokens": tokens, "layout": described})
+    assert (code, again["spans"][0]) == (200, told["spans"][0])
+
+
+@pytest.mark.parametrize(
+    "question", [{}, {"tokens": "1"}, {"tokens": [1], "model": "none"}, {"tokens": [-1], "model": "model"}, {"x": 1}]
+)
+def test_a_question_that_is_none_is_told_so(question: dict[str, object], site: ServedWeb) -> None:
+    code, told = site.post("/explain", question)
+    assert code == 400 and set(told) == {"error"}
+    assert site.json("/explain?tokens=x")[0] == 400
+
+
+def test_a_question_that_is_too_long_is_refused(site: ServedWeb) -> None:
+    assert site.post("/explain", {"tokens": [1], "model": "x" * 17 * 2**20})[0] == 400
+
+
+def test_a_tenant_asks_of_its_own_salts_only(guarded: Web) -> None:
+    described = {"model": "m", "groups": [{"shape": [16], "dtype": "uint8"}], "chunk_tokens": 4}
+    question = {"tokens": [1, 2, 3, 4], "layout": described}
+    assert guarded.post("/explain", question)[0] == 401
+    assert guarded.post("/explain", question, BOUND_TOKEN)[0] == 403
+    assert guarded.post("/explain", question | {"salt": "acme"}, BOUND_TOKEN)[0] == 200
+    assert guarded.post("/explain", question | {"salt": "acme"}, TOKEN)[0] == 200
 
 
 # The server goes on.

@@ -16,6 +16,7 @@ from async_cache.errors import AccessDeniedError
 from async_cache.metrics import Watch, exposition
 from async_cache.metrics.families import gauge
 from async_cache.server.access import Tenant
+from async_cache.server.http.explain import answer, prompt_of, question_of
 from async_cache.server.http.health import problems
 from async_cache.server.http.status import status
 from async_cache.server.server import Server
@@ -46,6 +47,7 @@ class Site:
                 Route("/readyz", self._answered(self._readyz, openly=True)),
                 Route("/metrics", self._answered(self._metrics)),
                 Route("/status", self._answered(self._status)),
+                Route("/explain", self._explain, methods=["GET", "POST"]),
             ]
         )
         self.app.router.redirect_slashes = False  # a redirect would go to wherever the request says that it came to
@@ -108,6 +110,22 @@ class Site:
 
     async def _status(self, _: Tenant) -> Response:
         return _json(status(self._watch, self._server.connections))
+
+    async def _explain(self, request: Request) -> Response:
+        """Why a prompt is not cached, to whoever may use its salt."""
+        try:
+            tenant = self._admit(request)
+            if request.method == "POST" and not request.headers.get("content-type", "").startswith("application/json"):
+                raise ValueError("what is posted is application/json")  # which no form of another site can send
+            core = self._watch.core
+            prompt = prompt_of(await question_of(request), core, tenant)
+            response = _json(answer(await core.explainer.explain(prompt)))
+        except AccessDeniedError as error:
+            response = _json({"error": str(error)}, 403 if "authorization" in request.headers else 401)
+        except (ValueError, TypeError) as error:
+            response = _json({"error": str(error)}, 400)
+        response.headers.update(_HEADERS)
+        return response
 
 
 def _json(value: Any, code: int = 200) -> Response:
