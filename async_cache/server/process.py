@@ -14,17 +14,19 @@ import msgspec
 
 from async_cache.cache import AsyncCache
 from async_cache.config import CacheConfig, ServerConfig, http_address
+from async_cache.errors import ConfigError
 from async_cache.metrics import Watch
 from async_cache.protocol.address import Address
 from async_cache.server.access import tenant_of
 from async_cache.server.http import HTTPServer
-from async_cache.server.listener import Listener
+from async_cache.server.listener import Listener, sockets_given
 from async_cache.server.reload import Read, Reload, reload_or_say_why
 from async_cache.server.server import Server
 
 log = logging.getLogger(__name__)
 
 _TELL_SECONDS = 0.2
+_HTTP_SOCKET = "http"  # the name of a socket that a service manager gives, in its FileDescriptorName=
 _CLOSE_PART = 0.4  # of the time for a shutdown: for write-back, and as much for I/O that does not end
 
 
@@ -104,20 +106,32 @@ async def _reloads(reload: Reload, wanted: asyncio.Event) -> AsyncIterator[None]
 async def _open(
     stack: AsyncExitStack, cache_config: CacheConfig, server_config: ServerConfig
 ) -> tuple[AsyncCache, Server]:
-    for url in server_config.listen:
+    given = [(name, Listener.given(sock)) for name, sock in sockets_given()]
+    to_serve = [listener for name, listener in given if name != _HTTP_SOCKET]
+    _check_given(to_serve, server_config)
+    for url in server_config.listen if not to_serve else ():
         # An address that is taken is known at once, and not only when the memory is there.
         Listener(Address.parse(url)).close()
     cache = await stack.enter_async_context(AsyncCache(cache_config))
     watch = Watch(cache.core, tenant_of)
     stack.push_async_callback(watch.close)
-    server = Server(cache, server_config)
+    server = Server(cache, server_config, to_serve)
     http = HTTPServer(server, watch)
     stack.push_async_callback(http.close)  # after the server, which it tells of meanwhile
     await stack.enter_async_context(server)
     watch.open()
-    if server_config.http:
-        http.open(http_address(server_config.http))
+    to_answer = next((listener for name, listener in given if name == _HTTP_SOCKET), None)
+    if to_answer is not None or server_config.http:
+        http.open(to_answer or http_address(server_config.http))
     return cache, server
+
+
+def _check_given(listeners: Sequence[Listener], config: ServerConfig) -> None:
+    """Sockets that a service manager gives keep to the rule of those that the settings name. Raises ConfigError."""
+    for listener in listeners:
+        if not listener.address.is_local and not config.tenants:
+            where = listener.address
+            raise ConfigError(f"{where}, which was passed on, can be reached from other machines: it needs tenants")
 
 
 def _signals() -> Sequence[signal.Signals]:

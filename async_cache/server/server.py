@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from enum import Enum
@@ -51,9 +51,12 @@ class ServerState(Enum):
 
 
 class Server:
-    """A server of a cache that is open, by `async with`, or by `open` and `close`; its states are in `ServerState`."""
+    """A server of a cache that is open, by `async with`, or by `open` and `close`; its states are in `ServerState`.
 
-    def __init__(self, cache: AsyncCache, config: ServerConfig):
+    It listens where its settings say, or where it is `given` sockets, there.
+    """
+
+    def __init__(self, cache: AsyncCache, config: ServerConfig, given: Sequence[Listener] = ()):
         self._state = ServerState.NEW
         self._cache = cache
         self._config = config
@@ -68,6 +71,7 @@ class Server:
             self._reload,
         )
         self._listeners: list[Listener] = []
+        self._given = given
         self._sessions: set[Session] = set()
         self._greeting = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -114,8 +118,11 @@ class Server:
         check_byte_order()
         self._state = ServerState.LISTENING
         try:
-            for url in self._config.listen:
-                self._listeners.append(Listener(Address.parse(url)))
+            if self._given:
+                self._listeners += self._given
+            else:
+                for url in self._config.listen:
+                    self._listeners.append(Listener(Address.parse(url)))
         except BaseException:
             await self.close()
             raise

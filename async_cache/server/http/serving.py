@@ -45,10 +45,10 @@ class HTTPServer:
         """Where it listens; a port 0 has become a real one. None where it does not."""
         return self._listener.address if self._listener is not None else None
 
-    def open(self, address: Address) -> None:
-        """Begin to listen there, if that can be."""
+    def open(self, at: Address | Listener) -> None:
+        """Begin to listen there, if that can be, or to answer where somebody listens already."""
         try:
-            self._listener = Listener(address)
+            self._listener = at if isinstance(at, Listener) else Listener(at)
         except ConfigError as error:
             log.warning("no HTTP: %s", error)
             return
