@@ -5,7 +5,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,12 +19,12 @@ from async_cache.protocol.address import Address
 from async_cache.server.access import tenant_of
 from async_cache.server.http import HTTPServer
 from async_cache.server.listener import Listener, sockets_given
+from async_cache.server.logs import tell
 from async_cache.server.reload import Read, Reload, reload_or_say_why
 from async_cache.server.server import Server
 
 log = logging.getLogger(__name__)
 
-_TELL_SECONDS = 0.2
 _HTTP_SOCKET = "http"  # the name of a socket that a service manager gives, in its FileDescriptorName=
 _CLOSE_PART = 0.4  # of the time for a shutdown: for write-back, and as much for I/O that does not end
 
@@ -150,10 +149,7 @@ def _end_after(seconds: float) -> None:
     """End the process if it is still there then: nothing else would end threads that are stuck in storage."""
 
     def end() -> None:
-        text = "gave up waiting for storage\n"
-        telling = threading.Thread(target=sys.stderr.write, args=(text,), daemon=True)  # who listens may hang
-        telling.start()
-        telling.join(_TELL_SECONDS)
+        tell("gave up waiting for storage\n")
         os._exit(1)
 
     timer = threading.Timer(seconds, end)

@@ -101,6 +101,7 @@ class Call(Generic[T]):
             self._count_failure(self._guard.failed, why)
             task.cancel()
             raise CallTimeoutError(f"{self._guard.name} {why}")
+        self._ended(task)  # counted before it is told: who makes the next call finds the breaker as it is by now
         if task.cancelled():
             raise BackendError(f"the call to {self._guard.name} was cancelled")
         error = self._error()
@@ -164,7 +165,7 @@ class Guard:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
         self._ledger = ledger if ledger is not None else Ledger()
-        backend.on_removed = partial(self._ledger.left, backend.name)
+        self._hears = backend.on_removed = partial(self._ledger.left, backend.name)
 
     @classmethod
     def of(cls, backend: Backend, config: CacheConfig, ledger: Ledger | None = None) -> Self:
@@ -415,7 +416,8 @@ class Guard:
 
     async def close(self, timeout_seconds: float) -> None:
         """Cancel the calls that are out, and wait for them and for the backend, but not for ever."""
-        self.backend.on_removed = nobody_listens
+        if self.backend.on_removed is self._hears:  # else another cache uses it by now
+            self.backend.on_removed = nobody_listens
         tasks = set(self._tasks)
         for task in tasks:
             task.cancel()
