@@ -1,6 +1,7 @@
 """What was asked for, found, promised and loaded, by tenant and model."""
 
 import logging
+from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from typing import NamedTuple, cast
@@ -71,7 +72,7 @@ class Traffic:
         """Seconds from the request to the end of its load, of those that had something to load."""
         self.gap = Histogram()
         """Seconds of those between promise and end: the time that a scheduler wins by asking twice."""
-        self.recent: deque[Loaded] = deque(maxlen=_RECENT)
+        self._recent: deque[tuple[LookupHits, LoadResult, str, float, float, int]] = deque(maxlen=_RECENT)
         self.kept = 0
         """Promises that were kept."""
         self.missed: Counter[str] = Counter()
@@ -86,43 +87,45 @@ class Traffic:
         self._pairs: dict[tuple[str, str], Pair] = {}
 
     def count(self, prefetch: Prefetch, result: LoadResult) -> None:
-        """Count a request whose load is done. It raises nothing, and takes a microsecond or two."""
+        """Count a request whose load is done. It raises nothing, and takes a microsecond or so: each call costs."""
         try:
-            self._count(cast(Request, prefetch.promised), result)
+            request = cast(Request, prefetch.promised)
+            hits, prompt = cast(LookupHits, request.hits.value), request.prompt
+            layout, began, promised_at = prompt.layout, request.began, request.promised_at
+            chunk_tokens = layout.chunk_tokens
+            asked = prompt.tokens // chunk_tokens - request.start_chunk
+            names = self._tenant_of(request.request_id), layout.model
+            pair = self._pairs.get(names) or self._new_pair(names)
+            pair.recent += 1
+            tokens = pair.tokens
+            tokens.requests += 1
+            tokens.asked += asked * chunk_tokens
+            tokens.l1_hits += hits.l1_chunks * chunk_tokens
+            lookup, seconds = self.lookup, promised_at - began
+            lookup.counts[bisect_left(lookup.bounds, seconds)] += 1
+            lookup.total += seconds
+            if hits.l2_chunks:
+                tokens.l2_hits += hits.l2_chunks * chunk_tokens
+                self.load.observe(result.seconds)
+                self.gap.observe(result.seconds - seconds)
+            if result.chunks == hits.chunks:
+                self.kept += 1
+            else:
+                self.broken[result.shortfall.value if result.shortfall is not None else ""] += 1
+            if hits.shortfall is not None:
+                self.trimmed[hits.shortfall.value] += 1
+            if hits.missed is not None:
+                self.missed[why(hits.missed)] += 1
+            if prompt.hashed:
+                self._residence.asked(prompt.chunk_hashes)
+            self._recent.append((hits, result, layout.model, began, promised_at, asked))
         except Exception:  # it is called within a step of the cache, which goes on
             log.exception("a request could not be counted")
 
-    def _count(self, request: Request, result: LoadResult) -> None:
-        hits, prompt = request.hits.value, request.prompt
-        assert hits is not None
-        layout = prompt.layout
-        chunk_tokens = layout.chunk_tokens
-        asked = prompt.tokens // chunk_tokens - request.start_chunk
-        names = self._tenant_of(request.request_id), layout.model
-        pair = self._pairs.get(names) or self._new_pair(names)
-        pair.recent += 1
-        tokens = pair.tokens
-        tokens.requests += 1
-        tokens.asked += asked * chunk_tokens
-        tokens.l1_hits += hits.l1_chunks * chunk_tokens
-        began = request.began
-        lookup_seconds = request.promised_at - began
-        self.lookup.observe(lookup_seconds)
-        if hits.l2_chunks:
-            tokens.l2_hits += hits.l2_chunks * chunk_tokens
-            self.load.observe(result.seconds)
-            self.gap.observe(result.seconds - lookup_seconds)
-        if hits.shortfall is not None:
-            self.trimmed[hits.shortfall.value] += 1
-        if hits.missed is not None:
-            self.missed[why(hits.missed)] += 1
-        if result.chunks == hits.chunks:
-            self.kept += 1
-        else:
-            self.broken[result.shortfall.value if result.shortfall is not None else ""] += 1
-        if prompt.hashed:
-            self._residence.asked(prompt.chunk_hashes)
-        self.recent.append(Loaded(hits, result, layout.model, began, request.promised_at, asked))
+    @property
+    def recent(self) -> list[Loaded]:
+        """The last requests that have loaded, the last one first."""
+        return [Loaded(*loaded) for loaded in reversed(self._recent)]
 
     def rank(self) -> None:
         """See who has the most traffic of late: those are shown by their names from now on, each from 0 again."""

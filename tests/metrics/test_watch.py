@@ -108,7 +108,7 @@ async def test_a_broken_promise_is_counted_with_its_reason() -> None:
         await ask(cache, make_prompt(2), "acme/1")
         assert dict(watch.traffic.broken) == {"backend_error": 1}
         assert watch.traffic.kept == 0
-        assert watch.traffic.recent[-1].result.shortfall is Shortfall.BACKEND_ERROR
+        assert watch.traffic.recent[0].result.shortfall is Shortfall.BACKEND_ERROR
         shown = await values(watch)
         assert shown["async_cache_promises_broken_total backend_error"] == 1
         assert shown["async_cache_backend_calls_total memory failed load"] == 1

@@ -168,7 +168,7 @@ def _recent(traffic: Traffic, watch: Watch, now: float) -> list[Flight]:
             l2_chunks=it.hits.l2_chunks,
             shortfall=it.result.shortfall.value if it.result.shortfall is not None else None,
         )
-        for it in islice(reversed(traffic.recent), _RECENT)
+        for it in traffic.recent[:_RECENT]
     ]
 
 
