@@ -17,6 +17,8 @@ from async_cache.protocol.partials import Partials
 log = logging.getLogger(__name__)
 
 _MESSAGES_AT_ONCE = 128
+_MESSAGE_COST = 10  # of a message, before it is known what it asks for
+_FREE_BYTES = 4096  # of a piece that arrives: the messages in it are paid for
 
 
 class ConnectionState(Enum):
@@ -48,6 +50,9 @@ class Connection(asyncio.Protocol):
     `received` is called with each message, in order; `lost` once, with the reason if there is one. With
     `stall_seconds`, a peer that does not read what it is sent is not listened to either, and is given up after that.
     What is there of a frame that is not complete is bounded by `partials`. `name` is for the log.
+
+    `admits` is asked before each message, and before a large piece, with what looking at it costs; where it says no,
+    nothing is received until `resume_turn`. Without it, a connection gives way to others after some messages.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Connection(asyncio.Protocol):
         *,
         stall_seconds: float | None = None,
         partials: Partials | None = None,
+        admits: Callable[[int], bool] | None = None,
         name: str = "the peer",
     ):
         self._state = ConnectionState.NEW
@@ -67,10 +73,13 @@ class Connection(asyncio.Protocol):
         self._stall_seconds = stall_seconds
         self._partials = partials
         self._has_partial = False
+        self._messages_left = _MESSAGES_AT_ONCE
+        self._admits = admits if admits is not None else self._gives_way
         self._name = name
         self._frames = FrameReader()
         self._arrived: deque[bytes] = deque()  # data that was not looked at yet
         self._payloads: Iterator[memoryview] = iter(())  # of the data that is looked at now
+        self._payload: memoryview | None = None  # the next of them
         self._pauses: set[Pause] = set()
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
@@ -188,19 +197,23 @@ class Connection(asyncio.Protocol):
 
     def _take(self) -> None:
         """Hand on what has arrived: so much at a time that other connections have their turn."""
-        left = _MESSAGES_AT_ONCE
+        admits = self._admits
         try:
             while self._state is _OPEN and not self._pauses:
-                if not left:
-                    self._pause(Pause.TURN)
-                    self._loop.call_soon(self._resume, Pause.TURN)
-                    break
-                payload = next(self._payloads, None)
+                payload = self._payload if self._payload is not None else next(self._payloads, None)
                 if payload is not None:
-                    left -= 1
+                    if not admits(_MESSAGE_COST):
+                        self._payload = payload
+                        self._pause(Pause.TURN)
+                        break
+                    self._payload = None
                     self.received_frames += 1
                     self._received(self._decoder.decode(payload))
                 elif self._arrived:
+                    size = len(self._arrived[0])
+                    if size > _FREE_BYTES and not admits(size >> 10):
+                        self._pause(Pause.TURN)
+                        break
                     self._payloads = self._frames.feed(self._arrived.popleft())
                 else:
                     self._keep_partial()
@@ -211,6 +224,15 @@ class Connection(asyncio.Protocol):
         except Exception as error:
             log.exception("a message could not be handled")
             self.fail(error)
+
+    def _gives_way(self, cost: int) -> bool:
+        """Admit so many messages, and then wait for the loop's next turn."""
+        if self._messages_left:
+            self._messages_left -= 1
+            return True
+        self._messages_left = _MESSAGES_AT_ONCE
+        self._loop.call_soon(self.resume_turn)
+        return False
 
     def _keep_partial(self) -> None:
         """Tell of what there is of a frame that is not complete."""
@@ -235,6 +257,10 @@ class Connection(asyncio.Protocol):
     def resume_reading(self) -> None:
         """Receive again, beginning with what has arrived already."""
         self._resume(Pause.OWNER)
+
+    def resume_turn(self) -> None:
+        """Go on where `admits` has said no."""
+        self._resume(Pause.TURN)
 
     def _pause(self, reason: Pause) -> None:
         """Receive nothing more: what is not read from the peer takes no memory here."""
@@ -269,6 +295,7 @@ class Connection(asyncio.Protocol):
     def _forget_received(self) -> None:
         """Nothing is received any more."""
         self._arrived.clear()
+        self._payload = None
         self._payloads = iter(())
         self._frames = FrameReader()
         if self._partials is not None:

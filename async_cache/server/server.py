@@ -25,10 +25,12 @@ from async_cache.server.listener import Listener
 from async_cache.server.prefetches import Holders
 from async_cache.server.segment import ClientSegment
 from async_cache.server.session import Session, Shared
+from async_cache.server.turns import Turns
 
 log = logging.getLogger(__name__)
 
 _COPIERS = 2
+_MAKERS = 1  # what they do holds the interpreter: more of them would take no less time
 _RETRY_SECONDS = 0.1  # where there are no file descriptors left, for one
 _TELL_SECONDS = 0.5  # for the open connections to take their last message
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
@@ -56,7 +58,9 @@ class Server:
             Holders.of(cache),
             SharedLayouts(),
             ThreadPoolExecutor(_COPIERS, thread_name_prefix="copy"),
+            ThreadPoolExecutor(_MAKERS, thread_name_prefix="make"),
             Partials(config.stall_timeout_seconds),
+            Turns(),
         )
         self._listeners: list[Listener] = []
         self._sessions: set[Session] = set()
@@ -123,6 +127,7 @@ class Server:
         self._shared.holders.close()
         self._shared.partials.close()
         self._shared.copiers.shutdown(wait=False)
+        self._shared.makers.shutdown(wait=False)
         os.close(self._readable)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

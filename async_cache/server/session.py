@@ -17,16 +17,19 @@ from async_cache.cache import AsyncCache
 from async_cache.config import ServerConfig
 from async_cache.errors import AsyncCacheError, LimitError, ProtocolError
 from async_cache.handles.prefetch import Promised
+from async_cache.prompt.layout import HASH_AT_ONCE_TOKENS, ModelLayout, Prompt
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.messages import Decoder, Message, failed
 from async_cache.protocol.partials import Partials
+from async_cache.server import costs
 from async_cache.server.access import Scope, Tenant
 from async_cache.server.held import Held, Wait
-from async_cache.server.layouts import Layouts, SharedLayouts
+from async_cache.server.layouts import Layouts, SharedLayouts, is_small, make
 from async_cache.server.prefetches import HeldPrefetch, Holders
 from async_cache.server.reads import Reads
 from async_cache.server.segment import ClientSegment
+from async_cache.server.turns import LIGHT, Turns
 from async_cache.server.writers import Writers
 
 log = logging.getLogger(__name__)
@@ -43,7 +46,10 @@ class Shared:
     holders: Holders
     layouts: SharedLayouts
     copiers: Executor
+    makers: Executor
+    """Make long prompts and large layouts."""
     partials: Partials
+    turns: Turns
 
 
 class Session:
@@ -66,14 +72,18 @@ class Session:
         config, cache = shared.config, shared.cache
         self.held: dict[int, Held] = {}
         self.name = name
+        self._turn = shared.turns.of(tenant.name, self._resume_turn)
         self.connection = Connection(
             _decoder,
             self._handle,
             self._lost,
             stall_seconds=config.stall_timeout_seconds,
             partials=shared.partials,
+            admits=self._turn.admits,
             name=name,
         )
+        self._makers = shared.makers
+        self._is_held_up = False  # until a heavy message has been begun
         self._cache = cache
         self._max_requests = config.max_requests
         self._tenant = tenant
@@ -93,19 +103,96 @@ class Session:
 
     # Messages, as they come.
 
+    def _resume_turn(self) -> None:
+        self.connection.resume_turn()
+
     def _handle(self, message: Any) -> None:
         kind = type(message)
         try:
-            at_once = _AT_ONCE.get(kind)
-            if at_once is not None:
+            if kind in _OF_PROMPTS:
+                self._of_prompt(message)
+            elif kind is messages.RegisterLayout:
+                self._register_layout(message)
+            elif (at_once := _AT_ONCE.get(kind)) is not None:
                 at_once(self, message)
             else:
                 self._check_number(message.number)
-                self._wait(message, _WAITING[kind])
+                self._wait(message, partial(_WAITING[kind], self, message))
         except ProtocolError:
             raise  # to the connection, which sends the client away
         except Exception as error:
             self._fail(message, error)
+
+    # What is heavy waits for its turn, and what takes long to make is made in a thread. Nothing behind it is looked at
+    # meanwhile: messages are begun in the order in which they came.
+
+    def _of_prompt(self, message: Any) -> None:
+        """Make the prompt of a message, and do what is asked of it."""
+        self._check_number(message.number)
+        wire = message.prompt
+        chunks, cost = self._layouts.check(wire)
+        if cost <= LIGHT:
+            self._turn.charge(cost)
+            self._ask(message, self._layouts.prompt(wire))
+        elif chunks <= costs.AT_ONCE_CHUNKS and chunks * self._layouts.chunk_tokens(wire) <= HASH_AT_ONCE_TOKENS:
+            self._begin(cost, partial(self._make_at_once, message))
+        else:
+            self._begin(cost, partial(self._make_in_thread, message, self._layouts.prompt, wire, self._ask))
+
+    def _ask(self, message: Any, prompt: Prompt) -> None:
+        self._layouts.check_fits(message.prompt, prompt)
+        _OF_PROMPTS[type(message)](self, message, prompt)
+
+    def _register_layout(self, message: messages.RegisterLayout) -> None:
+        self._layouts.check_new(message)
+        description = message.description
+        if is_small(description):
+            self._registered(message, make(description))
+        else:
+            work = partial(self._make_in_thread, message, make, description, self._registered)
+            self._begin(costs.of_layout(description), work)
+
+    def _registered(self, message: messages.RegisterLayout, layout: ModelLayout) -> None:
+        self.connection.send(self._layouts.register(message, layout))
+
+    def _begin(self, cost: int, work: Callable[[], None]) -> None:
+        """Begin heavy work now, or when it is this connection's turn."""
+        if not self._turn.begin(cost, work):
+            self._hold_up()
+
+    def _make_at_once(self, message: Any) -> None:
+        try:
+            self._ask(message, self._layouts.prompt(message.prompt))
+        except Exception as error:
+            self._fail(message, error)
+        self._go_on()
+
+    def _make_in_thread(
+        self, message: Any, make: Callable[[Any], Any], of: Any, then: Callable[[Any, Any], None]
+    ) -> None:
+        self._hold_up()
+        self._turn.hold()
+        self._spawn(self._made(message, make, of, then))
+
+    async def _made(self, message: Any, make: Callable[[Any], Any], of: Any, then: Callable[[Any, Any], None]) -> None:
+        try:
+            made = await self._loop.run_in_executor(self._makers, make, of)
+            if self.connection.is_open:
+                then(message, made)
+        except Exception as error:
+            self._fail(message, error)
+        finally:
+            self._turn.let_go()
+            self._go_on()
+
+    def _hold_up(self) -> None:
+        self._is_held_up = True
+        self.connection.pause_reading()
+
+    def _go_on(self) -> None:
+        if self._is_held_up:
+            self._is_held_up = False
+            self.connection.resume_reading()
 
     def _check_number(self, number: int) -> None:
         """Check that one more may be held, under this number. Raises ValueError or LimitError."""
@@ -116,14 +203,19 @@ class Session:
             if under_way >= self._max_requests:
                 raise LimitError(f"{under_way} requests of this connection are under way, which is the limit")
 
-    def _wait(self, message: Any, handler: "_Waits") -> None:
-        wait = Wait(message.number, self.held, self.connection, self._answer(message, handler))
+    def _wait(self, message: Any, ask: "_Asks") -> None:
+        wait = Wait(message.number, self.held, self.connection, self._answer(message, ask))
         self._tasks.add(wait.task)
         wait.task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, message: Any, handler: "_Waits") -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, message: Any, ask: "_Asks") -> None:
         try:
-            answer = await handler(self, message)
+            answer = await ask()
             if answer is not None:
                 self.connection.send(answer)
         except Exception as error:
@@ -145,13 +237,9 @@ class Session:
 
     # What needs no waiting.
 
-    def _register_layout(self, message: messages.RegisterLayout) -> None:
-        self.connection.send(self._layouts.register(message))
-
-    def _prefetch(self, message: messages.Prefetch) -> None:
-        self._check_number(message.number)
+    def _prefetch(self, message: messages.Prefetch, prompt: Prompt) -> None:
         prefetch = self._cache.prefetch(
-            self._layouts.prompt(message.prompt),
+            prompt,
             request_id=self._scope.inner(message.request_id),
             skip_tokens=message.skip_tokens,
             ranks=message.ranks,
@@ -222,22 +310,21 @@ class Session:
         self._send_soon(loaded)
         return None
 
-    async def _lookup(self, message: messages.Lookup) -> Message:
-        return messages.Hits(message.number, await self._cache.lookup(self._layouts.prompt(message.prompt)))
+    async def _lookup(self, message: messages.Lookup, prompt: Prompt) -> Message:
+        return messages.Hits(message.number, await self._cache.lookup(prompt))
 
     async def _acquire_read(self, message: messages.AcquireRead) -> None:
         request_id = self._scope.inner(message.request_id)
         lease = self._cache.read(request_id, rank=message.rank, reader=message.reader)
         await self._reads.acquire(message, lease)
 
-    async def _reserve_store(self, message: messages.ReserveStore) -> Message:
-        prompt = self._layouts.prompt(message.prompt)
+    async def _reserve_store(self, message: messages.ReserveStore, prompt: Prompt) -> Message:
         expired = partial(self._writers.expired, message.number)
         writer = self._cache.core.writing.writer(prompt, message.rank, message.start_chunk, expired)
         return await self._writers.open(message.number, writer)
 
-    async def _delete(self, message: messages.Delete) -> Message:
-        return messages.Removed(message.number, await self._cache.delete(self._layouts.prompt(message.prompt)))
+    async def _delete(self, message: messages.Delete, prompt: Prompt) -> Message:
+        return messages.Removed(message.number, await self._cache.delete(prompt))
 
     async def _clear(self, message: messages.Clear) -> Message:
         self._tenant.check_trusted("clearing the cache")
@@ -276,6 +363,7 @@ class Session:
             self._reads.close()
             self._writers.close()
         finally:
+            self._turn.leave()
             self._left.set()
             self._closed(self)
 
@@ -286,11 +374,23 @@ class Session:
             await asyncio.wait(running)
 
 
+def _waits(handler: Callable[[Session, Any, Prompt], Coroutine[Any, Any, Message]]) -> "_Handler":
+    """Have a message about a prompt answered by a task."""
+    return lambda session, message, prompt: session._wait(message, partial(handler, session, message, prompt))
+
+
+_Asks = Callable[[], Coroutine[Any, Any, Message | None]]
 _Waits = Callable[[Session, Any], Coroutine[Any, Any, Message | None]]
+_Handler = Callable[[Session, Any, Prompt], None]
+
+_OF_PROMPTS: dict[type[Message], _Handler] = {
+    messages.Prefetch: Session._prefetch,
+    messages.Lookup: _waits(Session._lookup),
+    messages.ReserveStore: _waits(Session._reserve_store),
+    messages.Delete: _waits(Session._delete),
+}
 
 _AT_ONCE: dict[type[Message], Callable[[Session, Any], None]] = {
-    messages.RegisterLayout: Session._register_layout,
-    messages.Prefetch: Session._prefetch,
     messages.Cancel: Session._cancel,
     messages.Unclaim: Session._unclaim,
     messages.ReleaseRead: Session._release_read,
@@ -305,10 +405,7 @@ _AT_ONCE: dict[type[Message], Callable[[Session, Any], None]] = {
 _WAITING: dict[type[Message], _Waits] = {
     messages.QueryPrefetchLookupHits: Session._query_lookup_hits,
     messages.QueryPrefetchStatus: Session._query_status,
-    messages.Lookup: Session._lookup,
     messages.AcquireRead: Session._acquire_read,
-    messages.ReserveStore: Session._reserve_store,
-    messages.Delete: Session._delete,
     messages.Clear: Session._clear,
     messages.Flush: Session._flush,
     messages.AddBackend: Session._add_backend,
