@@ -6,6 +6,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from enum import Enum
+from itertools import chain
 from typing import Any, cast
 
 from async_cache.errors import AsyncCacheError, ConnectionLostError
@@ -79,7 +80,6 @@ class Connection(asyncio.Protocol):
         self._frames = FrameReader()
         self._arrived: deque[bytes] = deque()  # data that was not looked at yet
         self._payloads: Iterator[memoryview] = iter(())  # of the data that is looked at now
-        self._payload: memoryview | None = None  # the next of them
         self._pauses: set[Pause] = set()
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
@@ -200,13 +200,12 @@ class Connection(asyncio.Protocol):
         admits = self._admits
         try:
             while self._state is _OPEN and not self._pauses:
-                payload = self._payload if self._payload is not None else next(self._payloads, None)
+                payload = next(self._payloads, None)
                 if payload is not None:
                     if not admits(_MESSAGE_COST):
-                        self._payload = payload
+                        self._payloads = chain((payload,), self._payloads)
                         self._pause(Pause.TURN)
                         break
-                    self._payload = None
                     self.received_frames += 1
                     self._received(self._decoder.decode(payload))
                 elif self._arrived:
@@ -295,7 +294,6 @@ class Connection(asyncio.Protocol):
     def _forget_received(self) -> None:
         """Nothing is received any more."""
         self._arrived.clear()
-        self._payload = None
         self._payloads = iter(())
         self._frames = FrameReader()
         if self._partials is not None:

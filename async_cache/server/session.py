@@ -109,12 +109,11 @@ class Session:
     def _handle(self, message: Any) -> None:
         kind = type(message)
         try:
-            if kind in _OF_PROMPTS:
-                self._of_prompt(message)
-            elif kind is messages.RegisterLayout:
-                self._register_layout(message)
-            elif (at_once := _AT_ONCE.get(kind)) is not None:
+            at_once = _AT_ONCE.get(kind)
+            if at_once is not None:
                 at_once(self, message)
+            elif kind in _OF_PROMPTS:
+                self._of_prompt(message)
             else:
                 self._check_number(message.number)
                 self._wait(message, partial(_WAITING[kind], self, message))
@@ -134,7 +133,8 @@ class Session:
         if cost <= LIGHT:
             self._turn.charge(cost)
             self._ask(message, self._layouts.prompt(wire))
-        elif chunks <= costs.AT_ONCE_CHUNKS and chunks * self._layouts.chunk_tokens(wire) <= HASH_AT_ONCE_TOKENS:
+            return
+        if chunks <= costs.AT_ONCE_CHUNKS and chunks * self._layouts.chunk_tokens(wire) <= HASH_AT_ONCE_TOKENS:
             self._begin(cost, partial(self._make_at_once, message))
         else:
             self._begin(cost, partial(self._make_in_thread, message, self._layouts.prompt, wire, self._ask))
@@ -391,6 +391,7 @@ _OF_PROMPTS: dict[type[Message], _Handler] = {
 }
 
 _AT_ONCE: dict[type[Message], Callable[[Session, Any], None]] = {
+    messages.RegisterLayout: Session._register_layout,
     messages.Cancel: Session._cancel,
     messages.Unclaim: Session._unclaim,
     messages.ReleaseRead: Session._release_read,

@@ -1,9 +1,9 @@
 """Whose messages are carried out next: turns of bounded cost, shared among tenants, and among the connections of each.
 
-A cost is a whole number, of a microsecond or so each (`costs`), and known before anything is done. In a turn of the
-loop, all tenants together begin work of `STEP`. Who has something to do gets an equal share of that for each turn, up
-to one `STEP`, and begins while he has any of it left: so one message may cost more than a share, and is paid for before
-the next (surplus round robin). What a heavy one costs is spread over as many turns as it may take to carry out.
+A cost is a whole number, of a microsecond or so each (`costs`), and known before anything is done. When work of a
+`STEP` has begun, everything else waits for the loop's next turn. Then those who wait, or owe something, get equal
+shares of a `STEP`, and begin while they have any of it left: so one message may cost more than a share, and is paid for
+before the next (surplus round robin). What a heavy one costs is spread over as many turns as it may take to carry out.
 
 Light messages and heavy ones are paid for from two balances: what is light passes what is heavy, also of one tenant.
 """
@@ -30,14 +30,14 @@ class Party:
         self.light_waiting: deque[Turn | Sending] = deque()
         self.heavy_waiting: deque[tuple[Turn, int, Callable[[], object]]] = deque()
         self.busy = 0  # heavy messages that a thread works on
-        self.is_active = False  # it waits, or is not paid up
+        self.is_active = False  # it waits, or owes something
         self.connections = 0
 
     @property
     def is_done(self) -> bool:
-        """Whether everything is paid for, and nobody waits but for a thread."""
+        """Whether nothing is owed, and nobody waits but for a thread."""
         waits = self.light_waiting or (self.heavy_waiting and not self.busy)
-        return not waits and self.light >= STEP and self.heavy >= STEP
+        return not waits and self.light > 0 and self.heavy > 0
 
 
 class Sending:
@@ -62,9 +62,14 @@ class Turn:
     def admits(self, cost: int) -> bool:
         """Whether light work may begin now, which is paid for then; else `resume` is called when it may."""
         turns, party = self._turns, self._party
-        comes_first = self._left > 0 if turns.running is self else not party.light_waiting
-        if comes_first and turns.left > 0 and party.light > 0:
-            self.charge(cost)
+        if (
+            turns.left > 0
+            and party.light > 0
+            and (not party.light_waiting or (turns.running is self and self._left > 0))
+        ):
+            turns.left -= cost
+            party.light -= cost
+            self._left -= cost
             return True
         if not self._waits:
             self._waits = True
@@ -74,12 +79,9 @@ class Turn:
 
     def charge(self, cost: int) -> None:
         """Pay for light work that was done, or is about to be."""
-        turns, party = self._turns, self._party
-        turns.left -= cost
-        party.light -= cost
+        self._turns.left -= cost
+        self._party.light -= cost
         self._left -= cost
-        if not party.is_active:
-            turns.activate(party)
 
     def begin(self, cost: int, work: Callable[[], object]) -> bool:
         """Begin heavy work, now or in a later turn; whether it has begun."""
