@@ -13,6 +13,7 @@ from async_cache.aio.home import Home
 from async_cache.config import CacheConfig, prefixed
 from async_cache.core import Core
 from async_cache.errors import CacheClosedError, ConfigError
+from async_cache.handles.events import EVENTS_CAPACITY, EventStream
 from async_cache.handles.lease import ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Writer
@@ -21,10 +22,18 @@ from async_cache.l2.opening import open_all
 from async_cache.l2.urls.registry import check_names, from_urls
 from async_cache.memory.arena import Arena
 from async_cache.memory.room import check_free
-from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
+from async_cache.prompt.arguments import (
+    check_capacity,
+    check_prompt,
+    check_request_id,
+    check_seconds,
+    check_tier,
+    ranks_of,
+    start_of,
+)
 from async_cache.prompt.layout import Prompt
 from async_cache.prompt.objects import PAGE_BYTES
-from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+from async_cache.values import BackendStatus, CacheStats, Deleted, Explanation, FlushResult, LoadResult, LookupHits
 
 log = logging.getLogger(__name__)
 
@@ -157,13 +166,13 @@ class AsyncCache:
     def core(self) -> Core:
         """The parts of the open cache, for a server that serves it: nothing else is to touch them.
 
-        Raises CacheClosedError, and RuntimeError in a loop that is not the one that opened it.
+        Raises CacheClosedError, and RuntimeError in a loop that is not the one that opened it, or after a fork.
         """
         if self._core is None:
             closed = self._state is CacheState.CLOSED
             raise CacheClosedError("the cache is closed" if closed else "the cache is not open: use `async with`")
         if self._home is not None and self._home.is_elsewhere():
-            raise RuntimeError("the cache was opened in another event loop: call it from there")
+            raise self._home.refusal("cache")
         return self._core
 
     # Prefetching.
@@ -197,6 +206,15 @@ class AsyncCache:
         core = self.core
         check_prompt(prompt)
         return await core.count_hits(prompt)
+
+    async def explain(self, prompt: Prompt) -> Explanation:
+        """Say where each chunk of a prompt is, or why it is not there, and where else its tokens are cached.
+
+        Nothing is leased or loaded for that, and what a backend pins to answer is unpinned before this returns.
+        """
+        core = self.core
+        check_prompt(prompt)
+        return await core.explainer.explain(prompt)
 
     async def query_lookup_hits(self, request_id: str) -> LookupHits:
         """Wait for the lookup of a request, and return its hits, to any number of callers.
@@ -300,6 +318,14 @@ class AsyncCache:
         return self.core.backends.statuses()
 
     # Looking at it.
+
+    def events(self, capacity: int = EVENTS_CAPACITY) -> EventStream:
+        """What is stored and removed from now on, in order, to iterate over with `async for`.
+
+        A reader that leaves more than `capacity` events untaken misses some, and finds a `Skipped` there. Raises
+        CacheClosedError when the cache closes. It ends with `aclose`, or with the last reference to it.
+        """
+        return self.core.events.stream(check_capacity(capacity))
 
     async def stats(self) -> CacheStats:
         """Count what the cache holds now, and what it did since it was opened."""

@@ -5,16 +5,22 @@ from collections.abc import Sequence
 
 from async_cache.aio.sweeper import Sweeper
 from async_cache.config import CacheConfig
+from async_cache.errors import CacheClosedError
+from async_cache.events import Events
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
 from async_cache.l2.guard import Guard
 from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
+from async_cache.ledger.ledger import Ledger
+from async_cache.ledger.roots import Roots
 from async_cache.memory.arena import Arena
 from async_cache.observe import Observers
 from async_cache.prompt.layout import Prompt
+from async_cache.read.explain import Explainer
 from async_cache.read.hits import count_hits
 from async_cache.read.loads import Loader
+from async_cache.read.misses import Misses
 from async_cache.read.prefetch import PrefetchController
 from async_cache.retention.lru import LeastRecentlyUsed
 from async_cache.values import CacheStats, LookupHits
@@ -30,8 +36,13 @@ class Core:
     def __init__(self, config: CacheConfig, arena: Arena, backends: Sequence[Backend]):
         self.config, self.arena = config, arena
         self.observers = Observers()
-        self.guards = Guards([Guard.of(backend, config) for backend in backends])
-        self.l1 = L1Store(arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry), self.observers)
+        self.ledger = Ledger(config.explain_chunks, self.observers, self._owner_of)
+        self.events = Events(self.observers, self.ledger)
+        self.roots = Roots()
+        self.guards = Guards([Guard.of(backend, config, self.ledger) for backend in backends])
+        self.l1 = L1Store(
+            arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry), self.observers, self.ledger
+        )
         self.writeback = Writeback(self.l1, self.guards, self.observers, config)
         self.tombstones = tombstones = Tombstones()
         self.loader = Loader(
@@ -43,13 +54,23 @@ class Core:
             self.writeback.promote,
         )
         self.sweeper = Sweeper()
+        self.writing = Writing(self.l1, self.writeback, self.sweeper, config, self.roots)
+        self.misses = Misses(self.l1, self.ledger, tombstones, self.writing.filling)
         self.controller = PrefetchController(
-            self.l1, self.guards, self.loader, self.sweeper, tombstones, self.observers, config
+            self.l1,
+            self.guards,
+            self.loader,
+            self.sweeper,
+            tombstones,
+            self.observers,
+            config,
+            self.misses,
+            self.roots,
         )
         self.requests = self.controller.requests
-        self.writing = Writing(self.l1, self.writeback, self.sweeper, config)
+        self.explainer = Explainer(self.l1, self.guards, self.loader, tombstones, self.misses, self.roots)
         self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones)
-        self.backends = Backends(self.guards, self.writeback, tombstones, config, self.loader.forget)
+        self.backends = Backends(self.guards, self.writeback, tombstones, config, self.ledger, self.loader.forget)
         self.sweeping = asyncio.create_task(self.sweeper.run())
 
     async def close(self) -> None:
@@ -63,6 +84,8 @@ class Core:
         await self.writeback.flush(timeout)
         await self.writeback.close()
         self.sweeping.cancel()
+        self.events.close(CacheClosedError("the cache was closed"))
+        self.ledger.close()  # what leaves from here on need not be explained
         await asyncio.wait((self.sweeping,))
         await asyncio.gather(*(guard.close(timeout) for guard in self.guards))
         await self.loader.close()
@@ -82,7 +105,11 @@ class Core:
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now."""
-        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones)
+        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones, self.misses)
+
+    def _owner_of(self, chunk_hash: bytes) -> str | None:
+        entry = self.l1.find(chunk_hash)
+        return entry.owner if entry is not None else None
 
     def stats(self) -> CacheStats:
         """Count what is held now, and what was done since the cache was opened."""

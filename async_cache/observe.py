@@ -17,13 +17,17 @@ class ObservedChunk(Struct, frozen=True):
     """A chunk of L1, as it was when the event happened.
 
     `owner` is the salt that it belongs to, `objects` says which of its objects are published, by bit (see
-    `prompt.objects`), and `room_bytes` what it takes of L1.
+    `prompt.objects`), `is_whole` whether these are all, and `room_bytes` what it takes of L1. It has so many `tokens`,
+    and `parent` lies before it in its prompt, as far as that is known.
     """
 
     chunk_hash: bytes
     owner: str
     objects: int
     room_bytes: int
+    is_whole: bool
+    tokens: int
+    parent: bytes | None
 
 
 class Observer:
@@ -51,6 +55,12 @@ class Observer:
     def removed(self, chunk: ObservedChunk, removal: Removal) -> None:
         """A chunk was taken out of L1 on demand."""
 
+    def stored(self, backend: str, chunk: ObservedChunk) -> None:
+        """A backend has all of a chunk, which it had not before."""
+
+    def left(self, backend: str, chunk_hash: bytes, removal: Removal, owner: bytes) -> None:
+        """A chunk cannot be loaded from a backend any more. `owner`: a tag of the salt (see `ledger`)."""
+
 
 class Observers:
     """The observers of one cache: any number, each told only of the events that it overrides.
@@ -66,6 +76,8 @@ class Observers:
         self.committed: list[Callable[[ObservedChunk], None]] = []
         self.evicted: list[Callable[[ObservedChunk, Removal], None]] = []
         self.removed: list[Callable[[ObservedChunk, Removal], None]] = []
+        self.stored: list[Callable[[str, ObservedChunk], None]] = []
+        self.left: list[Callable[[str, bytes, Removal, bytes], None]] = []
 
     def add(self, observer: Observer) -> None:
         """Tell it of all that happens from now on."""

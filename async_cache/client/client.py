@@ -14,10 +14,12 @@ from async_cache.client.link import Link
 from async_cache.client.links import Dial, Links
 from async_cache.client.writing import Post, call_now, open_chunks
 from async_cache.errors import AccessDeniedError, RequestConflictError
+from async_cache.handles.events import EVENTS_CAPACITY, EventStream
 from async_cache.handles.lease import Entered, ReadChunk, ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Opened, Writer
 from async_cache.prompt.arguments import (
+    check_capacity,
     check_prompt,
     check_request_id,
     check_seconds,
@@ -31,7 +33,7 @@ from async_cache.prompt.layout import Prompt, check_index
 from async_cache.protocol import messages
 from async_cache.protocol.address import Address, default_url
 from async_cache.protocol.messages import MAX_URL, VERSION, Hello
-from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+from async_cache.values import BackendStatus, CacheStats, Deleted, Explanation, FlushResult, LoadResult, LookupHits
 
 MAX_REQUEST_ID = 256
 CONNECT_TIMEOUT_SECONDS = 2.0
@@ -182,6 +184,17 @@ class CacheClient:
         """How much of a prompt is cached now: no lease, no load, no promise."""
         check_prompt(prompt)
         return (await self._ask_of(messages.Hits, messages.Lookup, prompt)).hits
+
+    async def explain(self, prompt: Prompt) -> Explanation:
+        """Where each chunk of a prompt is, or why it is not there, and where else its tokens are cached.
+
+        The server gets the token ids for that, if they fit a frame, and keeps none. Where only the hashes of a prompt
+        are known, it cannot say the latter.
+        """
+        check_prompt(prompt)
+        link = self._links.here() or await self._links.ready()
+        question = messages.Explain(link.next_number(), link.pack_source(prompt))
+        return (await link.ask(messages.Explained, question)).explanation
 
     async def query_lookup_hits(self, request_id: str) -> LookupHits:
         """Await `lookup_done`; by any number of callers, any number of times. Raises UnknownRequestError.
@@ -341,6 +354,21 @@ class CacheClient:
         return (await self._ask(messages.BackendsListed, messages.ListBackends)).backends
 
     # Looking at it.
+
+    def events(self, capacity: int = EVENTS_CAPACITY) -> EventStream:
+        """What is stored and removed from now on, of the salts of this client's token, in order.
+
+        See `AsyncCache.events`. It is bound to the connection: once that is lost, iterating raises ConnectionLostError,
+        and whoever goes on begins anew.
+        """
+        check_capacity(capacity)
+        link = self._links.here()
+        if link is None:
+            self._links.check_open()
+            stream = EventStream(capacity)
+            stream.break_with(self._links.error)
+            return stream
+        return link.events(capacity)
 
     async def stats(self) -> CacheStats:
         """A snapshot of what the server's cache holds, and counters since it was opened."""

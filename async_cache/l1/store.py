@@ -7,9 +7,10 @@ commit of an object wins.
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from async_cache.l1.entry import Entry, Reservation, ReservationState, page_of
+from async_cache.ledger.ledger import Ledger
 from async_cache.memory.arena import Arena
 from async_cache.memory.extents import Extents, Gaps
-from async_cache.observe import ObservedChunk, Observers, notify
+from async_cache.observe import Observers, notify
 from async_cache.prompt.layout import ModelLayout
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import Removal
@@ -29,6 +30,7 @@ class L1Store:
         policy: EvictionPolicy[Entry],
         on_evict_unwritten: Callable[[Entry], None],
         observers: Observers | None = None,
+        ledger: Ledger | None = None,
     ):
         self.arena = arena
         self.index: dict[bytes, Entry] = {}
@@ -37,6 +39,7 @@ class L1Store:
         self._policy = policy
         self._on_evict_unwritten = on_evict_unwritten
         self._observers = observers if observers is not None else Observers()
+        self._ledger = ledger if ledger is not None else Ledger()
         self._extents = Extents(arena.size_bytes)
         self._entry_at: dict[int, Entry] | None = None  # by the offset of each block, once sizes turn out to be mixed
         self._detached: set[Entry] = set()
@@ -148,7 +151,7 @@ class L1Store:
     def commit(self, reservation: Reservation, mask: int, after: bytes | None = None) -> Entry:
         """Publish the objects in `mask`. Returns the entry where they, or those of an earlier commit, can be found.
 
-        `after`: the chunk before it in its prefix, to be evicted after this one.
+        `after`: the chunk before it in its prefix, if that is known, to be evicted after this one.
         """
         if reservation.within is not None:
             reservation.within.present |= mask
@@ -173,7 +176,11 @@ class L1Store:
         if entry is None:
             before = self.index.get(after) if after is not None else None
             pages = page_of(rank, reservation.offset)
-            entry = Entry(chunk_hash, reservation.layout, reservation.owner, mask, 1 << rank, pages, size)
+            entry = Entry(chunk_hash, reservation.layout, reservation.owner, mask, 1 << rank, pages, size, parent=after)
+            if before is not None:
+                before.built_on_by(chunk_hash)
+            elif after is not None:
+                self._ledger.built_on(after, chunk_hash)
             self.index[chunk_hash] = entry
             self._policy.use(entry, before if before is not None and not before.leases else None)
         else:
@@ -190,7 +197,7 @@ class L1Store:
 
     def _notify_committed(self, entry: Entry) -> None:
         if self._observers.committed:
-            notify(self._observers.committed, _observed(entry))
+            notify(self._observers.committed, entry.observed())
 
     def _copy(self, reservation: Reservation, entry: Entry, mask: int) -> None:
         """Complete an incomplete block that somebody reads or writes back: what it lacks, nobody has seen."""
@@ -241,7 +248,7 @@ class L1Store:
         for entry in entries:
             self._detach(entry, removal, freed)
             if self._observers.removed:
-                notify(self._observers.removed, _observed(entry), removal)
+                notify(self._observers.removed, entry.observed(), removal)
         self._extents.free_all(freed)
 
     def _detach(self, entry: Entry, removal: Removal, freed: list[tuple[int, int]]) -> None:
@@ -253,6 +260,7 @@ class L1Store:
             for offset, _ in blocks:
                 del self._entry_at[offset]
         self._policy.left(entry, removal)
+        self._ledger.left_l1(entry.chunk_hash, entry.owner, entry.child, entry.forked, removal)
         if entry.leases or entry.pins:
             self._detached.add(entry)
         else:
@@ -366,7 +374,7 @@ class L1Store:
         if entry.unwritten:
             self._on_evict_unwritten(entry)
         if self._observers.evicted:
-            notify(self._observers.evicted, _observed(entry), _CAPACITY)
+            notify(self._observers.evicted, entry.observed(), _CAPACITY)
 
     def close(self) -> None:
         """Remove all entries. Those that somebody still reads keep their memory."""
@@ -395,7 +403,3 @@ class L1Store:
             assert not entry.detached or entry.leases or entry.pins
         assert self._entry_at is None or self._entry_at == self._blocks_in_index()
         self._extents.check_integrity()
-
-
-def _observed(entry: Entry) -> ObservedChunk:
-    return ObservedChunk(entry.chunk_hash, entry.owner, entry.present, entry.room_bytes)

@@ -50,7 +50,7 @@ class MemoryBackend(Backend):
             raise ValueError(f"capacity_bytes must be at least 1, or None for no bound, not {capacity_bytes}")
         self.name = name
         self.capacity_bytes = capacity_bytes
-        self._index = Index(policy)
+        self._index = Index(policy, lambda *removed: self.on_removed(*removed))
         self._objects: dict[ObjectKey, _Object] = {}
         self._turn = asyncio.Lock()
 

@@ -37,6 +37,15 @@ def check_seconds(name: str, seconds: float | None) -> None:
         raise ValueError(f"{name} must be a finite number of seconds, not {seconds}")
 
 
+def check_capacity(capacity: int) -> int:
+    """Check that it is a number of events, from 1 on, and return it. Raises TypeError or ValueError."""
+    if type(capacity) is not int:
+        raise TypeError(f"capacity must be an int, not {type(capacity).__name__}")
+    if not 1 <= capacity < 2**32:
+        raise ValueError(f"capacity must be from 1 to 2**32 - 1, not {capacity}")
+    return capacity
+
+
 def start_of(prompt: Prompt, skip_tokens: int) -> int:
     """The chunk at which a prefetch begins that skips so many tokens. Raises TypeError or ValueError."""
     if type(skip_tokens) is not int:

@@ -7,6 +7,8 @@ plan      which prefix can be promised, and the room for it
 load      the record of a load: all that is on its way for one chunk, a single flight
 batches   calls to the backends, by the bytes in flight
 loads     L2 -> L1: each object is loaded once, however many requests want it
+misses    why a chunk is missing
 prefetch  the whole way of a request
 hits      how much is cached, for those who only want to know
+explain   where each chunk of a prompt is, or why it is not there
 """

@@ -12,11 +12,14 @@ from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
 from async_cache.read.loads import Loader
 from async_cache.read.lookup import ask
+from async_cache.read.misses import Misses
 from async_cache.read.search import Search
 from async_cache.values import LookupHits, Shortfall
 
 
-async def count_hits(prompt: Prompt, l1: L1Store, guards: Guards, loader: Loader, tombstones: Tombstones) -> LookupHits:
+async def count_hits(
+    prompt: Prompt, l1: L1Store, guards: Guards, loader: Loader, tombstones: Tombstones, misses: Misses
+) -> LookupHits:
     """Count what a prefetch of this prompt would find. What it pins is unpinned before it returns."""
     if not prompt.hashed:
         await asyncio.to_thread(prompt.hash)
@@ -61,4 +64,5 @@ async def count_hits(prompt: Prompt, l1: L1Store, guards: Guards, loader: Loader
         shortfall=Shortfall.BACKEND_ERROR if length < len(hashes) and found.failed else None,
         load_bytes=sum(map(sizes.__getitem__, to_load.values())),
         expected_load_seconds=expected_load_seconds([(guard.meter, size) for guard, size in sources if size]),
+        missed=misses.missed(hashes, length, failed=found.failed) if length < len(hashes) else None,
     )

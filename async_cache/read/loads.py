@@ -109,7 +109,8 @@ class Loader:
                 chunk_hash, size = hashes[number], reservation.size_bytes
                 load = table.get(chunk_hash)
                 if load is None:
-                    table[chunk_hash] = ChunkLoad(chunk_hash, layout, [reservation], {request: number}, size)
+                    parent = request.before(number)
+                    table[chunk_hash] = ChunkLoad(chunk_hash, layout, [reservation], {request: number}, size, parent)
                 else:
                     load.reservations.append(reservation)
                     load.room_bytes += size
@@ -235,7 +236,7 @@ class Loader:
             self._l1.discard(made)
             return None
         size = sum(reservation.size_bytes for reservation in made)
-        again = ChunkLoad(load.chunk_hash, load.layout, made, load.shares, size, load.wanted, load.wanted)
+        again = ChunkLoad(load.chunk_hash, load.layout, made, load.shares, size, load.parent, load.wanted, load.wanted)
         again.failure = load.failure
         load.shares, load.state = {}, _REPLACED
         self._reserved_bytes += size
@@ -264,7 +265,7 @@ class Loader:
                 for reservation in load.reservations:
                     mask = load.loaded & load.layout.objects.rank_masks[reservation.rank]
                     if mask:
-                        entry = l1.commit(reservation, mask)
+                        entry = l1.commit(reservation, mask, load.parent)
                     else:
                         l1.discard((reservation,))
             settled.append((load, entry or l1.find(load.chunk_hash)))

@@ -17,17 +17,19 @@ from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
+from async_cache.ledger.roots import Roots
 from async_cache.observe import Observers, notify
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
 from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Arrival, Loader
 from async_cache.read.lookup import Found, Sources, ask
+from async_cache.read.misses import Misses
 from async_cache.read.plan import Plan, Planner
 from async_cache.read.request import LOADED, LOADING, LOOKING_UP, Request
 from async_cache.read.requests import Requests
 from async_cache.read.search import Search
-from async_cache.values import LoadResult, LookupHits, Shortfall
+from async_cache.values import LoadResult, LookupHits, Missed, Shortfall
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class PrefetchController:
         tombstones: Tombstones,
         observers: Observers,
         config: CacheConfig,
+        misses: Misses,
+        roots: Roots,
     ):
         self.requests = Requests(l1, sweeper, observers, config, self._give_up)
         self._l1 = l1
@@ -57,6 +61,8 @@ class PrefetchController:
         self._loader = loader
         self._tombstones = tombstones
         self._observers = observers
+        self._misses = misses
+        self._roots = roots
         self._planner = Planner(l1, loader, config)
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -276,6 +282,7 @@ class PrefetchController:
     def _load(self, request: Request, found: Found, sources: Sources, to_load: Mapping[int, int]) -> None:
         """Hand what has its room to the loader."""
         if to_load:
+            self._roots.note(request.prompt)
             self._loader.add(request, request.hashes, found, sources)
             request.loads.update(to_load)
             self._loader.begin_soon()
@@ -311,7 +318,11 @@ class PrefetchController:
         elif plan.found < len(hashes):
             shortfall = request.reasons.get(plan.found, Shortfall.BACKEND_ERROR if found.failed else None)
         self._load(request, found, sources, to_load)
-        self._say_hits(request, plan.found, shortfall, load_bytes, expected)
+        missed = None
+        if plan.found < len(hashes):
+            number = request.start_chunk + plan.found
+            missed = self._misses.missed(request.prompt.chunk_hashes, number, failed=found.failed)
+        self._say_hits(request, plan.found, shortfall, load_bytes, expected, missed)
 
     def _close_search(self, request: Request) -> None:
         search, request.search = request.search, None
@@ -379,6 +390,7 @@ class PrefetchController:
         shortfall: Shortfall | None = None,
         load_bytes: int = 0,
         expected_load_seconds: float | None = 0.0,
+        missed: Missed | None = None,
     ) -> None:
         length, from_l2 = request.length, len(request.from_l2)
         request.state = LOADING
@@ -393,6 +405,7 @@ class PrefetchController:
             shortfall=shortfall,
             load_bytes=load_bytes,
             expected_load_seconds=expected_load_seconds,
+            missed=missed,
         )
         if request.hits.resolve(hits) and self._observers.promised:
             notify(self._observers.promised, request.prefetch, hits)

@@ -103,6 +103,11 @@ class Request:
             self._hashes = hashes[self.start_chunk :] if self.start_chunk else hashes
         return self._hashes
 
+    def before(self, number: int) -> bytes | None:
+        """The hash of the chunk before one of this request's, if there is one."""
+        at = self.start_chunk + number
+        return self.prompt.chunk_hashes[at - 1] if at else None
+
     @property
     def pending(self) -> bool:
         """Whether its load is not done yet."""

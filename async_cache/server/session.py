@@ -24,6 +24,7 @@ from async_cache.protocol.messages import Decoder, Message, failed
 from async_cache.protocol.partials import Partials
 from async_cache.server import costs
 from async_cache.server.access import Scope, Tenant
+from async_cache.server.events import HeldEvents
 from async_cache.server.held import Held, Wait
 from async_cache.server.layouts import Layouts, SharedLayouts, is_small, make
 from async_cache.server.prefetches import HeldPrefetch, Holders
@@ -292,6 +293,13 @@ class Session:
     def _stats(self, message: messages.Stats) -> None:
         self.connection.send(messages.Counted(message.number, self._cache.core.stats()))
 
+    def _events(self, message: messages.Events) -> None:
+        self._check_number(message.number)
+        stream = self._cache.core.events.stream(message.capacity, self._tenant.salts)
+        events = HeldEvents(message.number, self.held, self.connection, stream)
+        self._tasks.add(events.task)
+        events.task.add_done_callback(self._tasks.discard)
+
     # What waits.
 
     async def _query_lookup_hits(self, message: messages.QueryPrefetchLookupHits) -> Message:
@@ -312,6 +320,9 @@ class Session:
 
     async def _lookup(self, message: messages.Lookup, prompt: Prompt) -> Message:
         return messages.Hits(message.number, await self._cache.lookup(prompt))
+
+    async def _explain(self, message: messages.Explain, prompt: Prompt) -> Message:
+        return messages.Explained(message.number, await self._cache.explain(prompt))
 
     async def _acquire_read(self, message: messages.AcquireRead) -> None:
         request_id = self._scope.inner(message.request_id)
@@ -386,6 +397,7 @@ _Handler = Callable[[Session, Any, Prompt], None]
 _OF_PROMPTS: dict[type[Message], _Handler] = {
     messages.Prefetch: Session._prefetch,
     messages.Lookup: _waits(Session._lookup),
+    messages.Explain: _waits(Session._explain),
     messages.ReserveStore: _waits(Session._reserve_store),
     messages.Delete: _waits(Session._delete),
 }
@@ -401,6 +413,7 @@ _AT_ONCE: dict[type[Message], Callable[[Session, Any], None]] = {
     messages.Renew: Session._renew,
     messages.EndRequest: Session._end_request,
     messages.Stats: Session._stats,
+    messages.Events: Session._events,
     messages.Ping: Session._done,
 }
 _WAITING: dict[type[Message], _Waits] = {

@@ -2,7 +2,7 @@
 
 import asyncio
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -12,6 +12,7 @@ from async_cache.errors import CacheClosedError
 from async_cache.handles.writer import Block, Opened, WriteChunk, Writer
 from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
+from async_cache.ledger.roots import Roots
 from async_cache.prompt.layout import ModelLayout, Prompt, check_index
 from async_cache.values import Shortfall
 from async_cache.write.writeback import Writeback
@@ -40,7 +41,12 @@ class OpenWriter:
 class Writing:
     """All writers that are open: what they reserve, publish and leave, and the time after which they expire."""
 
-    def __init__(self, l1: L1Store, writeback: Writeback, sweeper: Sweeper, config: CacheConfig):
+    def __init__(
+        self, l1: L1Store, writeback: Writeback, sweeper: Sweeper, config: CacheConfig, roots: Roots | None = None
+    ):
+        self.filling: Counter[bytes] = Counter()
+        """Chunks for which a writer has room, and how many rooms: they are about to be committed."""
+        self._roots = roots if roots is not None else Roots()
         self._l1 = l1
         self._writeback = writeback
         self._loop = asyncio.get_running_loop()
@@ -97,6 +103,8 @@ class Writing:
             if entry is not None and entry.dropped:  # whoever stores a prompt again wants it in L2
                 self._writeback.enqueue(entry, hashes, index)
         shortfall = Shortfall.MEMORY if len(made) < len(missing) else None
+        self.filling.update([reservation.chunk_hash for reservation in made])
+        self._roots.note(prompt)
         opened = OpenWriter(writer, prompt, rank, missing, made, expired)
         self._open.add(opened)
         chunks = tuple(
@@ -134,8 +142,15 @@ class Writing:
         mask = prompt.layout.objects.rank_masks[opened.rank]
         hashes = prompt.chunk_hashes
         before = hashes[index - 1] if index else None
+        self._filled(hashes[index])
         self._writeback.enqueue(self._l1.commit(opened.reservations[position], mask, before), hashes, index)
         self._open.add(opened)
+
+    def _filled(self, chunk_hash: bytes) -> None:
+        """One room less is to be filled of a chunk."""
+        left = self.filling.pop(chunk_hash, 0) - 1
+        if left > 0:
+            self.filling[chunk_hash] = left
 
     def _close(self, opened: OpenWriter, uncommitted: list[tuple[int, Block | None]]) -> None:
         """Give back the rooms that were not committed; in quarantine goes what somebody still sees."""
@@ -146,6 +161,7 @@ class Writing:
         while uncommitted:  # taken out one by one: no block is kept from being gone
             position, block = uncommitted.pop()
             reservation = opened.reservations[position]
+            self._filled(reservation.chunk_hash)
             if block is None:
                 free.append(reservation)
             else:

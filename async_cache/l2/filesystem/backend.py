@@ -73,7 +73,7 @@ class FileSystemBackend(Backend):
         self.name = f"fs://{self.path if self.path.isprintable() else quote(os.fsencode(self.path))}"
         self.capacity_bytes = capacity_bytes
         self._fsync, self._direct, self._threads = durability == "fsync", direct, threads
-        self._index = Index(policy)
+        self._index = Index(policy, lambda *removed: self.on_removed(*removed))
         self._faults = Faults()
         self._writing_bytes = 0
         self._unlinking: list[list[ObjectKey]] = []  # no longer in the index, perhaps still on the disk
