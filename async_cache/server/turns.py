@@ -178,7 +178,7 @@ class Turns:
         self._comes_again = False
         self.left = self.heavy_left = STEP
         active, self._active = self._active, deque()
-        share = max(STEP // len(active), 1)
+        share = max(STEP // max(len(active), 1), 1)
         for party in active:
             party.light = min(party.light + share, STEP)
             party.heavy = min(party.heavy + share, STEP)

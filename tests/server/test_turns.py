@@ -152,3 +152,14 @@ async def test_one_that_waits_to_send_has_its_turn_and_one_that_gave_up_does_not
     client.left = 0
     await asyncio.wait(waiting, timeout=5)
     assert [task.cancelled() for task in waiting] == [False, True, False]
+
+
+async def test_heavy_work_that_begins_late_and_is_paid_for_leaves_the_next_turn_nothing_to_do():
+    faults = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+    turns = Turns()
+    client = Client(turns, "red")
+    client.turn.begin(STEP, lambda: None)
+    client.turn.begin(LIGHT, lambda: None)
+    await turn_over(10)
+    assert not faults
