@@ -19,7 +19,7 @@ The rooms, in the order the data flows. Which of them knows which is in `docs/de
 - `server`: one cache for all the processes of a machine
 - `client`: `CacheClient` and `BlockingClient`, the same cache from another process
 - `integrations`: serving engines that use it
-- `config`, `cli`, `__main__`: the settings, and the command line
+- `config`, `limits`, `cli`, `__main__`: the settings, what a tenant may have, and the command line
 - `values`, `errors`: what callers get
 - `testing`: for the tests of those who use it
 """

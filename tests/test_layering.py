@@ -28,7 +28,8 @@ MAY_KNOW = {
     "handles": "aio errors memory prompt values",
     "retention": "values",
     "protocol": "errors prompt values",
-    "config": "errors prompt protocol",
+    "limits": "",
+    "config": "errors limits prompt protocol",
     "observe": "handles values",
     "ledger": "observe prompt values",
     # the tiers, and the ways through them
@@ -40,7 +41,7 @@ MAY_KNOW = {
     "core": "aio config errors events l1 l2 ledger memory observe prompt read retention values write",
     "cache": "aio config core errors handles l2 memory prompt values",
     # the same from other processes
-    "server": "cache config errors handles memory observe prompt protocol values",
+    "server": "cache config errors handles limits memory observe prompt protocol values",
     "client": "aio errors handles memory prompt protocol values",
     "integrations": "cache client errors handles prompt values",
     "cli": "client config errors l2 memory protocol server values",

@@ -9,7 +9,8 @@ _PROMPT = 20
 _OF_CHUNK = 2  # to hash it, and to find it
 _TOKENS_IN_A_UNIT = 128
 _OF_LAYOUT_OBJECT = 4
-_KIB_IN_A_UNIT = 8  # copied
+_COPIED_IN_A_UNIT = 8 * 1024  # bytes
+_SENT_IN_A_UNIT = 2 * 1024
 
 
 def chunks_of(wire: WirePrompt, layout: ModelLayout) -> int:
@@ -43,4 +44,9 @@ def of_layout(description: Layout) -> int:
 
 def of_bytes(size_bytes: int) -> int:
     """What it costs to copy so much."""
-    return size_bytes // (_KIB_IN_A_UNIT * 1024)
+    return size_bytes // _COPIED_IN_A_UNIT
+
+
+def of_sending(size_bytes: int) -> int:
+    """What it costs to send so much."""
+    return size_bytes // _SENT_IN_A_UNIT

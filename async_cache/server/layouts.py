@@ -10,6 +10,7 @@ from async_cache.protocol import messages
 from async_cache.protocol.prompts import describe, layout_of, unpack
 from async_cache.server import costs
 from async_cache.server.access import Tenant
+from async_cache.server.accounts import Account
 
 _MAX_OTHERS = 4
 _MAX_LAYOUTS = 256
@@ -70,10 +71,11 @@ def make(description: messages.Layout) -> ModelLayout:
 class Layouts:
     """The layouts that one connection has registered, by the numbers that its client gave them."""
 
-    def __init__(self, cache: AsyncCache, shared: SharedLayouts, tenant: Tenant):
+    def __init__(self, cache: AsyncCache, shared: SharedLayouts, tenant: Tenant, account: Account):
         self._cache = cache
         self._shared = shared
         self._tenant = tenant
+        self._account = account
         self._layouts: dict[int, Registered] = {}
         self._numbers: dict[int, int] = {}  # the other way, by identity
 
@@ -90,10 +92,23 @@ class Layouts:
         if sum(known.objects for known in self._layouts.values()) + objects > _MAX_LAYOUT_OBJECTS:
             raise LimitError(f"the layouts of a connection have up to {_MAX_LAYOUT_OBJECTS} objects in a chunk")
         layout = self._shared.same(layout)
+        if not self._account.layouts[id(layout)]:
+            self._account.take("layout_objects", objects)
+        self._account.layouts[id(layout)] += 1
         self._layouts[message.layout] = Registered(layout, objects)
         self._numbers[id(layout)] = message.layout
         others = self._shared.announce(layout) if self._tenant.trusted else []
         return messages.LayoutRegistered(message.number, [describe(other) for other in others])
+
+    def close(self) -> None:
+        """Give up all layouts."""
+        layouts, self._layouts = self._layouts, {}
+        users = self._account.layouts
+        for layout, objects in layouts.values():
+            users[id(layout)] -= 1
+            if not users[id(layout)]:
+                del users[id(layout)]
+                self._account.give("layout_objects", objects)
 
     def describe(self, layout: ModelLayout) -> int | messages.Layout:
         """The number of a layout, or a description if the client has not registered it."""
@@ -116,6 +131,10 @@ class Layouts:
         if chunks * known.objects > _MAX_OBJECTS:
             raise LimitError(f"the prompt of a message has up to {_MAX_OBJECTS} objects")
         return chunks, costs.of_prompt(wire, chunks, known.objects)
+
+    def objects(self, wire: messages.WirePrompt) -> int:
+        """How many objects a chunk has."""
+        return self._layouts[wire.layout].objects
 
     def chunk_tokens(self, wire: messages.WirePrompt) -> int:
         """How many tokens a chunk has."""

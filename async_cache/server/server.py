@@ -20,6 +20,7 @@ from async_cache.protocol.greeting import check_byte_order, peer_process, receiv
 from async_cache.protocol.messages import VERSION, Hello, Welcome, failed
 from async_cache.protocol.partials import Partials
 from async_cache.server.access import Access, Tenant
+from async_cache.server.accounts import Accounts
 from async_cache.server.layouts import SharedLayouts
 from async_cache.server.listener import Listener
 from async_cache.server.prefetches import Holders
@@ -61,6 +62,7 @@ class Server:
             ThreadPoolExecutor(_MAKERS, thread_name_prefix="make"),
             Partials(config.stall_timeout_seconds),
             Turns(),
+            Accounts(config.tenant_limits(), cache),
         )
         self._listeners: list[Listener] = []
         self._sessions: set[Session] = set()
@@ -197,12 +199,17 @@ class Server:
             check_label("namespace", hello.namespace)
         except ValueError as error:
             raise ProtocolError(str(error)) from error
-        return self._access.admit(hello.token, over_unix=over_unix)
+        tenant = self._access.admit(hello.token, over_unix=over_unix)
+        account = self._shared.accounts.of(tenant)
+        if not account.left("connections"):
+            raise account.over("connections", f"which is {account.most('connections')}")
+        return tenant
 
     def session(
         self, tenant: Tenant, namespace: str, segment: ClientSegment | None, *, mapped: bool, peer: str = "a client"
     ) -> Session:
         """A new session, which serves one connection and owns the segment."""
+        self._shared.accounts.of(tenant).take("connections")
         name = f"{peer}, tenant {tenant.name!r}, namespace {namespace!r},"
         leaves = self._sessions.discard
         session = Session(self._shared, tenant, namespace, segment, mapped=mapped, closed=leaves, name=name)

@@ -24,10 +24,11 @@ from async_cache.protocol.messages import Decoder, Message, failed
 from async_cache.protocol.partials import Partials
 from async_cache.server import costs
 from async_cache.server.access import Scope, Tenant
+from async_cache.server.accounts import Accounts, record_bytes
 from async_cache.server.events import HeldEvents
 from async_cache.server.held import Held, Wait
 from async_cache.server.layouts import Layouts, SharedLayouts, is_small, make
-from async_cache.server.prefetches import HeldPrefetch, Holders
+from async_cache.server.prefetches import HeldPrefetch, Holders, Holding
 from async_cache.server.reads import Reads
 from async_cache.server.segment import ClientSegment
 from async_cache.server.turns import LIGHT, Turns
@@ -51,6 +52,7 @@ class Shared:
     """Make long prompts and large layouts."""
     partials: Partials
     turns: Turns
+    accounts: Accounts
 
 
 class Session:
@@ -73,6 +75,7 @@ class Session:
         config, cache = shared.config, shared.cache
         self.held: dict[int, Held] = {}
         self.name = name
+        self._account = account = shared.accounts.of(tenant)
         self._turn = shared.turns.of(tenant.name, self._resume_turn)
         self.connection = Connection(
             _decoder,
@@ -90,10 +93,21 @@ class Session:
         self._tenant = tenant
         self._closed = closed
         self._scope = Scope(tenant, namespace)
-        self._layouts = Layouts(cache, shared.layouts, tenant)
+        self._layouts = Layouts(cache, shared.layouts, tenant, account)
         self._holders = shared.holders
-        self._reads = Reads(self.held, self.connection, cache.memory, self._layouts, self._scope, mapped=mapped)
-        self._writers = Writers(self.held, self.connection, segment, shared.copiers)
+        self._reads = Reads(
+            self.held,
+            self.connection,
+            cache.memory,
+            self._layouts,
+            self._scope,
+            self._turn,
+            self._holders,
+            account,
+            lease_seconds=cache.core.config.lease_ttl_seconds,
+            mapped=mapped,
+        )
+        self._writers = Writers(self.held, self.connection, segment, shared.copiers, self._turn, account)
         self._claims: weakref.WeakValueDictionary[str, Promised] = weakref.WeakValueDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
         self._left = asyncio.Event()
@@ -205,9 +219,14 @@ class Session:
                 raise LimitError(f"{under_way} requests of this connection are under way, which is the limit")
 
     def _wait(self, message: Any, ask: "_Asks") -> None:
+        self._account.take("waiting")
         wait = Wait(message.number, self.held, self.connection, self._answer(message, ask))
         self._tasks.add(wait.task)
-        wait.task.add_done_callback(self._tasks.discard)
+        wait.task.add_done_callback(self._answered)
+
+    def _answered(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self._account.give("waiting")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -239,14 +258,26 @@ class Session:
     # What needs no waiting.
 
     def _prefetch(self, message: messages.Prefetch, prompt: Prompt) -> None:
-        prefetch = self._cache.prefetch(
-            prompt,
-            request_id=self._scope.inner(message.request_id),
-            skip_tokens=message.skip_tokens,
-            ranks=message.ranks,
-            deadline_seconds=message.deadline_seconds,
-        )
-        HeldPrefetch(message.number, self.held, self.connection, prefetch, self._holders, self._scope)
+        request_id, objects = self._scope.inner(message.request_id), prompt.layout.objects
+        size_bytes = record_bytes(len(prompt), self._layouts.objects(message.prompt))
+        is_new = self._holders.find(request_id) is None
+        if is_new:
+            self._account.take_request(size_bytes)
+        try:
+            prefetch = self._cache.prefetch(
+                prompt,
+                request_id=request_id,
+                skip_tokens=message.skip_tokens,
+                ranks=message.ranks,
+                deadline_seconds=message.deadline_seconds,
+            )
+        except BaseException:
+            if is_new:
+                self._account.give_request(size_bytes)
+            raise
+        mask = objects.full_mask if message.ranks is None else objects.mask_of_ranks(message.ranks)
+        holding = Holding(self._account, size_bytes, objects.rooms[mask])
+        HeldPrefetch(message.number, self.held, self.connection, prefetch, self._holders, self._scope, holding)
 
     def _cancel(self, message: messages.Cancel) -> None:
         held = self.held.get(message.call)
@@ -331,8 +362,8 @@ class Session:
 
     async def _reserve_store(self, message: messages.ReserveStore, prompt: Prompt) -> Message:
         expired = partial(self._writers.expired, message.number)
-        writer = self._cache.core.writing.writer(prompt, message.rank, message.start_chunk, expired)
-        return await self._writers.open(message.number, writer)
+        make = partial(self._cache.core.writing.writer, prompt, message.rank, message.start_chunk, expired)
+        return await self._writers.open(message, prompt, lambda chunks: make(most=chunks))
 
     async def _delete(self, message: messages.Delete, prompt: Prompt) -> Message:
         return messages.Removed(message.number, await self._cache.delete(prompt))
@@ -375,6 +406,8 @@ class Session:
             self._writers.close()
         finally:
             self._turn.leave()
+            self._layouts.close()
+            self._account.give("connections")
             self._left.set()
             self._closed(self)
 

@@ -59,15 +59,23 @@ class Writing:
         """How many writers have expired."""
         return self._open.swept
 
-    def writer(self, prompt: Prompt, rank: int, start_chunk: int, expired: Callable[[], None] | None = None) -> Writer:
-        """A writer of a rank's chunks from `start_chunk` on, which reserves when it is entered.
+    def writer(
+        self,
+        prompt: Prompt,
+        rank: int,
+        start_chunk: int,
+        expired: Callable[[], None] | None = None,
+        *,
+        most: int | None = None,
+    ) -> Writer:
+        """A writer of a rank's chunks from `start_chunk` on, which reserves when it is entered; `most` if given.
 
         `expired` is called when it was closed because it was idle, or with the cache. Raises ValueError for a rank or
         a chunk that the prompt does not have.
         """
         check_index("rank", rank, prompt.layout.world_size)
         check_index("start_chunk", start_chunk, len(prompt) + 1)
-        return Writer(partial(self._reserve, prompt, rank, start_chunk, expired))
+        return Writer(partial(self._reserve, prompt, rank, start_chunk, expired, most))
 
     def close(self) -> None:
         """Close all writers that are open."""
@@ -81,7 +89,13 @@ class Writing:
             self._l1.discard((self._unseen.popleft(),))
 
     async def _reserve(
-        self, prompt: Prompt, rank: int, start_chunk: int, expired: Callable[[], None] | None, writer: Writer
+        self,
+        prompt: Prompt,
+        rank: int,
+        start_chunk: int,
+        expired: Callable[[], None] | None,
+        most: int | None,
+        writer: Writer,
     ) -> Opened:
         if not prompt.hashed:
             await asyncio.to_thread(prompt.hash)
@@ -98,7 +112,7 @@ class Writing:
         ]
         found = list(map(find, hashes))
         resident = [entry for entry in found if entry is not None]
-        made = self._reserve_beside(resident, layout, [(hashes[index], rank) for index in missing], prompt.salt)
+        made = self._reserve_beside(resident, layout, [(hashes[index], rank) for index in missing[:most]], prompt.salt)
         for index, entry in enumerate(found):
             if entry is not None and entry.dropped:  # whoever stores a prompt again wants it in L2
                 self._writeback.enqueue(entry, hashes, index)
