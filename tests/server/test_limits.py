@@ -12,7 +12,7 @@ from async_cache.protocol import messages
 from async_cache.protocol.messages import Failed
 from async_cache.protocol.prompts import describe, pack
 from async_cache.server.accounts import Account
-from async_cache.testing import run_virtual
+from async_cache.testing.virtual import run_virtual
 
 from .programs import server
 from .support import MIB, Peer, given_back, wait_until
