@@ -14,6 +14,7 @@ The rooms, in the order the data flows. Which of them knows which is in `docs/de
 - `aio`: the small asynchronous tools: a value that comes once, time to live
 - `observe`: who is told what happens
 - `events`: what was stored and removed, to iterate over
+- `tracing`: spans of OpenTelemetry
 - `core`, `cache`: the parts, wired up; `AsyncCache`, which owns them
 - `protocol`: what a client and a server say to each other
 - `server`: one cache for all the processes of a machine

@@ -28,11 +28,13 @@ from async_cache.prompt.arguments import (
     check_request_id,
     check_seconds,
     check_tier,
+    check_traceparent,
     ranks_of,
     start_of,
 )
 from async_cache.prompt.layout import Prompt
 from async_cache.prompt.objects import PAGE_BYTES
+from async_cache.tracing import Tracing
 from async_cache.values import BackendStatus, CacheStats, Deleted, Explanation, FlushResult, LoadResult, LookupHits
 
 log = logging.getLogger(__name__)
@@ -104,6 +106,7 @@ class AsyncCache:
         return self
 
     async def _open(self) -> Core:
+        tracing = Tracing() if self._config.traces else None
         arena = await self._make_arena()
         try:
             for backend in self._backends:
@@ -114,7 +117,7 @@ class AsyncCache:
         except BaseException:
             arena.close()
             raise
-        return Core(self._config, arena, self._backends)
+        return Core(self._config, arena, self._backends, tracing)
 
     async def _make_arena(self) -> Arena:
         """L1's memory, all of it there. Raises ConfigError where the machine does not have so much."""
@@ -185,12 +188,14 @@ class AsyncCache:
         skip_tokens: int = 0,
         ranks: Sequence[int] | None = None,
         deadline_seconds: float | None = None,
+        traceparent: str | None = None,
     ) -> Prefetch:
         """Look a prompt up and load what is cached of it; returns at once.
 
         `skip_tokens`: what the engine holds itself; its whole chunks are neither looked up nor counted.
         `ranks`: those to load here, all if None; the others are only checked for existence.
         `deadline_seconds` runs from this call.
+        `traceparent`: the span that it belongs to, of the caller if None, where `traces` is set.
         Raises RequestConflictError if the id is in use for something else.
         """
         core = self.core
@@ -198,8 +203,11 @@ class AsyncCache:
         if request_id is not None:
             check_request_id(request_id, _MAX_REQUEST_ID)
         check_seconds("deadline_seconds", deadline_seconds)
+        check_traceparent(traceparent)
+        if traceparent is None and core.tracing is not None:
+            traceparent = core.tracing.here()
         start_chunk, here = start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
-        return core.controller.start(prompt, request_id, start_chunk, here, deadline_seconds)
+        return core.controller.start(prompt, request_id, start_chunk, here, deadline_seconds, traceparent)
 
     async def lookup(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now, without a lease, a load or a promise."""

@@ -93,6 +93,7 @@ Seconds = Annotated[float, Meta(gt=0, le=_MOST_SECONDS, title="a number", descri
 Share = Annotated[float, Meta(gt=0, le=1, title="a number", description="at most 1 and more than 0")]
 Count = Annotated[int, Meta(gt=0, le=_LARGEST, title="a whole number", description="more than 0 and less than 2**63")]
 Remembered = Annotated[int, Meta(gt=0, le=2**26, title="a whole number", description="from 1 to 2**26")]
+Traces = Annotated[str, Meta(pattern="^(otel)?$", title="a text", description='"otel", or "" for none')]
 Bytes = Annotated[Count, Meta(examples=["10GiB"])]  # may be written with a unit
 URLs = Sequence[str]
 
@@ -232,6 +233,8 @@ class CacheConfig(Settings, frozen=True, kw_only=True):
     """How long it is left alone before one call tries it again."""
     explain_chunks: Remembered = 65_536
     """Of how many chunks that have left is remembered why: 40 bytes each."""
+    traces: Traces = ""
+    """`otel`: spans of OpenTelemetry for each prefetch."""
 
     @classmethod
     def check(cls, name: str, value: Any) -> Any:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from async_cache.aio.sweeper import Sweeper
+from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
 from async_cache.errors import CacheClosedError
 from async_cache.events import Events
@@ -23,6 +24,7 @@ from async_cache.read.loads import Loader
 from async_cache.read.misses import Misses
 from async_cache.read.prefetch import PrefetchController
 from async_cache.retention.lru import LeastRecentlyUsed
+from async_cache.tracing import Tracing
 from async_cache.values import CacheStats, LookupHits
 from async_cache.write.backends import Backends
 from async_cache.write.removal import Remover
@@ -33,10 +35,13 @@ from async_cache.write.writing import Writing
 class Core:
     """The parts to which `AsyncCache` delegates, and a server beside it. `close` ends them in order."""
 
-    def __init__(self, config: CacheConfig, arena: Arena, backends: Sequence[Backend]):
+    def __init__(self, config: CacheConfig, arena: Arena, backends: Sequence[Backend], tracing: Tracing | None = None):
         self.config, self.arena = config, arena
         self.observers = Observers()
         self.ledger = Ledger(config.explain_chunks, self.observers, self._owner_of)
+        self.tracing = tracing
+        if tracing is not None:
+            self.observers.add(tracing)
         self.events = Events(self.observers, self.ledger)
         self.roots = Roots()
         self.guards = Guards([Guard.of(backend, config, self.ledger) for backend in backends])
@@ -45,6 +50,7 @@ class Core:
         )
         self.writeback = Writeback(self.l1, self.guards, self.observers, config)
         self.tombstones = tombstones = Tombstones()
+        self.hashing = Worker("async_cache hashing")
         self.loader = Loader(
             self.l1,
             self.guards,
@@ -54,13 +60,14 @@ class Core:
             self.writeback.promote,
         )
         self.sweeper = Sweeper()
-        self.writing = Writing(self.l1, self.writeback, self.sweeper, config, self.roots)
+        self.writing = Writing(self.l1, self.writeback, self.sweeper, self.hashing, config, self.roots)
         self.misses = Misses(self.l1, self.ledger, tombstones, self.writing.filling)
         self.controller = PrefetchController(
             self.l1,
             self.guards,
             self.loader,
             self.sweeper,
+            self.hashing,
             tombstones,
             self.observers,
             config,
@@ -68,8 +75,8 @@ class Core:
             self.roots,
         )
         self.requests = self.controller.requests
-        self.explainer = Explainer(self.l1, self.guards, self.loader, tombstones, self.misses, self.roots)
-        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones)
+        self.explainer = Explainer(self.l1, self.guards, self.loader, tombstones, self.hashing, self.misses, self.roots)
+        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones, self.hashing)
         self.backends = Backends(self.guards, self.writeback, tombstones, config, self.ledger, self.loader.forget)
         self.sweeping = asyncio.create_task(self.sweeper.run())
 
@@ -91,7 +98,12 @@ class Core:
         await self.loader.close()
         await self.remover.empty_l1()
         self.l1.close()
-        await asyncio.to_thread(self.arena.close)  # to unmap gigabytes takes its time
+        await asyncio.to_thread(self._close_blocking)
+
+    def _close_blocking(self) -> None:
+        """Close what may take its time: to unmap gigabytes does."""
+        self.hashing.close(wait=True)
+        self.arena.close()
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether the chunks of a prompt that are in memory have its layout.
@@ -105,7 +117,7 @@ class Core:
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now."""
-        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones, self.misses)
+        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones, self.hashing, self.misses)
 
     def _owner_of(self, chunk_hash: bytes) -> str | None:
         entry = self.l1.find(chunk_hash)

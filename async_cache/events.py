@@ -1,16 +1,19 @@
 """The events of a cache: what was stored and removed, for those who read them, and no work while there is nobody."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from async_cache.handles.events import EventStream
 from async_cache.ledger.ledger import Ledger
 from async_cache.observe import ObservedChunk, Observer, Observers
 from async_cache.values import Event, Removal, Removed, Stored
 
+_Reader = tuple["weakref.ref[EventStream]", frozenset[str] | None]
+"""A stream, which is not kept alive, and the salts that it hears of; all if None."""
+
 
 class Events(Observer):
-    """Observes a cache for its streams, which it does not keep alive. Each hears of the salts that it may.
+    """Observes a cache for its streams, as long as there are any.
 
     What left a backend whose owner is forgotten is told to those who may hear of all.
     """
@@ -18,27 +21,29 @@ class Events(Observer):
     def __init__(self, observers: Observers, ledger: Ledger):
         self._observers = observers
         self._ledger = ledger
-        self._streams: weakref.WeakKeyDictionary[EventStream, frozenset[str] | None] = weakref.WeakKeyDictionary()
+        self._readers: list[_Reader] = []
 
     def stream(self, capacity: int, salts: Iterable[str] | None = None) -> EventStream:
         """What happens from now on, of these salts or, if None, of all."""
-        if not self._streams:
-            self._observers.discard(self)
+        if not self._readers:
             self._observers.add(self)
         stream = EventStream(capacity, self._closed)
-        self._streams[stream] = frozenset(salts) if salts is not None else None
+        self._readers.append((weakref.ref(stream), frozenset(salts) if salts is not None else None))
         return stream
 
-    def _closed(self, stream: EventStream) -> None:
-        self._streams.pop(stream, None)
-        if not self._streams:
+    def _closed(self, closed: EventStream | None = None) -> None:
+        """Forget a stream, and those that nobody has any more."""
+        readers = [(ref, salts) for ref, salts in self._readers if ref() not in (None, closed)]
+        if self._readers and not readers:
             self._observers.discard(self)
+        self._readers = readers
 
     def close(self, error: Exception) -> None:
         """End all streams with an error."""
-        for stream in list(self._streams):
-            stream.break_with(error)
-        self._streams.clear()
+        for ref, _ in self._readers:
+            if (stream := ref()) is not None:
+                stream.break_with(error)
+        self._readers = []
         self._observers.discard(self)
 
     # What happens.
@@ -59,17 +64,15 @@ class Events(Observer):
 
     def left(self, backend: str, chunk_hash: bytes, removal: Removal, owner: bytes) -> None:
         event = Removed(chunk_hash, "l2", backend, removal)
-        for stream, salts in self._readers():
-            if salts is None or owner in map(self._ledger.tag, salts):
-                stream.put(event)
+        self._put(event, lambda salts: owner in map(self._ledger.tag, salts))
 
     def _tell(self, event: Event, owner: str) -> None:
-        for stream, salts in self._readers():
-            if salts is None or owner in salts:
-                stream.put(event)
+        self._put(event, lambda salts: owner in salts)
 
-    def _readers(self) -> list[tuple[EventStream, frozenset[str] | None]]:
-        readers = list(self._streams.items())
-        if not readers:  # the last one is gone without a word
-            self._observers.discard(self)
-        return readers
+    def _put(self, event: Event, is_of: Callable[[frozenset[str]], bool]) -> None:
+        for ref, salts in self._readers:
+            stream = ref()
+            if stream is None:  # gone without a word
+                self._closed()
+            elif salts is None or is_of(salts):
+                stream.put(event)

@@ -33,13 +33,14 @@ MAY_KNOW = {
     "observe": "handles values",
     "ledger": "observe prompt values",
     # the tiers, and the ways through them
-    "l1": "ledger memory observe prompt retention values",
+    "l1": "aio ledger memory observe prompt retention values",
     "l2": "config errors ledger prompt retention values",
     "read": "aio config errors handles l1 l2 ledger observe prompt values",
     "write": "aio config errors handles l1 l2 ledger observe prompt read retention values",
     "events": "handles ledger observe values",
-    "core": "aio config errors events l1 l2 ledger memory observe prompt read retention values write",
-    "cache": "aio config core errors handles l2 memory prompt values",
+    "tracing": "errors handles observe read values",
+    "core": "aio config errors events l1 l2 ledger memory observe prompt read retention tracing values write",
+    "cache": "aio config core errors handles l2 memory prompt tracing values",
     # the same from other processes
     "server": "cache config errors handles limits memory observe prompt protocol values",
     "client": "aio errors handles memory prompt protocol values",
@@ -49,7 +50,7 @@ MAY_KNOW = {
     "testing": "errors l2 prompt values",
 }
 """Each room (a folder, or a module beside the folders), and the rooms that it may import: all that it does import."""
-LAZY = {("async_cache.memory.tensors", "torch")}
+LAZY = {("async_cache.memory.tensors", "torch"), ("async_cache.tracing", "opentelemetry")}
 """What is imported in a function, and where: an extra that most have no use for."""
 ENTRY_POINTS = {
     ("async_cache.l2.urls.registry", "importlib.metadata"),

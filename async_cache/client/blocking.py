@@ -21,7 +21,14 @@ from async_cache.handles.events import EVENTS_CAPACITY, EventStream
 from async_cache.handles.lease import ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Opened, Writer
-from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, ranks_of, start_of
+from async_cache.prompt.arguments import (
+    check_prompt,
+    check_request_id,
+    check_seconds,
+    check_traceparent,
+    ranks_of,
+    start_of,
+)
 from async_cache.prompt.layout import Prompt
 from async_cache.values import (
     BackendStatus,
@@ -197,18 +204,21 @@ class BlockingClient:
         skip_tokens: int = 0,
         ranks: Sequence[int] | None = None,
         deadline_seconds: float | None = None,
+        traceparent: str | None = None,
     ) -> BlockingPrefetch:
         """Look a prompt up and load what is cached of it; returns at once, before the server has answered.
 
         `skip_tokens`: what the engine holds itself; its whole chunks are neither looked up nor counted.
         `ranks`: those to load here, all if None; the others are only checked for existence.
         `deadline_seconds` runs from the moment when the server has the call.
+        `traceparent`: the span that it belongs to, where the server has `traces`.
         A request id that is in use for something else reaches the futures, as RequestConflictError.
         """
         client = self._opened()
         check_prompt(prompt)
         start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
         check_seconds("deadline_seconds", deadline_seconds)
+        check_traceparent(traceparent)
         request_id = client.new_request_id() if request_id is None else check_request_id(request_id, MAX_REQUEST_ID)
         prefetch = BlockingPrefetch(request_id, partial(self._thread.post, self._cancel))
         start = partial(
@@ -218,6 +228,7 @@ class BlockingClient:
             skip_tokens=skip_tokens,
             ranks=ranks,
             deadline_seconds=deadline_seconds,
+            traceparent=traceparent,
         )
         if not self._thread.post(self._start, start, prefetch):
             prefetch.break_with(CacheClosedError("the client was closed"))

@@ -15,7 +15,7 @@ from async_cache.client.links import Dial, Links
 from async_cache.client.writing import Post, call_now, open_chunks
 from async_cache.errors import AccessDeniedError, RequestConflictError
 from async_cache.handles.events import EVENTS_CAPACITY, EventStream
-from async_cache.handles.lease import Entered, ReadChunk, ReadLease
+from async_cache.handles.lease import Entered, Memory, ReadChunk, ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Opened, Writer
 from async_cache.prompt.arguments import (
@@ -25,6 +25,7 @@ from async_cache.prompt.arguments import (
     check_seconds,
     check_text,
     check_tier,
+    check_traceparent,
     ranks_of,
     start_of,
 )
@@ -145,12 +146,14 @@ class CacheClient:
         skip_tokens: int = 0,
         ranks: Sequence[int] | None = None,
         deadline_seconds: float | None = None,
+        traceparent: str | None = None,
     ) -> Prefetch:
         """Look a prompt up and load what is cached of it; returns at once.
 
         `skip_tokens`: what the engine holds itself; its whole chunks are neither looked up nor counted.
         `ranks`: those to load here, all if None; the others are only checked for existence.
         `deadline_seconds` runs from the moment when the server has the call.
+        `traceparent`: the span that it belongs to, where the server has `traces`.
         Raises RequestConflictError if this client uses the id for something else; without a connection, the futures
         have ConnectionLostError.
         """
@@ -162,6 +165,7 @@ class CacheClient:
             request_id = self.new_request_id()
         check_request_id(request_id, MAX_REQUEST_ID)
         check_seconds("deadline_seconds", deadline_seconds)
+        check_traceparent(traceparent)
         start_chunk, here = start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
         known = link.requests.get(request_id) if link is not None else None
         if known is not None and known.state is not LEFT:
@@ -173,7 +177,7 @@ class CacheClient:
         if link is None:
             call.lost(self._links.error)
         else:
-            link.prefetch(call, float(deadline_seconds) if deadline_seconds is not None else None)
+            link.prefetch(call, float(deadline_seconds) if deadline_seconds is not None else None, traceparent)
         return call.prefetch
 
     def new_request_id(self) -> str:
@@ -255,18 +259,19 @@ class CacheClient:
         link = self._links.here() or await self._links.ready()
         number = link.next_number()
         request = link.requests.get(request_id)
-        acquired, memory = await link.acquire(messages.AcquireRead(number, request_id, rank, reader))
+        acquired, view = await link.acquire(messages.AcquireRead(number, request_id, rank, reader))
         layout = link.layouts.find(acquired.layout)
         objects = dict.fromkeys(range(len(acquired.offsets)), layout.objects.rank_masks[rank])
         for n, groups in acquired.absent:
             objects[n] &= ~sum(1 << layout.objects.bit(rank, group) for group in groups)
+        memory = Memory(view)
         chunks = tuple(
             ReadChunk(acquired.result.start_chunk + n, offset, rank, objects[n], layout, memory)
             for n, offset in enumerate(acquired.offsets)
         )
         release = partial(self._post, self._release, link, number, request)
         undo = partial(self._post, link.undo, number)
-        return Entered(acquired.result, layout, chunks, release, undo, lambda: link.connection.is_open)
+        return Entered(acquired.result, layout, chunks, memory, release, undo, lambda: link.connection.is_open)
 
     @staticmethod
     def _release(link: Link, number: int, request: PrefetchCall | None) -> None:

@@ -141,7 +141,7 @@ class Link:
             return self.pack(prompt)
         return self.layouts.pack(prompt, trusted=False)
 
-    def prefetch(self, call: PrefetchCall, deadline_seconds: float | None) -> None:
+    def prefetch(self, call: PrefetchCall, deadline_seconds: float | None, traceparent: str | None) -> None:
         """Begin a prefetch. Raises what a layout or prompt is refused with."""
         layout = call.prompt.layout
         ranks = None if len(call.ranks) == layout.world_size else list(call.ranks)
@@ -149,7 +149,7 @@ class Link:
         wire = self.pack(call.prompt)
         self.detach(call.request_id)
         self.begin(
-            messages.Prefetch(call.number, wire, call.request_id, skip_tokens, ranks, deadline_seconds),
+            messages.Prefetch(call.number, wire, call.request_id, skip_tokens, ranks, deadline_seconds, traceparent),
             call,
         )
         self.requests[call.request_id] = call

@@ -7,6 +7,7 @@ commit of an object wins.
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
+from async_cache.aio.backlog import Backlog
 from async_cache.l1.entry import Entry, Reservation, ReservationState, page_of
 from async_cache.ledger.ledger import Ledger
 from async_cache.memory.arena import Arena
@@ -19,6 +20,7 @@ from async_cache.values import Removal
 _RESERVED, _QUARANTINED, _DONE = ReservationState  # by name each would cost a tenth of a microsecond
 _CAPACITY = Removal.CAPACITY
 _CONSIDERED = 4  # times the room that is needed: so much of what is oldest may turn out to lie side by side
+_AT_ONCE = 4096  # entries that are released in a turn of the loop, in a millisecond or two
 _MAX_STEPS = 4096  # through memory for one block, where it is fragmented
 
 
@@ -44,6 +46,7 @@ class L1Store:
         self._extents = Extents(arena.size_bytes)
         self._entry_at: dict[int, Entry] | None = None  # by the offset of each block, once sizes turn out to be mixed
         self._detached: set[Entry] = set()
+        self._backlog = Backlog(_AT_ONCE)
         self.closed = False
         self.leases = 0
         self.leased_bytes = 0
@@ -89,19 +92,41 @@ class L1Store:
 
     def release(self, entries: Iterable[Entry]) -> None:
         """Release one lease of each entry. The tail of a prefix comes before its head, so that it is evicted first."""
-        use = self._policy.use
+        use, by_owner = self._policy.use, self.leased_by_owner
+        count = released = evictable = 0
         for entry in entries:
-            entry.leases -= 1
-            self.leases -= 1
-            if not entry.leases:
-                self.leased_bytes -= entry.room_bytes
-                self.leased_by_owner[entry.owner] -= entry.room_bytes
+            count += 1
+            leases = entry.leases = entry.leases - 1
+            if not leases:
+                released += entry.room_bytes
+                by_owner[entry.owner] -= entry.room_bytes
                 if not entry.detached:
                     use(entry)
                     if not entry.pins:
-                        self.evictable_bytes += entry.room_bytes
+                        evictable += entry.room_bytes
                 elif not entry.pins:
                     self._free(entry)
+        self.leases -= count
+        self.leased_bytes -= released
+        self.evictable_bytes += evictable
+
+    def release_soon(self, entries: Sequence[Entry]) -> None:
+        """Release entries, of very many some in each of the loop's next turns, or when their room is needed."""
+        self._backlog.do(self.release, entries)
+
+    def touch_soon(self, chunk_hashes: Sequence[bytes]) -> None:
+        """Touch chunks, after what is released soon."""
+        self._backlog.do(self.touch, chunk_hashes)
+
+    def discard_soon(self, reservations: Sequence[Reservation]) -> None:
+        """Discard rooms, as `release_soon` releases entries."""
+        self._backlog.do(self.discard, reservations)
+
+    def make_available(self, size_bytes: int) -> int:
+        """The bytes that are free or may be evicted: with what is released soon, as far as it takes to have so many."""
+        while size_bytes > self.available_bytes and self._backlog:
+            self._backlog.do_some(_AT_ONCE)
+        return self.available_bytes
 
     def pin(self, entry: Entry) -> None:
         """Keep an entry while I/O uses its memory. Its place in the eviction order does not change."""
@@ -245,12 +270,8 @@ class L1Store:
 
     # Leaving.
 
-    def remove(self, entry: Entry, removal: Removal = Removal.DELETED) -> None:
-        """Let an entry be found no more from now on; its memory goes with the last lease and pin."""
-        self.remove_all((entry,), removal)
-
-    def remove_all(self, entries: Iterable[Entry], removal: Removal = Removal.DELETED) -> None:
-        """Let entries be found no more, as `remove` does: a row of them costs little more than one."""
+    def remove(self, entries: Iterable[Entry], removal: Removal = Removal.DELETED) -> None:
+        """Let entries be found no more from now on; the memory of each goes with its last lease and pin."""
         freed: list[tuple[int, int]] = []
         for entry in entries:
             self._detach(entry, removal, freed)
@@ -312,7 +333,7 @@ class L1Store:
 
     def _evict_for(self, size: int) -> int | None:
         """Evict until a block fits, and take it. None if that cannot be: then nothing is evicted."""
-        if size > self.available_bytes:
+        if size > self.make_available(size):
             return None
         victims = self._oldest_together(size) or self._oldest_and_behind(size)
         freed: list[tuple[int, int]] = []
@@ -386,6 +407,7 @@ class L1Store:
     def close(self) -> None:
         """Remove all entries. Those that somebody still reads keep their memory."""
         self.closed = True
+        self._backlog.do_all()
         freed: list[tuple[int, int]] = []
         for entry in list(self.index.values()):  # the links between them would keep them alive
             self._detach(entry, Removal.LOST, freed)

@@ -182,6 +182,7 @@ class Prefetch(Message):
     skip_tokens: Count = 0
     ranks: Annotated[list[Index], Meta(min_length=1, max_length=4096)] | None = None
     deadline_seconds: Seconds | None = None
+    traceparent: Annotated[str, Meta(min_length=55, max_length=55)] | None = None
 
 
 class Cancel(Message):

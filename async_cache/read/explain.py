@@ -10,6 +10,7 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 
+from async_cache.aio.worker import Worker
 from async_cache.errors import CacheClosedError
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
@@ -40,19 +41,27 @@ class Explainer:
     """Explains prompts, from what the tiers have and the ledger remembers."""
 
     def __init__(
-        self, l1: L1Store, guards: Guards, loader: Loader, tombstones: Tombstones, misses: Misses, roots: Roots
+        self,
+        l1: L1Store,
+        guards: Guards,
+        loader: Loader,
+        tombstones: Tombstones,
+        hashing: Worker,
+        misses: Misses,
+        roots: Roots,
     ):
         self._l1 = l1
         self._guards = guards
         self._loader = loader
         self._tombstones = tombstones
+        self._hashing = hashing
         self._misses = misses
         self._roots = roots
 
     async def explain(self, prompt: Prompt) -> Explanation:
         """Say of every chunk of a prompt where it is, or why it is not there. Raises CacheClosedError."""
         if not prompt.hashed:
-            await asyncio.to_thread(prompt.hash)
+            await self._hashing.run(prompt.hash)
         told = [chunk async for part in self._parts(prompt) for chunk in part]
         missing = next((n for n, (state, *_) in enumerate(told) if state not in _THERE), None)
         missed = None
@@ -123,7 +132,7 @@ class Explainer:
         if other is None or other.root != root.digest:
             return 0
         if not other.hashed:
-            await asyncio.to_thread(other.hash)
+            await self._hashing.run(other.hash)
         count = 0
         async for part in self._parts(other):
             there = next((n for n, (state, *_) in enumerate(part) if state not in _THERE), len(part))

@@ -14,7 +14,7 @@ from async_cache.read.loads import Loader
 from async_cache.read.lookup import Found
 from async_cache.read.request import Request
 
-_BLOCKS_AT_ONCE = 4096  # reserved in a step of the loop, in a few milliseconds: so many that are free, ...
+_BLOCKS_AT_ONCE = 2048  # reserved in a step of the loop, in a few milliseconds: so many that are free, ...
 _EVICTED_AT_ONCE = 1024  # ... and so many where others are evicted for them
 
 
@@ -166,7 +166,7 @@ class Planner:
         size = sum(self._room_bytes(request, plan.to_load))
         if size > self._share_bytes - self._loader.reserved_bytes():
             return False
-        return size <= self._l1.available_bytes + sum(map(_spare_bytes, request.entries[plan.length :]))
+        return size <= self._l1.make_available(size) + sum(map(_spare_bytes, request.entries[plan.length :]))
 
     def _room_bytes(self, request: Request, to_load: Mapping[int, int]) -> Iterable[int]:
         """By chunk, the room that it lacks."""
@@ -199,7 +199,7 @@ class Planner:
         ranks = request.prompt.layout.objects.ranks
         numbers, rooms = list(to_load), [0, *accumulate(self._room_bytes(request, to_load))]
         spare = [0, *accumulate(map(_spare_bytes, reversed(entries)))]  # by how many of the last chunks are not needed
-        available, share = self._l1.available_bytes, self._share_bytes - self._loader.reserved_bytes()
+        available, share = self._l1.make_available(rooms[-1]), self._share_bytes - self._loader.reserved_bytes()
 
         def is_too_long(length: int) -> bool:
             room = rooms[bisect_left(numbers, length)]

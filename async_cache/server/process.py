@@ -30,8 +30,9 @@ async def serve(
 ) -> None:
     """Serve a cache until SIGTERM, SIGINT or SIGHUP; `ready` is called with the addresses, once clients can connect.
 
-    A SIGHUP that was ignored when the process began, as by `nohup`, stays ignored. The process ends, with exit code 1,
-    if storage delays the shutdown beyond `shutdown_timeout_seconds`.
+    A SIGHUP that was ignored when the process began, as by `nohup`, stays ignored. From the first signal on, others
+    change nothing. The process ends, with exit code 1, if storage delays the shutdown beyond
+    `shutdown_timeout_seconds`.
     """
     timeout = server_config.shutdown_timeout_seconds
     close_timeout = min(cache_config.close_timeout_seconds, _CLOSE_PART * timeout)
@@ -42,13 +43,20 @@ async def serve(
     stopped = asyncio.Event()
 
     def stop() -> None:
+        if stopped.is_set():
+            return
         log.info("shutting down")
         stopped.set()
         opening.cancel()
         _end_after(timeout)
 
+    def signalled(*_: object) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(stop)
+
+    # Not by the loop, which would let go of them as it closes: what comes then would kill the process.
     for number in _signals():
-        loop.add_signal_handler(number, stop)
+        signal.signal(number, signalled)
     async with AsyncExitStack() as stack:
         opening = asyncio.create_task(_open(stack, cache_config, server_config))
         try:

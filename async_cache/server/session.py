@@ -270,6 +270,7 @@ class Session:
                 skip_tokens=message.skip_tokens,
                 ranks=message.ranks,
                 deadline_seconds=message.deadline_seconds,
+                traceparent=message.traceparent,
             )
         except BaseException:
             if is_new:

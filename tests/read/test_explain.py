@@ -2,9 +2,11 @@
 
 import asyncio
 import gc
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import async_solipsism
 import pytest
@@ -232,3 +234,11 @@ async def test_4096_chunks_take_little_and_hold_the_loop_for_less(there):
             await cache.explain(prompt)
             times.append(time.process_time() - began)
         assert min(times) < 0.03
+
+
+def test_the_document_runs_as_it_stands():
+    text = (Path(__file__).parents[2] / "docs" / "explain.md").read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    asyncio.run(names["why"](list(range(64))))
