@@ -244,7 +244,9 @@ class AsyncCache:
 
     async def end_request(self, request_id: str) -> None:
         """Release all that a request holds, cancel it if it runs, and free its id. Unknown ids are fine."""
-        self.core.requests.end(check_request_id(request_id, _MAX_REQUEST_ID))
+        core = self.core
+        core.requests.end(check_request_id(request_id, _MAX_REQUEST_ID))
+        await core.l1.backlog.done()
 
     # Reading and writing.
 

@@ -41,6 +41,8 @@ def default_l2() -> tuple[str, ...]:
             base = str(Path.home() / ".cache")
         except RuntimeError as error:
             raise ConfigError("there is no home directory to keep the cache in: set l2") from error
+        if not base.startswith("/"):
+            raise ConfigError(f"the home directory {os.path.dirname(base)!r} is not absolute: set l2")
     return (f"fs://{quote(os.fsencode(base))}/async_cache?capacity=10GiB",)
 
 

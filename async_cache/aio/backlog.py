@@ -46,6 +46,11 @@ class Backlog:
         while self._waiting:
             self.do_some(self._at_once)
 
+    async def done(self) -> None:
+        """Return when nothing waits any more."""
+        while self._waiting:
+            await asyncio.sleep(0)
+
     def _come_again(self) -> None:
         if not self._comes_again:
             self._comes_again = True

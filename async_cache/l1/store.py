@@ -46,7 +46,8 @@ class L1Store:
         self._extents = Extents(arena.size_bytes)
         self._entry_at: dict[int, Entry] | None = None  # by the offset of each block, once sizes turn out to be mixed
         self._detached: set[Entry] = set()
-        self._backlog = Backlog(_AT_ONCE)
+        self.backlog = Backlog(_AT_ONCE)
+        """What is released, touched and discarded soon."""
         self.closed = False
         self.leases = 0
         self.leased_bytes = 0
@@ -112,20 +113,20 @@ class L1Store:
 
     def release_soon(self, entries: Sequence[Entry]) -> None:
         """Release entries, of very many some in each of the loop's next turns, or when their room is needed."""
-        self._backlog.do(self.release, entries)
+        self.backlog.do(self.release, entries)
 
     def touch_soon(self, chunk_hashes: Sequence[bytes]) -> None:
         """Touch chunks, after what is released soon."""
-        self._backlog.do(self.touch, chunk_hashes)
+        self.backlog.do(self.touch, chunk_hashes)
 
     def discard_soon(self, reservations: Sequence[Reservation]) -> None:
         """Discard rooms, as `release_soon` releases entries."""
-        self._backlog.do(self.discard, reservations)
+        self.backlog.do(self.discard, reservations)
 
     def make_available(self, size_bytes: int) -> int:
         """The bytes that are free or may be evicted: with what is released soon, as far as it takes to have so many."""
-        while size_bytes > self.available_bytes and self._backlog:
-            self._backlog.do_some(_AT_ONCE)
+        while size_bytes > self.available_bytes and self.backlog:
+            self.backlog.do_some(_AT_ONCE)
         return self.available_bytes
 
     def pin(self, entry: Entry) -> None:
@@ -407,7 +408,7 @@ class L1Store:
     def close(self) -> None:
         """Remove all entries. Those that somebody still reads keep their memory."""
         self.closed = True
-        self._backlog.do_all()
+        self.backlog.do_all()
         freed: list[tuple[int, int]] = []
         for entry in list(self.index.values()):  # the links between them would keep them alive
             self._detach(entry, Removal.LOST, freed)

@@ -59,6 +59,8 @@ class MemoryBackend(Backend):
         """The backend of a URL `memory://[name]?capacity=1GiB`. Raises ConfigError."""
         if url.path:
             raise ConfigError("memory has no path")
+        if "@" in url.netloc:
+            raise ConfigError("memory has no user and no password, only a name")
         return cls(url.netloc or "memory", capacity_bytes=url.parameters(capacity=capacity).get("capacity"))
 
     @property

@@ -208,23 +208,24 @@ class Decider:
             self._count_shared(request, tally, numbers)
             if len(numbers) == _CAUGHT_UP_AT_ONCE:
                 yield _turn
-        in_steps = len(request.entries) > _CAUGHT_UP_AT_ONCE
+        in_steps = len(request.entries) >= _CAUGHT_UP_AT_ONCE
         while True:
+            numbers = self._planner.next(request, plan)
             if in_steps:
                 yield _turn
-                numbers = list(self._planner.next(request, plan))
                 self._catch_up(request, search, found, numbers)
-                self._planner.look_again(request, found, plan)
+                self._planner.look_again(request, found, plan, numbers)
                 request.needed = plan.needed
                 self._count_shared(request, tally, numbers)
-            to_load = self._planner.reserve(request, plan)
+            to_load = self._planner.reserve(request, plan, numbers)
             request.needed, sources = plan.needed, found.sources(to_load)
             tally.load(to_load, sources, request.prompt.layout.objects.sizes)
             if not plan.to_load:
                 break
-            self._load(request, found, sources, to_load)
-            self._loader.begin_soon()
-            in_steps = True
+            if to_load:
+                self._load(request, found, sources, to_load)
+                self._loader.begin_soon()
+                in_steps = True
         promised = self._promised(request, found, plan, tally)
         self._load(request, found, sources, to_load)
         return promised

@@ -71,20 +71,19 @@ class Planner:
         request.release(self._l1, [1] * plan.length)  # not yet what only a shorter prefix needs
         return plan
 
-    def reserve(self, request: Request, plan: Plan) -> dict[int, int]:
-        """Reserve room for the next of what is to be loaded, and return that, by chunk; the request has the rooms then.
+    def reserve(self, request: Request, plan: Plan, numbers: Iterable[int]) -> dict[int, int]:
+        """Reserve room for what is to be loaded of these chunks, and return that; the request has the rooms then.
 
-        Where memory is fragmented, or others have taken it meanwhile, the plan becomes shorter.
+        Where memory is fragmented, or others have taken it meanwhile, the plan becomes shorter, and nothing is reserved.
         """
         layout, hashes = request.prompt.layout, request.hashes
-        while True:
-            part = self.next(request, plan)
-            blocks = self._blocks(request, part)
-            made = self._l1.reserve(layout, [(hashes[n], rank) for n, rank in blocks], request.prompt.salt)
-            if len(made) == len(blocks):
-                break
+        part = {number: plan.to_load[number] for number in numbers if number in plan.to_load}
+        blocks = self._blocks(request, part)
+        made = self._l1.reserve(layout, [(hashes[n], rank) for n, rank in blocks], request.prompt.salt)
+        if len(made) < len(blocks):
             self._l1.discard(made)
             self.cut(request, plan, blocks[len(made)][0])
+            return {}
         request.rooms = rooms = list(zip([n for n, _ in blocks], made, strict=True))
         if len(part) == len(plan.to_load):
             plan.to_load = {}
@@ -95,18 +94,17 @@ class Planner:
             self._reserve_within(request, part, rooms)
         return part
 
-    def next(self, request: Request, plan: Plan) -> dict[int, int]:
-        """What `reserve` makes room for next: as many blocks as the loop has time for, those of a chunk together."""
+    def next(self, request: Request, plan: Plan) -> list[int]:
+        """The chunks that come next: of as many blocks as the loop has time for, those of a chunk together."""
         objects, to_load = request.prompt.layout.objects, plan.to_load
         room_bytes = max(1, sum(objects.room_bytes))
         chunks = _BLOCKS_AT_ONCE // len(objects.room_bytes)
         if len(to_load) > chunks or self._l1.free_bytes < room_bytes * len(to_load):
             chunks = min(chunks, max(_EVICTED_AT_ONCE // len(objects.room_bytes), self._l1.free_bytes // room_bytes))
-        return dict(islice(to_load.items(), max(1, chunks)))
+        return list(islice(to_load, max(1, chunks)))
 
-    def look_again(self, request: Request, found: Found, plan: Plan) -> None:
-        """See what others have done since the last step to what comes next."""
-        numbers = self.next(request, plan)
+    def look_again(self, request: Request, found: Found, plan: Plan, numbers: Sequence[int]) -> None:
+        """See what others have done since the last step to these chunks."""
         loads = self._loads(request, request.loads.intersection(numbers))
         for number in numbers:
             lacks = plan.needed[number] & request.local_mask & ~_here(request.entries[number], loads.get(number))

@@ -190,7 +190,7 @@ class PrefetchController:
                 request.reasons[number] = failure or Shortfall.GONE
         self._l1.lease(new)
         self._l1.release(old)
-        if request.state is not LOOKING_UP and not request.loads:
+        if request.state is LOADING and not request.loads:
             self._finish(request)
 
     def _finish(self, request: Request) -> None:

@@ -137,18 +137,16 @@ class Requests:
         result = await request.result.wait()
         if request.state is OVER:
             raise self._ended(request)
+        memory = Memory(memoryview(self._l1.arena.view))  # of its own, which lives as long as the lease
+        chunks = await self._chunks(request, rank, memory)
+        if request.state is OVER:
+            raise self._ended(request)
         if (rank, reader) in request.readers:
             raise ReadConflictError(f"rank {rank}, reader {reader} has read request {request_id!r} already")
         request.readers.add((rank, reader))
         request.inside += 1
         self._use(request)
         leave, undo = partial(self._leave, request), partial(self._undo_enter, request, rank, reader)
-        memory = Memory(memoryview(self._l1.arena.view))  # of its own, which lives as long as the lease
-        try:
-            chunks = await self._chunks(request, rank, memory)
-        except BaseException:
-            undo()
-            raise
         return Entered(result, layout, chunks, memory, leave, undo)
 
     async def _chunks(self, request: Request, rank: int, memory: Memory) -> tuple[ReadChunk, ...]:

@@ -16,11 +16,11 @@ from async_cache.cache import AsyncCache
 from async_cache.config import CacheConfig, ServerConfig
 from async_cache.protocol.address import Address
 from async_cache.server.listener import Listener
+from async_cache.server.logs import tell
 from async_cache.server.server import Server
 
 log = logging.getLogger(__name__)
 
-_TELL_SECONDS = 0.2
 _SWITCH_SECONDS = 0.0005  # so long the loop waits for a thread that runs Python, each time that it wakes
 _CLOSE_PART = 0.4  # of the time for a shutdown: for write-back, and as much for I/O that does not end
 
@@ -93,10 +93,7 @@ def _end_after(seconds: float) -> None:
     """End the process if it is still there then: nothing else would end threads that are stuck in storage."""
 
     def end() -> None:
-        text = "gave up waiting for storage\n"
-        telling = threading.Thread(target=sys.stderr.write, args=(text,), daemon=True)  # who listens may hang
-        telling.start()
-        telling.join(_TELL_SECONDS)
+        tell("gave up waiting for storage\n")
         os._exit(1)
 
     timer = threading.Timer(seconds, end)

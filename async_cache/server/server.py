@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from async_cache.cache import AsyncCache
 from async_cache.config import ServerConfig
-from async_cache.errors import AsyncCacheError, CacheClosedError, ConnectionLostError, LimitError, ProtocolError
+from async_cache.errors import AsyncCacheError, CacheClosedError, ConnectionLostError, ProtocolError
 from async_cache.prompt.keys import check_label
 from async_cache.protocol.address import Address
 from async_cache.protocol.greeting import check_byte_order, peer_process, receive_hello, send
@@ -21,6 +21,7 @@ from async_cache.protocol.messages import VERSION, Hello, Welcome, failed
 from async_cache.protocol.partials import Partials
 from async_cache.server.access import Access, Tenant
 from async_cache.server.accounts import Accounts
+from async_cache.server.door import Door, fitting_connections
 from async_cache.server.layouts import SharedLayouts
 from async_cache.server.listener import Listener
 from async_cache.server.prefetches import Holders
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _COPIERS = 2
 _MAKERS = 1  # what they do holds the interpreter: more of them would take no less time
+_QUIET_SECONDS = 60.0  # after what may happen ten times a second
 _RETRY_SECONDS = 0.1  # where there are no file descriptors left, for one
 _TELL_SECONDS = 0.5  # for the open connections to take their last message
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
@@ -66,7 +68,7 @@ class Server:
         )
         self._listeners: list[Listener] = []
         self._sessions: set[Session] = set()
-        self._greeting = 0
+        self._door = Door(fitting_connections(config.max_connections))
         self._tasks: set[asyncio.Task[None]] = set()
         self._readable = os.open(f"/proc/self/fd/{cache.core.arena.fd}", os.O_RDONLY | os.O_CLOEXEC)
         self._closing: asyncio.Task[None] | None = None
@@ -132,22 +134,25 @@ class Server:
         self._shared.makers.shutdown(wait=False)
         os.close(self._readable)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _accept(self, listener: Listener) -> None:
         loop = asyncio.get_running_loop()
+        quiet_until = 0.0
         while True:
             try:
                 sock, _ = await loop.sock_accept(listener.socket)
             except OSError as error:
-                log.warning("a connection could not be accepted: %s", error.strerror)
+                if loop.time() >= quiet_until:
+                    log.warning("a connection could not be accepted: %s", error.strerror)
+                    quiet_until = loop.time() + _QUIET_SECONDS
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            self._greeting += 1
-            self._spawn(self._welcome(sock))
+            self._door.knock(self._spawn(self._welcome(sock)))
 
     async def _welcome(self, sock: socket.socket) -> None:
         """Let one client introduce itself, and then in; or say why not."""
@@ -174,8 +179,10 @@ class Server:
             log.debug("%s did not introduce itself: %s", peer, error)
             sock.close()
         except AsyncCacheError as error:
-            log.warning("%s is refused: %s", peer, error)
-            await _refuse(sock, error)
+            self._door.refused(peer, error)
+            with sock:  # also where this is cancelled meanwhile
+                await self._door.slow_down(_host(sock), error)
+                await _refuse(sock, error)
         except (OSError, TimeoutError) as error:
             log.debug("%s did not introduce itself: %s", peer, error)
             sock.close()
@@ -183,14 +190,15 @@ class Server:
             sock.close()
             raise
         finally:
-            self._greeting -= 1
             if segment is not None:
                 segment.close()
 
     async def _hear(self, sock: socket.socket) -> tuple[Hello, int | None]:
-        if len(self._sessions) + self._greeting > self._config.max_connections:
-            raise LimitError(f"the server has {self._config.max_connections} connections, which is its limit")
-        return await receive_hello(sock)
+        self._door.check(len(self._sessions), sock.family)
+        heard = await receive_hello(sock)
+        self._door.heard()
+        self._door.check(len(self._sessions), sock.family)
+        return heard
 
     def _admit(self, hello: Hello, *, over_unix: bool) -> Tenant:
         if hello.version != VERSION:
@@ -226,6 +234,13 @@ def _peer(sock: socket.socket) -> str:
         process, user = peer_process(sock)
         return f"the client of process {process}, user {user}"
     return "a client that is gone"
+
+
+def _host(sock: socket.socket) -> str:
+    """From where wrong tokens are counted together."""
+    with suppress(OSError):
+        return str(sock.getpeername()[0]) if sock.family != socket.AF_UNIX else ""
+    return ""
 
 
 async def _refuse(sock: socket.socket, error: AsyncCacheError) -> None:

@@ -351,6 +351,17 @@ async def test_what_left_diverges_only_if_something_else_was_there_too():
         assert await missed(cache, stored) == Missed(REMOVED, Removal.DELETED, diverges=True)
 
 
+async def test_what_was_evicted_diverges_from_what_was_built_beside_it_later():
+    tokens = make_tokens(4)
+    first, second = LAYOUT.prompt(tokens), LAYOUT.prompt(tokens[:8] + [7] * 8)
+    async with open_cache(pages=6) as cache:
+        await fill(cache, first)
+        await fill(cache, second)
+        await fill(cache, make_prompt(2, 9))  # the tail of the first makes room
+        assert await spans(cache, first) == [Span(0, 2, L1), Span(2, 2, REMOVED, None, 0.0, Removal.CAPACITY)]
+        assert await missed(cache, first) == Missed(REMOVED, Removal.CAPACITY, diverges=True)
+
+
 async def test_it_diverges_from_what_is_only_in_a_backend():
     tokens = make_tokens(3)
     stored, other = LAYOUT.prompt(tokens), LAYOUT.prompt(tokens[:8] + [7] * 4)

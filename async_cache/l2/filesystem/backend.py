@@ -96,6 +96,7 @@ class FileSystemBackend(Backend):
             direct=one_of(true=True, false=False),
             threads=whole_number(most=9999),
         )
+        path = "/" + "/".join(part for part in path.split("/") if part not in ("", "."))  # one name for one directory
         capacity_bytes = parameters.pop("capacity", CAPACITY_BYTES)
         return cls(path, capacity_bytes=capacity_bytes, **parameters)
 

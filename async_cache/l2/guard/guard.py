@@ -101,6 +101,7 @@ class Call(Generic[T]):
             self._count_failure(self._guard.failed, why)
             task.cancel()
             raise CallTimeoutError(f"{self._guard.name} {why}")
+        self._ended(task)  # counted before it is told: who makes the next call finds the breaker as it is by now
         if task.cancelled():
             raise BackendError(f"the call to {self._guard.name} was cancelled")
         error = self._error()
