@@ -19,7 +19,7 @@ _LINES = 20  # of the log, of refusals, ...
 _LINES_SECONDS = 10.0  # ... in so many seconds
 _WRONG_FREE = 8  # wrong tokens from an address, before they are answered late
 _WRONG_SECONDS = 0.1  # later for each more, ...
-_WRONG_MOST_SECONDS = 2.0  # ... up to this
+_WRONG_MOST_SECONDS = 1.0  # ... up to this
 _ADDRESSES = 1024  # of which wrong tokens are counted
 
 
