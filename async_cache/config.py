@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 from urllib.parse import quote
 
 import msgspec
@@ -255,11 +255,13 @@ class TenantConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     tokens: tuple[str, ...]
     salts: tuple[str, ...] | None = None
+    role: Literal["all", "read", "store"] = "all"
+    """Whether it may only look up and read, or only store and delete."""
     limits: dict[str, Any] = {}
     """Those of its limits that are not the ones of all tenants: see `limits.TenantLimits`."""
 
     def __repr__(self) -> str:
-        return f"TenantConfig(tokens=<hidden>, salts={self.salts!r}, limits={self.limits!r})"
+        return f"TenantConfig(tokens=<hidden>, salts={self.salts!r}, role={self.role!r}, limits={self.limits!r})"
 
 
 class ServerConfig(Settings, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,7 +105,10 @@ def serve(
     l2: L2 = None,
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """Serve a cache until SIGTERM, SIGINT or SIGHUP. A flag comes before the environment, and that before the file."""
+    """Serve a cache until SIGTERM or SIGINT, or SIGHUP without --config: with it, tenants are read from there anew.
+
+    A flag comes before the environment, and that before the file.
+    """
     if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
     cache_given, server_given = given(config, listen, l1_bytes, l2)
@@ -116,7 +120,8 @@ def serve(
         say(_STANDARD_OUTPUT, said.encode(sys.stdout.encoding, "backslashreplace"))
 
     with log_to(_STANDARD_ERROR, log_level.upper()), told_where(cache_given):
-        uvloop.run(serve_until_signal(cache_config, server_config, ready))
+        reread = partial(read_again, config, listen) if config is not None else None
+        uvloop.run(serve_until_signal(cache_config, server_config, ready, reread))
 
 
 @app.command()
@@ -188,6 +193,11 @@ def given(
     return cache, server
 
 
+def read_again(config: Path, listen: Sequence[str] | None) -> ServerConfig:
+    """The settings of a server as a file has them by now. Raises ConfigError."""
+    return ServerConfig.of(given(config, listen, None, None)[1])
+
+
 def checked(cache_given: Mapping[str, Given], server_given: Mapping[str, Given]) -> tuple[CacheConfig, ServerConfig]:
     """The settings that were given, if a server can use them; nothing is opened for that. Raises ConfigError."""
     cache_config, server_config = CacheConfig.of(cache_given), ServerConfig.of(server_given)
@@ -202,6 +212,8 @@ def show_value(name: str, value: Any) -> str:
     if name == "tenants":
         return "\n".join(
             f"{tenant}: {len(config.tokens)} token(s), salts: {'all' if config.salts is None else list(config.salts)}"
+            + (f", may only {config.role}" if config.role != "all" else "")
+            + (f", limits: {config.limits}" if config.limits else "")
             for tenant, config in value.items()
         )
     if name.endswith("_bytes"):

@@ -132,6 +132,12 @@ class Accounts:
         self._cache = cache
         self._accounts: dict[str, Account] = {}
 
+    def replace(self, limits: Mapping[str, TenantLimits]) -> None:
+        """Have other limits from now on; what is held already stays."""
+        self._limits = limits
+        for name, account in self._accounts.items():
+            account.limits = limits.get(name, UNLIMITED)
+
     def of(self, tenant: Tenant) -> Account:
         """That of a tenant."""
         account = self._accounts.get(tenant.name)

@@ -14,6 +14,7 @@ import msgspec
 
 from async_cache.cache import AsyncCache
 from async_cache.config import CacheConfig, ServerConfig
+from async_cache.errors import ConfigError
 from async_cache.protocol.address import Address
 from async_cache.server.listener import Listener
 from async_cache.server.logs import tell
@@ -26,13 +27,17 @@ _CLOSE_PART = 0.4  # of the time for a shutdown: for write-back, and as much for
 
 
 async def serve(
-    cache_config: CacheConfig, server_config: ServerConfig, ready: Callable[[Sequence[Address]], None]
+    cache_config: CacheConfig,
+    server_config: ServerConfig,
+    ready: Callable[[Sequence[Address]], None],
+    reread: Callable[[], ServerConfig] | None = None,
 ) -> None:
     """Serve a cache until SIGTERM, SIGINT or SIGHUP; `ready` is called with the addresses, once clients can connect.
 
-    A SIGHUP that was ignored when the process began, as by `nohup`, stays ignored. From the first signal on, others
-    change nothing. The process ends, with exit code 1, if storage delays the shutdown beyond
-    `shutdown_timeout_seconds`.
+    With `reread`, which gives the settings as they are by now or raises ConfigError, a SIGHUP ends nothing: the tenants
+    and their limits are read anew. One that was ignored when the process began, as by `nohup`, stays ignored. From the
+    first signal to end on, others change nothing. The process ends, with exit code 1, if storage delays the shutdown
+    beyond `shutdown_timeout_seconds`.
     """
     timeout = server_config.shutdown_timeout_seconds
     close_timeout = min(cache_config.close_timeout_seconds, _CLOSE_PART * timeout)
@@ -50,9 +55,19 @@ async def serve(
         opening.cancel()
         _end_after(timeout)
 
-    def signalled(*_: object) -> None:
+    def signalled(number: int, _: object) -> None:
         if not loop.is_closed():
-            loop.call_soon_threadsafe(stop)
+            loop.call_soon_threadsafe(read_again if number == signal.SIGHUP and reread is not None else stop)
+
+    def read_again() -> None:
+        assert reread is not None
+        if opening.done() and not opening.cancelled() and not stopped.is_set():
+            try:
+                opening.result().replace_tenants(reread())
+            except ConfigError as error:
+                log.error("the settings cannot be read, and stay as they are: %s", error)
+            else:
+                log.info("tenants and limits were read anew")
 
     # Not by the loop, which would let go of them as it closes: what comes then would kill the process.
     for number in _signals():

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import socket
+import weakref
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,13 +14,13 @@ from typing import Any, Self
 
 from async_cache.cache import AsyncCache
 from async_cache.config import ServerConfig
-from async_cache.errors import AsyncCacheError, CacheClosedError, ConnectionLostError, ProtocolError
+from async_cache.errors import AccessDeniedError, AsyncCacheError, CacheClosedError, ConnectionLostError, ProtocolError
 from async_cache.prompt.keys import check_label
 from async_cache.protocol.address import Address
 from async_cache.protocol.greeting import check_byte_order, peer_process, receive_hello, send
 from async_cache.protocol.messages import VERSION, Hello, Welcome, failed
 from async_cache.protocol.partials import Partials
-from async_cache.server.access import Access, Tenant
+from async_cache.server.access import Access, Pass, Tenant, pass_of
 from async_cache.server.accounts import Accounts
 from async_cache.server.door import Door, fitting_connections
 from async_cache.server.layouts import SharedLayouts
@@ -35,6 +36,7 @@ _COPIERS = 2
 _MAKERS = 1  # what they do holds the interpreter: more of them would take no less time
 _QUIET_SECONDS = 60.0  # after what may happen ten times a second
 _RETRY_SECONDS = 0.1  # where there are no file descriptors left, for one
+_CHANGED = "the token was removed, or its rights were changed"
 _TELL_SECONDS = 0.5  # for the open connections to take their last message
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
@@ -68,6 +70,7 @@ class Server:
         )
         self._listeners: list[Listener] = []
         self._sessions: set[Session] = set()
+        self._passes: weakref.WeakKeyDictionary[Session, Pass] = weakref.WeakKeyDictionary()
         self._door = Door(fitting_connections(config.max_connections))
         self._tasks: set[asyncio.Task[None]] = set()
         self._readable = os.open(f"/proc/self/fd/{cache.core.arena.fd}", os.O_RDONLY | os.O_CLOEXEC)
@@ -93,6 +96,18 @@ class Server:
         for listener in self._listeners:
             self._spawn(self._accept(listener))
         return self
+
+    def replace_tenants(self, config: ServerConfig) -> None:
+        """Have other tenants and limits from now on. The connections of who is not let in any more as before end."""
+        self._access.replace(config.tenants)
+        self._shared.accounts.replace(config.tenant_limits())
+        for session, by in list(self._passes.items()):
+            try:
+                as_before = self._access.admit(by) == session.tenant
+            except AccessDeniedError:
+                as_before = False
+            if not as_before:
+                session.connection.fail(AccessDeniedError(_CHANGED))
 
     async def close(self) -> None:
         """Accept no more connections, and end the open ones, which hear why; idempotent. The cache stays open."""
@@ -165,13 +180,17 @@ class Server:
                 hello, descriptor = await self._hear(sock)
                 if descriptor is not None:
                     segment = ClientSegment(descriptor, arena_bytes)
-                tenant = self._admit(hello, over_unix=sock.family == socket.AF_UNIX)
+                by = pass_of(hello.token, over_unix=sock.family == socket.AF_UNIX)
+                tenant = self._admit(hello, by)
                 mapped = tenant.trusted and hello.descriptors and sock.family == socket.AF_UNIX
                 ttl = self._cache.core.config.result_ttl_seconds
                 welcome = Welcome(VERSION, arena_bytes, mapped, tenant.trusted, ttl)
                 await send(sock, welcome, self._readable if mapped else None)
             _keep_alive(sock)
+            if self._access.admit(by) != tenant:
+                raise AccessDeniedError(_CHANGED)
             session = self.session(tenant, hello.namespace, segment, mapped=mapped, peer=peer)
+            self._passes[session] = by
             segment = None  # it is the session's now
             await session.connection.take(sock)
             log.info("%s is let in", session.name)
@@ -200,14 +219,14 @@ class Server:
         self._door.check(len(self._sessions), sock.family)
         return heard
 
-    def _admit(self, hello: Hello, *, over_unix: bool) -> Tenant:
+    def _admit(self, hello: Hello, by: Pass) -> Tenant:
         if hello.version != VERSION:
             raise ProtocolError(f"the server speaks version {VERSION} of the protocol, the client {hello.version}")
         try:
             check_label("namespace", hello.namespace)
         except ValueError as error:
             raise ProtocolError(str(error)) from error
-        tenant = self._access.admit(hello.token, over_unix=over_unix)
+        tenant = self._access.admit(by)
         account = self._shared.accounts.of(tenant)
         if not account.left("connections"):
             raise account.over("connections", f"which is {account.most('connections')}")

@@ -90,7 +90,7 @@ class Session:
         self._is_held_up = False  # until a heavy message has been begun
         self._cache = cache
         self._max_requests = config.max_requests
-        self._tenant = tenant
+        self.tenant = tenant
         self._closed = closed
         self._scope = Scope(tenant, namespace)
         self._layouts = Layouts(cache, shared.layouts, tenant, account)
@@ -114,7 +114,7 @@ class Session:
         self._loop = asyncio.get_running_loop()
 
     def __repr__(self) -> str:
-        return f"<Session of tenant {self._tenant.name!r}, {len(self.held)} held, {self.connection!r}>"
+        return f"<Session of tenant {self.tenant.name!r}, {len(self.held)} held, {self.connection!r}>"
 
     # Messages, as they come.
 
@@ -142,6 +142,7 @@ class Session:
 
     def _of_prompt(self, message: Any) -> None:
         """Make the prompt of a message, and do what is asked of it."""
+        self.tenant.check_role("store" if type(message) in _OF_STORES else "read")
         self._check_number(message.number)
         wire = message.prompt
         chunks, cost = self._layouts.check(wire)
@@ -327,7 +328,7 @@ class Session:
 
     def _events(self, message: messages.Events) -> None:
         self._check_number(message.number)
-        stream = self._cache.core.events.stream(message.capacity, self._tenant.salts)
+        stream = self._cache.core.events.stream(message.capacity, self.tenant.salts)
         events = HeldEvents(message.number, self.held, self.connection, stream)
         self._tasks.add(events.task)
         events.task.add_done_callback(self._tasks.discard)
@@ -370,29 +371,29 @@ class Session:
         return messages.Removed(message.number, await self._cache.delete(prompt))
 
     async def _clear(self, message: messages.Clear) -> Message:
-        self._tenant.check_trusted("clearing the cache")
+        self.tenant.check_trusted("clearing the cache")
         return messages.Removed(message.number, await self._cache.clear(message.tier))
 
     async def _flush(self, message: messages.Flush) -> Message:
         return messages.Flushed(message.number, await self._cache.flush(message.deadline_seconds))
 
     async def _add_backend(self, message: messages.AddBackend) -> Message:
-        self._tenant.check_trusted("changing backends")
+        self.tenant.check_trusted("changing backends")
         await self._cache.add_backend(message.url, position=message.position)
         return messages.Done(message.number)
 
     async def _drain_backend(self, message: messages.DrainBackend) -> Message:
-        self._tenant.check_trusted("changing backends")
+        self.tenant.check_trusted("changing backends")
         status = await self._cache.drain_backend(message.name, deadline_seconds=message.deadline_seconds)
         return messages.BackendTold(message.number, status)
 
     async def _remove_backend(self, message: messages.RemoveBackend) -> Message:
-        self._tenant.check_trusted("changing backends")
+        self.tenant.check_trusted("changing backends")
         await self._cache.remove_backend(message.name)
         return messages.Done(message.number)
 
     async def _list_backends(self, message: messages.ListBackends) -> Message:
-        self._tenant.check_trusted("listing backends")
+        self.tenant.check_trusted("listing backends")
         return messages.BackendsListed(message.number, await self._cache.backends())
 
     # The end.
@@ -435,6 +436,8 @@ _OF_PROMPTS: dict[type[Message], _Handler] = {
     messages.ReserveStore: _waits(Session._reserve_store),
     messages.Delete: _waits(Session._delete),
 }
+
+_OF_STORES = frozenset((messages.ReserveStore, messages.Delete))
 
 _AT_ONCE: dict[type[Message], Callable[[Session, Any], None]] = {
     messages.RegisterLayout: Session._register_layout,
