@@ -1,4 +1,4 @@
-"""One tenant does what is named, in a process of its own; another's ping and prefetch of 16 chunks are measured beside it.
+"""One tenant does what is named, in a process of its own; another's ping and prefetch of 16 chunks are measured then.
 
 Prints JSON: for each attack the other's median and 99th percentile in milliseconds, idle in the same run and beside it,
 how long SIGTERM takes under it, and by how much the server's own memory grows.
