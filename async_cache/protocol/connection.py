@@ -324,8 +324,13 @@ class Connection(asyncio.Protocol):
             self._giving_up.cancel()
         lost = self._lost
         self._received = self._lost = _ignore  # they know it, and it knows them
+        self._admits = _admits_nothing
         lost(error)
 
 
 def _ignore(_: Any) -> None:
     return
+
+
+def _admits_nothing(_: int) -> bool:
+    return False

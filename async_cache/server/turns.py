@@ -126,6 +126,7 @@ class Turn:
     def leave(self) -> None:
         """The connection is gone: what it waits for is not begun."""
         self._turns.leave(self, self._party)
+        self.resume = _nothing  # it knows the connection, which knows it
 
 
 class Turns:
@@ -210,3 +211,7 @@ class Turns:
         while party.heavy_waiting and party.heavy > 0 and self.heavy_left > 0 and not party.busy:
             _, cost, work = party.heavy_waiting.popleft()
             self.begin_heavy(party, cost, work)
+
+
+def _nothing() -> None:
+    return
