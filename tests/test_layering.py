@@ -34,7 +34,7 @@ MAY_KNOW = {
     "ledger": "observe prompt values",
     # the tiers, and the ways through them
     "l1": "aio ledger memory observe prompt retention values",
-    "l2": "config errors ledger prompt retention values",
+    "l2": "aio config errors ledger prompt retention values",
     "read": "aio config errors handles l1 l2 ledger observe prompt values",
     "write": "aio config errors handles l1 l2 ledger observe prompt read retention values",
     "events": "handles ledger observe values",

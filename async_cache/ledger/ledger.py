@@ -18,7 +18,7 @@ from async_cache.observe import Observers, notify
 from async_cache.values import Removal
 
 _VALUE = Packing("<8s8sIBBH")  # child, owner, moment, removal, place, marks
-_REMOVAL_AT = 20
+_NUMBER_AT = 20  # in the value
 _NO_CHILD = UNKNOWN_OWNER = bytes(8)
 _Record = tuple[bytes, bytes, int, int, int, int]
 _NOTHING: _Record = (_NO_CHILD, UNKNOWN_OWNER, 0, 0, 0, 0)
@@ -27,8 +27,8 @@ _L1 = 0
 _MOST_PLACES = 256
 _TICKS = 16  # in a second
 _LAST = 2**32 - 1  # in eight years
-_REMOVALS = tuple(Removal)
-_NUMBERS = {removal: number for number, removal in enumerate(_REMOVALS)}
+REMOVALS = tuple(Removal)
+_number = REMOVALS.index  # to hash a member of an enum is a call, in Python 3.11
 _EXPIRED, _LOST = Removal.EXPIRED, Removal.LOST
 _MOST_TAGS = 4096
 
@@ -83,54 +83,52 @@ class Ledger:
         """A chunk has left L1, where `child`, if any, was built on it, and more than one if it has `forked`."""
         if not self._table:
             return
-        now = self._now()
-        before, _, moment, number, place, marks = self._record(chunk_hash)
-        built = child[:8] if child is not None else before
-        if forked or (built != before != _NO_CHILD):
-            marks |= _FORKED
-        if moment > now:  # it is to expire elsewhere
-            self._put(chunk_hash, built, self.tag(owner), moment, number, place, marks)
-        else:
-            self._put(chunk_hash, built, self.tag(owner), now, _NUMBERS[removal], _L1, marks)
+        now, number, place = self._now(), _number(removal), _L1
+        at, (first, _, moment, before, where, marks) = self._record(chunk_hash)
+        if at >= 0:
+            if child is None or first == child[:8]:
+                child = first
+            elif first != _NO_CHILD:
+                forked = True
+            if moment > now:  # it is to expire elsewhere
+                now, number, place = moment, before, where
+        self._put(chunk_hash, at, child or _NO_CHILD, self.tag(owner), now, number, place, marks | forked * _FORKED)
 
     def left(self, backend: str, chunk_hash: bytes, removal: Removal) -> None:
         """A chunk cannot be loaded from a backend any more: all of it, or some of its objects."""
         place = self._place(backend)
         mark = _mark(place)
-        child, owner, moment, number, at, marks = self._record(chunk_hash)
+        at, (first, owner, moment, before, where, marks) = self._record(chunk_hash)
         if marks & mark:
             return  # that was told already
         now = self._now()
-        if removal is Removal.LOST and at == place and number == _NUMBERS[Removal.EXPIRED] and moment <= now:
-            removal, now = Removal.EXPIRED, moment
+        if removal is _LOST and where == place and before == _number(_EXPIRED) and moment <= now:
+            removal, now = _EXPIRED, moment
         if owner == UNKNOWN_OWNER:
             owner = self._owner(chunk_hash)
-        self._put(chunk_hash, child, owner, now, _NUMBERS[removal], place, marks | mark)
+        self._put(chunk_hash, at, first, owner, now, _number(removal), place, marks | mark)
         if self._observers.left:
             notify(self._observers.left, backend, chunk_hash, removal, owner)
 
     def stored(self, backend: str, chunk_hash: bytes, ttl_seconds: float | None = None) -> None:
         """A chunk may be in a backend again, where it expires after so many seconds."""
         place = self._place(backend)
-        record = self._record(chunk_hash)
-        child, owner, moment, number, at, marks = record
+        at, (first, owner, moment, number, where, marks) = self._record(chunk_hash)
         marks &= ~_mark(place)
         if ttl_seconds is not None:
             if owner == UNKNOWN_OWNER:
                 owner = self._owner(chunk_hash)
-            moment, number, at = self._now() + int(ttl_seconds * _TICKS), _NUMBERS[Removal.EXPIRED], place
-            self._put(chunk_hash, child, owner, min(moment, _LAST), number, at, marks)
-        elif record is not _NOTHING:
-            self._change(chunk_hash, child, owner, moment, number, at, marks)
+            moment = min(self._now() + int(ttl_seconds * _TICKS), _LAST)
+            self._put(chunk_hash, at, first, owner, moment, _number(_EXPIRED), place, marks)
+        elif at >= 0:
+            self._change(at, first, owner, moment, number, where, marks)
 
     def built_on(self, parent: bytes, child: bytes) -> None:
         """A chunk was committed that builds on one that L1 has not."""
-        record = self._record(parent)
-        if record is not _NOTHING:
-            first, owner, moment, number, place, marks = record
-            if first not in (_NO_CHILD, child[:8]):
-                marks |= _FORKED
-            self._change(parent, child[:8], owner, moment, number, place, marks)
+        at, (first, owner, moment, number, place, marks) = self._record(parent)
+        if at >= 0:
+            forks = first not in (_NO_CHILD, child[:8])
+            self._change(at, child[:8], owner, moment, number, place, marks | forks * _FORKED)
 
     # What is known.
 
@@ -147,21 +145,19 @@ class Ledger:
                 found.append(None)
                 continue
             _, _, moment, number, place, _ = _VALUE.unpack_from(table.data, at)
-            removal = _REMOVALS[number] if moment <= now else _LOST  # before its time
+            removal = REMOVALS[number] if moment <= now else _LOST  # before its time
             found.append(Left(removal, places[place], max(0, now - moment) / _TICKS))
         return found
 
-    def removal(self, chunk_hash: bytes) -> Removal | None:
-        """Why a chunk left; None as from `find`."""
-        table = self._table
-        at = table.find(chunk_hash)
+    def number(self, chunk_hash: bytes) -> int:
+        """Which of `REMOVALS` it was that a chunk left for; -1 where `find` says None."""
+        at = self._table.find(chunk_hash)
         if at < 0:
-            return None
-        removal = _REMOVALS[table.data[at + _REMOVAL_AT]]
-        if removal is _EXPIRED:
-            left = self.find(chunk_hash)
-            return left.removal if left is not None else None
-        return removal
+            return -1
+        number = self._table.data[at + _NUMBER_AT]
+        if REMOVALS[number] is _EXPIRED and (left := self.find(chunk_hash)) is not None:
+            return _number(left.removal)
+        return number
 
     def has_other_child(self, parent: bytes, child: bytes) -> bool:
         """Whether something else than `child` was built on a chunk that left."""
@@ -179,17 +175,18 @@ class Ledger:
         salt = self._owner_of(chunk_hash)
         return self.tag(salt) if salt is not None else UNKNOWN_OWNER
 
-    def _record(self, chunk_hash: bytes) -> _Record:
+    def _record(self, chunk_hash: bytes) -> tuple[int, _Record]:
+        """Where the record of a chunk is, and what is in it; -1 and nothing where there is none."""
         at = self._table.find(chunk_hash)
-        return _VALUE.unpack_from(self._table.data, at) if at >= 0 else _NOTHING
+        return at, _VALUE.unpack_from(self._table.data, at) if at >= 0 else _NOTHING
 
-    def _put(self, chunk_hash: bytes, *record: Any) -> None:
-        """Remember a chunk, as the newest one."""
-        self._table.put(chunk_hash, _VALUE.pack(*record))
+    def _put(self, chunk_hash: bytes, at: int, *record: Any) -> None:
+        """Remember a chunk, as the newest one; `at`: where its record was."""
+        self._table.put(chunk_hash, _VALUE.pack(*record), at)
 
-    def _change(self, chunk_hash: bytes, *record: Any) -> None:
+    def _change(self, at: int, *record: Any) -> None:
         """Know better of a chunk that is remembered."""
-        _VALUE.pack_into(self._table.data, self._table.find(chunk_hash), *record)
+        _VALUE.pack_into(self._table.data, at, *record)
 
     def _place(self, backend: str) -> int:
         """The number of a backend. Beyond so many names, the oldest lend theirs."""

@@ -83,6 +83,7 @@ class Connection(asyncio.Protocol):
         self._pauses: set[Pause] = set()
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
+        self._is_taking = False
         self._writable: asyncio.Event | None = None  # set again when the peer has read; None while it does
         self._giving_up: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -108,7 +109,7 @@ class Connection(asyncio.Protocol):
     def send(self, message: Message) -> None:
         """Send a message with the others of this step of the loop; nothing if the connection is not open."""
         if self._state is _OPEN:
-            if not self._out:
+            if not (self._out or self._is_taking):
                 self._loop.call_soon(self.flush)
             self._out.append(frame(encode(message)))
 
@@ -198,6 +199,7 @@ class Connection(asyncio.Protocol):
     def _take(self) -> None:
         """Hand on what has arrived: so much at a time that other connections have their turn."""
         admits = self._admits
+        self._is_taking = True  # what is sent meanwhile goes out at its end, and not a turn later
         try:
             while self._state is _OPEN and not self._pauses:
                 payload = next(self._payloads, None)
@@ -223,6 +225,9 @@ class Connection(asyncio.Protocol):
         except Exception as error:
             log.exception("a message could not be handled")
             self.fail(error)
+        finally:
+            self._is_taking = False
+            self.flush()
 
     def _gives_way(self, cost: int) -> bool:
         """Admit so many messages, and then wait for the loop's next turn."""

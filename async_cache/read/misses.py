@@ -4,17 +4,19 @@ from collections.abc import Collection, Sequence
 
 from async_cache.l1.store import L1Store
 from async_cache.l2.tombstones import Tombstones
-from async_cache.ledger.ledger import Ledger, Left
+from async_cache.ledger.ledger import REMOVALS, Ledger, Left
 from async_cache.values import ChunkState, Missed, Removal
 
-_WRITING, _REMOVED, _UNKNOWN = ChunkState.WRITING, ChunkState.REMOVED, ChunkState.UNKNOWN
-_MISSED = {
-    (state, removal, diverges): Missed(state, removal, diverges)
-    for state, removals in ((_WRITING, [None]), (_REMOVED, list(Removal)), (_UNKNOWN, [None]))
-    for removal in removals
-    for diverges in (False, True)
-}
-"""All that there are: to make one would cost more than to find out which it is."""
+
+def _missed(state: ChunkState, removal: Removal | None = None) -> tuple[Missed, Missed]:
+    """Both that there are, by whether the prompt diverges: to make one would cost more than to find out which it is."""
+    return Missed(state, removal), Missed(state, removal, diverges=True)
+
+
+_WRITING = _missed(ChunkState.WRITING)
+_UNKNOWN = _missed(ChunkState.UNKNOWN)
+_REMOVED = tuple(_missed(ChunkState.REMOVED, removal) for removal in REMOVALS)
+_DELETED = _missed(ChunkState.REMOVED, Removal.DELETED)
 
 
 class Misses:
@@ -32,14 +34,15 @@ class Misses:
         It is not known where asking a backend has `failed`: that may have it.
         """
         chunk_hash = hashes[number]
-        state, removal = _UNKNOWN, None
         if chunk_hash in self._filling:
-            state = _WRITING
+            missed = _WRITING
         elif self._tombstones and chunk_hash in self._tombstones:
-            state, removal = _REMOVED, Removal.DELETED
-        elif not failed and (removal := self._ledger.removal(chunk_hash)) is not None:
-            state = _REMOVED
-        return _MISSED[state, removal, number > 0 and self._diverges(hashes[number - 1], chunk_hash)]
+            missed = _DELETED
+        elif failed or (removal := self._ledger.number(chunk_hash)) < 0:
+            missed = _UNKNOWN
+        else:
+            missed = _REMOVED[removal]
+        return missed[number > 0 and self._diverges(hashes[number - 1], chunk_hash)]
 
     def _diverges(self, parent: bytes, chunk_hash: bytes) -> bool:
         entry = self._l1.find(parent)
@@ -50,12 +53,13 @@ class Misses:
     def states(self, chunk_hashes: Sequence[bytes], *, failed: bool) -> list[tuple[ChunkState, Left | None]]:
         """The state of chunks that are in no tier and not on their way, and how they left; `failed` as in `missed`."""
         filling, tombstones = self._filling, self._tombstones
+        writing, unknown, removed = ChunkState.WRITING, ChunkState.UNKNOWN, ChunkState.REMOVED
         states: list[tuple[ChunkState, Left | None]] = []
         for chunk_hash, left in zip(chunk_hashes, self._ledger.find_all(chunk_hashes), strict=True):
             if chunk_hash in filling:
-                states.append((_WRITING, None))
+                states.append((writing, None))
             elif tombstones and chunk_hash in tombstones:
-                states.append((_REMOVED, Left(Removal.DELETED, left.backend if left is not None else None, 0.0)))
+                states.append((removed, Left(Removal.DELETED, left.backend if left is not None else None, 0.0)))
             else:
-                states.append((_UNKNOWN, None) if failed or left is None else (_REMOVED, left))
+                states.append((unknown, None) if failed or left is None else (removed, left))
         return states

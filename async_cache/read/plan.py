@@ -74,7 +74,7 @@ class Planner:
     def reserve(self, request: Request, plan: Plan, numbers: Iterable[int]) -> dict[int, int]:
         """Reserve room for what is to be loaded of these chunks, and return that; the request has the rooms then.
 
-        Where memory is fragmented, or others have taken it meanwhile, the plan becomes shorter, and nothing is reserved.
+        Where memory is fragmented, or others have taken it, the plan becomes shorter, and nothing is reserved.
         """
         layout, hashes = request.prompt.layout, request.hashes
         part = {number: plan.to_load[number] for number in numbers if number in plan.to_load}
@@ -112,10 +112,20 @@ class Planner:
                 self.cut(request, plan, number)
                 plan.found = plan.length
                 return
+            if self._is_occupied(request.entries[number], lacks):
+                self.cut(request, plan, number)
+                return
             if lacks:
                 plan.to_load[number] = lacks
             else:
                 del plan.to_load[number]
+
+    def _is_occupied(self, entry: Entry | None, mask: int) -> bool:
+        """Whether an abandoned call may still write to where these objects of a chunk are to be loaded."""
+        occupied = self._loader.occupied
+        if entry is None or not occupied:
+            return False
+        return any((entry, rank) in occupied for rank in entry.layout.objects.ranks[mask])
 
     def cut(self, request: Request, plan: Plan, number: int) -> None:
         """Promise nothing from this chunk on."""
@@ -155,11 +165,10 @@ class Planner:
 
         No room is there where something is to be loaded into a block to which an abandoned call may still write.
         """
-        objects, occupied = request.prompt.layout.objects, self._loader.occupied
+        occupied = self._loader.occupied
         if not plan.to_load:
             return True
-        wanted = ((request.entries[n], r) for n, mask in plan.to_load.items() for r in objects.ranks[mask])
-        if occupied and not occupied.isdisjoint(wanted):
+        if occupied and any(self._is_occupied(request.entries[n], mask) for n, mask in plan.to_load.items()):
             return False
         size = sum(self._room_bytes(request, plan.to_load))
         if size > self._share_bytes - self._loader.reserved_bytes():
@@ -194,7 +203,6 @@ class Planner:
 
     def _longest_that_fits(self, request: Request, plan: Plan) -> int:
         entries, to_load, occupied = request.entries, plan.to_load, self._loader.occupied
-        ranks = request.prompt.layout.objects.ranks
         numbers, rooms = list(to_load), [0, *accumulate(self._room_bytes(request, to_load))]
         spare = [0, *accumulate(map(_spare_bytes, reversed(entries)))]  # by how many of the last chunks are not needed
         available, share = self._l1.make_available(rooms[-1]), self._share_bytes - self._loader.reserved_bytes()
@@ -205,7 +213,7 @@ class Planner:
 
         length = bisect_left(range(1, plan.length + 1), True, key=is_too_long)
         if occupied:
-            in_vain = (n for n in numbers for rank in ranks[to_load[n]] if (entries[n], rank) in occupied)
+            in_vain = (n for n in numbers if self._is_occupied(entries[n], to_load[n]))
             length = min(length, next(in_vain, length))
         return length
 

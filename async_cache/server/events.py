@@ -8,6 +8,8 @@ from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.server.held import Held
 
+MAX_STREAMS = 16  # of a connection: half a megabyte each, where nobody reads
+
 
 class HeldEvents(Held):
     """A stream of events, held until the client gives it up, the cache closes or the connection ends.

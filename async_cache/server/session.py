@@ -25,7 +25,7 @@ from async_cache.protocol.partials import Partials
 from async_cache.server import costs
 from async_cache.server.access import Scope, Tenant
 from async_cache.server.accounts import Accounts, record_bytes
-from async_cache.server.events import HeldEvents
+from async_cache.server.events import MAX_STREAMS, HeldEvents
 from async_cache.server.held import Held, Wait
 from async_cache.server.layouts import Layouts, SharedLayouts, is_small, make
 from async_cache.server.prefetches import HeldPrefetch, Holders, Holding
@@ -328,6 +328,8 @@ class Session:
 
     def _events(self, message: messages.Events) -> None:
         self._check_number(message.number)
+        if sum(isinstance(held, HeldEvents) for held in self.held.values()) >= MAX_STREAMS:
+            raise LimitError(f"a connection reads up to {MAX_STREAMS} streams of events")
         stream = self._cache.core.events.stream(message.capacity, self.tenant.salts)
         events = HeldEvents(message.number, self.held, self.connection, stream)
         self._tasks.add(events.task)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import compress, islice
+from itertools import compress, count, islice
 
 from async_cache.aio.worker import Worker
 from async_cache.errors import BackendError, CacheClosedError
@@ -11,6 +11,7 @@ from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard, Listing
 from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
+from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import Prompt
 from async_cache.read.loads import Loader
 from async_cache.values import Deleted
@@ -18,6 +19,7 @@ from async_cache.write.carrier import Carrier
 from async_cache.write.writeback import Writeback
 
 _AT_ONCE = 256  # chunks, then the loop gets its turn; and objects in a call to a backend
+_CIRCLES = 8  # so often no well-made listing has the same object
 _LOOKED_UP_AT_ONCE = 4096  # objects
 
 
@@ -203,11 +205,22 @@ async def _delete_found(guard: Guard, prompt: Prompt, removed: _Removed) -> None
 
 
 async def _delete_all(guard: Guard, removed: _Removed) -> None:
-    """Delete all that a backend has, as it is listed."""
+    """Delete all that a backend has, as it is listed. Raises BackendError, also for a listing that goes in a circle.
+
+    Of the keys, one is remembered, another one each time that twice as much was listed: in a circle, it comes again and
+    again, however long that is. What changes while it is listed may be listed twice.
+    """
     listing: Listing = []
+    remembered: ObjectKey | None = None
+    again = 0
     try:
-        while True:
+        for part in count(1):
             keys = [key for key, _ in await guard.next_keys(listing, _AT_ONCE)]
+            again += sum(key == remembered for key in keys)
+            if again >= _CIRCLES:
+                raise BackendError(f"{guard.name} lists the same objects again and again")
+            if keys and not part & part - 1:
+                remembered, again = keys[0], 0
             if keys:
                 await guard.delete(keys)
                 removed.chunks.update([key.chunk_hash for key in keys])

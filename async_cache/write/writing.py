@@ -226,18 +226,22 @@ class Writing:
         opened.writer = None
         self._woken = True  # `reclaim` follows
         rooms = opened.reservations
-        for room in [rooms[position] for position, _ in uncommitted]:
-            self._filled(room.chunk_hash)
         free = [rooms[position] for position, block in uncommitted if block is None]
         lent = [(rooms[position], block) for position, block in uncommitted if block is not None]
         uncommitted.clear()
         while lent:  # taken out one by one: no block is kept from being gone
             reservation, block = lent.pop()
+            self._filled(reservation.chunk_hash)
             self._l1.quarantine(reservation)
             weakref.finalize(block, self._unseen_now, reservation).atexit = False
             del block
-        self._l1.discard_soon(free)
+        self._l1.backlog.do(self._discard, free)
         self.reclaim()
+
+    def _discard(self, rooms: Sequence[Reservation]) -> None:
+        for room in rooms:
+            self._filled(room.chunk_hash)
+        self._l1.discard(rooms)
 
     def _unseen_now(self, reservation: Reservation) -> None:
         """The last view of a room has gone: wherever that was, only the loop's thread may change L1.

@@ -1,4 +1,4 @@
-"""What is done in steps for very much, done in steps for everything: so that others come in between, wherever they may."""
+"""What is done in steps for very much, done in steps for everything: so others come in between, wherever they may."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

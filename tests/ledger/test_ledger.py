@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from async_cache.ledger.ledger import UNKNOWN_OWNER, Ledger, Left
+from async_cache.ledger.ledger import REMOVALS, UNKNOWN_OWNER, Ledger, Left
 from async_cache.observe import Observer, Observers
 from async_cache.values import Removal
 
@@ -38,7 +38,7 @@ async def test_it_remembers_the_last_place_and_reason_and_how_long_ago():
     ledger.left("disk", ONE, DAMAGED)
     left = ledger.find(ONE)
     assert (left.removal, left.backend) == (DAMAGED, "disk") and left.seconds_ago >= 0
-    assert ledger.removal(ONE) is DAMAGED
+    assert REMOVALS[ledger.number(ONE)] is DAMAGED
     assert ledger.find_all([TWO, ONE])[0] is None
 
 
@@ -120,9 +120,9 @@ async def test_what_is_to_expire_is_lost_before_and_expired_after():
     ledger.stored("valkey", ONE, 60.0)
     leave_l1(ledger, ONE)
     assert ledger.find(ONE) == Left(LOST, "valkey", 0.0)
-    assert ledger.removal(ONE) is LOST
+    assert REMOVALS[ledger.number(ONE)] is LOST
     ledger._began -= 61
-    assert ledger.removal(ONE) is EXPIRED
+    assert REMOVALS[ledger.number(ONE)] is EXPIRED
     assert ledger.find(ONE).seconds_ago == pytest.approx(1, abs=0.2)
     ledger.left("valkey", ONE, LOST)  # a load has shown it
     await asyncio.sleep(0)
@@ -144,4 +144,4 @@ async def test_with_no_room_it_tells_all_the_same():
     leave_l1(ledger, ONE)
     await asyncio.sleep(0)
     assert [backend for backend, *_ in listener.told] == ["disk"]
-    assert ledger.find(ONE) is None and ledger.removal(ONE) is None and not ledger.has_other_child(ONE, TWO)
+    assert ledger.find(ONE) is None and ledger.number(ONE) == -1 and not ledger.has_other_child(ONE, TWO)

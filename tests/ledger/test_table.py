@@ -29,7 +29,7 @@ def test_a_small_table_is_a_ring_that_forgets_the_oldest(capacity: int, puts: li
     for turn, (number, value) in enumerate(puts):
         ring = [(0, b"") if known == number else (known, old) for known, old in ring]
         ring[turn % capacity] = (number, value)
-        table.put(digest(number), value)
+        table.put(digest(number), value, table.find(digest(number)))
         for known in range(1, 21):
             assert value_of(table, digest(known)) == next((v for n, v in ring if n == known), None)
 
@@ -41,7 +41,7 @@ def test_a_large_table_has_the_last_value_or_none_and_most_of_what_came_last(cap
     put: OrderedDict[bytes, bytes] = OrderedDict()
     for number in range(3 * capacity):
         key, value = os.urandom(32) if number % 3 else digest(seed % 1000 + 1), os.urandom(VALUE_BYTES)
-        table.put(key, value)
+        table.put(key, value, table.find(key))
         put[key] = value
         put.move_to_end(key)
     assert all(value_of(table, key) in (None, value) for key, value in put.items())
@@ -52,11 +52,11 @@ def test_a_large_table_has_the_last_value_or_none_and_most_of_what_came_last(cap
 def test_what_looks_like_a_digest_within_a_record_is_none() -> None:
     table = Table(4)
     key = bytes(range(32))
-    table.put(digest(1), key[:16] + bytes(8))  # the value begins like the digest
+    table.put(digest(1), key[:16] + bytes(8), table.find(digest(1)))  # the value begins like the digest
     assert value_of(table, key) is None
-    table.put(key, b"x" * VALUE_BYTES)
+    table.put(key, b"x" * VALUE_BYTES, table.find(key))
     assert value_of(table, key) == b"x" * VALUE_BYTES
-    table.put(digest(2), bytes(8) + key[:16])
+    table.put(digest(2), bytes(8) + key[:16], table.find(digest(2)))
     assert value_of(table, key) == b"x" * VALUE_BYTES
 
 
@@ -68,5 +68,5 @@ def test_a_record_takes_40_bytes(capacity: int) -> None:
 
 def test_a_table_of_nothing_has_nothing() -> None:
     table = Table(0)
-    table.put(digest(1), bytes(VALUE_BYTES))
+    table.put(digest(1), bytes(VALUE_BYTES), table.find(digest(1)))
     assert not table and table.find(digest(1)) == -1 and table.find_all([digest(1)]) == [-1]

@@ -13,6 +13,7 @@ from async_cache import (
     ChunkState,
     ConnectionLostError,
     Elsewhere,
+    LimitError,
     Missed,
     Removal,
     Removed,
@@ -257,7 +258,9 @@ async def test_a_stream_that_is_given_up_holds_nothing_on_the_server(tmp_path):
                 failed, done = peer.answers(2)
                 assert failed.number == number and failed.code == "cancelled" and done == messages.Done(cancel)
         async with connect(served.url) as cache:
-            events = [cache.events() for _ in range(10)]
+            events = [cache.events() for _ in range(16)]
+            with pytest.raises(LimitError, match="16 streams"):
+                await anext(cache.events())
             await cache.ping()
             for stream in events[1:]:
                 await stream.aclose()

@@ -160,7 +160,7 @@ class Guard:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
         self._ledger = ledger if ledger is not None else Ledger()
-        backend.on_removed = partial(self._ledger.left, backend.name)
+        self._hears = backend.on_removed = partial(self._ledger.left, backend.name)
 
     @classmethod
     def of(cls, backend: Backend, config: CacheConfig, ledger: Ledger | None = None) -> Self:
@@ -425,7 +425,8 @@ class Guard:
 
     async def close(self, timeout_seconds: float) -> None:
         """Cancel the calls that are out, and wait for them and for the backend, but not for ever."""
-        self.backend.on_removed = nobody_listens
+        if self.backend.on_removed is self._hears:  # else another cache uses it by now
+            self.backend.on_removed = nobody_listens
         tasks = set(self._tasks)
         for task in tasks:
             task.cancel()
