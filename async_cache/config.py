@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 from urllib.parse import quote
 
 import msgspec
 from msgspec import Meta, Struct, field
 
 from async_cache.errors import BackendError, ConfigError
+from async_cache.limits import TenantLimits
 from async_cache.prompt.keys import check_label
 from async_cache.prompt.objects import PAGE_BYTES
 from async_cache.protocol.address import Address, default_url
@@ -268,9 +269,13 @@ class TenantConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     tokens: tuple[str, ...]
     salts: tuple[str, ...] | None = None
+    role: Literal["all", "read", "store"] = "all"
+    """Whether it may only look up and read, or only store and delete."""
+    limits: dict[str, Any] = {}
+    """Those of its limits that are not the ones of all tenants: see `limits.TenantLimits`."""
 
     def __repr__(self) -> str:
-        return f"TenantConfig(tokens=<hidden>, salts={self.salts!r})"
+        return f"TenantConfig(tokens=<hidden>, salts={self.salts!r}, role={self.role!r}, limits={self.limits!r})"
 
 
 class ServerConfig(Settings, frozen=True, kw_only=True):
@@ -301,15 +306,25 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
     log_format: str = "text"
     """How it is logged: text, or json, an object in each line."""
     tenants: dict[str, TenantConfig] = {}
-    """By name: their tokens, and their salts. A port beyond loopback needs one."""
+    """By name: their tokens, their salts and their own limits. A port beyond loopback needs one."""
+    limits: TenantLimits = TenantLimits()
+    """Of each tenant that has no others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.tenant_limits()
         for address in map(Address.parse, self.listen):
             if not address.is_local and not self.tenants:
                 raise ConfigError(f"listen: {address} can be reached from other machines: it needs tenants with tokens")
         if self.http and not http_address(self.http).is_local and not self.tenants:
             raise ConfigError(f"http: {self.http} can be reached from other machines: it needs tenants with tokens")
+
+    def tenant_limits(self) -> dict[str, TenantLimits]:
+        """The limits of each tenant, by its name."""
+        return {
+            name: _check_limits(f"tenants.{name}.limits", tenant.limits, self.limits)
+            for name, tenant in self.tenants.items()
+        }
 
     @classmethod
     def check(cls, name: str, value: Any) -> Any:
@@ -328,6 +343,8 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
             if value:
                 http_address(value)
             return value
+        if name == "limits":
+            return _check_limits("limits", msgspec.to_builtins(value))
         value = super().check(name, value)
         if name == "listen":
             _check_addresses(value)
@@ -340,6 +357,23 @@ def http_address(text: str) -> Address:
         return Address.parse(f"tcp://{text}")
     except ConfigError as error:
         raise ConfigError(f"http must be host:port, not {text!r}") from error
+
+
+def _check_limits(where: str, given: Any, others: TenantLimits | None = None) -> TenantLimits:
+    """Limits as they are given, and others where they are not. Raises ConfigError, which names the limit."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where} must be a table")
+    values = dict(given)
+    for name, value in given.items():
+        if name.endswith("_bytes") or name == "stored_bytes_per_second":
+            with prefixed(f"{where}: {name}"):
+                values[name] = parse_bytes(value) if isinstance(value, str) else value
+    if others is not None:
+        values = msgspec.structs.asdict(others) | values
+    try:
+        return msgspec.convert(values, TenantLimits)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _check_addresses(urls: Sequence[str]) -> None:

@@ -122,9 +122,10 @@ class Core:
 
         They do where their hashes were made here. A server asks, to which clients send hashes.
         """
-        layout = prompt.layout
-        known = [*map(self.l1.find, prompt.chunk_hashes), *map(self.loader.in_flight().get, prompt.chunk_hashes)]
-        return all(it is None or it.layout.same_bytes(layout) for it in known)
+        hashes, coming = prompt.chunk_hashes, self.loader.in_flight()
+        layouts = {id(entry.layout): entry.layout for entry in filter(None, map(self.l1.find, hashes))}
+        layouts |= {id(load.layout): load.layout for load in filter(None, map(coming.get, hashes))}
+        return all(layout.same_bytes(prompt.layout) for layout in layouts.values())
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now."""

@@ -28,7 +28,8 @@ MAY_KNOW = {
     "handles": "aio errors memory prompt values",
     "retention": "errors values",
     "protocol": "errors prompt values",
-    "config": "errors prompt protocol retention",
+    "limits": "",
+    "config": "errors limits prompt protocol retention",
     "observe": "handles values",
     "ledger": "observe prompt values",
     # the tiers, and the ways through them
@@ -42,7 +43,7 @@ MAY_KNOW = {
     "cache": "aio config core errors handles l2 memory prompt tracing values",
     # the same from other processes
     "metrics": "aio core handles l2 read values",
-    "server": "cache config core errors handles l2 memory metrics observe prompt protocol read values",
+    "server": "cache config core errors handles l2 limits memory metrics observe prompt protocol read values",
     "client": "aio errors handles memory prompt protocol values",
     "integrations": "aio cache client errors handles prompt values",
     "replay": "errors l1 memory prompt retention values",

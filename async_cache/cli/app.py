@@ -302,6 +302,8 @@ def show_value(name: str, value: Any) -> str:
     if name == "tenants":
         return "\n".join(
             f"{tenant}: {len(config.tokens)} token(s), salts: {'all' if config.salts is None else list(config.salts)}"
+            + (f", may only {config.role}" if config.role != "all" else "")
+            + (f", limits: {config.limits}" if config.limits else "")
             for tenant, config in value.items()
         )
     if name.endswith("_bytes"):

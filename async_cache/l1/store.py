@@ -4,6 +4,7 @@ Everything in the index is published. What is reserved is private to its reserva
 commit of an object wins.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from async_cache.aio.backlog import Backlog
@@ -50,6 +51,8 @@ class L1Store:
         self.closed = False
         self.leases = 0
         self.leased_bytes = 0
+        self.leased_by_owner: Counter[str] = Counter()
+        """Of `leased_bytes`, what belongs to each owner."""
         self.evictable_bytes = 0
         self.reserved_bytes = 0
         self.quarantined_bytes = 0
@@ -76,12 +79,14 @@ class L1Store:
     def lease(self, entries: Iterable[Entry]) -> None:
         """Keep entries for a request, each until its `release`. Their places in the eviction order do not change."""
         count = leased = kept = 0
+        by_owner = self.leased_by_owner
         for entry in entries:
             count += 1
             leases = entry.leases
             entry.leases = leases + 1
             if not leases:
                 leased += entry.room_bytes
+                by_owner[entry.owner] += entry.room_bytes
                 if entry.pins or entry.detached:
                     kept += entry.room_bytes
         self.leases += count
@@ -90,13 +95,14 @@ class L1Store:
 
     def release(self, entries: Iterable[Entry]) -> None:
         """Release one lease of each entry. The tail of a prefix comes before its head, so that it is evicted first."""
-        use = self._policy.use
+        use, by_owner = self._policy.use, self.leased_by_owner
         count = released = evictable = 0
         for entry in entries:
             count += 1
             leases = entry.leases = entry.leases - 1
             if not leases:
                 released += entry.room_bytes
+                by_owner[entry.owner] -= entry.room_bytes
                 if not entry.detached:
                     use(entry)
                     if not entry.pins:
@@ -222,6 +228,7 @@ class L1Store:
             self._entry_at[reservation.offset] = entry
         if entry.leases:
             self.leased_bytes += size
+            self.leased_by_owner[entry.owner] += size
         elif not entry.pins:
             self.evictable_bytes += size
         self._notify_committed(entry)
@@ -423,6 +430,7 @@ class L1Store:
         resident = sum(n for _, n in blocks)
         assert resident + self.reserved_bytes + self.quarantined_bytes == self.used_bytes
         assert self.leases == sum(e.leases for e in entries)
+        assert self.leased_bytes == self.leased_by_owner.total()
         assert self.leased_bytes == sum(e.room_bytes for e in entries if e.leases)
         assert self.evictable_bytes == sum(e.room_bytes for e in evictable if not e.pins)
         assert {id(e) for e in evictable} == {id(e) for e in self.index.values() if not e.leases}

@@ -72,6 +72,11 @@ class ChunkObjects:
         """The ranks that hold a group."""
         return range(self._world_size) if group.ranks is None else group.ranks
 
+    def know_all(self) -> None:
+        """Compute what is computed only once, which takes its time for thousands of objects."""
+        mask = self.full_mask
+        _ = self.places[mask], self.sizes[mask], self.rooms[mask], self.prefix_mask, self.rank_masks, self.room_bytes
+
     def bit(self, rank: int, group: int) -> int:
         """The number of an object within its chunk."""
         return rank * len(self._groups) + group
@@ -113,13 +118,14 @@ class ChunkObjects:
     @cached_property
     def spans(self) -> tuple[tuple[Span | None, ...], ...]:
         """By rank and group, where the object lies in the rank's block; None where the rank lacks the group."""
-        return tuple(self._spans(rank) for rank in range(self._world_size))
+        holders = [frozenset(self.ranks_of(group)) for group in self._groups]
+        return tuple(self._spans(rank, holders) for rank in range(self._world_size))
 
-    def _spans(self, rank: int) -> tuple[Span | None, ...]:
+    def _spans(self, rank: int, holders: Sequence[frozenset[int]]) -> tuple[Span | None, ...]:
         spans: list[Span | None] = []
         begin = 0
-        for group in self._groups:
-            if rank in self.ranks_of(group):
+        for group, ranks in zip(self._groups, holders, strict=True):
+            if rank in ranks:
                 spans.append((begin, begin + group.size_bytes))
                 begin += group.size_bytes
             else:

@@ -6,6 +6,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from enum import Enum
+from itertools import chain
 from typing import Any, cast
 
 from async_cache.errors import AsyncCacheError, ConnectionLostError
@@ -17,6 +18,8 @@ from async_cache.protocol.partials import Partials
 log = logging.getLogger(__name__)
 
 _MESSAGES_AT_ONCE = 128
+_MESSAGE_COST = 10  # of a message, before it is known what it asks for
+_FREE_BYTES = 4096  # of a piece that arrives: the messages in it are paid for
 
 
 class ConnectionState(Enum):
@@ -48,6 +51,9 @@ class Connection(asyncio.Protocol):
     `received` is called with each message, in order; `lost` once, with the reason if there is one. With
     `stall_seconds`, a peer that does not read what it is sent is not listened to either, and is given up after that.
     What is there of a frame that is not complete is bounded by `partials`. `name` is for the log.
+
+    `admits` is asked before each message, and before a large piece, with what looking at it costs; where it says no,
+    nothing is received until `resume_turn`. Without it, a connection gives way to others after some messages.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class Connection(asyncio.Protocol):
         *,
         stall_seconds: float | None = None,
         partials: Partials | None = None,
+        admits: Callable[[int], bool] | None = None,
         name: str = "the peer",
     ):
         self._state = ConnectionState.NEW
@@ -67,6 +74,8 @@ class Connection(asyncio.Protocol):
         self._stall_seconds = stall_seconds
         self._partials = partials
         self._has_partial = False
+        self._messages_left = _MESSAGES_AT_ONCE
+        self._admits = admits if admits is not None else self._gives_way
         self._name = name
         self._frames = FrameReader()
         self._arrived: deque[bytes] = deque()  # data that was not looked at yet
@@ -189,20 +198,23 @@ class Connection(asyncio.Protocol):
 
     def _take(self) -> None:
         """Hand on what has arrived: so much at a time that other connections have their turn."""
-        left = _MESSAGES_AT_ONCE
+        admits = self._admits
         self._is_taking = True  # what is sent meanwhile goes out at its end, and not a turn later
         try:
             while self._state is _OPEN and not self._pauses:
-                if not left:
-                    self._pause(Pause.TURN)
-                    self._loop.call_soon(self._resume, Pause.TURN)
-                    break
                 payload = next(self._payloads, None)
                 if payload is not None:
-                    left -= 1
+                    if not admits(_MESSAGE_COST):
+                        self._payloads = chain((payload,), self._payloads)
+                        self._pause(Pause.TURN)
+                        break
                     self.received_frames += 1
                     self._received(self._decoder.decode(payload))
                 elif self._arrived:
+                    size = len(self._arrived[0])
+                    if size > _FREE_BYTES and not admits(size >> 10):
+                        self._pause(Pause.TURN)
+                        break
                     self._payloads = self._frames.feed(self._arrived.popleft())
                 else:
                     self._keep_partial()
@@ -216,6 +228,15 @@ class Connection(asyncio.Protocol):
         finally:
             self._is_taking = False
             self.flush()
+
+    def _gives_way(self, cost: int) -> bool:
+        """Admit so many messages, and then wait for the loop's next turn."""
+        if self._messages_left:
+            self._messages_left -= 1
+            return True
+        self._messages_left = _MESSAGES_AT_ONCE
+        self._loop.call_soon(self.resume_turn)
+        return False
 
     def _keep_partial(self) -> None:
         """Tell of what there is of a frame that is not complete."""
@@ -240,6 +261,10 @@ class Connection(asyncio.Protocol):
     def resume_reading(self) -> None:
         """Receive again, beginning with what has arrived already."""
         self._resume(Pause.OWNER)
+
+    def resume_turn(self) -> None:
+        """Go on where `admits` has said no."""
+        self._resume(Pause.TURN)
 
     def _pause(self, reason: Pause) -> None:
         """Receive nothing more: what is not read from the peer takes no memory here."""
@@ -304,8 +329,13 @@ class Connection(asyncio.Protocol):
             self._giving_up.cancel()
         lost = self._lost
         self._received = self._lost = _ignore  # they know it, and it knows them
+        self._admits = _admits_nothing
         lost(error)
 
 
 def _ignore(_: Any) -> None:
     return
+
+
+def _admits_nothing(_: int) -> bool:
+    return False

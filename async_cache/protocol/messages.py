@@ -41,6 +41,8 @@ VERSION = 1
 DIGEST_BYTES = 32
 MAX_CHUNKS = 2**17
 """The most chunks that the prompt of a message may have."""
+MAX_LAYOUT_BYTES = 256 * 1024
+"""The largest payload of a RegisterLayout: to read one takes milliseconds, and nobody else has his turn meanwhile."""
 MAX_TOKENS = 4_000_000
 """The most tokens of a prompt that travels as token ids: a frame has room for no more."""
 
@@ -613,6 +615,7 @@ class ChunksListed(Extensible):
 
 # A bound of the type would refuse what is not a number, and that is answered.
 _TIMED = frozenset((Prefetch, Flush, DrainBackend))
+_REGISTERS = RegisterLayout.__name__.encode()
 
 Answer = (
     Done
@@ -653,6 +656,8 @@ class Decoder:
 
     def decode(self, payload: bytes | memoryview) -> Any:
         """The message in a payload."""
+        if self._is_of_requests and len(payload) > MAX_LAYOUT_BYTES and _REGISTERS in bytes(payload[:32]):
+            raise ProtocolError(f"not a message: a layout of more than {MAX_LAYOUT_BYTES} bytes")
         try:
             message = self._decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from itertools import groupby
@@ -11,7 +10,9 @@ from operator import attrgetter
 from async_cache.errors import BackendError
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.guard import Call, CallTimeoutError, Guard
+from async_cache.l2.guard.fair import FairQueue
 from async_cache.prompt.keys import ObjectKey
+from async_cache.prompt.objects import PAGE_BYTES
 from async_cache.read.load import ChunkLoad
 from async_cache.values import Shortfall
 
@@ -38,7 +39,7 @@ class Batch:
     until the call has ended, which may be later.
     """
 
-    __slots__ = ("call", "guard", "parts", "size_bytes", "state", "touches", "tried")
+    __slots__ = ("call", "guard", "objects", "parts", "size_bytes", "state", "touches", "tried")
 
     def __init__(self, guard: Guard, tried: frozenset[Guard]):
         self.guard = guard
@@ -46,8 +47,13 @@ class Batch:
         self.state = BatchState.QUEUED
         self.parts: dict[ChunkLoad, int] = {}
         self.touches: Mapping[ChunkLoad, int] = {}
-        self.size_bytes = 0
+        self.size_bytes = self.objects = 0
         self.call: Call[list[LoadOutcome]] | None = None
+
+    @property
+    def cost(self) -> int:
+        """Its bytes, but at least a page for each object: so much does a small one cost."""
+        return max(self.size_bytes, self.objects * PAGE_BYTES)
 
     def unpin(self, loads: Iterable[ChunkLoad]) -> None:
         """Unpin these parts: they are no longer asked for."""
@@ -81,19 +87,21 @@ class Batches:
         self.inflight_bytes = inflight_bytes
         """What is asked of one backend at a time."""
         self._transferred, self._failed, self._call_ended = transferred, failed, call_ended
-        self._queues: dict[Guard, deque[Batch]] = {}
+        self._queues: dict[Guard, FairQueue[Batch]] = {}
         self._running_bytes: dict[Guard, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
 
     def enqueue(self, guard: Guard, parts: Iterable[tuple[ChunkLoad, int]], tried: frozenset[Guard]) -> None:
         """Cut objects, which are pinned, into batches, and start those that the bytes in flight allow."""
-        queue, batch, objects = self._queue_of(guard), Batch(guard, tried), 0
+        queue, batch = self._queue_of(guard), Batch(guard, tried)
         for load, mask in parts:
-            objects += mask.bit_count()
-            if batch.size_bytes >= _BATCH_BYTES or len(batch.parts) >= _BATCH_CHUNKS or objects > _BATCH_OBJECTS:
+            objects = mask.bit_count()
+            is_full = batch.size_bytes >= _BATCH_BYTES or len(batch.parts) >= _BATCH_CHUNKS
+            if is_full or batch.objects + objects > _BATCH_OBJECTS:
                 self._queue(queue, batch)
-                batch, objects = Batch(guard, tried), mask.bit_count()
+                batch = Batch(guard, tried)
+            batch.objects += objects
             load.wanted |= mask
             load.waiting |= mask
             load.batches += (batch,)
@@ -119,10 +127,10 @@ class Batches:
                 self._queues[batch.guard].remove(batch)
                 batch.guard.meter.ended(batch.size_bytes)
 
-    def _queue_of(self, guard: Guard) -> deque[Batch]:
+    def _queue_of(self, guard: Guard) -> FairQueue[Batch]:
         queue = self._queues.get(guard)
         if queue is None:
-            queue = self._queues[guard] = deque()
+            queue = self._queues[guard] = FairQueue()
             self._running_bytes[guard] = 0
         return queue
 
@@ -138,18 +146,18 @@ class Batches:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _queue(self, queue: deque[Batch], batch: Batch) -> None:
+    def _queue(self, queue: FairQueue[Batch], batch: Batch) -> None:
         if not batch.parts:
             return
-        queue.append(batch)
+        queue.push(next(iter(batch.parts)).owner, batch.cost, batch)
         batch.guard.meter.queued(batch.size_bytes)
 
     def _pump(self, guard: Guard) -> None:
         queue = self._queues[guard]
         while queue and self._running_bytes[guard] < self.inflight_bytes:
-            batch = queue.popleft()
+            batch = queue.pop()
             batch.state = BatchState.RUNNING
-            self._running_bytes[guard] += batch.size_bytes
+            self._running_bytes[guard] += batch.cost
             task = self._loop.create_task(self._run(batch))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -198,7 +206,7 @@ class Batches:
             return
         batch.state = BatchState.ENDED
         batch.guard.meter.ended(batch.size_bytes, seconds)
-        self._running_bytes[batch.guard] -= batch.size_bytes
+        self._running_bytes[batch.guard] -= batch.cost
         if keys is None:
             batch.unpin(list(batch.parts))
         else:

@@ -112,7 +112,7 @@ class Decider:
         if not request.prompt.hashed:
             yield partial(self._hashing.run, request.prompt.hash)
         layout, hashes = request.prompt.layout, request.hashes
-        request.search = search = Search(layout, hashes, self._guards.current, self._tombstones)
+        request.search = search = Search(layout, hashes, self._guards.current, self._tombstones, request.prompt.salt)
         for _ in self._find(request, search):
             yield _turn
         if search.found is None:

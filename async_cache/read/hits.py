@@ -39,7 +39,7 @@ async def count_hits(
     full, sizes = layout.objects.full_mask, layout.objects.sizes
     resident: list[int] = []
     here: list[int] = []
-    with closing(Search(layout, hashes, there, tombstones)) as search:
+    with closing(Search(layout, hashes, there, tombstones, prompt.salt)) as search:
         left = _AT_ONCE
         for begin, end in search.parts():
             if left <= 0:

@@ -49,6 +49,11 @@ class ChunkLoad(Struct, eq=False):
     state: LoadState = LoadState.WAITING
 
     @property
+    def owner(self) -> str:
+        """Whose chunk it is."""
+        return self.reservations[0].owner if self.reservations else ""
+
+    @property
     def touched(self) -> bool:
         """Whether a call may write to its room."""
         return any(self in batch.touches for batch in self.batches)

@@ -216,7 +216,7 @@ class Loader:
         loads = list(lost)
         to_load = {n: load.wanted if load.abandoned else lost[load] for n, load in enumerate(loads)}
         others = [guard for guard in self._guards.current if guard not in tried]
-        asked = Asked(loads[0].layout, [load.chunk_hash for load in loads], dict(to_load))
+        asked = Asked(loads[0].layout, [load.chunk_hash for load in loads], dict(to_load), loads[0].owner)
         with await ask(others, asked, self._tombstones) as found:
             held = found.masks()
             self.in_flight()

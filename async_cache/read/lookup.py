@@ -2,9 +2,8 @@
 
 import asyncio
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
-from itertools import compress
+from collections.abc import AsyncIterator, Container, Iterable, Iterator, Mapping, Sequence
+from itertools import compress, islice
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +13,7 @@ from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout
 
 _TOUCHED_AT_ONCE = 2048  # chunks, in a few milliseconds; then the loop has its turn
+_ASKED_AT_ONCE = 4096  # objects
 _UNPINNED_AT_ONCE = 4096  # objects, or those of one chunk
 
 Sources = Sequence[tuple[Guard, Mapping[int, int]]]
@@ -23,15 +23,29 @@ Sources = Sequence[tuple[Guard, Mapping[int, int]]]
 class Asked:
     """What a lookup asks for: objects of chunks, as masks by the chunk's number among `hashes`."""
 
-    def __init__(self, layout: ModelLayout, hashes: Sequence[bytes], masks: dict[int, int]):
+    def __init__(self, layout: ModelLayout, hashes: Sequence[bytes], masks: dict[int, int], owner: str = ""):
+        self.owner = owner  # whose chunks they are
         self.layout = layout
         self.hashes = hashes
         self.masks = masks
 
-    @cached_property
-    def keys(self) -> list[ObjectKey]:
-        """The key of each object that is asked for."""
-        return self.keys_of(self.masks)
+    async def keys(self) -> list[ObjectKey]:
+        """The key of each object that is asked for, in order; of very many, some in each turn of the loop."""
+        keys: list[ObjectKey] = []
+        async for part in self._parts():
+            keys += self.keys_of(part)
+        return keys
+
+    async def _parts(self) -> AsyncIterator[Mapping[int, int]]:
+        """The masks, so many objects at a time as take a millisecond or two."""
+        chunks = max(1, _ASKED_AT_ONCE // max(1, self.layout.objects.full_mask.bit_count()))
+        if len(self.masks) <= chunks:
+            yield self.masks
+            return
+        items = iter(list(self.masks.items()))
+        while part := dict(islice(items, chunks)):
+            yield part
+            await asyncio.sleep(0)
 
     def keys_of(self, masks: Mapping[int, int]) -> list[ObjectKey]:
         """The keys of objects of these chunks, given as masks by number."""
@@ -41,11 +55,18 @@ class Asked:
         """The objects that were found, by chunk number; there is an answer for each of the keys."""
         if all(answers):
             return dict(self.masks)
-        bit, members, answer = self.layout.objects.bit, self.layout.objects.members, iter(answers)
-        return {
-            number: sum(1 << bit(*which) for which, there in zip(members[mask], answer, strict=False) if there)
-            for number, mask in self.masks.items()
-        }
+        bit, members = self.layout.objects.bit, self.layout.objects.members
+        found: dict[int, int] = {}
+        begin = 0
+        for number, mask in self.masks.items():
+            end = begin + mask.bit_count()
+            some = answers[begin:end]
+            begin = end
+            if all(some):
+                found[number] = mask
+            else:
+                found[number] = sum(1 << bit(*which) for which in compress(members[mask], some)) if any(some) else 0
+        return found
 
 
 class Found:
@@ -197,9 +218,9 @@ async def ask(guards: Sequence[Guard], asked: Asked, tombstones: Tombstones) -> 
     answers: list[list[bool] | None] = []
     with tombstones.watch() as removed:
         if len(order) == 1:
-            answers = [await order[0].lookup(asked.keys)]
+            answers = [await order[0].lookup(await asked.keys(), asked.owner)]
         elif order:
-            answers = await _ask_all(order, asked.keys)
+            answers = await _ask_all(order, await asked.keys(), asked.owner)
     holders = [(g, asked.found(found)) for g, found in zip(order, answers, strict=False) if found is not None]
     found = Found(asked, holders, failed=None in answers)
     if removed:
@@ -207,9 +228,9 @@ async def ask(guards: Sequence[Guard], asked: Asked, tombstones: Tombstones) -> 
     return found
 
 
-async def _ask_all(order: Sequence[Guard], keys: Sequence[ObjectKey]) -> list[list[bool] | None]:
+async def _ask_all(order: Sequence[Guard], keys: Sequence[ObjectKey], owner: str) -> list[list[bool] | None]:
     """The answers of the first so many that suffice; what the others find is unpinned."""
-    tasks = [asyncio.create_task(guard.lookup(keys)) for guard in order]
+    tasks = [asyncio.create_task(guard.lookup(keys, owner)) for guard in order]
     used = 0
     try:
         missing = set(range(len(keys)))

@@ -25,8 +25,15 @@ class Search:
     None where that cannot be said at once: then all that is asked has to be, when the search has ended.
     """
 
-    def __init__(self, layout: ModelLayout, hashes: Sequence[bytes], guards: Sequence[Guard], tombstones: Tombstones):
-        self.asked = Asked(layout, hashes, {})
+    def __init__(
+        self,
+        layout: ModelLayout,
+        hashes: Sequence[bytes],
+        guards: Sequence[Guard],
+        tombstones: Tombstones,
+        owner: str = "",
+    ):
+        self.asked = Asked(layout, hashes, {}, owner)
         self.found: Found | None = Found(self.asked, [(guard, {}) for guard in guards])
         self._tombstones = tombstones
         self._removed: Tombstones | None = None

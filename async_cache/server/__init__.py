@@ -5,7 +5,11 @@ logs        the log, written by a thread
 server      accepts connections, and ends them
 reload      settings that are read anew while the server runs
 listener    sockets to listen at: Unix and TCP
+door        before a token is known: how many may knock, and what is told of a flood
 access      who may connect, which salts it may use, and which request ids are its own
+accounts    what each tenant holds, against its limits
+costs       what a message costs
+turns       whose messages are carried out next
 session     one connection: what it asks for, and the table of what it holds
 held        what is in that table: the common part, and messages that wait for their answer
 layouts     layouts that clients register, and the prompts that name them

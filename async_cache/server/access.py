@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TypeVar
+from hmac import compare_digest
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -20,6 +21,7 @@ class Tenant:
 
     name: str = ""
     salts: frozenset[str] | None = None
+    role: str = "all"
 
     @property
     def trusted(self) -> bool:
@@ -34,6 +36,11 @@ class Tenant:
         """Check that a salt is its own. Raises AccessDeniedError."""
         if not self.may_use(salt):
             raise AccessDeniedError(f"the token is not for the salt {salt!r}")
+
+    def check_role(self, needed: str) -> None:
+        """Check that it may "read", or "store". Raises AccessDeniedError."""
+        if self.role not in ("all", needed):
+            raise AccessDeniedError(f"the token is for a tenant that may only {self.role}")
 
     def check_trusted(self, what: str) -> None:
         """Check that it may do what touches all tenants. Raises AccessDeniedError."""
@@ -65,30 +72,49 @@ class Scope:
         return text.replace(repr(self._prefix)[1:-1], "")
 
 
+class Pass(NamedTuple):
+    """By what a client was let in: the digest of its token, if it gave one, and its way."""
+
+    digest: bytes | None
+    over_unix: bool
+
+
 class Access:
-    """The tenants, by their tokens. Only digests of tokens are kept and compared."""
+    """The tenants, by their tokens. Only digests of tokens are kept, and all of them are compared, in constant time."""
 
     def __init__(self, tenants: Mapping[str, TenantConfig]):
-        self._wants_token = bool(tenants)
-        self._by_digest = {
-            _digest(token): Tenant(name, frozenset(config.salts) if config.salts is not None else None)
-            for name, config in tenants.items()
-            for token in config.tokens
-        }
+        self._tenants = _by_token(tenants)
 
-    def admit(self, token: str | None, *, over_unix: bool) -> Tenant:
+    def replace(self, tenants: Mapping[str, TenantConfig]) -> None:
+        """Let in by other tokens from now on."""
+        self._tenants = _by_token(tenants)
+
+    def admit(self, by: Pass) -> Tenant:
         """The tenant whose token this is. Raises AccessDeniedError.
 
         Without a token, a client is let in by its way: over the Unix socket, or anyhow if there are no tenants.
         """
-        if token is not None:
-            tenant = self._by_digest.get(_digest(token))
-            if tenant is None:
+        if by.digest is not None:
+            found = [tenant for digest, tenant in self._tenants if compare_digest(digest, by.digest)]
+            if not found:
                 raise AccessDeniedError("the server does not know this token")
-            return tenant
-        if self._wants_token and not over_unix:
+            return found[0]
+        if self._tenants and not by.over_unix:
             raise AccessDeniedError("the server wants a token")
         return Tenant()
+
+
+def pass_of(token: str | None, *, over_unix: bool) -> Pass:
+    """By what a client asks to be let in."""
+    return Pass(_digest(token) if token is not None else None, over_unix)
+
+
+def _by_token(tenants: Mapping[str, TenantConfig]) -> list[tuple[bytes, Tenant]]:
+    return [
+        (_digest(token), Tenant(name, frozenset(config.salts) if config.salts is not None else None, config.role))
+        for name, config in tenants.items()
+        for token in config.tokens
+    ]
 
 
 def _digest(token: str) -> bytes:

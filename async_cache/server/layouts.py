@@ -1,18 +1,22 @@
 """Layouts that clients register, and the prompts that name them."""
 
 import weakref
+from typing import NamedTuple
 
 from async_cache.cache import AsyncCache
 from async_cache.errors import LimitError
 from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.protocol import messages
 from async_cache.protocol.prompts import describe, layout_of, unpack
+from async_cache.server import costs
 from async_cache.server.access import Tenant
+from async_cache.server.accounts import Account
 
 _MAX_OTHERS = 4
 _MAX_LAYOUTS = 256
 _MAX_LAYOUT_OBJECTS = 2**18  # in a chunk of each of a connection's layouts, together
-_MAX_OBJECTS = 2**18  # in the prompt of a message: what the loop can look up in a fraction of a second
+_MAX_OBJECTS = 2**18  # in the prompt of a message
+_FEW_OBJECTS = 64  # in a chunk of a layout that is made at once
 
 
 class SharedLayouts:
@@ -41,56 +45,111 @@ class SharedLayouts:
         return alike[:_MAX_OTHERS]
 
 
+class Registered(NamedTuple):
+    """A layout of a connection, and how many objects a chunk has."""
+
+    layout: ModelLayout
+    objects: int
+
+
+def is_small(description: messages.Layout) -> bool:
+    """Whether a layout is made in no time; else that is for a thread."""
+    return len(description.groups) * description.world_size <= _FEW_OBJECTS
+
+
+def make(description: messages.Layout) -> ModelLayout:
+    """A layout that was sent, with all that is computed of it only once; may run in any thread.
+
+    Raises ValueError or TypeError if it is impossible.
+    """
+    layout = layout_of(description)
+    layout.objects.know_all()
+    layout.same_bytes(layout)
+    return layout
+
+
 class Layouts:
     """The layouts that one connection has registered, by the numbers that its client gave them."""
 
-    def __init__(self, cache: AsyncCache, shared: SharedLayouts, tenant: Tenant):
+    def __init__(self, cache: AsyncCache, shared: SharedLayouts, tenant: Tenant, account: Account):
         self._cache = cache
         self._shared = shared
         self._tenant = tenant
-        self._layouts: dict[int, ModelLayout] = {}
+        self._account = account
+        self._layouts: dict[int, Registered] = {}
         self._numbers: dict[int, int] = {}  # the other way, by identity
 
-    def register(self, message: messages.RegisterLayout) -> messages.LayoutRegistered:
-        """Register a layout. Raises LimitError for one too many, ValueError for one that cannot be."""
-        number = message.layout
-        if number in self._layouts:
-            raise ValueError(f"layout {number} is registered already")
+    def check_new(self, message: messages.RegisterLayout) -> None:
+        """Check that one more may be registered. Raises LimitError, and ValueError for one that is there."""
+        if message.layout in self._layouts:
+            raise ValueError(f"layout {message.layout} is registered already")
         if len(self._layouts) >= _MAX_LAYOUTS:
             raise LimitError(f"a connection registers up to {_MAX_LAYOUTS} layouts")
-        layout = layout_of(message.description)
-        if sum(map(_objects, self._layouts.values())) + _objects(layout) > _MAX_LAYOUT_OBJECTS:
+
+    def register(self, message: messages.RegisterLayout, layout: ModelLayout) -> messages.LayoutRegistered:
+        """Register a layout that was made. Raises LimitError."""
+        objects = costs.objects_of(layout)
+        if sum(known.objects for known in self._layouts.values()) + objects > _MAX_LAYOUT_OBJECTS:
             raise LimitError(f"the layouts of a connection have up to {_MAX_LAYOUT_OBJECTS} objects in a chunk")
-        self._layouts[number] = layout = self._shared.same(layout)
-        self._numbers[id(layout)] = number
+        layout = self._shared.same(layout)
+        if not self._account.layouts[id(layout)]:
+            self._account.take("layout_objects", objects)
+        self._account.layouts[id(layout)] += 1
+        self._layouts[message.layout] = Registered(layout, objects)
+        self._numbers[id(layout)] = message.layout
         others = self._shared.announce(layout) if self._tenant.trusted else []
         return messages.LayoutRegistered(message.number, [describe(other) for other in others])
+
+    def close(self) -> None:
+        """Give up all layouts."""
+        layouts, self._layouts = self._layouts, {}
+        users = self._account.layouts
+        for layout, objects in layouts.values():
+            users[id(layout)] -= 1
+            if not users[id(layout)]:
+                del users[id(layout)]
+                self._account.give("layout_objects", objects)
 
     def describe(self, layout: ModelLayout) -> int | messages.Layout:
         """The number of a layout, or a description if the client has not registered it."""
         number = self._numbers.get(id(layout))
         return number if number is not None else describe(layout)
 
-    def prompt(self, wire: messages.WirePrompt) -> Prompt:
-        """The prompt that a message names.
+    def check(self, wire: messages.WirePrompt) -> tuple[int, int]:
+        """Check, before it is made, that a prompt may be asked for; its chunks, and what it costs.
 
-        Raises AccessDeniedError if the tenant may not use it, LimitError if it is too long, and ValueError if it cannot
-        be a prompt.
+        Raises AccessDeniedError if the tenant may not use it, LimitError if it is too long, and ValueError for a layout
+        that is not registered.
         """
-        layout = self._layouts.get(wire.layout)
-        if layout is None:
+        known = self._layouts.get(wire.layout)
+        if known is None:
             raise ValueError(f"layout {wire.layout} is not registered")
         if isinstance(wire, messages.Digests):
             self._tenant.check_trusted("prompts by their digests")
         self._tenant.check_salt(wire.salt)
-        prompt = unpack(wire, layout)
-        if len(prompt) * _objects(layout) > _MAX_OBJECTS:
+        chunks = costs.chunks_of(wire, known.layout)
+        if chunks * known.objects > _MAX_OBJECTS:
             raise LimitError(f"the prompt of a message has up to {_MAX_OBJECTS} objects")
-        if isinstance(wire, messages.Digests) and not self._cache.core.fits(prompt):
-            raise ValueError("the chunk hashes of the prompt belong to another layout")
+        return chunks, costs.of_prompt(wire, chunks, known.objects)
+
+    def objects(self, wire: messages.WirePrompt) -> int:
+        """How many objects a chunk has."""
+        return self._layouts[wire.layout].objects
+
+    def chunk_tokens(self, wire: messages.WirePrompt) -> int:
+        """How many tokens a chunk has."""
+        return self._layouts[wire.layout].layout.chunk_tokens
+
+    def prompt(self, wire: messages.WirePrompt) -> Prompt:
+        """The prompt that a message names, and that was checked; may run in any thread.
+
+        Raises ValueError if it cannot be a prompt.
+        """
+        prompt = unpack(wire, self._layouts[wire.layout].layout)
+        prompt.hash()
         return prompt
 
-
-def _objects(layout: ModelLayout) -> int:
-    """How many objects a chunk of this layout has."""
-    return layout.objects.full_mask.bit_count()
+    def check_fits(self, wire: messages.WirePrompt, prompt: Prompt) -> None:
+        """Check that digests do not name chunks of another layout. Raises ValueError."""
+        if isinstance(wire, messages.Digests) and not self._cache.core.fits(prompt):
+            raise ValueError("the chunk hashes of the prompt belong to another layout")

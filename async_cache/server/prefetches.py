@@ -1,11 +1,13 @@
 """The prefetches of connections: what their clients are told, and which of them hold a request together."""
 
 from async_cache.cache import AsyncCache
+from async_cache.errors import LimitError
 from async_cache.handles.prefetch import Prefetch, Promised
 from async_cache.observe import Observer, Observers
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.server.access import Scope
+from async_cache.server.accounts import Account
 from async_cache.server.held import Held
 from async_cache.values import LoadResult, LookupHits
 
@@ -17,7 +19,7 @@ class HeldPrefetch(Held):
     the cache closes, neither comes, but the end of the connection.
     """
 
-    __slots__ = ("_holders", "_scope", "prefetch")
+    __slots__ = ("_holders", "_holding", "_scope", "prefetch")
 
     def __init__(
         self,
@@ -27,20 +29,24 @@ class HeldPrefetch(Held):
         prefetch: Prefetch,
         holders: "Holders",
         scope: Scope,
+        holding: "Holding",
     ):
         super().__init__(number, held, connection)
         self.prefetch = prefetch
         self._holders = holders
         self._scope = scope
-        holders.add(self)
+        self._holding = holders.add(self, holding)
         prefetch.promised.hits.tell(self._promised)
         prefetch.promised.result.tell(self._loaded)
 
     def _promised(self, hits: LookupHits) -> None:
-        self._connection.send(messages.LookupDone(self._number, self._scope.outer(hits)))
+        if self._holders.may_lease(self._holding, self, hits):
+            self._connection.send(messages.LookupDone(self._number, self._scope.outer(hits)))
 
     def _loaded(self, result: LoadResult) -> None:
-        self._connection.send(messages.LoadDone(self._number, self._scope.outer(result)))
+        self._holding.loaded()
+        if self._holding.refused is None:
+            self._connection.send(messages.LoadDone(self._number, self._scope.outer(result)))
 
     def claimed(self, claimed: bool) -> None:
         """Tell the client that the result was handed out, or its claim undone, by any connection."""
@@ -49,7 +55,7 @@ class HeldPrefetch(Held):
     def over(self) -> None:
         """Tell the client that the request is over, for any reason."""
         self._gone()
-        error = self.prefetch.promised.result.error
+        error = self._holding.refused or self.prefetch.promised.result.error
         over = messages.RequestOver(self._number) if error is None else messages.failed(self._number, error)
         self._connection.send(over)
 
@@ -68,6 +74,34 @@ class HeldPrefetch(Held):
         self._holders.discard(self)
 
 
+class Holding:
+    """Who holds a request, and what that takes of their tenant's limits; a chunk of it takes `chunk_bytes` of L1."""
+
+    __slots__ = ("account", "chunk_bytes", "held", "is_promised", "loading_bytes", "record_bytes", "refused")
+
+    def __init__(self, account: Account, record_bytes: int, chunk_bytes: int):
+        self.account = account
+        self.record_bytes = record_bytes
+        self.chunk_bytes = chunk_bytes
+        self.is_promised = False
+        self.loading_bytes = 0
+        self.held: dict[HeldPrefetch, None] = {}
+        self.refused: LimitError | None = None
+
+    def promise(self, hits: LookupHits) -> None:
+        """Take what was promised, once. Raises LimitError: it cannot be held."""
+        if not self.is_promised:
+            self.is_promised = True
+            loading_bytes = hits.l2_chunks * self.chunk_bytes
+            self.account.lease(loading_bytes)
+            self.loading_bytes = loading_bytes
+
+    def loaded(self) -> None:
+        """What was promised has loaded: L1 knows from here on whose it is."""
+        self.account.give("leased_share", self.loading_bytes)
+        self.loading_bytes = 0
+
+
 _holders_of: "dict[Observers, Holders]" = {}
 """By the observers of a cache, the holders of its requests, while a server of it is open."""
 
@@ -81,7 +115,7 @@ class Holders(Observer):
 
     def __init__(self, cache: AsyncCache):
         self._requests, self._observers = cache.core.requests, cache.core.observers
-        self._holders: dict[Promised, dict[HeldPrefetch, None]] = {}
+        self._holdings: dict[Promised, Holding] = {}
         self._servers = 0
 
     @classmethod
@@ -106,32 +140,60 @@ class Holders(Observer):
         request = held.prefetch.promised
         return self._requests.find(request.request_id) is request
 
-    def add(self, held: HeldPrefetch) -> None:
-        """Have a request last as long as this prefetch is held."""
-        self._holders.setdefault(held.prefetch.promised, {})[held] = None
+    def add(self, held: HeldPrefetch, holding: Holding) -> Holding:
+        """Have a request last as long as this prefetch is held; it is the holding of the first."""
+        holding = self._holdings.setdefault(held.prefetch.promised, holding)
+        holding.held[held] = None
+        return holding
+
+    def find(self, request_id: str) -> Holding | None:
+        """That of a request that is not over."""
+        request = self._requests.find(request_id)
+        return self._holdings.get(request) if request is not None else None
+
+    def may_lease(self, holding: Holding, held: HeldPrefetch, hits: LookupHits) -> bool:
+        """Whether a request may have what it was promised; else it ends, and those who hold it hear why."""
+        try:
+            holding.promise(hits)
+        except LimitError as error:
+            holding.refused = error
+            if self.know(held):
+                self._requests.end(held.prefetch.promised.request_id)
+        return holding.refused is None
 
     def discard(self, held: HeldPrefetch) -> None:
         """End a request if no other prefetch holds it."""
         request = held.prefetch.promised
-        holders = self._holders.get(request)
-        if holders is None:  # it is over
+        holding = self._holdings.get(request)
+        if holding is None:  # it is over
             return
-        del holders[held]
-        if not holders:
-            del self._holders[request]
+        del holding.held[held]
+        if not holding.held:
+            self._forget(request)
             if self.know(held):
                 self._requests.end(request.request_id)
+
+    def _forget(self, request: Promised) -> Holding | None:
+        holding = self._holdings.pop(request, None)
+        if holding is not None:
+            holding.account.give_request(holding.record_bytes)
+            holding.loaded()
+        return holding
 
     def claimed(self, request_id: str, claimed: bool) -> None:
         """Tell those who hold a request that its result was handed out, or given back.
 
         Where its claim has ended the request, they hear of its end instead.
         """
-        request = self._requests.find(request_id)
-        for held in self._holders.get(request, ()) if request is not None else ():
+        holding = self.find(request_id)
+        for held in holding.held if holding is not None else ():
             held.claimed(claimed)
 
     def over(self, prefetch: Prefetch) -> None:
         """Tell those who hold the request of a prefetch that it is over."""
-        for held in self._holders.pop(prefetch.promised, ()):
-            held.over()
+        holding = self._holdings.get(prefetch.promised)
+        if holding is not None:
+            held, holding.held = holding.held, {}
+            self._forget(prefetch.promised)
+            for one in held:
+                one.over()

@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -26,6 +27,7 @@ from async_cache.server.server import Server
 log = logging.getLogger(__name__)
 
 _HTTP_SOCKET = "http"  # the name of a socket that a service manager gives, in its FileDescriptorName=
+_SWITCH_SECONDS = 0.0005  # so long the loop waits for a thread that runs Python, each time that it wakes
 _CLOSE_PART = 0.4  # of the time for a shutdown: for write-back, and as much for I/O that does not end
 
 
@@ -45,6 +47,7 @@ async def serve(
     close_timeout = min(cache_config.close_timeout_seconds, _CLOSE_PART * timeout)
     bounded = msgspec.structs.replace(cache_config, close_timeout_seconds=close_timeout)
     _allow_descriptors()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
 

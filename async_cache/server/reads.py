@@ -3,39 +3,71 @@
 import asyncio
 from collections.abc import Iterator
 
-from async_cache.handles.lease import ReadLease
+from async_cache.handles.lease import ReadChunk, ReadLease
+from async_cache.prompt.layout import ModelLayout
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.frames import DATA_BYTES
+from async_cache.server import costs
 from async_cache.server.access import Scope
+from async_cache.server.accounts import Account
 from async_cache.server.held import Held
 from async_cache.server.layouts import Layouts
+from async_cache.server.prefetches import Holders, Holding
+from async_cache.server.turns import LIGHT, Turn
+
+_AT_ONCE = 2 * LIGHT  # objects that may be looked at
+_ANSWER_BYTES = 8  # for each chunk, or each object that cannot be read of it
 
 
 class Read(Held):
-    """A lease that a connection has entered, held until it is released."""
+    """A lease that a connection has entered, held until it is released. `answering` tells of it, and sends it."""
 
-    __slots__ = ("_lease", "sending")
+    __slots__ = ("_answering", "_expiry", "_holding", "_lease")
 
-    def __init__(self, number: int, held: dict[int, Held], connection: Connection, lease: ReadLease):
+    def __init__(
+        self,
+        number: int,
+        held: dict[int, Held],
+        connection: Connection,
+        lease: ReadLease,
+        answering: Held,
+        holding: Holding | None,
+    ):
         super().__init__(number, held, connection)
         self._lease = lease
-        self.sending: Held | None = None
-        """What sends its bytes, where they have to be sent."""
+        self._answering = answering
+        self._expiry: asyncio.TimerHandle | None = None
+        self._holding = holding
+
+    def expires_after(self, seconds: float) -> None:
+        """Have its bytes come no more once its request is over, and so many seconds have passed."""
+        self._expiry = asyncio.get_running_loop().call_later(seconds, self._expire, seconds)
+
+    def _expire(self, seconds: float) -> None:
+        if self._holding is not None and self._holding.held:
+            self.expires_after(seconds)  # its request is not over
+        else:
+            self.release()
+            error = "lease_ttl_seconds: the request is over, and the read was not left"
+            self._connection.send(messages.Failed(self._number, "limit", error))
+
+    def _end(self) -> None:
+        self._gone()
+        if self._expiry is not None:
+            self._expiry.cancel()
 
     def undo(self) -> None:
         """Leave it, so that it may be entered again."""
-        self._gone()
+        self._end()
         self._lease.undo()
-        if self.sending is not None:
-            self.sending.undo()
+        self._answering.undo()
 
     def release(self) -> None:
         """Leave it."""
-        self._gone()
+        self._end()
         self._lease.release()
-        if self.sending is not None:
-            self.sending.release()
+        self._answering.release()
 
 
 class Reads:
@@ -48,7 +80,11 @@ class Reads:
         memory: memoryview,
         layouts: Layouts,
         scope: Scope,
+        turn: Turn,
+        holders: Holders,
+        account: Account,
         *,
+        lease_seconds: float,
         mapped: bool,
     ):
         self._held = held
@@ -56,41 +92,78 @@ class Reads:
         self._memory = memory
         self._layouts = layouts
         self._scope = scope
+        self._turn = turn
+        self._holders = holders
+        self._account = account
+        self._lease_seconds = lease_seconds
         self._mapped = mapped
-        self._turn = asyncio.Lock()  # to send a piece: all others that wait need not wake for each
+        self._order = asyncio.Lock()  # to send a piece: all others that wait need not wake for each
 
     async def acquire(self, message: messages.AcquireRead, lease: ReadLease) -> None:
         """Wait for the load, say what there is to read, and send it if it must be sent."""
         await lease
-        wait = self._held[message.number]
-        read = Read(message.number, self._held, self._connection, lease)
-        block_bytes = lease.layout.block_bytes[message.rank]
-        data_bytes = 0 if self._mapped else sum(end - begin for _, begin, end in _spans(lease))
-        offsets = [chunk.offset for chunk in lease]
+        holding = self._holders.find(self._scope.inner(message.request_id))
+        read = Read(message.number, self._held, self._connection, lease, self._held[message.number], holding)
         if not self._mapped:
-            offsets = [n * block_bytes if offset is not None else None for n, offset in enumerate(offsets)]
-        self._connection.send(
-            messages.ReadAcquired(
-                message.number,
-                self._scope.outer(lease.result),
-                self._layouts.describe(lease.layout),
-                offsets,
-                _absent(lease, message.rank),
-                buffer_bytes=len(lease) * block_bytes if data_bytes else 0,
-                data_bytes=data_bytes,
-            )
-        )
-        if data_bytes:
-            read.sending = wait
-            await self._send(message.number, read, lease, block_bytes)
+            read.expires_after(self._lease_seconds)
+        if len(lease) * len(lease.layout.groups) <= _AT_ONCE:
+            answer = self._answer(message, lease)
+            self._add(answer, message.rank, lease, 0, len(lease))
+            self._connection.send(answer)
+        else:
+            await self._tell(message, lease)
+        if not self._mapped:
+            await self._send(message, read, lease)
 
-    async def _send(self, number: int, read: Read, lease: ReadLease, block_bytes: int) -> None:
-        for to, begin, end in _pieces(lease, block_bytes):
-            async with self._turn:
+    async def _tell(self, message: messages.AcquireRead, lease: ReadLease) -> None:
+        """Say what there is to read, where that is much: a part in each turn, and not before others are read."""
+        answer = self._answer(message, lease)
+        step = max(1, _AT_ONCE // len(lease.layout.groups))
+        for begin in range(0, len(lease), step):
+            await self._turn.comes(LIGHT)
+            self._add(answer, message.rank, lease, begin, min(begin + step, len(lease)))
+        size_bytes = _ANSWER_BYTES * (len(lease) + sum(len(groups) for _, groups in answer.absent))
+        async with self._order:
+            await self._connection.drained()
+            self._account.take("unread_bytes", size_bytes)
+            try:
+                self._connection.send(answer)
                 await self._connection.drained()
-                if not read.is_held:
-                    return
-                self._connection.send(messages.ReadData(number, to, self._memory[begin:end]))
+            finally:
+                self._account.give_unread(size_bytes)
+
+    def _answer(self, message: messages.AcquireRead, lease: ReadLease) -> messages.ReadAcquired:
+        layout = self._layouts.describe(lease.layout)
+        return messages.ReadAcquired(message.number, self._scope.outer(lease.result), layout, [], [])
+
+    def _add(self, answer: messages.ReadAcquired, rank: int, lease: ReadLease, begin: int, end: int) -> None:
+        """Say where chunks can be read, and what of them cannot."""
+        held, chunks = lease.layout.objects.rank_masks[rank], range(begin, end)
+        answer.absent += [
+            (n, _absent(lease[n])) for n in chunks if lease[n].offset is not None and held & ~lease[n].objects
+        ]
+        if self._mapped:
+            answer.offsets += [lease[n].offset for n in chunks]
+            return
+        block_bytes = lease.layout.block_bytes[rank]
+        answer.offsets += [n * block_bytes if lease[n].offset is not None else None for n in chunks]
+        answer.data_bytes += sum(end - begin for n in chunks for begin, end in _runs(lease[n], lease.layout, rank))
+        answer.buffer_bytes = len(lease) * block_bytes if answer.data_bytes else 0
+
+    async def _send(self, message: messages.AcquireRead, read: Read, lease: ReadLease) -> None:
+        for to, begin, end in _pieces(lease, message.rank):
+            size_bytes = end - begin
+            async with self._order:
+                await self._connection.drained()
+                await self._turn.comes(costs.of_sending(size_bytes))
+                await self._account.take_unread(size_bytes)
+                try:
+                    if not read.is_held:
+                        return
+                    self._connection.send(messages.ReadData(message.number, to, self._memory[begin:end]))
+                    await self._connection.drained()
+                finally:
+                    self._account.give_unread(size_bytes)
 
     def release(self, number: int) -> None:
         """Release the read of this number, if there is one that was entered."""
@@ -103,27 +176,35 @@ class Reads:
         self._memory.release()
 
 
-def _absent(lease: ReadLease, rank: int) -> list[tuple[int, list[int]]]:
-    """By position, the groups that cannot be read of a chunk whose block is there."""
-    held = lease.layout.objects.rank_masks[rank]
-    return [
-        (n, [group for group, span in enumerate(chunk.spans()) if span is None])
-        for n, chunk in enumerate(lease)
-        if chunk.offset is not None and held & ~chunk.objects
-    ]
+def _absent(chunk: ReadChunk) -> list[int]:
+    """The groups that cannot be read of a chunk whose block is there."""
+    return [group for group, span in enumerate(chunk.spans()) if span is None]
 
 
-def _spans(lease: ReadLease) -> Iterator[tuple[int, int, int]]:
-    """(position of the chunk, begin and end in memory) of what can be read."""
-    for n, chunk in enumerate(lease):
-        for span in chunk.spans():
-            if span is not None:
-                yield n, *span
+def _runs(chunk: ReadChunk, layout: ModelLayout, rank: int) -> Iterator[tuple[int, int]]:
+    """Where the bytes of a chunk are in memory, as (begin, end): what lies side by side is one run."""
+    if chunk.offset is None:
+        return
+    if not layout.objects.rank_masks[rank] & ~chunk.objects:
+        yield chunk.offset, chunk.offset + layout.block_bytes[rank]
+        return
+    begin = end = 0
+    for span in chunk.spans():
+        if span is not None:
+            if span[0] != end:
+                if begin < end:
+                    yield begin, end
+                begin = span[0]
+            end = span[1]
+    if begin < end:
+        yield begin, end
 
 
-def _pieces(lease: ReadLease, block_bytes: int) -> Iterator[tuple[int, int, int]]:
+def _pieces(lease: ReadLease, rank: int) -> Iterator[tuple[int, int, int]]:
     """(where it goes in the client's buffer, begin and end in memory) of bounded pieces of what can be read."""
-    for n, begin, end in _spans(lease):
-        to = n * block_bytes - (lease[n].offset or 0)
-        for first in range(begin, end, DATA_BYTES):
-            yield to + first, first, min(first + DATA_BYTES, end)
+    block_bytes = lease.layout.block_bytes[rank]
+    for n, chunk in enumerate(lease):
+        to = n * block_bytes - (chunk.offset or 0)
+        for begin, end in _runs(chunk, lease.layout, rank):
+            for first in range(begin, end, DATA_BYTES):
+                yield to + first, first, min(first + DATA_BYTES, end)

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import socket
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,11 +16,11 @@ from typing import Any, Self
 from async_cache.cache import AsyncCache
 from async_cache.config import ServerConfig
 from async_cache.errors import (
+    AccessDeniedError,
     AsyncCacheError,
     CacheClosedError,
     ConfigError,
     ConnectionLostError,
-    LimitError,
     ProtocolError,
 )
 from async_cache.prompt.keys import check_label
@@ -27,18 +28,23 @@ from async_cache.protocol.address import Address
 from async_cache.protocol.greeting import check_byte_order, peer_process, receive_hello, send
 from async_cache.protocol.messages import VERSION, Hello, Welcome, failed
 from async_cache.protocol.partials import Partials
-from async_cache.server.access import Access, Tenant
+from async_cache.server.access import Access, Pass, Tenant, pass_of
+from async_cache.server.accounts import Accounts
+from async_cache.server.door import Door, fitting_connections
 from async_cache.server.layouts import SharedLayouts
 from async_cache.server.listener import Listener
 from async_cache.server.prefetches import Holders
 from async_cache.server.segment import ClientSegment
 from async_cache.server.session import Session, Shared
+from async_cache.server.turns import Turns
 
 log = logging.getLogger(__name__)
 
 _COPIERS = 2
+_MAKERS = 1  # what they do holds the interpreter: more of them would take no less time
 _QUIET_SECONDS = 60.0  # after what may happen ten times a second
 _RETRY_SECONDS = 0.1  # where there are no file descriptors left, for one
+_CHANGED = "the token was removed, or its rights were changed"
 _TELL_SECONDS = 0.5  # for the open connections to take their last message
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
@@ -68,13 +74,17 @@ class Server:
             Holders.of(cache),
             SharedLayouts(),
             ThreadPoolExecutor(_COPIERS, thread_name_prefix="copy"),
+            ThreadPoolExecutor(_MAKERS, thread_name_prefix="make"),
             Partials(config.stall_timeout_seconds),
             self._reload,
+            Turns(),
+            Accounts(config.tenant_limits(), cache),
         )
         self._listeners: list[Listener] = []
         self._given = given
         self._sessions: set[Session] = set()
-        self._greeting = 0
+        self._passes: weakref.WeakKeyDictionary[Session, Pass] = weakref.WeakKeyDictionary()
+        self._door = Door(fitting_connections(config.max_connections))
         self._tasks: set[asyncio.Task[None]] = set()
         self._readable = os.open(f"/proc/self/fd/{cache.core.arena.fd}", os.O_RDONLY | os.O_CLOEXEC)
         self._closing: asyncio.Task[None] | None = None
@@ -102,10 +112,25 @@ class Server:
         return [listener.address for listener in self._listeners]
 
     def reconfigure(self, config: ServerConfig) -> None:
-        """Go by other settings from now on, as far as they are live. Who is connected keeps its rights and limits."""
+        """Go by other settings from now on, as far as they are live.
+
+        Connections whose token is gone, or has other rights by now, end; the others keep their `max_requests`.
+        """
         self._config = config
-        self._access = Access(config.tenants)
+        self._door.max_connections = fitting_connections(config.max_connections)
+        self._access.replace(config.tenants)
+        self._shared.accounts.replace(config.tenant_limits())
         self._shared = dataclasses.replace(self._shared, config=config)
+        for session, by in list(self._passes.items()):
+            if not self._has_still(session.tenant, by):
+                session.connection.fail(AccessDeniedError(_CHANGED))
+
+    def _has_still(self, tenant: Tenant, by: Pass) -> bool:
+        """Whether who was let in as this tenant would be now."""
+        try:
+            return self._access.admit(by) == tenant
+        except AccessDeniedError:
+            return False
 
     async def _reload(self) -> tuple[list[str], list[str]]:
         if self.reload is None:
@@ -168,12 +193,14 @@ class Server:
         self._shared.holders.close()
         self._shared.partials.close()
         self._shared.copiers.shutdown(wait=False)
+        self._shared.makers.shutdown(wait=False)
         os.close(self._readable)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _accept(self, listener: Listener) -> None:
         loop = asyncio.get_running_loop()
@@ -187,8 +214,7 @@ class Server:
                     quiet_until = loop.time() + _QUIET_SECONDS
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            self._greeting += 1
-            self._spawn(self._welcome(sock))
+            self._door.knock(self._spawn(self._welcome(sock)))
 
     async def _welcome(self, sock: socket.socket) -> None:
         """Let one client introduce itself, and then in; or say why not."""
@@ -201,13 +227,17 @@ class Server:
                 hello, descriptor = await self._hear(sock)
                 if descriptor is not None:
                     segment = ClientSegment(descriptor, arena_bytes)
-                tenant = self._admit(hello, over_unix=sock.family == socket.AF_UNIX)
+                by = pass_of(hello.token, over_unix=sock.family == socket.AF_UNIX)
+                tenant = self._admit(hello, by)
                 mapped = tenant.trusted and hello.descriptors and sock.family == socket.AF_UNIX
                 ttl = self._cache.core.config.result_ttl_seconds
                 welcome = Welcome(VERSION, arena_bytes, mapped, tenant.trusted, ttl)
                 await send(sock, welcome, self._readable if mapped else None)
             _keep_alive(sock)
+            if not self._has_still(tenant, by):
+                raise AccessDeniedError(_CHANGED)
             session = self.session(tenant, hello.namespace, segment, mapped=mapped, peer=peer)
+            self._passes[session] = by
             segment = None  # it is the session's now
             await session.connection.take(sock)
             log.info("%s is let in", session.name, extra=session.about)
@@ -215,8 +245,10 @@ class Server:
             log.debug("%s did not introduce itself: %s", peer, error)
             sock.close()
         except AsyncCacheError as error:
-            log.warning("%s is refused: %s", peer, error)
-            await _refuse(sock, error)
+            self._door.refused(peer, error)
+            with sock:  # also where this is cancelled meanwhile
+                await self._door.slow_down(_host(sock), error)
+                await _refuse(sock, error)
         except (OSError, TimeoutError) as error:
             log.debug("%s did not introduce itself: %s", peer, error)
             sock.close()
@@ -224,28 +256,34 @@ class Server:
             sock.close()
             raise
         finally:
-            self._greeting -= 1
             if segment is not None:
                 segment.close()
 
     async def _hear(self, sock: socket.socket) -> tuple[Hello, int | None]:
-        if len(self._sessions) + self._greeting > self._config.max_connections:
-            raise LimitError(f"the server has {self._config.max_connections} connections, which is its limit")
-        return await receive_hello(sock)
+        self._door.check(len(self._sessions), sock.family)
+        heard = await receive_hello(sock)
+        self._door.heard()
+        self._door.check(len(self._sessions), sock.family)
+        return heard
 
-    def _admit(self, hello: Hello, *, over_unix: bool) -> Tenant:
+    def _admit(self, hello: Hello, by: Pass) -> Tenant:
         if hello.version != VERSION:
             raise ProtocolError(f"the server speaks version {VERSION} of the protocol, the client {hello.version}")
         try:
             check_label("namespace", hello.namespace)
         except ValueError as error:
             raise ProtocolError(str(error)) from error
-        return self._access.admit(hello.token, over_unix=over_unix)
+        tenant = self._access.admit(by)
+        account = self._shared.accounts.of(tenant)
+        if not account.left("connections"):
+            raise account.over("connections", f"which is {account.most('connections')}")
+        return tenant
 
     def session(
         self, tenant: Tenant, namespace: str, segment: ClientSegment | None, *, mapped: bool, peer: str = "a client"
     ) -> Session:
         """A new session, which serves one connection and owns the segment."""
+        self._shared.accounts.of(tenant).take("connections")
         name = f"{peer}, tenant {tenant.name!r}, namespace {namespace!r},"
         leaves = self._sessions.discard
         session = Session(self._shared, tenant, namespace, segment, mapped=mapped, closed=leaves, name=name)
@@ -262,6 +300,13 @@ def _peer(sock: socket.socket) -> str:
         process, user = peer_process(sock)
         return f"the client of process {process}, user {user}"
     return "a client that is gone"
+
+
+def _host(sock: socket.socket) -> str:
+    """From where wrong tokens are counted together."""
+    with suppress(OSError):
+        return str(sock.getpeername()[0]) if sock.family != socket.AF_UNIX else ""
+    return ""
 
 
 async def _refuse(sock: socket.socket, error: AsyncCacheError) -> None:

@@ -17,18 +17,22 @@ from async_cache.cache import AsyncCache
 from async_cache.config import ServerConfig
 from async_cache.errors import AsyncCacheError, LimitError, ProtocolError
 from async_cache.handles.prefetch import Promised
+from async_cache.prompt.layout import HASH_AT_ONCE_TOKENS, ModelLayout, Prompt
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.messages import Decoder, Message, failed
 from async_cache.protocol.partials import Partials
 from async_cache.protocol.prompts import describe
+from async_cache.server import costs
 from async_cache.server.access import Scope, Tenant
+from async_cache.server.accounts import Accounts, record_bytes
 from async_cache.server.events import MAX_STREAMS, HeldEvents
 from async_cache.server.held import Held, Wait
-from async_cache.server.layouts import Layouts, SharedLayouts
-from async_cache.server.prefetches import HeldPrefetch, Holders
+from async_cache.server.layouts import Layouts, SharedLayouts, is_small, make
+from async_cache.server.prefetches import HeldPrefetch, Holders, Holding
 from async_cache.server.reads import Reads
 from async_cache.server.segment import ClientSegment
+from async_cache.server.turns import LIGHT, Turns
 from async_cache.server.writers import Writers
 
 log = logging.getLogger(__name__)
@@ -45,8 +49,12 @@ class Shared:
     holders: Holders
     layouts: SharedLayouts
     copiers: Executor
+    makers: Executor
+    """Make long prompts and large layouts."""
     partials: Partials
     reload: Callable[[], Awaitable[tuple[list[str], list[str]]]]
+    turns: Turns
+    accounts: Accounts
 
 
 class Session:
@@ -71,33 +79,52 @@ class Session:
         self.name = name
         self.about = {"tenant": tenant.name, "namespace": namespace}
         """For the log: whose it is."""
+        self._account = account = shared.accounts.of(tenant)
+        self._turn = shared.turns.of(tenant.name, self._resume_turn)
         self.connection = Connection(
             _decoder,
             self._handle,
             self._lost,
             stall_seconds=config.stall_timeout_seconds,
             partials=shared.partials,
+            admits=self._turn.admits,
             name=name,
         )
+        self._makers = shared.makers
+        self._is_held_up = False  # until a heavy message has been begun
         self._cache = cache
         self._reload_settings = shared.reload
         self._max_requests = config.max_requests
-        self._tenant = tenant
+        self.tenant = tenant
         self._closed = closed
         self._scope = Scope(tenant, namespace)
-        self._layouts = Layouts(cache, shared.layouts, tenant)
+        self._layouts = Layouts(cache, shared.layouts, tenant, account)
         self._holders = shared.holders
-        self._reads = Reads(self.held, self.connection, cache.memory, self._layouts, self._scope, mapped=mapped)
-        self._writers = Writers(self.held, self.connection, segment, shared.copiers)
+        self._reads = Reads(
+            self.held,
+            self.connection,
+            cache.memory,
+            self._layouts,
+            self._scope,
+            self._turn,
+            self._holders,
+            account,
+            lease_seconds=cache.core.config.lease_ttl_seconds,
+            mapped=mapped,
+        )
+        self._writers = Writers(self.held, self.connection, segment, shared.copiers, self._turn, account)
         self._claims: weakref.WeakValueDictionary[str, Promised] = weakref.WeakValueDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
         self._left = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     def __repr__(self) -> str:
-        return f"<Session of tenant {self._tenant.name!r}, {len(self.held)} held, {self.connection!r}>"
+        return f"<Session of tenant {self.tenant.name!r}, {len(self.held)} held, {self.connection!r}>"
 
     # Messages, as they come.
+
+    def _resume_turn(self) -> None:
+        self.connection.resume_turn()
 
     def _handle(self, message: Any) -> None:
         kind = type(message)
@@ -105,13 +132,88 @@ class Session:
             at_once = _AT_ONCE.get(kind)
             if at_once is not None:
                 at_once(self, message)
+            elif kind in _OF_PROMPTS:
+                self._of_prompt(message)
             else:
                 self._check_number(message.number)
-                self._wait(message, _WAITING[kind])
+                self._wait(message, partial(_WAITING[kind], self, message))
         except ProtocolError:
             raise  # to the connection, which sends the client away
         except Exception as error:
             self._fail(message, error)
+
+    # What is heavy waits for its turn, and what takes long to make is made in a thread. Nothing behind it is looked at
+    # meanwhile: messages are begun in the order in which they came.
+
+    def _of_prompt(self, message: Any) -> None:
+        """Make the prompt of a message, and do what is asked of it."""
+        self.tenant.check_role("store" if type(message) in _OF_STORES else "read")
+        self._check_number(message.number)
+        wire = message.prompt
+        chunks, cost = self._layouts.check(wire)
+        if cost <= LIGHT:
+            self._turn.charge(cost)
+            self._ask(message, self._layouts.prompt(wire))
+            return
+        if chunks <= costs.AT_ONCE_CHUNKS and chunks * self._layouts.chunk_tokens(wire) <= HASH_AT_ONCE_TOKENS:
+            self._begin(cost, partial(self._make_at_once, message))
+        else:
+            self._begin(cost, partial(self._make_in_thread, message, self._layouts.prompt, wire, self._ask))
+
+    def _ask(self, message: Any, prompt: Prompt) -> None:
+        self._layouts.check_fits(message.prompt, prompt)
+        _OF_PROMPTS[type(message)](self, message, prompt)
+
+    def _register_layout(self, message: messages.RegisterLayout) -> None:
+        self._layouts.check_new(message)
+        description = message.description
+        if is_small(description):
+            self._registered(message, make(description))
+        else:
+            work = partial(self._make_in_thread, message, make, description, self._registered)
+            self._begin(costs.of_layout(description), work)
+
+    def _registered(self, message: messages.RegisterLayout, layout: ModelLayout) -> None:
+        self.connection.send(self._layouts.register(message, layout))
+
+    def _begin(self, cost: int, work: Callable[[], None]) -> None:
+        """Begin heavy work now, or when it is this connection's turn."""
+        if not self._turn.begin(cost, work):
+            self._hold_up()
+
+    def _make_at_once(self, message: Any) -> None:
+        try:
+            self._ask(message, self._layouts.prompt(message.prompt))
+        except Exception as error:
+            self._fail(message, error)
+        self._go_on()
+
+    def _make_in_thread(
+        self, message: Any, make: Callable[[Any], Any], of: Any, then: Callable[[Any, Any], None]
+    ) -> None:
+        self._hold_up()
+        self._turn.hold()
+        self._spawn(self._made(message, make, of, then))
+
+    async def _made(self, message: Any, make: Callable[[Any], Any], of: Any, then: Callable[[Any, Any], None]) -> None:
+        try:
+            made = await self._loop.run_in_executor(self._makers, make, of)
+            if self.connection.is_open:
+                then(message, made)
+        except Exception as error:
+            self._fail(message, error)
+        finally:
+            self._turn.let_go()
+            self._go_on()
+
+    def _hold_up(self) -> None:
+        self._is_held_up = True
+        self.connection.pause_reading()
+
+    def _go_on(self) -> None:
+        if self._is_held_up:
+            self._is_held_up = False
+            self.connection.resume_reading()
 
     def _check_number(self, number: int) -> None:
         """Check that one more may be held, under this number. Raises ValueError or LimitError."""
@@ -122,14 +224,24 @@ class Session:
             if under_way >= self._max_requests:
                 raise LimitError(f"{under_way} requests of this connection are under way, which is the limit")
 
-    def _wait(self, message: Any, handler: "_Waits") -> None:
-        wait = Wait(message.number, self.held, self.connection, self._answer(message, handler))
+    def _wait(self, message: Any, ask: "_Asks") -> None:
+        self._account.take("waiting")
+        wait = Wait(message.number, self.held, self.connection, self._answer(message, ask))
         self._tasks.add(wait.task)
-        wait.task.add_done_callback(self._tasks.discard)
+        wait.task.add_done_callback(self._answered)
 
-    async def _answer(self, message: Any, handler: "_Waits") -> None:
+    def _answered(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self._account.give("waiting")
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, message: Any, ask: "_Asks") -> None:
         try:
-            answer = await handler(self, message)
+            answer = await ask()
             if answer is not None:
                 self.connection.send(answer)
         except Exception as error:
@@ -152,20 +264,28 @@ class Session:
 
     # What needs no waiting.
 
-    def _register_layout(self, message: messages.RegisterLayout) -> None:
-        self.connection.send(self._layouts.register(message))
-
-    def _prefetch(self, message: messages.Prefetch) -> None:
-        self._check_number(message.number)
-        prefetch = self._cache.prefetch(
-            self._layouts.prompt(message.prompt),
-            request_id=self._scope.inner(message.request_id),
-            skip_tokens=message.skip_tokens,
-            ranks=message.ranks,
-            deadline_seconds=message.deadline_seconds,
-            traceparent=message.traceparent,
-        )
-        HeldPrefetch(message.number, self.held, self.connection, prefetch, self._holders, self._scope)
+    def _prefetch(self, message: messages.Prefetch, prompt: Prompt) -> None:
+        request_id, objects = self._scope.inner(message.request_id), prompt.layout.objects
+        size_bytes = record_bytes(len(prompt), self._layouts.objects(message.prompt))
+        is_new = self._holders.find(request_id) is None
+        if is_new:
+            self._account.take_request(size_bytes)
+        try:
+            prefetch = self._cache.prefetch(
+                prompt,
+                request_id=request_id,
+                skip_tokens=message.skip_tokens,
+                ranks=message.ranks,
+                deadline_seconds=message.deadline_seconds,
+                traceparent=message.traceparent,
+            )
+        except BaseException:
+            if is_new:
+                self._account.give_request(size_bytes)
+            raise
+        mask = objects.full_mask if message.ranks is None else objects.mask_of_ranks(message.ranks)
+        holding = Holding(self._account, size_bytes, objects.rooms[mask])
+        HeldPrefetch(message.number, self.held, self.connection, prefetch, self._holders, self._scope, holding)
 
     def _cancel(self, message: messages.Cancel) -> None:
         held = self.held.get(message.call)
@@ -216,7 +336,7 @@ class Session:
         self._check_number(message.number)
         if sum(isinstance(held, HeldEvents) for held in self.held.values()) >= MAX_STREAMS:
             raise LimitError(f"a connection reads up to {MAX_STREAMS} streams of events")
-        stream = self._cache.core.events.stream(message.capacity, self._tenant.salts)
+        stream = self._cache.core.events.stream(message.capacity, self.tenant.salts)
         events = HeldEvents(message.number, self.held, self.connection, stream)
         self._tasks.add(events.task)
         events.task.add_done_callback(self._tasks.discard)
@@ -239,11 +359,10 @@ class Session:
         self._send_soon(loaded)
         return None
 
-    async def _lookup(self, message: messages.Lookup) -> Message:
-        return messages.Hits(message.number, await self._cache.lookup(self._layouts.prompt(message.prompt)))
+    async def _lookup(self, message: messages.Lookup, prompt: Prompt) -> Message:
+        return messages.Hits(message.number, await self._cache.lookup(prompt))
 
-    async def _explain(self, message: messages.Explain) -> Message:
-        prompt = self._layouts.prompt(message.prompt)
+    async def _explain(self, message: messages.Explain, prompt: Prompt) -> Message:
         return messages.Explained(message.number, await self._cache.explain(prompt))
 
     async def _acquire_read(self, message: messages.AcquireRead) -> None:
@@ -251,53 +370,52 @@ class Session:
         lease = self._cache.read(request_id, rank=message.rank, reader=message.reader)
         await self._reads.acquire(message, lease)
 
-    async def _reserve_store(self, message: messages.ReserveStore) -> Message:
-        prompt = self._layouts.prompt(message.prompt)
+    async def _reserve_store(self, message: messages.ReserveStore, prompt: Prompt) -> Message:
         expired = partial(self._writers.expired, message.number)
-        writer = self._cache.core.writing.writer(prompt, message.rank, message.start_chunk, expired)
-        return await self._writers.open(message.number, writer)
+        make = partial(self._cache.core.writing.writer, prompt, message.rank, message.start_chunk, expired)
+        return await self._writers.open(message, prompt, lambda chunks: make(most=chunks))
 
-    async def _delete(self, message: messages.Delete) -> Message:
-        return messages.Removed(message.number, await self._cache.delete(self._layouts.prompt(message.prompt)))
+    async def _delete(self, message: messages.Delete, prompt: Prompt) -> Message:
+        return messages.Removed(message.number, await self._cache.delete(prompt))
 
     async def _clear(self, message: messages.Clear) -> Message:
-        self._tenant.check_trusted("clearing the cache")
+        self.tenant.check_trusted("clearing the cache")
         return messages.Removed(message.number, await self._cache.clear(message.tier))
 
     async def _flush(self, message: messages.Flush) -> Message:
         return messages.Flushed(message.number, await self._cache.flush(message.deadline_seconds))
 
     async def _add_backend(self, message: messages.AddBackend) -> Message:
-        self._tenant.check_trusted("changing backends")
+        self.tenant.check_trusted("changing backends")
         await self._cache.add_backend(message.url, position=message.position)
         return messages.Done(message.number)
 
     async def _drain_backend(self, message: messages.DrainBackend) -> Message:
-        self._tenant.check_trusted("changing backends")
+        self.tenant.check_trusted("changing backends")
         status = await self._cache.drain_backend(message.name, deadline_seconds=message.deadline_seconds)
         return messages.BackendTold(message.number, status)
 
     async def _remove_backend(self, message: messages.RemoveBackend) -> Message:
-        self._tenant.check_trusted("changing backends")
+        self.tenant.check_trusted("changing backends")
         await self._cache.remove_backend(message.name)
         return messages.Done(message.number)
 
     async def _list_backends(self, message: messages.ListBackends) -> Message:
-        self._tenant.check_trusted("listing backends")
+        self.tenant.check_trusted("listing backends")
         return messages.BackendsListed(message.number, await self._cache.backends())
 
     async def _reload(self, message: messages.Reload) -> Message:
-        self._tenant.check_trusted("changing settings")
+        self.tenant.check_trusted("changing settings")
         return messages.Reloaded(message.number, *await self._reload_settings())
 
     async def _list_roots(self, message: messages.ListRoots) -> Message:
-        roots = await self._cache.core.listing.roots(self._tenant.may_use)
+        roots = await self._cache.core.listing.roots(self.tenant.may_use)
         told = [messages.Root(describe(root.layout), root.adapter, root.salt, chunks) for root, chunks in roots]
         return messages.RootsListed(message.number, told)
 
     async def _list_chunks(self, message: messages.ListChunks) -> Message:
         which = message.model, message.salt, message.after or b"", message.limit
-        chunks = await self._cache.core.listing.chunks(self._tenant.may_use, *which)
+        chunks = await self._cache.core.listing.chunks(self.tenant.may_use, *which)
         return messages.ChunksListed(message.number, chunks)
 
     # The end.
@@ -311,6 +429,9 @@ class Session:
             self._reads.close()
             self._writers.close()
         finally:
+            self._turn.leave()
+            self._layouts.close()
+            self._account.give("connections")
             self._left.set()
             self._closed(self)
 
@@ -321,11 +442,27 @@ class Session:
             await asyncio.wait(running)
 
 
+def _waits(handler: Callable[[Session, Any, Prompt], Coroutine[Any, Any, Message]]) -> "_Handler":
+    """Have a message about a prompt answered by a task."""
+    return lambda session, message, prompt: session._wait(message, partial(handler, session, message, prompt))
+
+
+_Asks = Callable[[], Coroutine[Any, Any, Message | None]]
 _Waits = Callable[[Session, Any], Coroutine[Any, Any, Message | None]]
+_Handler = Callable[[Session, Any, Prompt], None]
+
+_OF_PROMPTS: dict[type[Message], _Handler] = {
+    messages.Prefetch: Session._prefetch,
+    messages.Lookup: _waits(Session._lookup),
+    messages.Explain: _waits(Session._explain),
+    messages.ReserveStore: _waits(Session._reserve_store),
+    messages.Delete: _waits(Session._delete),
+}
+
+_OF_STORES = frozenset((messages.ReserveStore, messages.Delete))
 
 _AT_ONCE: dict[type[Message], Callable[[Session, Any], None]] = {
     messages.RegisterLayout: Session._register_layout,
-    messages.Prefetch: Session._prefetch,
     messages.Cancel: Session._cancel,
     messages.Unclaim: Session._unclaim,
     messages.ReleaseRead: Session._release_read,
@@ -341,11 +478,7 @@ _AT_ONCE: dict[type[Message], Callable[[Session, Any], None]] = {
 _WAITING: dict[type[Message], _Waits] = {
     messages.QueryPrefetchLookupHits: Session._query_lookup_hits,
     messages.QueryPrefetchStatus: Session._query_status,
-    messages.Lookup: Session._lookup,
-    messages.Explain: Session._explain,
     messages.AcquireRead: Session._acquire_read,
-    messages.ReserveStore: Session._reserve_store,
-    messages.Delete: Session._delete,
     messages.Clear: Session._clear,
     messages.Flush: Session._flush,
     messages.AddBackend: Session._add_backend,

@@ -7,10 +7,14 @@ from functools import partial
 
 from async_cache.errors import ProtocolError, WriterClosedError
 from async_cache.handles.writer import WriteChunk, Writer
+from async_cache.prompt.layout import Prompt
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
+from async_cache.server import costs
+from async_cache.server.accounts import Account
 from async_cache.server.held import Held
 from async_cache.server.segment import ClientSegment
+from async_cache.server.turns import Turn
 
 _COPIED_AT_ONCE = 8 * 2**20  # bytes that are copied in a step of the loop, in a millisecond; the rest by threads
 
@@ -20,11 +24,22 @@ Committed = Callable[[Exception | None], None]
 class HeldWriter(Held):
     """A writer of a connection, held until it is closed: by its client, from outside, or with the connection."""
 
-    __slots__ = ("_received_bytes", "_writer")
+    __slots__ = ("_account", "_received_bytes", "_reserved_bytes", "_room_bytes", "_writer")
 
-    def __init__(self, number: int, held: dict[int, Held], connection: Connection, writer: Writer):
+    def __init__(
+        self,
+        number: int,
+        held: dict[int, Held],
+        connection: Connection,
+        writer: Writer,
+        account: Account,
+        room_bytes: int,
+    ):
         super().__init__(number, held, connection)
         self._writer = writer
+        self._account = account
+        self._room_bytes = room_bytes  # of a chunk
+        self._reserved_bytes = len(writer) * room_bytes
         self._received_bytes: dict[int, int] = {}  # by position, of chunks that come in frames
 
     def chunk(self, position: int) -> WriteChunk:
@@ -51,19 +66,30 @@ class HeldWriter(Held):
         if self._received_bytes.pop(position, 0) < size_bytes:
             raise ValueError(f"bytes of the chunk at position {position} are missing")
 
+    def committed(self) -> None:
+        """A chunk of it is published."""
+        size_bytes = min(self._room_bytes, self._reserved_bytes)
+        self._reserved_bytes -= size_bytes
+        self._account.give("reserved_share", size_bytes)
+
+    def _end(self) -> None:
+        self._gone()
+        self._account.give("reserved_share", self._reserved_bytes)
+        self._reserved_bytes = 0
+
     def undo(self) -> None:
         """Close it: what was not committed is discarded."""
-        self._gone()
+        self._end()
         self._writer.close()
 
     def release(self) -> None:
         """Close it from outside: a copy may still write to its room."""
-        self._gone()
+        self._end()
         self._writer.expire()
 
     def expired(self) -> None:
         """Tell the client that it was closed from outside."""
-        self._gone()
+        self._end()
         self._connection.send(messages.StoreClosed(self._number))
 
 
@@ -73,21 +99,53 @@ class Writers:
     Until it has, nothing more is received from the client: one who commits a chunk and then asks for it finds it.
     """
 
-    def __init__(self, held: dict[int, Held], connection: Connection, segment: ClientSegment | None, copiers: Executor):
+    def __init__(
+        self,
+        held: dict[int, Held],
+        connection: Connection,
+        segment: ClientSegment | None,
+        copiers: Executor,
+        turn: Turn,
+        account: Account,
+    ):
         self.copying: asyncio.Future[None] | None = None
         self._held = held
         self._connection = connection
         self._segment = segment
         self._copiers = copiers
+        self._turn = turn
+        self._account = account
         self._closed = False
         self._copied_bytes = 0  # in this step of the loop
         self._loop = asyncio.get_running_loop()
 
-    async def open(self, number: int, writer: Writer) -> messages.StoreReserved:
-        """Reserve room for what L1 lacks."""
-        await writer
-        HeldWriter(number, self._held, self._connection, writer)
-        return messages.StoreReserved(number, [chunk.index for chunk in writer], writer.shortfall)
+    async def open(
+        self, message: messages.ReserveStore, prompt: Prompt, make: Callable[[int], Writer]
+    ) -> messages.StoreReserved:
+        """Reserve room for what L1 lacks, as far as the tenant may have it. Raises LimitError where that is nothing.
+
+        `make` makes the writer, of so many chunks at the most.
+        """
+        account, rooms = self._account, prompt.layout.objects.room_bytes
+        room_bytes = rooms[message.rank] if message.rank < len(rooms) else 0
+        chunks = max(len(prompt) - message.start_chunk, 0)
+        if room_bytes:
+            most = account.left("reserved_share") // room_bytes
+            if chunks and not most:
+                raise account.over("reserved_share", f"which is {account.most('reserved_share')} bytes")
+            chunks = min(chunks, most)
+        account.store(0)
+        writer = make(chunks)
+        account.take("reserved_share", chunks * room_bytes)
+        try:
+            await writer
+        except BaseException:
+            account.give("reserved_share", chunks * room_bytes)
+            raise
+        account.give("reserved_share", (chunks - len(writer)) * room_bytes)
+        account.store(len(writer) * room_bytes)
+        HeldWriter(message.number, self._held, self._connection, writer, account, room_bytes)
+        return messages.StoreReserved(message.number, [chunk.index for chunk in writer], writer.shortfall)
 
     def expired(self, number: int) -> None:
         """Tell the client that the writer of this number was closed from outside."""
@@ -122,6 +180,7 @@ class Writers:
         chunk = held.chunk(message.position)
         if not chunk.committed:
             views = _views(chunk)
+            self._turn.charge(costs.of_bytes(_size(views)) + len(views))
             if message.offset is None:
                 held.check_received(message.position, _size(views))
             elif self._segment is None:
@@ -130,10 +189,11 @@ class Writers:
                 self._segment.copy(message.offset, views)
             else:
                 self.copying = self._loop.run_in_executor(self._copiers, self._segment.copy, message.offset, views)
-                self.copying.add_done_callback(partial(self._copied, chunk, committed))
+                self.copying.add_done_callback(partial(self._copied, held, chunk, committed))
                 self._connection.pause_reading()
                 return
             chunk.commit()
+            held.committed()
         committed(None)
 
     def _has_time_for(self, size_bytes: int) -> bool:
@@ -146,12 +206,15 @@ class Writers:
     def _begin_step(self) -> None:
         self._copied_bytes = 0
 
-    def _copied(self, chunk: WriteChunk, committed: Committed, copying: "asyncio.Future[None]") -> None:
+    def _copied(
+        self, held: HeldWriter, chunk: WriteChunk, committed: Committed, copying: "asyncio.Future[None]"
+    ) -> None:
         self.copying = None
         error: Exception | None = None
         try:
             copying.result()
             chunk.commit()
+            held.committed()
         except Exception as failure:
             error = failure
         self._close_segment()

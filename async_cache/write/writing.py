@@ -74,15 +74,23 @@ class Writing:
         """How many writers have expired."""
         return self._open.swept
 
-    def writer(self, prompt: Prompt, rank: int, start_chunk: int, expired: Callable[[], None] | None = None) -> Writer:
-        """A writer of a rank's chunks from `start_chunk` on, which reserves when it is entered.
+    def writer(
+        self,
+        prompt: Prompt,
+        rank: int,
+        start_chunk: int,
+        expired: Callable[[], None] | None = None,
+        *,
+        most: int | None = None,
+    ) -> Writer:
+        """A writer of a rank's chunks from `start_chunk` on, which reserves when it is entered; `most` if given.
 
         `expired` is called when it was closed because it was idle, or with the cache. Raises ValueError for a rank or
         a chunk that the prompt does not have.
         """
         check_index("rank", rank, prompt.layout.world_size)
         check_index("start_chunk", start_chunk, len(prompt) + 1)
-        return Writer(partial(self._reserve, prompt, rank, start_chunk, expired))
+        return Writer(partial(self._reserve, prompt, rank, start_chunk, expired, most))
 
     def close(self) -> None:
         """Close all writers that are open."""
@@ -96,7 +104,13 @@ class Writing:
             self._l1.discard((self._unseen.popleft(),))
 
     async def _reserve(
-        self, prompt: Prompt, rank: int, start_chunk: int, expired: Callable[[], None] | None, writer: Writer
+        self,
+        prompt: Prompt,
+        rank: int,
+        start_chunk: int,
+        expired: Callable[[], None] | None,
+        most: int | None,
+        writer: Writer,
     ) -> Opened:
         self._check_open()
         if not prompt.hashed:
@@ -110,7 +124,7 @@ class Writing:
         life = Life()
         try:
             dropped = await self._look_up(prompt, rank, start_chunk, missing, resident)
-            await self._make_room(prompt, rank, missing, resident, made)
+            await self._make_room(prompt, rank, missing[:most], resident, made)
             for begin in range(0, len(made), _AT_ONCE):
                 await self._turn(begin)
                 chunks += [

@@ -9,12 +9,14 @@ import pytest
 from contract.support import LAYOUT, fill, make_prompt, make_tokens
 
 from async_cache import AsyncCache, CacheConfig, ServerConfig, connect
+from async_cache.limits import UNLIMITED
 from async_cache.protocol import messages
 from async_cache.protocol.prompts import pack
 from async_cache.server import Server
 from async_cache.server.access import Scope, Tenant
+from async_cache.server.accounts import Account
 from async_cache.server.held import Held, Wait
-from async_cache.server.prefetches import HeldPrefetch, Holders
+from async_cache.server.prefetches import HeldPrefetch, Holders, Holding
 
 from .programs import server
 from .support import Peer
@@ -35,7 +37,9 @@ class Sent:
 
     def prefetch(self, number: int, cache: AsyncCache, holders: Holders, name: str = "id") -> HeldPrefetch:
         prefetch = cache.prefetch(PROMPT, request_id=SCOPE.inner(name))
-        return HeldPrefetch(number, self.held, self, prefetch, holders, SCOPE)  # type: ignore[arg-type]
+        account = Account("", UNLIMITED, 2**20)
+        account.take_request(1)
+        return HeldPrefetch(number, self.held, self, prefetch, holders, SCOPE, Holding(account, 1, 1))  # type: ignore[arg-type]
 
     def kinds(self, number: int) -> list[str]:
         return [type(message).__name__ for message in self.messages if message.number == number]

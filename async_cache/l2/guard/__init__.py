@@ -2,6 +2,7 @@
 
 guard    one backend: every call ends, counts once, and is metered
 breaker  leaves a failing backend alone for a while
+fair     queues that the owners of chunks share
 meter    what is queued for a backend, and how fast it is
 guards   the backends of a cache, which may come and go
 """

@@ -15,6 +15,7 @@ from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
 from async_cache.l2.backend import Backend, LoadOutcome, Room, nobody_listens
 from async_cache.l2.guard.breaker import Breaker, BreakerState
+from async_cache.l2.guard.fair import Gate
 from async_cache.l2.guard.meter import Meter
 from async_cache.ledger.ledger import Ledger
 from async_cache.prompt.keys import ObjectKey
@@ -26,6 +27,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _MAX_DOUBTFUL = 65_536  # objects
+_SEARCHED_AT_ONCE = 4096  # objects in a question to a backend: some ten milliseconds of one thread
+_SEARCHED_TOGETHER = 8192  # objects in the questions that are out
 _LOSSES = {LoadOutcome.GONE: Removal.LOST, LoadOutcome.CORRUPT: Removal.DAMAGED}
 _CLOSED, _OPEN, _HALF_OPEN = BreakerState  # each access to a member by its enum is a call, in Python 3.11
 
@@ -162,6 +165,7 @@ class Guard:
         """Pins that are held, and those who need the backend to stay: it is not closed before they are gone."""
         self._unused: asyncio.Event | None = None  # while somebody waits for that
         self._storing: dict[Call[list[bool]], Sequence[ObjectKey]] = {}
+        self._searches = Gate(_SEARCHED_TOGETHER)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
         self._ledger = ledger if ledger is not None else Ledger()
@@ -279,15 +283,33 @@ class Guard:
             self._tell(self.backend.unpin, layout.objects.keys(there))
         return None
 
-    async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
+    async def lookup(self, keys: Sequence[ObjectKey], owner: str = "") -> list[bool] | None:
         """For each key, whether its object is present, and then pinned.
 
-        None where the backend failed, stayed silent or is left alone: it pins nothing then, or gives it back.
+        None where the backend failed, stayed silent or is left alone: it pins nothing then, or gives it back. Very many
+        are asked in parts, of which those of other owners have their turn; the time of each runs from its begin.
         """
-        call = self._begin(self.timeouts.lookup_seconds, len(keys), self.backend.lookup, keys)
-        if call is None:
-            return None
+        found: list[bool] = []
         with self.kept():
+            try:
+                for begin in range(0, len(keys), _SEARCHED_AT_ONCE):
+                    part = keys[begin : begin + _SEARCHED_AT_ONCE] if len(keys) > _SEARCHED_AT_ONCE else keys
+                    answers = await self._search(part, owner)
+                    if answers is None:
+                        self.unpin_found(keys, found)
+                        return None
+                    found += answers
+            except asyncio.CancelledError:
+                self.unpin_found(keys, found)
+                raise
+        return found
+
+    async def _search(self, keys: Sequence[ObjectKey], owner: str) -> list[bool] | None:
+        await self._searches.enter(owner, len(keys))
+        try:
+            call = self._begin(self.timeouts.lookup_seconds, len(keys), self.backend.lookup, keys)
+            if call is None:
+                return None
             try:
                 found = await call.result()
             except BackendError:
@@ -299,6 +321,8 @@ class Guard:
                 raise
             self.uses += _count(found)
             return found
+        finally:
+            self._searches.leave(len(keys))
 
     def _unpin_late(self, call: Call[list[bool]], keys: Sequence[ObjectKey]) -> None:
         """Give back the pins of an answer that nobody waits for any more."""

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from async_cache.errors import AccessDeniedError
 from async_cache.metrics import Watch, exposition
 from async_cache.metrics.families import gauge
-from async_cache.server.access import Tenant
+from async_cache.server.access import Tenant, pass_of
 from async_cache.server.http.explain import answer, prompt_of, question_of
 from async_cache.server.http.health import problems
 from async_cache.server.http.status import status
@@ -81,7 +81,7 @@ class Site:
         """
         header = request.headers.get("authorization", "")
         token = header.removeprefix(_BEARER) if header.startswith(_BEARER) else None
-        tenant = self._server.access.admit(token, over_unix=False)
+        tenant = self._server.access.admit(pass_of(token, over_unix=False))
         if token is None and not _is_plain(request.url.hostname or ""):
             raise AccessDeniedError("without tenants, this is asked for by localhost or an address, and no other name")
         return tenant

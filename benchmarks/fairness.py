@@ -1,0 +1,202 @@
+"""One tenant does what is named, in a process of its own; another's ping and prefetch of 16 chunks are measured then.
+
+Prints JSON: for each attack the other's median and 99th percentile in milliseconds, idle in the same run and beside it,
+how long SIGTERM takes under it, and by how much the server's own memory grows.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import psutil
+import uvloop
+
+from async_cache import AsyncCacheError, ModelLayout, ObjectGroup, connect
+
+RED, BLUE = (f"token-of-{name:_<16}" for name in ("red", "blue"))
+CONFIG = "".join(
+    f'[server.tenants.{name}]\ntokens = ["{token}"]\nsalts = ["{name}"]\n'
+    for name, token in (("red", RED), ("blue", BLUE))
+)
+SECONDS = float(os.environ.get("FAIRNESS_SECONDS", "3"))
+MANY = ModelLayout("many", tuple(ObjectGroup((1,), "uint8") for _ in range(4096)), chunk_tokens=1)
+ONE = ModelLayout("one", (ObjectGroup((16,), "uint8"),), chunk_tokens=1)
+KV = ModelLayout("kv", (ObjectGroup((4096,), "uint8"),), chunk_tokens=1)
+LARGE = ModelLayout("large", (ObjectGroup((2**20,), "uint8"),), chunk_tokens=1)
+now = time.perf_counter
+
+
+def prompt(layout, number, chunks, salt="red"):
+    return layout.prompt(range(number * chunks, (number + 1) * chunks), salt=salt)
+
+
+async def fill(client, prompt):
+    async with client.store(prompt) as writer:
+        for chunk in writer:
+            chunk.commit()
+            await asyncio.sleep(0)
+
+
+async def prefetches_of_very_many_objects(client):
+    for number in range(10**6):
+        some = [client.prefetch(prompt(MANY, number * 128 + n, 64)) for n in range(128)]
+        await asyncio.gather(*(one.load_done for one in some))
+        await asyncio.gather(*(client.end_request(one.request_id) for one in some))
+
+
+async def lookups_of_absent_chunks(client):
+    numbers = iter(range(10**9))
+    await at_depth(64, lambda: client.lookup(prompt(ONE, next(numbers), 4096)))
+
+
+async def prefetches_of_chunks_in_memory(client):
+    there = prompt(KV, 1, 512)
+    await fill(client, there)
+
+    async def one():
+        request = client.prefetch(there)
+        await request.load_done
+        await client.end_request(request.request_id)
+
+    await at_depth(64, one)
+
+
+async def reads_in_frames(client):
+    there = prompt(LARGE, 1, 64)
+    await fill(client, there)
+
+    async def one():
+        request = client.prefetch(there)
+        await request.load_done
+        async with client.read(request.request_id):
+            pass
+
+    await at_depth(4, one)
+
+
+async def prefetches_that_nobody_reads(client):
+    kept = []
+    for number in range(100_000):
+        kept.append(client.prefetch(prompt(ONE, number, 16)))
+        if number % 64 == 63:
+            with suppress(AsyncCacheError):
+                await kept[-1].load_done
+    await asyncio.sleep(3600)
+
+
+async def many_connections(client, url):
+    async def one():
+        async with connect(url, token=RED) as more:
+            numbers = iter(range(10**9))
+            while True:
+                await more.lookup(prompt(ONE, next(numbers), 16))
+
+    await asyncio.gather(*(one() for _ in range(200)))
+
+
+async def at_depth(depth, call):
+    async def repeat():
+        while True:
+            with suppress(AsyncCacheError):
+                await call()
+
+    await asyncio.gather(*(repeat() for _ in range(depth)))
+
+
+ATTACKS = {
+    attack.__name__: attack
+    for attack in (
+        prefetches_of_very_many_objects,
+        lookups_of_absent_chunks,
+        prefetches_of_chunks_in_memory,
+        reads_in_frames,
+        prefetches_that_nobody_reads,
+        many_connections,
+    )
+}
+
+
+async def attack(name, url):
+    async with connect(url, token=RED) as client:
+        await (ATTACKS[name](client, url) if name == "many_connections" else ATTACKS[name](client))
+
+
+@asynccontextmanager
+async def serving(directory):
+    (directory / "c.toml").write_text(CONFIG)
+    url = f"unix://{directory}/s"
+    command = [sys.executable, "-m", "async_cache", "serve", "--config", str(directory / "c.toml"), "--listen", url]
+    command += ["--l1-bytes", "512MiB", "--l2", f"fs://{directory}/kv", "--log-level", "error"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
+    try:
+        async with connect(url, token=BLUE, connect_timeout_seconds=60) as client:
+            yield client, url, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def measure(client, there, seconds):
+    pings, prefetches, until = [], [], now() + seconds
+    while now() < until:
+        began = now()
+        await client.ping()
+        pings.append(now() - began)
+        began = now()
+        request = client.prefetch(there)
+        assert (await request.lookup_done).chunks == len(there)
+        assert (await request.load_done).chunks == len(there)
+        prefetches.append(now() - began)
+        await client.end_request(request.request_id)
+        await asyncio.sleep(0.001)
+    return {"ping": quantiles(pings), "prefetch": quantiles(prefetches)}
+
+
+def quantiles(seconds):
+    ordered = sorted(seconds)
+    picked = {"p50_ms": 0.5, "p99_ms": 0.99}
+    return {name: round(ordered[int(len(ordered) * part)] * 1e3, 3) for name, part in picked.items()}
+
+
+async def beside(name):
+    with tempfile.TemporaryDirectory() as directory:
+        async with serving(Path(directory)) as (client, url, process):
+            there = prompt(KV, 1, 16, "blue")
+            await fill(client, there)
+            await client.flush()
+            idle = await measure(client, there, SECONDS)
+            memory = psutil.Process(process.pid).memory_full_info
+            before = memory().uss
+            attacker = subprocess.Popen([sys.executable, __file__, name, url])  # noqa: ASYNC220
+            try:
+                await asyncio.sleep(1.0)
+                while_it_lasts = await measure(client, there, SECONDS)
+                grown = memory().uss - before
+                began = now()
+                process.send_signal(signal.SIGTERM)
+                await asyncio.to_thread(process.wait, 30)
+                ended = now() - began
+            finally:
+                attacker.kill()
+                attacker.wait()
+    return {"idle": idle, "beside": while_it_lasts, "grown_mib": round(grown / 2**20, 1), "sigterm_s": round(ended, 2)}
+
+
+async def main():
+    for name in ATTACKS:
+        print(json.dumps({name: await beside(name)}), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        with suppress(AsyncCacheError):
+            uvloop.run(attack(*sys.argv[1:]))
+    else:
+        uvloop.run(main())
