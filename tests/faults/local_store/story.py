@@ -1,0 +1,192 @@
+"""A store's life in steps, and what must be true whichever system call was its last.
+
+The bytes of an object follow from its number, so that a wrong byte shows wherever it comes from.
+"""
+
+import asyncio
+import os
+from collections.abc import Collection, Sequence
+from importlib.util import find_spec
+from mmap import PAGESIZE, mmap
+from pathlib import Path
+from typing import Literal
+
+from async_cache.errors import BackendError
+from async_cache.l2.backend import LoadOutcome
+from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.testing.conformance import content, key
+
+_SIZES = (1, 100, PAGESIZE, 5000, 3 * PAGESIZE, 20_001)
+CAPACITY_BYTES = 64 * PAGESIZE
+SLACK_BYTES = 32 * PAGESIZE  # of a directory, beside the bodies of its objects in whole pages
+STORED = 16  # objects of one life
+
+ONE_FILE_EACH = find_spec("async_cache.l2.filesystem.directory") is not None
+"""Whether it is the store of before, which keeps a file an object: some of its faults are known."""
+
+Durability = Literal["none", "fsync"]
+
+# Stored one after the other unless they stand side by side, deleted where there is a minus.
+_STEPS: tuple[tuple[Sequence[int], ...], ...] = (
+    ([0, 1, 2, 3],),
+    ([4, 5], [6]),
+    ([-1, -4],),
+    ([7, 8, 9],),
+    ([1],),
+    ([-8], [10, 11]),
+    ([12, 13, 14, 15],),
+)
+
+
+def size_of(number: int) -> int:
+    return _SIZES[number % len(_SIZES)]
+
+
+def pages_of(number: int) -> int:
+    return -(-size_of(number) // PAGESIZE)
+
+
+def disk_bytes(directory: Path) -> int:
+    """What the files of a directory take on the disk."""
+    total = 0
+    for place, _, names in os.walk(directory):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(place, name)).st_blocks * 512
+            except FileNotFoundError:
+                continue
+    return total
+
+
+class Life:
+    """One life of a store: what it has done so far is seen by its tracer, and left when it is killed.
+
+    Each object is ABSENT, STORING, STORED, DELETING or DELETED, in this order, and over again.
+    """
+
+    ABSENT, STORING, STORED, DELETING, DELETED = range(5)
+
+    def __init__(self, number: int = 0):
+        self.first = number * STORED  # of its objects
+        self._shared = mmap(-1, PAGESIZE)
+
+    def so_far(self) -> bytes:
+        """How far it is: the step that it is in, and the state of each object."""
+        return self._shared[: 1 + STORED]
+
+    @property
+    def failed(self) -> set[int]:
+        """The steps in which something failed."""
+        return {step for step in range(len(_STEPS) + 1) if self._shared[1 + STORED + step]}
+
+    def must(self, so_far: bytes) -> set[int]:
+        """The objects that are there: those whose store was told, and that nothing may have made room for since."""
+        must, room = set(), CAPACITY_BYTES // PAGESIZE // 2
+        seen: set[int] = set()
+        for step in reversed(_STEPS[: so_far[0]]):
+            for number in [number for numbers in step for number in numbers if number >= 0]:
+                room -= pages_of(self.first + number) if number not in seen else 0
+                seen.add(number)
+            if room < 0:
+                break
+            must |= {number for numbers in step for number in numbers if number >= 0}
+        return {self.first + number for number in must if so_far[1 + number] == self.STORED}
+
+    def must_not(self, so_far: bytes) -> set[int]:
+        """The objects whose deletion was told."""
+        return {self.first + number for number in range(STORED) if so_far[1 + number] == self.DELETED}
+
+    async def live(self, directory: Path, durability: Durability) -> None:
+        """All steps, from the opening to the close. A call may fail: then nothing is told of its objects."""
+        backend = FileSystemBackend(directory, capacity_bytes=CAPACITY_BYTES, durability=durability)
+        try:
+            await backend.open()
+        except BackendError:
+            self._note_failure()
+            backend = FileSystemBackend(directory, capacity_bytes=CAPACITY_BYTES, durability=durability)
+            await backend.open()
+        for count, step in enumerate(_STEPS, 1):
+            self._shared[0] = count
+            await asyncio.gather(*(self._do(backend, numbers) for numbers in step))
+        await backend.close()
+
+    async def _do(self, backend: FileSystemBackend, numbers: Sequence[int]) -> None:
+        if min(numbers) < 0:
+            numbers = [-number for number in numbers]
+            self._note(numbers, self.DELETING)
+            try:
+                await backend.delete([key(self.first + number) for number in numbers])
+                self._note(numbers, self.DELETED)
+            except BackendError:
+                self._note_failure()
+            return
+        self._note(numbers, self.STORING)
+        try:
+            stored = await store(backend, [self.first + number for number in numbers])
+        except BackendError:
+            stored = [False] * len(numbers)
+        if not all(stored):
+            self._note_failure()
+        self._note([number for number, there in zip(numbers, stored, strict=True) if there], self.STORED)
+
+    def _note_failure(self) -> None:
+        self._shared[1 + STORED + self._shared[0]] = 1
+
+    def _note(self, numbers: Collection[int], state: int) -> None:
+        for number in numbers:
+            self._shared[1 + number] = state
+
+
+async def store(backend: FileSystemBackend, numbers: Sequence[int]) -> list[bool]:
+    bodies = [memoryview(content(number, size_of(number))) for number in numbers]
+    return await backend.store([key(number) for number in numbers], bodies)
+
+
+async def load(backend: FileSystemBackend, numbers: Sequence[int]) -> dict[int, LoadOutcome]:
+    """What becomes of each object; the bytes of what was loaded are right."""
+    buffers = [bytearray(size_of(number)) for number in numbers]
+    outcomes = await backend.load([key(number) for number in numbers], [memoryview(buffer) for buffer in buffers])
+    for number, buffer, outcome in zip(numbers, buffers, outcomes, strict=True):
+        assert outcome is not LoadOutcome.LOADED or buffer == content(number, size_of(number)), f"{number} is wrong"
+    return dict(zip(numbers, outcomes, strict=True))
+
+
+async def found(backend: FileSystemBackend, numbers: Sequence[int]) -> list[int]:
+    """Which of them a lookup finds; they are not pinned then."""
+    keys = [key(number) for number in numbers]
+    present = await backend.lookup(keys)
+    backend.unpin([each for each, there in zip(keys, present, strict=True) if there])
+    return [number for number, there in zip(numbers, present, strict=True) if there]
+
+
+async def check(
+    directory: Path, numbers: Sequence[int], must: Collection[int], must_not: Collection[int], *, lost_writes: bool
+) -> None:
+    """Open what a store left behind: it serves what must be there, nothing wrong, and is as good as new."""
+    backend = FileSystemBackend(directory, capacity_bytes=CAPACITY_BYTES)
+    await backend.open()
+    listed = {each: size async for each, size in backend.keys()}
+    there = await found(backend, numbers)
+    outcomes = await load(backend, there) if there else {}
+    loaded = {number for number, outcome in outcomes.items() if outcome is LoadOutcome.LOADED}
+    assert set(must) <= loaded, f"lost: {sorted(set(must) - loaded)}, of which it says {outcomes}"
+    assert not loaded & set(must_not), f"deleted, and there: {sorted(loaded & set(must_not))}"
+    assert {each for each in listed if each in map(key, numbers)} <= set(map(key, there))
+    assert lost_writes or len(loaded) == len(there), f"a kill tears nothing: {outcomes}"
+    fresh = [10**6, 10**6 + 1, *numbers[:4]]
+    assert all(await store(backend, fresh))
+    assert set((await load(backend, fresh)).values()) == {LoadOutcome.LOADED}
+    backend.check_integrity()
+    await backend.delete([key(number) for number in [*fresh, *numbers]])
+    assert await found(backend, [*fresh, *numbers]) == []
+    assert backend.pins == 0
+    await backend.close()
+    assert disk_bytes(directory) <= SLACK_BYTES, f"left behind: {os.listdir(directory)}"
+    await _is_empty(directory)
+
+
+async def _is_empty(directory: Path) -> None:
+    backend = FileSystemBackend(directory, capacity_bytes=CAPACITY_BYTES)
+    await backend.open()
+    assert [each async for each in backend.keys()] == []
+    await backend.close()

@@ -1,0 +1,148 @@
+"""A program that lives a store's life again and again, and strikes it at the next system call each time.
+
+Run as a program of its own, since it forks: `python -m faults.local_store.strikes kill DIRECTORY fsync 1`. It says how
+often which call was struck.
+"""
+
+import asyncio
+import errno
+import json
+import pickle
+import random
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from faults.disk import process, say
+
+from . import tracing
+from .power import Recorder
+from .story import STORED, Durability, Life, check
+
+NOT_HERE = "not here"
+ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+
+
+class Strike(tracing.Watcher):
+    """Waits for the nth call."""
+
+    def __init__(self, nth: int):
+        self._nth, self._left = nth, nth
+        self.struck = ""
+
+    def enters(self, call: tracing.Call) -> int | None:
+        self._left -= 1
+        if self._left:
+            return None
+        self.struck = call.name
+        return self.strike(call)
+
+    def strike(self, call: tracing.Call) -> int | None:
+        raise NotImplementedError
+
+
+class Kill(Strike):
+    """Kills before the nth call, or with a part of it written."""
+
+    def strike(self, call: tracing.Call) -> int | None:
+        chance = random.Random(self._nth)
+        if call.writes and chance.random() < 0.7:
+            size = len(call.data)
+            call.write_some(chance.choice((1, size // 2, size // 4096 * 4096, max(size - 64, 0), size - 1)))
+        raise tracing.Killed
+
+
+class Fail(Strike):
+    """Has the nth call fail."""
+
+    def strike(self, call: tracing.Call) -> int | None:
+        return ERRORS[self._nth % len(ERRORS)]
+
+
+def live(life: Life, directory: Path, durability: Durability, strike: Strike) -> bool:
+    """Live until the strike; False if life was over before."""
+    status = tracing.run(lambda: asyncio.run(life.live(directory, durability)), directory, strike)
+    assert not status, f"the life ended with an error after {strike.struck} was struck"
+    assert len(life.failed) <= isinstance(strike, Fail), f"after {strike.struck} failed, so did {life.failed}"
+    return bool(strike.struck)
+
+
+def look(directory: Path, numbers: Sequence[int], life: Life) -> None:
+    """Check what was left, where no thread is left behind: this process is to fork again."""
+    so_far = life.so_far()
+    tracing.run_alone(
+        lambda: asyncio.run(check(directory, numbers, life.must(so_far), life.must_not(so_far), lost_writes=False))
+    )
+
+
+def each_anew(folder: Path, durability: Durability, step: int, strike: Callable[[int], Strike]) -> Counter[str]:
+    """A new directory for every call."""
+    struck: Counter[str] = Counter()
+    for nth in count(1, step):
+        life, directory, blow = Life(), folder / str(nth), strike(nth)
+        if not live(life, directory, durability, blow):
+            return struck
+        struck[blow.struck] += 1
+        try:
+            look(directory, range(STORED), life)
+        except ChildProcessError as error:
+            raise AssertionError(f"call {nth}, {blow.struck}, so far {list(life.so_far())}") from error
+        shutil.rmtree(directory)
+    raise AssertionError
+
+
+def one_after_the_other(folder: Path, durability: Durability, step: int) -> Counter[str]:
+    """All kills in one directory, each in a life with objects of its own: what they leave does not add up."""
+    struck: Counter[str] = Counter()
+    for nth in count(1, step):
+        life, blow = Life(nth), Kill(nth)
+        if not live(life, folder, durability, blow):
+            break
+        struck[blow.struck] += 1
+    look(folder, [number for each in range(nth + 1) for number in range(each * STORED, (each + 1) * STORED)], life)
+    return struck
+
+
+def record(folder: Path, durability: Durability, fail: int) -> None:
+    """Write down what a life does to its directory."""
+    life, directory = Life(), folder / "kv"
+    recorder = Recorder(life.so_far, fail)
+    assert tracing.run(lambda: asyncio.run(life.live(directory, durability)), folder, recorder) == 0
+    with (folder / "ops").open("wb") as file:
+        pickle.dump((recorder.ops, life.so_far()), file)
+
+
+def strike(what: str, folder: Path, durability: Durability, number: int) -> Counter[str]:
+    """Run this program: how often which call was struck. The test is skipped where it cannot run."""
+    with process(__spec__.name, what, folder, durability, number) as child:
+        said, _ = child.communicate()
+    if said.strip() == NOT_HERE:
+        pytest.skip("cannot trace a program")
+    assert child.returncode == 0
+    return Counter(json.loads(said))
+
+
+def main(what: str, folder: str, durability: Durability, number: str) -> None:
+    if not tracing.is_supported():
+        say(NOT_HERE)
+        return
+    struck = Counter[str]()
+    match what:
+        case "kill":
+            struck = each_anew(Path(folder), durability, int(number), Kill)
+        case "fail":
+            struck = each_anew(Path(folder), durability, int(number), Fail)
+        case "kill again":
+            struck = one_after_the_other(Path(folder), durability, int(number))
+        case "record":
+            record(Path(folder), durability, int(number))
+    say(json.dumps(struck))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
