@@ -67,11 +67,11 @@ class Crowd:
         self._stack = stack
         self.members: list[Member] = []
 
-    def join(self) -> Member:
-        """One more, which is there when this returns."""
-        self.members.append(Member(self._stack.enter_context(process(__spec__.name, *self._arguments))))
-        assert self.members[-1].hear() == "open"
-        return self.members[-1]
+    def join(self, count: int = 1) -> None:
+        """So many more, who are there when this returns."""
+        new = [Member(self._stack.enter_context(process(__spec__.name, *self._arguments))) for _ in range(count)]
+        assert [member.hear() for member in new] == ["open"] * count
+        self.members += new
 
     def lose(self, member: Member) -> None:
         """It is killed."""
@@ -89,8 +89,7 @@ class Crowd:
 def crowd(directory: Path, capacity_bytes: int, members: int) -> Iterator[Crowd]:
     with ExitStack() as stack:
         together = Crowd(directory, capacity_bytes, stack)
-        for _ in range(members):
-            together.join()
+        together.join(members)
         yield together
         together.leave()
 
