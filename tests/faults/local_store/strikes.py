@@ -18,13 +18,26 @@ from pathlib import Path
 
 import pytest
 
+from async_cache.l2.backend import LoadOutcome
+from async_cache.l2.filesystem import FileSystemBackend
 from faults.disk import process, say
 
 from . import tracing
 from .power import Recorder
-from .story import STORED, Durability, Life, check
+from .story import STORED, Durability, Life, check, disk_bytes, found, load, store
 
 NOT_HERE = "not here"
+LACKS = {
+    "holes": {"fallocate": errno.EOPNOTSUPP},
+    "flock": {"flock": errno.EOPNOTSUPP},
+    "locks": {"flock": errno.ENOLCK, "fcntl": errno.ENOLCK},
+    "locks and holes": {"flock": errno.ENOSYS, "fcntl": errno.ENOSYS, "fallocate": errno.ENOSYS},
+    "times": {"utimensat": errno.EPERM},
+}
+"""What a file system may not have, and what it says then."""
+QUOTA_BYTES = 100 * 4096
+BATCHES = [range(begin, begin + 4) for begin in range(0, 160, 4)]  # some 370 pages
+
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -62,6 +75,34 @@ class Fail(Strike):
 
     def strike(self, call: tracing.Call) -> int | None:
         return ERRORS[self._nth % len(ERRORS)]
+
+
+class Lack(tracing.Watcher):
+    """A file system that never does some calls."""
+
+    def __init__(self, refused: dict[str, int]):
+        self._refused = refused
+        self.struck: Counter[str] = Counter()
+
+    def enters(self, call: tracing.Call) -> int | None:
+        if call.name not in self._refused:
+            return None
+        self.struck[call.name] += 1
+        return self._refused[call.name]
+
+
+class Quota(tracing.Watcher):
+    """A file system that is full when its files take so much, and then has room for nothing."""
+
+    def __init__(self, root: Path, error: int):
+        self._root, self._error = root, error
+        self.struck: Counter[str] = Counter()
+
+    def enters(self, call: tracing.Call) -> int | None:
+        if not call.writes or disk_bytes(self._root) + len(call.data) <= QUOTA_BYTES:
+            return None
+        self.struck[call.name] += 1
+        return self._error
 
 
 def live(life: Life, directory: Path, durability: Durability, strike: Strike) -> bool:
@@ -108,6 +149,37 @@ def one_after_the_other(folder: Path, durability: Durability, step: int) -> Coun
     return struck
 
 
+def lack(folder: Path, durability: Durability, which: str) -> Counter[str]:
+    """A life, and a look at what it left, without what a file system need not have."""
+    life, watcher = Life(), Lack(LACKS[which])
+    assert tracing.run(lambda: asyncio.run(life.live(folder, durability)), folder, watcher) == 0
+    assert not life.failed
+    so_far = life.so_far()
+    looking = check(folder, range(STORED), life.must(so_far), life.must_not(so_far), lost_writes=False)
+    assert tracing.run(lambda: asyncio.run(looking), folder, watcher) == 0
+    return watcher.struck
+
+
+def overfill(folder: Path, durability: Durability, error: str) -> Counter[str]:
+    """A store on a disk that is smaller than its capacity."""
+    watcher = Quota(folder, int(error))
+    assert tracing.run(lambda: asyncio.run(store_too_much(folder, durability)), folder, watcher) == 0
+    return watcher.struck
+
+
+async def store_too_much(directory: Path, durability: Durability) -> None:
+    """What is new takes the place of what is old, and nothing fails."""
+    backend = FileSystemBackend(directory, durability=durability)
+    await backend.open()
+    for batch in BATCHES:
+        assert await store(backend, batch) == [True] * len(batch), f"at {batch[0]}"
+        assert set((await load(backend, batch)).values()) == {LoadOutcome.LOADED}
+    newest = [number for batch in BATCHES[-6:] for number in batch]
+    assert await found(backend, newest) == newest
+    backend.check_integrity()
+    await backend.close()
+
+
 def record(folder: Path, durability: Durability, fail: int) -> None:
     """Write down what a life does to its directory."""
     life, directory = Life(), folder / "kv"
@@ -117,9 +189,9 @@ def record(folder: Path, durability: Durability, fail: int) -> None:
         pickle.dump((recorder.ops, life.so_far()), file)
 
 
-def strike(what: str, folder: Path, durability: Durability, number: int) -> Counter[str]:
+def strike(what: str, folder: Path, durability: Durability, which: object) -> Counter[str]:
     """Run this program: how often which call was struck. The test is skipped where it cannot run."""
-    with process(__spec__.name, what, folder, durability, number) as child:
+    with process(__spec__.name, what, folder, durability, which) as child:
         said, _ = child.communicate()
     if said.strip() == NOT_HERE:
         pytest.skip("cannot trace a program")
@@ -127,20 +199,24 @@ def strike(what: str, folder: Path, durability: Durability, number: int) -> Coun
     return Counter(json.loads(said))
 
 
-def main(what: str, folder: str, durability: Durability, number: str) -> None:
+def main(what: str, folder: str, durability: Durability, which: str) -> None:
     if not tracing.is_supported():
         say(NOT_HERE)
         return
     struck = Counter[str]()
     match what:
         case "kill":
-            struck = each_anew(Path(folder), durability, int(number), Kill)
+            struck = each_anew(Path(folder), durability, int(which), Kill)
         case "fail":
-            struck = each_anew(Path(folder), durability, int(number), Fail)
+            struck = each_anew(Path(folder), durability, int(which), Fail)
         case "kill again":
-            struck = one_after_the_other(Path(folder), durability, int(number))
+            struck = one_after_the_other(Path(folder), durability, int(which))
+        case "lack":
+            struck = lack(Path(folder), durability, which)
+        case "overfill":
+            struck = overfill(Path(folder), durability, which)
         case "record":
-            record(Path(folder), durability, int(number))
+            record(Path(folder), durability, int(which))
     say(json.dumps(struck))
 
 

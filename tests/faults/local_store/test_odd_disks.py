@@ -1,0 +1,171 @@
+"""File systems that lack something, are full, may only be read, or are taken away under a store."""
+
+import errno
+import shutil
+import subprocess
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+
+from async_cache import BackendError, ConfigError
+from async_cache.l2.backend import LoadOutcome
+from async_cache.l2.filesystem import FileSystemBackend
+
+from .story import ONE_FILE_EACH, SLACK_BYTES, disk_bytes, found, load, store
+from .strikes import LACKS, strike
+
+LOADED = LoadOutcome.LOADED
+MANY = range(60)
+GROUPS = [MANY[begin : begin + 6] for begin in range(0, len(MANY), 6)]
+
+
+@asynccontextmanager
+async def opened(directory, **options):
+    backend = FileSystemBackend(directory, **options)
+    await backend.open()
+    try:
+        yield backend
+        backend.check_integrity()
+        assert backend.pins == 0
+    finally:
+        await backend.close()
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A small file system of its own."""
+    mount(tmp_path, "size=8m")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], capture_output=True)
+
+
+def mount(path, options):
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
+
+
+# What a file system need not have.
+
+
+@pytest.mark.parametrize("durability", ["none", "fsync"])
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param(which, marks=pytest.mark.xfail(ONE_FILE_EACH and "lock" in which, reason="it needs flock"))
+        for which in LACKS
+    ],
+)
+def test_a_file_system_without(tmp_path, which, durability):
+    struck = strike("lack", tmp_path / "kv", durability, which)
+    assert ONE_FILE_EACH or which == "times" or struck
+
+
+# Room.
+
+
+@pytest.mark.xfail(ONE_FILE_EACH, reason="it does not make room for what the disk has none for")
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("durability", ["none", "fsync"])
+def test_a_disk_smaller_than_the_capacity_takes_what_is_new(tmp_path, durability, error):
+    directory = tmp_path / "kv"
+    directory.mkdir()
+    assert sum(strike("overfill", directory, durability, error).values())
+
+
+async def test_a_directory_larger_than_its_new_capacity_shrinks_at_the_start(tmp_path):
+    """What was used last stays; before anything is stored."""
+    async with opened(tmp_path, capacity_bytes=None) as backend:
+        for group in GROUPS:
+            assert all(await store(backend, group))
+    before = disk_bytes(tmp_path)
+    capacity_bytes = before // 3
+    async with opened(tmp_path, capacity_bytes=capacity_bytes) as backend:
+        assert [each async for each in backend.keys()]
+        there = await found(backend, MANY)
+        assert set((await load(backend, there)).values()) == {LOADED}
+        assert set(GROUPS[-1]) <= set(there)
+        assert GROUPS[0][-1] not in there
+    assert disk_bytes(tmp_path) <= capacity_bytes + SLACK_BYTES < before
+
+
+# What may only be read.
+
+
+async def test_a_file_system_that_is_made_read_only_is_read(mounted):
+    """As the kernel does after a fault. A store opened there is told so in one line."""
+    directory = mounted / "kv"
+    async with opened(directory) as backend:
+        assert all(await store(backend, MANY))
+        remount(mounted, "ro")
+        for _ in range(2):
+            assert await found(backend, MANY) == list(MANY)
+            assert set((await load(backend, MANY)).values()) == {LOADED}
+            with pytest.raises(BackendError):
+                await store(backend, [1000, 1001])
+        with pytest.raises(ConfigError, match=r"cannot be used: .*(Read-only|Permission)"):
+            await FileSystemBackend(directory).open()
+        remount(mounted, "rw")
+        assert all(await store(backend, [1000, 1001, *MANY]))
+        assert set((await load(backend, [1000, 1001, *MANY])).values()) == {LOADED}
+
+
+def remount(path, how):
+    subprocess.run(["mount", "-o", f"remount,{how}", path], check=True)
+
+
+# What is taken away.
+
+
+def removed(directory):
+    shutil.rmtree(directory)
+
+
+def removed_and_made_anew(directory):
+    shutil.rmtree(directory)
+    directory.mkdir()
+
+
+def moved_away(directory):
+    directory.rename(directory.with_name("elsewhere"))
+
+
+def another_in_its_place(directory):
+    directory.rename(directory.with_name("elsewhere"))
+    directory.mkdir()
+
+
+def unmounted(directory):
+    subprocess.run(["umount", "--lazy", directory.parent], check=True)
+
+
+def emptied(directory):
+    for path in directory.iterdir():
+        path.unlink()
+
+
+@pytest.mark.xfail(ONE_FILE_EACH, reason="it is dead until it is opened anew")
+@pytest.mark.parametrize(
+    "vanish", [removed, removed_and_made_anew, moved_away, another_in_its_place, unmounted, emptied]
+)
+async def test_a_directory_that_vanishes_is_made_anew(mounted, vanish):
+    """What it had is a miss. What is stored from then on is in the place where the path is, and not into nothing."""
+    directory = mounted / "kv"
+    async with opened(directory) as backend:
+        assert all(await store(backend, MANY))
+        vanish(directory)
+        gone = await found(backend, MANY)
+        outcomes = await load(backend, MANY) if gone else {}
+        assert vanish in (moved_away, another_in_its_place, unmounted) or LOADED not in outcomes.values()
+        for _ in range(3):
+            with suppress(BackendError):
+                if all(await store(backend, [100, 101])):
+                    break
+        assert await found(backend, [100, 101]) == [100, 101]
+        async with opened(directory) as other:
+            assert await found(other, [100, 101]) == [100, 101]
+            assert set((await load(other, [100, 101])).values()) == {LOADED}
+        assert set((await load(backend, [100, 101])).values()) == {LOADED}
+        assert all(await store(backend, MANY))
+        assert await found(backend, MANY) == list(MANY)
+        assert set((await load(backend, MANY)).values()) == {LOADED}
