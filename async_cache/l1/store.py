@@ -15,6 +15,7 @@ from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import Removal
 
 _RESERVED, _QUARANTINED, _DONE = ReservationState  # by name each would cost a tenth of a microsecond
+_CAPACITY = Removal.CAPACITY
 _CONSIDERED = 4  # times the room that is needed: so much of what is oldest may turn out to lie side by side
 _MAX_STEPS = 4096  # through memory for one block, where it is fragmented
 
@@ -50,6 +51,11 @@ class L1Store:
     def used_bytes(self) -> int:
         """The bytes of L1 that are not free: resident, reserved or quarantined."""
         return self.arena.size_bytes - self._extents.free_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """The bytes of L1 that are free."""
+        return self._extents.free_bytes
 
     @property
     def available_bytes(self) -> int:
@@ -227,22 +233,31 @@ class L1Store:
 
     def remove(self, entry: Entry, removal: Removal = Removal.DELETED) -> None:
         """Let an entry be found no more from now on; its memory goes with the last lease and pin."""
-        self._detach(entry, removal)
-        if self._observers.removed:
-            notify(self._observers.removed, _observed(entry), removal)
+        self.remove_all((entry,), removal)
 
-    def _detach(self, entry: Entry, removal: Removal) -> None:
+    def remove_all(self, entries: Iterable[Entry], removal: Removal = Removal.DELETED) -> None:
+        """Let entries be found no more, as `remove` does: a row of them costs little more than one."""
+        freed: list[tuple[int, int]] = []
+        for entry in entries:
+            self._detach(entry, removal, freed)
+            if self._observers.removed:
+                notify(self._observers.removed, _observed(entry), removal)
+        self._extents.free_all(freed)
+
+    def _detach(self, entry: Entry, removal: Removal, freed: list[tuple[int, int]]) -> None:
+        """Take an entry out of the index; adds to `freed` what memory nobody uses any more."""
         del self.index[entry.chunk_hash]
         entry.detached = True
+        blocks = entry.blocks()
         if self._entry_at is not None:
-            for offset, _ in entry.blocks():
+            for offset, _ in blocks:
                 del self._entry_at[offset]
         self._policy.left(entry, removal)
         if entry.leases or entry.pins:
             self._detached.add(entry)
         else:
             self.evictable_bytes -= entry.room_bytes
-            self._free(entry)
+            freed += blocks
 
     def _free(self, entry: Entry) -> None:
         self._detached.discard(entry)
@@ -259,20 +274,38 @@ class L1Store:
     def _allocate(self, size: int, count: int) -> list[int]:
         offsets = self._extents.allocate(size, count)
         while len(offsets) < count:
-            offset = self._evict_for(size)
-            if offset is None:
-                break
-            offsets.append(offset)
+            if not self._evict_alike(size, count - len(offsets)):
+                offset = self._evict_for(size)
+                if offset is None:
+                    break
+                offsets.append(offset)
             offsets += self._extents.allocate(size, count - len(offsets))
         return offsets
+
+    def _evict_alike(self, size: int, count: int) -> bool:
+        """Evict for so many blocks at once, as long as the oldest have blocks of that size; whether any did."""
+        freed: list[tuple[int, int]] = []
+        try:
+            for entry in self._victims():
+                blocks = entry.blocks()
+                if len(freed) >= count or any(n != size for _, n in blocks):
+                    break
+                self._evict(entry, freed)
+        finally:
+            self._extents.free_all(freed)
+        return bool(freed)
 
     def _evict_for(self, size: int) -> int | None:
         """Evict until a block fits, and take it. None if that cannot be: then nothing is evicted."""
         if size > self.available_bytes:
             return None
         victims = self._oldest_together(size) or self._oldest_and_behind(size)
-        for entry in victims:
-            self._evict(entry)
+        freed: list[tuple[int, int]] = []
+        try:
+            for entry in victims:
+                self._evict(entry, freed)
+        finally:
+            self._extents.free_all(freed)
         return self._extents.allocate(size, 1)[0] if victims else None
 
     def _victims(self) -> Iterator[Entry]:
@@ -328,18 +361,20 @@ class L1Store:
     def _blocks_in_index(self) -> dict[int, Entry]:
         return {offset: entry for entry in self.index.values() for offset, _ in entry.blocks()}
 
-    def _evict(self, entry: Entry) -> None:
-        self._detach(entry, Removal.CAPACITY)
+    def _evict(self, entry: Entry, freed: list[tuple[int, int]]) -> None:
+        self._detach(entry, _CAPACITY, freed)
         if entry.unwritten:
             self._on_evict_unwritten(entry)
         if self._observers.evicted:
-            notify(self._observers.evicted, _observed(entry), Removal.CAPACITY)
+            notify(self._observers.evicted, _observed(entry), _CAPACITY)
 
     def close(self) -> None:
         """Remove all entries. Those that somebody still reads keep their memory."""
         self.closed = True
+        freed: list[tuple[int, int]] = []
         for entry in list(self.index.values()):  # the links between them would keep them alive
-            self._detach(entry, Removal.LOST)
+            self._detach(entry, Removal.LOST, freed)
+        self._extents.free_all(freed)
 
     def check_integrity(self) -> None:
         """Assert that every total agrees with the records, and that no two blocks overlap."""

@@ -6,7 +6,7 @@ from its last one to its first, and what lies in front of them, which only the c
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import compress, islice
 
 from msgspec import Struct
 
@@ -65,6 +65,25 @@ class Index:
             self.pins.update(chunk_hashes)
         return True
 
+    def pin_whole(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
+        """For each chunk, whether it is there with all of these objects, and then pinned and touched.
+
+        None, and nothing is pinned, if some of them are there without others.
+        """
+        chunks = list(map(self._chunks.get, chunk_hashes))
+        for shape in {chunk.shape for chunk in chunks if chunk is not None}:
+            held = [which in shape.sizes for which in objects]
+            if not all(held):
+                if any(held):
+                    return None
+                chunks = [chunk if chunk is None or chunk.shape is not shape else None for chunk in chunks]
+        found = [chunk is not None for chunk in chunks]
+        self._use(reversed(chunks))
+        there = list(compress(chunk_hashes, found))
+        for _ in objects if there else ():
+            self.pins.update(there)
+        return found
+
     def pin_present(self, keys: Sequence[ObjectKey]) -> list[bool]:
         """For each key, whether its object is there; if so its chunk is pinned and touched."""
         present = self.present(keys)
@@ -89,10 +108,12 @@ class Index:
 
     def touch(self, chunk_hashes: Iterable[bytes]) -> None:
         """Mark chunks that are there as used just now, the last one most recently."""
+        self._use(map(self._chunks.get, chunk_hashes))
+
+    def _use(self, chunks: Iterable[Chunk | None]) -> None:
         use = self._policy.use
-        for chunk in map(self._chunks.get, chunk_hashes):
-            if chunk is not None:
-                use(chunk)
+        for chunk in filter(None, chunks):
+            use(chunk)
 
     def _shape_of(self, chunk_hash: bytes) -> Shape:
         chunk = self._chunks.get(chunk_hash)

@@ -70,18 +70,7 @@ class MemoryBackend(Backend):
         self._turn = asyncio.Lock()  # a lock belongs to the loop that it was first waited for in
 
     def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
-        if self._index.pin_chunks(chunk_hashes, objects):
-            return [True] * len(chunk_hashes)
-        present = [
-            self._index.present([ObjectKey(chunk_hash, *which) for which in objects]) for chunk_hash in chunk_hashes
-        ]
-        if any(any(of_chunk) and not all(of_chunk) for of_chunk in present):
-            return None
-        found = list(map(any, present))
-        self._index.pin_chunks(
-            [chunk_hash for chunk_hash, there in zip(chunk_hashes, found, strict=True) if there], objects
-        )
-        return found
+        return self._index.pin_whole(chunk_hashes, objects)
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         return self._index.pin_present(keys)

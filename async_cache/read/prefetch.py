@@ -6,8 +6,9 @@ reserved for it, before anybody else gets a turn.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 
 from async_cache.aio.sweeper import Sweeper
 from async_cache.config import CacheConfig
@@ -21,13 +22,20 @@ from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
 from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Arrival, Loader
-from async_cache.read.lookup import Asked, Found, ask, ask_nowait
-from async_cache.read.plan import Planner
+from async_cache.read.lookup import Found, Sources, ask
+from async_cache.read.plan import Plan, Planner
 from async_cache.read.request import LOADED, LOADING, LOOKING_UP, Request
 from async_cache.read.requests import Requests
+from async_cache.read.search import Search
 from async_cache.values import LoadResult, LookupHits, Shortfall
 
 log = logging.getLogger(__name__)
+
+_LOOKED_UP_AT_ONCE = 8192  # chunks in L1, or objects in L2, in a step of the loop: a millisecond or two
+_CAUGHT_UP_AT_ONCE = 4096  # chunks
+_Wait = Callable[[], Awaitable[object]]
+"""What to wait for between two steps."""
+_turn = partial(asyncio.sleep, 0)
 
 
 class PrefetchController:
@@ -73,13 +81,10 @@ class PrefetchController:
         request = Request(request_id, prompt, start_chunk, ranks, self._loop.time())
         request.prefetch = prefetch = Prefetch(request, partial(self.cancel, request))
         requests.add(request)
-        asked = self._advance(request) if prompt.hashed else None
-        if request.state is LOOKING_UP:
-            request.task = self._loop.create_task(self._look_up(request, asked))
-            self._tasks.add(request.task)
-            request.task.add_done_callback(self._tasks.discard)
-        if deadline_seconds is not None and request.pending:
-            request.deadline = self._loop.call_later(deadline_seconds, self._deadline_passed, request)
+        if not (prompt.hashed and self._is_all_in_l1(request)):
+            self._look_up(request)
+            if deadline_seconds is not None and request.pending:
+                request.deadline = self._loop.call_later(deadline_seconds, self._deadline_passed, request)
         return prefetch
 
     def cancel(self, request: Request) -> None:
@@ -94,34 +99,57 @@ class PrefetchController:
 
     # From the lookup to the promise.
 
-    async def _look_up(self, request: Request, asked: Asked | None) -> None:
-        """Wait for what the deciding step lacks: the hashes of a long prompt, and the answers of L2."""
+    def _is_all_in_l1(self, request: Request) -> bool:
+        """Decide a request of which L1 has everything, in the shortest way; whether that is so."""
+        hashes, find = request.hashes, self._l1.find
+        if not hashes or find(hashes[-1]) is None or len(hashes) > _LOOKED_UP_AT_ONCE:
+            return False
         try:
-            if asked is None:
-                await asyncio.to_thread(request.prompt.hash)
-                asked = self._advance(request)
-            if asked is not None:
-                self._advance(request, await ask(self._guards.current, asked, self._tombstones))
+            layout = request.prompt.layout
+            full = layout.objects.full_mask
+            entries = [entry for entry in map(find, hashes) if entry is not None and entry.present == full]
+            if len(entries) < len(hashes):
+                return False
+            self._l1.lease(entries)
+            request.entries = [*entries]
+            self._say_all(request)
+        except Exception:
+            self._fail(request)
+        return True
+
+    def _say_all(self, request: Request) -> None:
+        """Promise and have loaded what L1 has."""
+        request.needed = coverage.needed(request.prompt.layout, len(request.entries))
+        self._say_hits(request, len(request.entries))
+        self._finish(request)
+
+    def _look_up(self, request: Request) -> None:
+        steps = self._steps(request)
+        wait = self._step(request, steps)
+        if wait is not None:
+            request.task = self._loop.create_task(self._go_on(request, steps, wait))
+            self._tasks.add(request.task)
+            request.task.add_done_callback(self._tasks.discard)
+
+    async def _go_on(self, request: Request, steps: Iterator[_Wait], wait: _Wait | None) -> None:
+        """Take a request from step to step until it is decided, and wait in between for what it says."""
+        try:
+            while wait is not None:
+                await wait()
+                wait = self._step(request, steps)
         except Exception:
             self._fail(request)
 
-    def _advance(self, request: Request, found: Found | None = None) -> Asked | None:
-        """Take a request as far as it goes in one step. Returns what L2 must be asked first, or None if it is decided.
+    def _step(self, request: Request, steps: Iterator[_Wait]) -> _Wait | None:
+        """Take a request one step further; what to wait for before the next, or None if it is decided.
 
-        `found` is the answer of L2. Whatever raises on the way: the request ends with nothing, and nothing stays held.
+        Whatever raises on the way: the request ends with nothing, and nothing stays held.
         """
         try:
-            if found is None:
-                asked = self._find(request)
-                if asked is None:
-                    return None
-                found = ask_nowait(self._guards.current, asked, self._tombstones)
-                if found is None:
-                    return asked
-            with found:
-                if request.task is not None:
-                    self._catch_up(request, found)
-                self._promise(request, found)
+            wait = next(steps, None)
+            if wait is not None and request.search is not None:
+                request.search.wait()
+            return wait
         except Exception:
             self._fail(request)
         return None
@@ -130,25 +158,50 @@ class PrefetchController:
         log.exception("request %r failed", request.request_id)
         self._give_up(request, Shortfall.BACKEND_ERROR)
 
-    def _find(self, request: Request) -> Asked | None:
-        """Lease what L1 has, and join what is on its way there. Returns what to ask of L2, or None if L1 has it all."""
+    def _steps(self, request: Request) -> Iterator[_Wait]:
+        """Decide what is promised: in one step, unless something has to be waited for, or it is very much.
+
+        All that is held between two steps is the request's, which may end at each of them.
+        """
+        if not request.prompt.hashed:
+            yield partial(asyncio.to_thread, request.prompt.hash)
         layout, hashes = request.prompt.layout, request.hashes
-        full = layout.objects.full_mask
-        entries = list(map(self._l1.find, hashes))
-        self._l1.lease(filter(None, entries))
-        request.entries = entries
-        incomplete = [n for n, entry in enumerate(entries) if entry is None or entry.present != full]
-        if incomplete:
-            return Asked(layout, hashes, self._missing(request, hashes, incomplete))
-        request.needed = coverage.needed(layout, len(entries))
-        self._say_hits(request, len(entries))
-        self._finish(request)
-        return None
+        request.search = search = Search(layout, hashes, self._guards.current, self._tombstones)
+        for _ in self._find(request, search):
+            yield _turn
+        if search.found is None:
+            yield partial(self._ask, search)
+        elif not (search.asked.masks or request.loads):
+            self._close_search(request)
+            self._say_all(request)
+            return
+        assert search.found is not None
+        yield from self._promise(request, search, search.found)
+
+    async def _ask(self, search: Search) -> None:
+        search.found = await ask(self._guards.current, search.asked, self._tombstones)
+
+    def _find(self, request: Request, search: Search) -> Iterator[None]:
+        """Lease what L1 has, join what is on its way there, and ask what L2 has at hand; each step is bounded."""
+        hashes, find, entries = request.hashes, self._l1.find, request.entries
+        full, left = request.prompt.layout.objects.full_mask, _LOOKED_UP_AT_ONCE
+        for begin, end in search.parts():
+            if left <= 0:
+                yield
+                left = _LOOKED_UP_AT_ONCE
+            some = list(map(find, hashes[begin:end]))
+            self._l1.lease(filter(None, some))
+            entries += some
+            left -= end - begin
+            incomplete = [n for n, entry in enumerate(some, begin) if entry is None or entry.present != full]
+            if incomplete:
+                search.ask(self._missing(request, hashes, incomplete))
+                left -= len(incomplete) * full.bit_count()
 
     def _missing(self, request: Request, hashes: Sequence[bytes], incomplete: Sequence[int]) -> dict[int, int]:
         """The objects that are neither in L1 nor on their way there, by chunk; takes shares of what is on its way."""
         full, entries, table = request.prompt.layout.objects.full_mask, request.entries, self._loader.in_flight()
-        if not (any(entries) or table):
+        if not (table or any(map(entries.__getitem__, incomplete))):
             return dict.fromkeys(incomplete, full)
         missing = {}
         for number in incomplete:
@@ -162,15 +215,16 @@ class PrefetchController:
                 missing[number] = lacks
         return missing
 
-    def _catch_up(self, request: Request, found: Found) -> None:
-        """Lease and join what has come while L2 was asked.
+    def _catch_up(self, request: Request, search: Search, found: Found, numbers: Collection[int]) -> None:
+        """Lease and join what has come of these chunks while others had their turn, and forget what was deleted.
 
         A hash that somebody made up may have come with another layout: what was found of it must not get a room beside
         that, and counts as not there.
         """
         hashes, find, table, layout = request.hashes, self._l1.find, self._loader.in_flight(), request.prompt.layout
+        search.leave_out_removed(numbers)
         others = set()
-        for number in found.numbers:
+        for number in numbers:
             chunk_hash = hashes[number]
             entry, load = find(chunk_hash), table.get(chunk_hash)
             if entry is not None and request.entries[number] is None:
@@ -178,45 +232,91 @@ class PrefetchController:
                     self._l1.lease((entry,))
                     request.entries[number] = entry
                 else:
-                    others.add(chunk_hash)
+                    others.add(number)
             if load is not None:
                 if load.layout.same_bytes(layout):
                     _join(request, number, load)
                 else:
-                    others.add(chunk_hash)
+                    others.add(number)
         if others:
-            found.leave_out(others)
+            found.leave_out([hashes[number] for number in others], others)
 
-    def _promise(self, request: Request, found: Found) -> None:
-        """Promise a prefix: make sure of it, have the rest loaded, and then say so."""
-        hashes, sizes = request.hashes, request.prompt.layout.objects.sizes
-        found.touch_prefix(request.prompt.chunk_hashes, request.start_chunk)
+    def _promise(self, request: Request, search: Search, found: Found) -> Iterator[_Wait]:
+        """Promise a prefix: make sure of it, have the rest loaded, and then say so.
+
+        Of very much, what has its room is handed to the loader while that of the rest is made.
+        """
+        for _ in found.touch_prefix(request.prompt.chunk_hashes, request.start_chunk):
+            yield _turn
+        if request.task is not None:
+            asked = iter(list(search.asked.masks))
+            while some := list(islice(asked, _CAUGHT_UP_AT_ONCE)):
+                self._catch_up(request, search, found, some)
+                if len(some) == _CAUGHT_UP_AT_ONCE:
+                    yield _turn
         plan = self._planner.plan(request, found)
-        joined = {n: mask for n in sorted(request.loads) if (mask := _waits_for(request, n, plan.needed))}
-        self._loader.release(request, [hashes[n] for n in request.loads.difference(joined)])
-        load_bytes = 0
-        for number, waits_for in joined.items():
-            shared = waits_for & ~plan.to_load.get(number, 0)
+        joined, loaded = set(request.loads), dict[int, int]()
+        while True:
+            to_load = self._planner.reserve(request, plan)
+            sources = found.sources(to_load)
+            if not plan.to_load:
+                break
+            loaded |= to_load
+            self._load(request, found, sources, to_load)
+            yield _turn
+            self._catch_up(request, search, found, self._planner.next(request, plan))
+            self._planner.look_again(request, found, plan)
+        self._decide(request, found, plan, to_load, sources, loaded)
+        if loaded:
+            _note_what_fell_short(request, joined.union(loaded))
+        self._close_search(request)
+        if not request.loads:
+            self._finish(request)
+
+    def _load(self, request: Request, found: Found, sources: Sources, to_load: Mapping[int, int]) -> None:
+        """Hand what has its room to the loader."""
+        if to_load:
+            self._loader.add(request, request.hashes, found, sources)
+            request.loads.update(to_load)
+            self._loader.begin_soon()
+
+    def _decide(
+        self,
+        request: Request,
+        found: Found,
+        plan: Plan,
+        to_load: Mapping[int, int],
+        sources: Sources,
+        loaded: Mapping[int, int],
+    ) -> None:
+        """Say what is promised: all that is needed is in L1, on its way (`loaded`), or to be loaded from `sources`."""
+        hashes, sizes = request.hashes, request.prompt.layout.objects.sizes
+        waits = {n: mask for n in sorted(request.loads) if (mask := _waits_for(request, n, plan.needed))}
+        self._loader.release(request, [hashes[n] for n in request.loads.difference(waits)])
+        source_bytes = [(guard, sum([sizes[mask] for mask in masks.values()])) for guard, masks in sources if masks]
+        load_bytes = sum(size for _, size in source_bytes)
+        load_bytes += sum(sizes[mask] for number, mask in loaded.items() if number < plan.length)
+        for number, waits_for in waits.items():
+            shared = waits_for & ~to_load.get(number, 0) & ~loaded.get(number, 0)
             self._loader.shared_loads += shared.bit_count()
             load_bytes += sizes[shared]
-        sources = found.sources(plan.to_load)
-        source_bytes = [(guard, sum([sizes[mask] for mask in masks.values()])) for guard, masks in sources if masks]
-        load_bytes += sum(size for _, size in source_bytes)
-        expected = self._loader.expected_seconds([hashes[n] for n in joined], source_bytes)
-        request.loads = set(plan.to_load).union(joined)
-        request.from_l2 = sorted(request.loads)
+        expected = self._loader.expected_seconds([hashes[n] for n in waits], source_bytes)
+        request.release(self._l1, plan.needed)
         request.needed = plan.needed
+        request.loads = set(waits)
+        request.from_l2 = sorted(request.loads.union(to_load, [n for n in loaded if n < plan.length]))
         shortfall = None
         if plan.length < plan.found:
             shortfall = Shortfall.MEMORY
         elif plan.found < len(hashes):
             shortfall = request.reasons.get(plan.found, Shortfall.BACKEND_ERROR if found.failed else None)
-        if plan.to_load:
-            self._loader.add(request, hashes, found, sources)
+        self._load(request, found, sources, to_load)
         self._say_hits(request, plan.found, shortfall, load_bytes, expected)
-        self._loader.begin_soon()
-        if not request.loads:
-            self._finish(request)
+
+    def _close_search(self, request: Request) -> None:
+        search, request.search = request.search, None
+        if search is not None:
+            search.close()
 
     # From the promise to the result.
 
@@ -333,6 +433,7 @@ class PrefetchController:
         if request.task is not None and request.task is not asyncio.current_task():
             request.task.cancel()
         self._release_loads(request)
+        self._close_search(request)
         rooms, request.rooms = request.rooms, ()
         self._l1.discard([reservation for _, reservation in rooms])
         request.needed = request.from_l2 = ()
@@ -359,6 +460,13 @@ class PrefetchController:
 def _join(request: Request, number: int, load: ChunkLoad) -> None:
     request.loads.add(number)
     load.shares[request] = number
+
+
+def _note_what_fell_short(request: Request, loaded: Iterable[int]) -> None:
+    """Of what has arrived before the promise was made, note what is not there as it was to be."""
+    for number in set(loaded) - request.loads:
+        if _waits_for(request, number, request.needed):
+            request.reasons.setdefault(number, Shortfall.GONE)
 
 
 def _waits_for(request: Request, number: int, needed: Sequence[int]) -> int:

@@ -9,6 +9,7 @@ from async_cache.handles.prefetch import Prefetch
 from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
 from async_cache.prompt.layout import Prompt
+from async_cache.read.search import Search
 from async_cache.values import LoadResult, LookupHits, Shortfall
 
 
@@ -33,6 +34,7 @@ class Request:
 
     __slots__ = (
         "__weakref__",
+        "_hashes",
         "began",
         "claimed",
         "deadline",
@@ -51,6 +53,7 @@ class Request:
         "request_id",
         "result",
         "rooms",
+        "search",
         "start_chunk",
         "state",
         "task",
@@ -65,6 +68,7 @@ class Request:
         self.start_chunk = start_chunk
         self.ranks = ranks
         self.local_mask = prompt.layout.objects.mask_of_ranks(ranks)  # the objects to load here
+        self._hashes: list[bytes] = []
         # Where it is.
         self.began = began
         self.state = LOOKING_UP
@@ -78,6 +82,7 @@ class Request:
         self.reasons: dict[int, Shortfall] = {}  # by chunk, why its load fell short
         # What it holds.
         self.entries: list[Entry | None] = []  # leased, by chunk
+        self.search: Search | None = None  # what was found in L2, pinned there, until the loader has it
         self.loads: set[int] = set()  # chunks of which it has a share in a load
         self.rooms: Sequence[tuple[int, Reservation]] = ()  # reserved, by chunk, until the loader has them
         # Who uses it.
@@ -93,8 +98,10 @@ class Request:
     @property
     def hashes(self) -> list[bytes]:
         """The hashes of this request's chunks, from `start_chunk` on."""
-        hashes = self.prompt.chunk_hashes
-        return hashes[self.start_chunk :] if self.start_chunk else hashes
+        if not self._hashes:
+            hashes = self.prompt.chunk_hashes
+            self._hashes = hashes[self.start_chunk :] if self.start_chunk else hashes
+        return self._hashes
 
     @property
     def pending(self) -> bool:
