@@ -60,7 +60,7 @@ class BrokenDisk:
 
     @contextmanager
     def broken(self, verb: str, fault: str) -> Iterator[None]:
-        """For a while, calls of this verb of `Passthrough`, or of "any", raise "eio", or are "slow" or "stuck".
+        """For a while, calls of this verb of `Passthrough`, or of "any", raise "eio" or "erofs", are "slow" or "stuck".
 
         They may raise "sometimes eio", one in twenty. With the verb "bad", what has the fault in its name cannot be
         read. A read may also be "short", be told of an "early end", or get a wrong "bit"; a `getattr` may tell that
@@ -100,8 +100,9 @@ def breakable(method: Callable[..., Any]) -> Callable[..., Any]:
         match self.faults.get(method.__name__, self.faults.get("any")):
             case "sometimes eio" if self.chance.random() < SOMETIMES:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            case "eio":
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            case "eio" | "erofs" as name:
+                number = getattr(errno, name.upper())
+                raise OSError(number, os.strerror(number))
             case "slow":
                 time.sleep(SLOW_SECONDS)
             case "stuck":

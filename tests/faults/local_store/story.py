@@ -21,7 +21,7 @@ CAPACITY_BYTES = 64 * PAGESIZE
 SLACK_BYTES = 32 * PAGESIZE  # of a directory, beside the bodies of its objects in whole pages
 STORED = 16  # objects of one life
 
-ONE_FILE_EACH = find_spec("async_cache.l2.filesystem.directory") is not None
+ONE_FILE_EACH = find_spec("async_cache.l2.filesystem.bodies") is None
 """Whether it is the store of before, which keeps a file an object: some of its faults are known."""
 
 Durability = Literal["none", "fsync"]
@@ -78,6 +78,11 @@ class Life:
     def failed(self) -> set[int]:
         """The steps in which something failed."""
         return {step for step in range(len(_STEPS) + 1) if self._shared[1 + STORED + step]}
+
+    @property
+    def newest(self) -> set[int]:
+        """The objects of the last step."""
+        return {self.first + number for numbers in _STEPS[-1] for number in numbers}
 
     def must(self, so_far: bytes) -> set[int]:
         """The objects that are there: those whose store was told, and that nothing may have made room for since."""

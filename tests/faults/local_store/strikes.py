@@ -38,7 +38,8 @@ LACKS = {
 QUOTA_BYTES = 100 * 4096
 BATCHES = [range(begin, begin + 4) for begin in range(0, 160, 4)]  # some 370 pages
 
-ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+ERRORS = (errno.EIO, *FULL)
 
 
 class Strike(tracing.Watcher):
@@ -47,6 +48,7 @@ class Strike(tracing.Watcher):
     def __init__(self, nth: int):
         self._nth, self._left = nth, nth
         self.struck = ""
+        self.error = 0
 
     def enters(self, call: tracing.Call) -> int | None:
         self._left -= 1
@@ -71,10 +73,11 @@ class Kill(Strike):
 
 
 class Fail(Strike):
-    """Has the nth call fail."""
+    """Has the nth call fail: the disk has a fault, or is full."""
 
     def strike(self, call: tracing.Call) -> int | None:
-        return ERRORS[self._nth % len(ERRORS)]
+        self.error = ERRORS[self._nth % len(ERRORS)]
+        return self.error
 
 
 class Lack(tracing.Watcher):
@@ -113,12 +116,13 @@ def live(life: Life, directory: Path, durability: Durability, strike: Strike) ->
     return bool(strike.struck)
 
 
-def look(directory: Path, numbers: Sequence[int], life: Life) -> None:
+def look(directory: Path, numbers: Sequence[int], life: Life, blow: Strike) -> None:
     """Check what was left, where no thread is left behind: this process is to fork again."""
     so_far = life.so_far()
-    tracing.run_alone(
-        lambda: asyncio.run(check(directory, numbers, life.must(so_far), life.must_not(so_far), lost_writes=False))
-    )
+    must = life.must(so_far)
+    if blow.error in FULL:  # what is older may have made room
+        must &= life.newest
+    tracing.run_alone(lambda: asyncio.run(check(directory, numbers, must, life.must_not(so_far), lost_writes=False)))
 
 
 def each_anew(folder: Path, durability: Durability, step: int, strike: Callable[[int], Strike]) -> Counter[str]:
@@ -130,7 +134,7 @@ def each_anew(folder: Path, durability: Durability, step: int, strike: Callable[
             return struck
         struck[blow.struck] += 1
         try:
-            look(directory, range(STORED), life)
+            look(directory, range(STORED), life, blow)
         except ChildProcessError as error:
             raise AssertionError(f"call {nth}, {blow.struck}, so far {list(life.so_far())}") from error
         shutil.rmtree(directory)
@@ -145,7 +149,9 @@ def one_after_the_other(folder: Path, durability: Durability, step: int) -> Coun
         if not live(life, folder, durability, blow):
             break
         struck[blow.struck] += 1
-    look(folder, [number for each in range(nth + 1) for number in range(each * STORED, (each + 1) * STORED)], life)
+    look(
+        folder, [number for each in range(nth + 1) for number in range(each * STORED, (each + 1) * STORED)], life, blow
+    )
     return struck
 
 

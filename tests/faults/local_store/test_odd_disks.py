@@ -3,7 +3,7 @@
 import errno
 import shutil
 import subprocess
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 
 import pytest
 
@@ -44,6 +44,15 @@ def mount(path, options):
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A directory behind FUSE."""
+    broken_disk = pytest.importorskip("faults.broken_disk", exc_type=OSError)
+    with broken_disk.BrokenDisk(tmp_path, "flushing").mounted() as disk:
+        disk.start_anew()
+        yield disk
 
 
 # What a file system need not have.
@@ -93,26 +102,29 @@ async def test_a_directory_larger_than_its_new_capacity_shrinks_at_the_start(tmp
 # What may only be read.
 
 
-async def test_a_file_system_that_is_made_read_only_is_read(mounted):
-    """As the kernel does after a fault. A store opened there is told so in one line."""
-    directory = mounted / "kv"
-    async with opened(directory) as backend:
+async def test_a_file_system_that_is_made_read_only_is_read(disk):
+    """As the kernel does after a fault: what is there is served."""
+    async with opened(disk.path) as backend:
         assert all(await store(backend, MANY))
-        remount(mounted, "ro")
-        for _ in range(2):
-            assert await found(backend, MANY) == list(MANY)
-            assert set((await load(backend, MANY)).values()) == {LOADED}
-            with pytest.raises(BackendError):
-                await store(backend, [1000, 1001])
-        with pytest.raises(ConfigError, match=r"cannot be used: .*(Read-only|Permission)"):
-            await FileSystemBackend(directory).open()
-        remount(mounted, "rw")
+        with ExitStack() as stack:
+            for verb in ("create", "write", "truncate", "fallocate", "rename", "unlink", "mkdir"):
+                stack.enter_context(disk.broken(verb, "erofs"))
+            for _ in range(2):
+                assert await found(backend, MANY) == list(MANY)
+                assert set((await load(backend, MANY)).values()) == {LOADED}
+                with pytest.raises(BackendError):
+                    await store(backend, [1000, 1001])
         assert all(await store(backend, [1000, 1001, *MANY]))
         assert set((await load(backend, [1000, 1001, *MANY])).values()) == {LOADED}
 
 
-def remount(path, how):
-    subprocess.run(["mount", "-o", f"remount,{how}", path], check=True)
+async def test_a_read_only_file_system_is_told_at_the_start(mounted):
+    directory = mounted / "kv"
+    async with opened(directory) as backend:
+        assert all(await store(backend, MANY))
+    subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)  # noqa: ASYNC221
+    with pytest.raises(ConfigError, match=r"cannot be used: .*(Read-only|Permission)"):
+        await FileSystemBackend(directory).open()
 
 
 # What is taken away.
@@ -150,14 +162,12 @@ def emptied(directory):
     "vanish", [removed, removed_and_made_anew, moved_away, another_in_its_place, unmounted, emptied]
 )
 async def test_a_directory_that_vanishes_is_made_anew(mounted, vanish):
-    """What it had is a miss. What is stored from then on is in the place where the path is, and not into nothing."""
+    """What is stored from then on is in the place where the path is, and not into nothing."""
     directory = mounted / "kv"
     async with opened(directory) as backend:
         assert all(await store(backend, MANY))
         vanish(directory)
-        gone = await found(backend, MANY)
-        outcomes = await load(backend, MANY) if gone else {}
-        assert vanish in (moved_away, another_in_its_place, unmounted) or LOADED not in outcomes.values()
+        await load(backend, MANY)  # is right, or a miss
         for _ in range(3):
             with suppress(BackendError):
                 if all(await store(backend, [100, 101])):
@@ -173,15 +183,6 @@ async def test_a_directory_that_vanishes_is_made_anew(mounted, vanish):
 
 
 # What does not say the truth, or says it late.
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A directory behind FUSE."""
-    broken_disk = pytest.importorskip("faults.broken_disk", exc_type=OSError)
-    with broken_disk.BrokenDisk(tmp_path, "flushing").mounted() as disk:
-        disk.start_anew()
-        yield disk
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,8 @@ async def test_a_disk_with_a_quirk_stores_and_loads(disk, verb, fault):
                 for group in GROUPS:
                     assert all(await store(backend, group))
                 assert set((await load(backend, MANY)).values()) == {LOADED}
-                assert await backend.delete([key(number) for number in MANY[10:20]]) == 10
+                with suppress(BackendError) if verb == "fallocate" else nullcontext():
+                    assert await backend.delete([key(number) for number in MANY[10:20]]) == 10
                 assert not await found(backend, MANY[10:20])
         assert len(list(disk.source.iterdir())) <= len(MANY) + 10
     async with opened(disk.path) as backend:
