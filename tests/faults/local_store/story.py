@@ -5,7 +5,7 @@ The bytes of an object follow from its number, so that a wrong byte shows wherev
 
 import asyncio
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.util import find_spec
 from mmap import PAGESIZE, mmap
 from pathlib import Path
@@ -26,15 +26,15 @@ ONE_FILE_EACH = find_spec("async_cache.l2.filesystem.bodies") is None
 
 Durability = Literal["none", "fsync"]
 
-# Stored one after the other unless they stand side by side, deleted where there is a minus.
-_STEPS: tuple[tuple[Sequence[int], ...], ...] = (
-    ([0, 1, 2, 3],),
-    ([4, 5], [6]),
-    ([-1, -4],),
-    ([7, 8, 9],),
-    ([1],),
-    ([-8], [10, 11]),
-    ([12, 13, 14, 15],),
+# What is done one after the other, or at once; and to which objects.
+_STEPS: tuple[tuple[tuple[str, list[int]], ...], ...] = (
+    (("store", [0, 1, 2, 3]),),
+    (("store", [4, 5]), ("store", [6])),
+    (("delete", [1, 4]),),
+    (("store", [7, 8, 9]), ("load", [2, 3])),
+    (("store", [1]),),
+    (("delete", [8]), ("store", [10, 11])),
+    (("store", [12, 13, 14, 15]),),
 )
 
 
@@ -44,6 +44,10 @@ def size_of(number: int) -> int:
 
 def pages_of(number: int) -> int:
     return -(-size_of(number) // PAGESIZE)
+
+
+def _stored_in(step: Iterable[tuple[str, list[int]]]) -> set[int]:
+    return {number for verb, numbers in step for number in numbers if verb == "store"}
 
 
 def disk_bytes(directory: Path) -> int:
@@ -82,19 +86,19 @@ class Life:
     @property
     def newest(self) -> set[int]:
         """The objects of the last step."""
-        return {self.first + number for numbers in _STEPS[-1] for number in numbers}
+        return {self.first + number for number in _stored_in(_STEPS[-1])}
 
     def must(self, so_far: bytes) -> set[int]:
         """The objects that are there: those whose store was told, and that nothing may have made room for since."""
-        must, room = set(), CAPACITY_BYTES // PAGESIZE // 2
-        seen: set[int] = set()
+        must: set[int] = set()
+        room, seen = CAPACITY_BYTES // PAGESIZE // 2, set[int]()
         for step in reversed(_STEPS[: so_far[0]]):
-            for number in [number for numbers in step for number in numbers if number >= 0]:
-                room -= pages_of(self.first + number) if number not in seen else 0
-                seen.add(number)
+            numbers = _stored_in(step)
+            room -= sum(pages_of(self.first + number) for number in numbers - seen)
+            seen |= numbers
             if room < 0:
                 break
-            must |= {number for numbers in step for number in numbers if number >= 0}
+            must |= numbers
         return {self.first + number for number in must if so_far[1 + number] == self.STORED}
 
     def must_not(self, so_far: bytes) -> set[int]:
@@ -112,27 +116,27 @@ class Life:
             await backend.open()
         for count, step in enumerate(_STEPS, 1):
             self._shared[0] = count
-            await asyncio.gather(*(self._do(backend, numbers) for numbers in step))
+            await asyncio.gather(*(self._do(backend, verb, numbers) for verb, numbers in step))
         await backend.close()
 
-    async def _do(self, backend: FileSystemBackend, numbers: Sequence[int]) -> None:
-        if min(numbers) < 0:
-            numbers = [-number for number in numbers]
-            self._note(numbers, self.DELETING)
-            try:
-                await backend.delete([key(self.first + number) for number in numbers])
-                self._note(numbers, self.DELETED)
-            except BackendError:
-                self._note_failure()
-            return
-        self._note(numbers, self.STORING)
+    async def _do(self, backend: FileSystemBackend, verb: str, numbers: Sequence[int]) -> None:
+        objects = [self.first + number for number in numbers]
         try:
-            stored = await store(backend, [self.first + number for number in numbers])
+            match verb:
+                case "load":
+                    await load(backend, await found(backend, objects))
+                case "delete":
+                    self._note(numbers, self.DELETING)
+                    await backend.delete(list(map(key, objects)))
+                    self._note(numbers, self.DELETED)
+                case "store":
+                    self._note(numbers, self.STORING)
+                    stored = await store(backend, objects)
+                    self._note([number for number, there in zip(numbers, stored, strict=True) if there], self.STORED)
+                    if not all(stored):
+                        self._note_failure()
         except BackendError:
-            stored = [False] * len(numbers)
-        if not all(stored):
             self._note_failure()
-        self._note([number for number, there in zip(numbers, stored, strict=True) if there], self.STORED)
 
     def _note_failure(self) -> None:
         self._shared[1 + STORED + self._shared[0]] = 1
