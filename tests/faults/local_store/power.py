@@ -1,8 +1,9 @@
 """What a disk may have after a power failure: any legal part of what was not synced yet.
 
 A file's blocks, its size, and the names of a directory each have a last version that was synced, and newer ones. Any of
-them may be the one that is on the disk, independently of all others: the kernel writes back in any order. A sync that
-failed says nothing: what it was for may be there or not, and a later sync does not change that.
+them may be the one that is on the disk, independently of all others: the kernel writes back in any order. A sync of a
+file that failed says nothing: what it was for may be there or not, and a later sync does not change that, since the
+kernel takes it for written. Names are no such matter: they are synced with the next one.
 """
 
 import errno
@@ -145,7 +146,7 @@ class Disk:
                 for place, versions in self.places.items():
                     if _belongs(place, op.where):
                         versions.synced(op.began, self.doubtful.get(op.where, -1))
-            case "sync failed":
+            case "sync failed" if not isinstance(op.where, str):
                 self.doubtful[op.where] = number
 
     def _add(self, number: int, place: Place, version: Any) -> None:

@@ -43,7 +43,7 @@ async def survive(folder, crashes, durable):
         try:
             await check(directory, range(STORED), must if durable else (), (), lost_writes=True)
         except BaseException as error:
-            error.add_note(f"after operation {number}")
+            error.add_note(f"after operation {number} of {folder}")
             raise
         survived += 1
     return survived
