@@ -70,8 +70,9 @@ class Life:
 
     ABSENT, STORING, STORED, DELETING, DELETED = range(5)
 
-    def __init__(self, number: int = 0):
+    def __init__(self, number: int = 0, capacity_bytes: int = CAPACITY_BYTES):
         self.first = number * STORED  # of its objects
+        self._capacity_bytes = capacity_bytes
         self._shared = mmap(-1, PAGESIZE)
 
     def so_far(self) -> bytes:
@@ -91,7 +92,7 @@ class Life:
     def must(self, so_far: bytes) -> set[int]:
         """The objects that are there: those whose store was told, and that nothing may have made room for since."""
         must: set[int] = set()
-        room, seen = CAPACITY_BYTES // PAGESIZE // 2, set[int]()
+        room, seen = self._capacity_bytes // PAGESIZE // 2, set[int]()
         for step in reversed(_STEPS[: so_far[0]]):
             numbers = _stored_in(step)
             room -= sum(pages_of(self.first + number) for number in numbers - seen)
@@ -107,12 +108,11 @@ class Life:
 
     async def live(self, directory: Path, durability: Durability) -> None:
         """All steps, from the opening to the close. A call may fail: then nothing is told of its objects."""
-        backend = FileSystemBackend(directory, capacity_bytes=CAPACITY_BYTES, durability=durability)
+        backend = FileSystemBackend(directory, capacity_bytes=self._capacity_bytes, durability=durability)
         try:
             await backend.open()
         except BackendError:
             self._note_failure()
-            backend = FileSystemBackend(directory, capacity_bytes=CAPACITY_BYTES, durability=durability)
             await backend.open()
         for count, step in enumerate(_STEPS, 1):
             self._shared[0] = count

@@ -24,7 +24,7 @@ from faults.disk import process, say
 
 from . import tracing
 from .power import Recorder
-from .story import STORED, Durability, Life, check, disk_bytes, found, load, store
+from .story import CAPACITY_BYTES, STORED, Durability, Life, check, disk_bytes, found, load, store
 
 NOT_HERE = "not here"
 LACKS = {
@@ -80,6 +80,18 @@ class Fail(Strike):
         return self.error
 
 
+class Visit(Strike):
+    """Has another process live a life in the same directory, from its opening to its close, before the nth call."""
+
+    def __init__(self, nth: int, guest: Life, directory: Path, durability: Durability):
+        super().__init__(nth)
+        self._living = lambda: asyncio.run(guest.live(directory, durability))
+
+    def strike(self, call: tracing.Call) -> int | None:
+        tracing.run_alone(self._living)
+        return None
+
+
 class Lack(tracing.Watcher):
     """A file system that never does some calls."""
 
@@ -116,13 +128,9 @@ def live(life: Life, directory: Path, durability: Durability, strike: Strike) ->
     return bool(strike.struck)
 
 
-def look(directory: Path, numbers: Sequence[int], life: Life, blow: Strike) -> None:
+def look(directory: Path, numbers: Sequence[int], must: set[int], must_not: set[int]) -> None:
     """Check what was left, where no thread is left behind: this process is to fork again."""
-    so_far = life.so_far()
-    must = life.must(so_far)
-    if blow.error in FULL:  # what is older may have made room
-        must &= life.newest
-    tracing.run_alone(lambda: asyncio.run(check(directory, numbers, must, life.must_not(so_far), lost_writes=False)))
+    tracing.run_alone(lambda: asyncio.run(check(directory, numbers, must, must_not, lost_writes=False)))
 
 
 def each_anew(folder: Path, durability: Durability, step: int, strike: Callable[[int], Strike]) -> Counter[str]:
@@ -133,10 +141,35 @@ def each_anew(folder: Path, durability: Durability, step: int, strike: Callable[
         if not live(life, directory, durability, blow):
             return struck
         struck[blow.struck] += 1
+        so_far = life.so_far()
+        must = life.must(so_far)
+        if blow.error in FULL:  # what is older may have made room
+            must &= life.newest
         try:
-            look(directory, range(STORED), life, blow)
+            look(directory, range(STORED), must, life.must_not(so_far))
         except ChildProcessError as error:
-            raise AssertionError(f"call {nth}, {blow.struck}, so far {list(life.so_far())}") from error
+            raise AssertionError(f"call {nth}, {blow.struck}, so far {list(so_far)}") from error
+        shutil.rmtree(directory)
+    raise AssertionError
+
+
+def visits(folder: Path, durability: Durability, step: int) -> Counter[str]:
+    """A new directory for every call, and another process in it while the call waits."""
+    struck: Counter[str] = Counter()
+    for nth in count(1, step):
+        host, guest = (Life(number, 4 * CAPACITY_BYTES) for number in range(2))
+        directory = folder / str(nth)
+        blow = Visit(nth, guest, directory, durability)
+        if not live(host, directory, durability, blow):
+            return struck
+        struck[blow.struck] += 1
+        assert not guest.failed
+        must = host.must(host.so_far()) | guest.must(guest.so_far())
+        must_not = host.must_not(host.so_far()) | guest.must_not(guest.so_far())
+        try:
+            look(directory, range(2 * STORED), must, must_not)
+        except ChildProcessError as error:
+            raise AssertionError(f"visit at call {nth}, {blow.struck}") from error
         shutil.rmtree(directory)
     raise AssertionError
 
@@ -215,6 +248,8 @@ def main(what: str, folder: str, durability: Durability, which: str) -> None:
             struck = each_anew(Path(folder), durability, int(which), Kill)
         case "fail":
             struck = each_anew(Path(folder), durability, int(which), Fail)
+        case "visit":
+            struck = visits(Path(folder), durability, int(which))
         case "kill again":
             struck = one_after_the_other(Path(folder), durability, int(which))
         case "lack":

@@ -1,4 +1,5 @@
-"""A store is struck at every system call that changes its directory: killed, also in the middle of a write, or refused.
+"""A store is struck at every system call that changes its directory: killed, also in the middle of a write, or refused,
+or another process does all that one can do in the same directory while the call waits.
 
 What it had told as stored is there afterwards, what it had told as deleted is not, nothing is torn, and what is left
 over does not add up. A call that fails costs what it was for, and nothing else.
@@ -11,7 +12,7 @@ from .strikes import strike
 
 
 @pytest.mark.parametrize("durability", ["none", "fsync"])
-@pytest.mark.parametrize("what", ["kill", "kill again", "fail"])
+@pytest.mark.parametrize("what", ["kill", "kill again", "fail", "visit"])
 def test_a_store_is_struck(tmp_path, what, durability, record_property):
     struck = strike(what, tmp_path, durability, rounds(3, 1))
     assert sum(count for name, count in struck.items() if "write" in name) >= 2
