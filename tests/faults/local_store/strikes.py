@@ -182,9 +182,8 @@ def one_after_the_other(folder: Path, durability: Durability, step: int) -> Coun
         if not live(life, folder, durability, blow):
             break
         struck[blow.struck] += 1
-    look(
-        folder, [number for each in range(nth + 1) for number in range(each * STORED, (each + 1) * STORED)], life, blow
-    )
+    so_far = life.so_far()
+    look(folder, range((nth + 1) * STORED), life.must(so_far), life.must_not(so_far))
     return struck
 
 
