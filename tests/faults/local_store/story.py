@@ -169,10 +169,16 @@ async def found(backend: FileSystemBackend, numbers: Sequence[int]) -> list[int]
 
 
 async def check(
-    directory: Path, numbers: Sequence[int], must: Collection[int], must_not: Collection[int], *, lost_writes: bool
+    directory: Path,
+    numbers: Sequence[int],
+    must: Collection[int],
+    must_not: Collection[int],
+    *,
+    lost_writes: bool = False,
+    capacity_bytes: int = CAPACITY_BYTES,
 ) -> None:
     """Open what a store left behind: it serves what must be there, nothing wrong, and is as good as new."""
-    backend = FileSystemBackend(directory, capacity_bytes=CAPACITY_BYTES)
+    backend = FileSystemBackend(directory, capacity_bytes=capacity_bytes)
     await backend.open()
     listed = {each: size async for each, size in backend.keys()}
     there = await found(backend, numbers)

@@ -35,6 +35,7 @@ LACKS = {
     "times": {"utimensat": errno.EPERM},
 }
 """What a file system may not have, and what it says then."""
+FOR_TWO_BYTES = 4 * CAPACITY_BYTES
 QUOTA_BYTES = 100 * 4096
 BATCHES = [range(begin, begin + 4) for begin in range(0, 160, 4)]  # some 370 pages
 
@@ -128,9 +129,11 @@ def live(life: Life, directory: Path, durability: Durability, strike: Strike) ->
     return bool(strike.struck)
 
 
-def look(directory: Path, numbers: Sequence[int], must: set[int], must_not: set[int]) -> None:
+def look(
+    directory: Path, numbers: Sequence[int], must: set[int], must_not: set[int], capacity_bytes: int = CAPACITY_BYTES
+) -> None:
     """Check what was left, where no thread is left behind: this process is to fork again."""
-    tracing.run_alone(lambda: asyncio.run(check(directory, numbers, must, must_not, lost_writes=False)))
+    tracing.run_alone(lambda: asyncio.run(check(directory, numbers, must, must_not, capacity_bytes=capacity_bytes)))
 
 
 def each_anew(folder: Path, durability: Durability, step: int, strike: Callable[[int], Strike]) -> Counter[str]:
@@ -157,7 +160,7 @@ def visits(folder: Path, durability: Durability, step: int) -> Counter[str]:
     """A new directory for every call, and another process in it while the call waits."""
     struck: Counter[str] = Counter()
     for nth in count(1, step):
-        host, guest = (Life(number, 4 * CAPACITY_BYTES) for number in range(2))
+        host, guest = (Life(number, FOR_TWO_BYTES) for number in range(2))
         directory = folder / str(nth)
         blow = Visit(nth, guest, directory, durability)
         if not live(host, directory, durability, blow):
@@ -167,7 +170,7 @@ def visits(folder: Path, durability: Durability, step: int) -> Counter[str]:
         must = host.must(host.so_far()) | guest.must(guest.so_far())
         must_not = host.must_not(host.so_far()) | guest.must_not(guest.so_far())
         try:
-            look(directory, range(2 * STORED), must, must_not)
+            look(directory, range(2 * STORED), must, must_not, FOR_TWO_BYTES)
         except ChildProcessError as error:
             raise AssertionError(f"visit at call {nth}, {blow.struck}") from error
         shutil.rmtree(directory)
@@ -193,7 +196,7 @@ def lack(folder: Path, durability: Durability, which: str) -> Counter[str]:
     assert tracing.run(lambda: asyncio.run(life.live(folder, durability)), folder, watcher) == 0
     assert not life.failed
     so_far = life.so_far()
-    looking = check(folder, range(STORED), life.must(so_far), life.must_not(so_far), lost_writes=False)
+    looking = check(folder, range(STORED), life.must(so_far), life.must_not(so_far))
     assert tracing.run(lambda: asyncio.run(looking), folder, watcher) == 0
     return watcher.struck
 
