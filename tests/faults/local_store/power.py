@@ -99,6 +99,21 @@ class Recorder(tracing.Watcher):
         return "write", self._files[call.inode], (aside[0], aside[1][:result])
 
 
+@dataclass(frozen=True)
+class Body:
+    """What is in a file: its blocks by number, and zeros in between."""
+
+    size_bytes: int
+    blocks: dict[int, bytes]
+
+    def __hash__(self) -> int:
+        return hash((self.size_bytes, frozenset(self.blocks.items())))
+
+
+Image = dict[str, Body | None]
+"""What a disk has: files by path; None is a directory."""
+
+
 @dataclass
 class Versions:
     """What a place may have on the disk: the first was synced, the others were not. Each with the number of its op."""
@@ -156,6 +171,8 @@ class Disk:
         return self.places[place].of[-1][1] if place in self.places else None
 
     def _write(self, number: int, file: int, offset: int, data: bytes) -> None:
+        if not data:
+            return
         end = offset + len(data)
         for block in range(offset // BLOCK, -(-end // BLOCK)):
             begin = block * BLOCK
@@ -178,8 +195,8 @@ class Disk:
         """The places of which it is open what the disk has, and of how many versions."""
         return {place: len(versions.of) for place, versions in self.places.items() if len(versions.of) > 1}
 
-    def image(self, chosen: dict[Place, int], tear: random.Random | None = None) -> dict[str, bytes | None]:
-        """The files by path (None: a directory) with these versions. `tear`: blocks may be torn between sectors."""
+    def image(self, chosen: dict[Place, int], tear: random.Random | None = None) -> Image:
+        """The files by path with these versions. `tear`: blocks may be torn between sectors."""
         have = {place: versions.of[chosen.get(place, 0)][1] for place, versions in self.places.items()}
         if tear:
             for place, at in chosen.items():
@@ -187,21 +204,20 @@ class Disk:
                     old, new = (self.places[place].of[each][1] or bytes(BLOCK) for each in (at - 1, at))
                     cut = tear.randrange(BLOCK // SECTOR) * SECTOR
                     have[place] = new[:cut] + old[cut:] if tear.random() < 0.5 else old[:cut] + new[cut:]
-        files: dict[str, bytes | None] = {}
-        for (kind, *path), file in have.items():
-            if kind == "name" and file is not None and self._can_be_reached(path[0], have):
-                files[path[0]] = None if file == "directory" else self._body(file, have)
-        return files
+        bodies: dict[int, dict[int, bytes]] = {}
+        for (kind, *which), block in have.items():
+            if kind == "block" and block is not None:
+                bodies.setdefault(which[0], {})[which[1]] = block
+        return {
+            path[0]: None if file == "directory" else Body(have.get(("size", file)) or 0, bodies.get(file, {}))
+            for (kind, *path), file in have.items()
+            if kind == "name" and file is not None and self._can_be_reached(path[0], have)
+        }
 
     def _can_be_reached(self, path: str, have: dict[Place, Any]) -> bool:
         """Whether the directories that lead to a path are there."""
         above = ("name", path.rpartition("/")[0])
         return above not in have or (have[above] is not None and self._can_be_reached(above[1], have))
-
-    def _body(self, file: int, have: dict[Place, Any]) -> bytes:
-        size = have.get(("size", file)) or 0
-        blocks = (have.get(("block", file, number)) or bytes(BLOCK) for number in range(-(-size // BLOCK)))
-        return b"".join(blocks)[:size]
 
 
 def _belongs(place: Place, to: Any) -> bool:
@@ -211,7 +227,7 @@ def _belongs(place: Place, to: Any) -> bool:
     return place[1] == to
 
 
-def images(disk: Disk, rng: random.Random, at_random: int) -> Iterator[dict[str, bytes | None]]:
+def images(disk: Disk, rng: random.Random, at_random: int) -> Iterator[Image]:
     """What the disk may have: everything, nothing, all but one place, only one place, prefixes, and any mixture."""
     choices = disk.choices
     newest = {place: count - 1 for place, count in choices.items()}
@@ -228,22 +244,17 @@ def images(disk: Disk, rng: random.Random, at_random: int) -> Iterator[dict[str,
         yield disk.image({place: disk.places[place].at(until) for place in choices})
 
 
-def put(image: dict[str, bytes | None], root: Path, directory: Path) -> None:
+def put(image: Image, root: Path, directory: Path) -> None:
     """Make the files of an image, whose paths are below `root`, below `directory`."""
-    for path in sorted(image):
+    for path, body in sorted(image.items()):
         place = directory / Path(path).relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
-        if image[path] is None:
+        if body is None:
             place.mkdir(exist_ok=True)
         else:
-            _write_sparsely(place, image[path])
-
-
-def _write_sparsely(path: Path, body: bytes) -> None:
-    """As a disk has it: what was never written takes no room."""
-    with path.open("wb") as file:
-        for begin in range(0, len(body), BLOCK):
-            if block := body[begin : begin + BLOCK].strip(b"\0"):
-                file.seek(begin + body[begin : begin + BLOCK].index(block[:1]))
-                file.write(block)
-        file.truncate(len(body))
+            with place.open("wb") as file:
+                for number, block in body.blocks.items():
+                    if any(block):
+                        file.seek(number * BLOCK)
+                        file.write(block)
+                file.truncate(body.size_bytes)
