@@ -35,7 +35,7 @@ LACKS = {
     "times": {"utimensat": errno.EPERM},
 }
 """What a file system may not have, and what it says then."""
-FOR_TWO_BYTES = 4 * CAPACITY_BYTES
+FOR_MANY_BYTES = 4 * CAPACITY_BYTES
 QUOTA_BYTES = 100 * 4096
 BATCHES = [range(begin, begin + 4) for begin in range(0, 160, 4)]  # some 370 pages
 
@@ -160,7 +160,7 @@ def visits(folder: Path, durability: Durability, step: int) -> Counter[str]:
     """A new directory for every call, and another process in it while the call waits."""
     struck: Counter[str] = Counter()
     for nth in count(1, step):
-        host, guest = (Life(number, FOR_TWO_BYTES) for number in range(2))
+        host, guest = (Life(number, FOR_MANY_BYTES) for number in range(2))
         directory = folder / str(nth)
         blow = Visit(nth, guest, directory, durability)
         if not live(host, directory, durability, blow):
@@ -170,7 +170,7 @@ def visits(folder: Path, durability: Durability, step: int) -> Counter[str]:
         must = host.must(host.so_far()) | guest.must(guest.so_far())
         must_not = host.must_not(host.so_far()) | guest.must_not(guest.so_far())
         try:
-            look(directory, range(2 * STORED), must, must_not, FOR_TWO_BYTES)
+            look(directory, range(2 * STORED), must, must_not, FOR_MANY_BYTES)
         except ChildProcessError as error:
             raise AssertionError(f"visit at call {nth}, {blow.struck}") from error
         shutil.rmtree(directory)
@@ -181,12 +181,12 @@ def one_after_the_other(folder: Path, durability: Durability, step: int) -> Coun
     """All kills in one directory, each in a life with objects of its own: what they leave does not add up."""
     struck: Counter[str] = Counter()
     for nth in count(1, step):
-        life, blow = Life(nth), Kill(nth)
+        life, blow = Life(nth, FOR_MANY_BYTES), Kill(nth)
         if not live(life, folder, durability, blow):
             break
         struck[blow.struck] += 1
     so_far = life.so_far()
-    look(folder, range((nth + 1) * STORED), life.must(so_far), life.must_not(so_far))
+    look(folder, range((nth + 1) * STORED), life.must(so_far), life.must_not(so_far), FOR_MANY_BYTES)
     return struck
 
 
