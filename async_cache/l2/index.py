@@ -5,7 +5,7 @@ from its last one to its first, and what lies in front of them, which only the c
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress, islice
 
 from msgspec import Struct
@@ -43,15 +43,21 @@ class Index:
 
     Chunks share their shapes, and the records are of no interest to the garbage collector: with a million of them, each
     of its visits would take a tenth of a second. A pin outlives its chunk, so
-    that a late unpin cannot take a pin of one that was stored anew.
+    that a late unpin cannot take a pin of one that was stored anew. `on_removed` hears of each chunk that has left, or
+    lost one of its objects: it is to call the backend's own `on_removed`. What is cleared at the end is not told.
     """
 
-    def __init__(self, policy: EvictionPolicy[Chunk] | None = None) -> None:
+    def __init__(
+        self,
+        policy: EvictionPolicy[Chunk] | None = None,
+        on_removed: Callable[[bytes, Removal], None] = lambda chunk_hash, removal: None,
+    ) -> None:
         self.objects = 0
         self.used_bytes = 0
         self.pins: Counter[bytes] = Counter()  # chunks without a pin are not in it
         self._chunks: dict[bytes, Chunk] = {}
         self._policy: EvictionPolicy[Chunk] = policy if policy is not None else LeastRecentlyUsed()
+        self._on_removed = on_removed
         self._nothing = Shape({}, 0, {})
         self._shared_objects = 0
 
@@ -159,11 +165,13 @@ class Index:
             return
         if len(chunk.shape.sizes) == 1:
             self._remove(key.chunk_hash, removal)
+            self._on_removed(key.chunk_hash, removal)
             return
         left = {which: size for which, size in chunk.shape.sizes.items() if which != dropped}
         self._reshape(chunk, self._nothing)
         for which, size in left.items():
             self._add(ObjectKey(key.chunk_hash, *which), size)
+        self._on_removed(key.chunk_hash, removal)
 
     def evict(self, size_bytes: int) -> list[ObjectKey] | None:
         """Remove chunks without a pin to free so many bytes; None, and nothing leaves, if they do not suffice."""
@@ -180,6 +188,7 @@ class Index:
         removal = Removal.CAPACITY  # by name it would cost a tenth of a microsecond for each
         for chunk_hash in victims:
             self._remove(chunk_hash, removal)
+            self._on_removed(chunk_hash, removal)
         return evicted
 
     def clear(self, count: int) -> bool:

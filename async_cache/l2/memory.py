@@ -50,7 +50,7 @@ class MemoryBackend(Backend):
             raise ValueError(f"capacity_bytes must be at least 1, or None for no bound, not {capacity_bytes}")
         self.name = name
         self.capacity_bytes = capacity_bytes
-        self._index = Index(policy)
+        self._index = Index(policy, lambda *removed: self.on_removed(*removed))
         self._objects: dict[ObjectKey, _Object] = {}
         self._turn = asyncio.Lock()
 
@@ -59,6 +59,8 @@ class MemoryBackend(Backend):
         """The backend of a URL `memory://[name]?capacity=1GiB`. Raises ConfigError."""
         if url.path:
             raise ConfigError("memory has no path")
+        if "@" in url.netloc:
+            raise ConfigError("memory has no user and no password, only a name")
         return cls(url.netloc or "memory", capacity_bytes=url.parameters(capacity=capacity).get("capacity"))
 
     @property

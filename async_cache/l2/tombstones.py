@@ -50,8 +50,10 @@ class Tombstones:
         if chunk_hashes is None:
             self._all -= 1
         else:
-            self._hashes.subtract(chunk_hashes)
-            self._hashes = +self._hashes
+            for chunk_hash in chunk_hashes:
+                left = self._hashes.pop(chunk_hash) - 1
+                if left:
+                    self._hashes[chunk_hash] = left
 
     def __bool__(self) -> bool:
         return self._all > 0 or bool(self._hashes)

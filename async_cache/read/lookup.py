@@ -13,7 +13,7 @@ from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout
 
-_TOUCHED_AT_ONCE = 4096  # chunks, in a few milliseconds; then the loop has its turn
+_TOUCHED_AT_ONCE = 2048  # chunks, in a few milliseconds; then the loop has its turn
 _UNPINNED_AT_ONCE = 4096  # objects, or those of one chunk
 
 Sources = Sequence[tuple[Guard, Mapping[int, int]]]

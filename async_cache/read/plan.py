@@ -14,7 +14,7 @@ from async_cache.read.loads import Loader
 from async_cache.read.lookup import Found
 from async_cache.read.request import Request
 
-_BLOCKS_AT_ONCE = 4096  # reserved in a step of the loop, in a few milliseconds: so many that are free, ...
+_BLOCKS_AT_ONCE = 2048  # reserved in a step of the loop, in a few milliseconds: so many that are free, ...
 _EVICTED_AT_ONCE = 1024  # ... and so many where others are evicted for them
 
 
@@ -71,20 +71,19 @@ class Planner:
         request.release(self._l1, [1] * plan.length)  # not yet what only a shorter prefix needs
         return plan
 
-    def reserve(self, request: Request, plan: Plan) -> dict[int, int]:
-        """Reserve room for the next of what is to be loaded, and return that, by chunk; the request has the rooms then.
+    def reserve(self, request: Request, plan: Plan, numbers: Iterable[int]) -> dict[int, int]:
+        """Reserve room for what is to be loaded of these chunks, and return that; the request has the rooms then.
 
-        Where memory is fragmented, or others have taken it meanwhile, the plan becomes shorter.
+        Where memory is fragmented, or others have taken it, the plan becomes shorter, and nothing is reserved.
         """
         layout, hashes = request.prompt.layout, request.hashes
-        while True:
-            part = self.next(request, plan)
-            blocks = self._blocks(request, part)
-            made = self._l1.reserve(layout, [(hashes[n], rank) for n, rank in blocks], request.prompt.salt)
-            if len(made) == len(blocks):
-                break
+        part = {number: plan.to_load[number] for number in numbers if number in plan.to_load}
+        blocks = self._blocks(request, part)
+        made = self._l1.reserve(layout, [(hashes[n], rank) for n, rank in blocks], request.prompt.salt)
+        if len(made) < len(blocks):
             self._l1.discard(made)
             self.cut(request, plan, blocks[len(made)][0])
+            return {}
         request.rooms = rooms = list(zip([n for n, _ in blocks], made, strict=True))
         if len(part) == len(plan.to_load):
             plan.to_load = {}
@@ -95,18 +94,17 @@ class Planner:
             self._reserve_within(request, part, rooms)
         return part
 
-    def next(self, request: Request, plan: Plan) -> dict[int, int]:
-        """What `reserve` makes room for next: as many blocks as the loop has time for, those of a chunk together."""
+    def next(self, request: Request, plan: Plan) -> list[int]:
+        """The chunks that come next: of as many blocks as the loop has time for, those of a chunk together."""
         objects, to_load = request.prompt.layout.objects, plan.to_load
         room_bytes = max(1, sum(objects.room_bytes))
         chunks = _BLOCKS_AT_ONCE // len(objects.room_bytes)
         if len(to_load) > chunks or self._l1.free_bytes < room_bytes * len(to_load):
             chunks = min(chunks, max(_EVICTED_AT_ONCE // len(objects.room_bytes), self._l1.free_bytes // room_bytes))
-        return dict(islice(to_load.items(), max(1, chunks)))
+        return list(islice(to_load, max(1, chunks)))
 
-    def look_again(self, request: Request, found: Found, plan: Plan) -> None:
-        """See what others have done since the last step to what comes next."""
-        numbers = self.next(request, plan)
+    def look_again(self, request: Request, found: Found, plan: Plan, numbers: Sequence[int]) -> None:
+        """See what others have done since the last step to these chunks."""
         loads = self._loads(request, request.loads.intersection(numbers))
         for number in numbers:
             lacks = plan.needed[number] & request.local_mask & ~_here(request.entries[number], loads.get(number))
@@ -114,10 +112,20 @@ class Planner:
                 self.cut(request, plan, number)
                 plan.found = plan.length
                 return
+            if self._is_occupied(request.entries[number], lacks):
+                self.cut(request, plan, number)
+                return
             if lacks:
                 plan.to_load[number] = lacks
             else:
                 del plan.to_load[number]
+
+    def _is_occupied(self, entry: Entry | None, mask: int) -> bool:
+        """Whether an abandoned call may still write to where these objects of a chunk are to be loaded."""
+        occupied = self._loader.occupied
+        if entry is None or not occupied:
+            return False
+        return any((entry, rank) in occupied for rank in entry.layout.objects.ranks[mask])
 
     def cut(self, request: Request, plan: Plan, number: int) -> None:
         """Promise nothing from this chunk on."""
@@ -157,16 +165,15 @@ class Planner:
 
         No room is there where something is to be loaded into a block to which an abandoned call may still write.
         """
-        objects, occupied = request.prompt.layout.objects, self._loader.occupied
+        occupied = self._loader.occupied
         if not plan.to_load:
             return True
-        wanted = ((request.entries[n], r) for n, mask in plan.to_load.items() for r in objects.ranks[mask])
-        if occupied and not occupied.isdisjoint(wanted):
+        if occupied and any(self._is_occupied(request.entries[n], mask) for n, mask in plan.to_load.items()):
             return False
         size = sum(self._room_bytes(request, plan.to_load))
         if size > self._share_bytes - self._loader.reserved_bytes():
             return False
-        return size <= self._l1.available_bytes + sum(map(_spare_bytes, request.entries[plan.length :]))
+        return size <= self._l1.make_available(size) + sum(map(_spare_bytes, request.entries[plan.length :]))
 
     def _room_bytes(self, request: Request, to_load: Mapping[int, int]) -> Iterable[int]:
         """By chunk, the room that it lacks."""
@@ -196,10 +203,9 @@ class Planner:
 
     def _longest_that_fits(self, request: Request, plan: Plan) -> int:
         entries, to_load, occupied = request.entries, plan.to_load, self._loader.occupied
-        ranks = request.prompt.layout.objects.ranks
         numbers, rooms = list(to_load), [0, *accumulate(self._room_bytes(request, to_load))]
         spare = [0, *accumulate(map(_spare_bytes, reversed(entries)))]  # by how many of the last chunks are not needed
-        available, share = self._l1.available_bytes, self._share_bytes - self._loader.reserved_bytes()
+        available, share = self._l1.make_available(rooms[-1]), self._share_bytes - self._loader.reserved_bytes()
 
         def is_too_long(length: int) -> bool:
             room = rooms[bisect_left(numbers, length)]
@@ -207,7 +213,7 @@ class Planner:
 
         length = bisect_left(range(1, plan.length + 1), True, key=is_too_long)
         if occupied:
-            in_vain = (n for n in numbers for rank in ranks[to_load[n]] if (entries[n], rank) in occupied)
+            in_vain = (n for n in numbers if self._is_occupied(entries[n], to_load[n]))
             length = min(length, next(in_vain, length))
         return length
 

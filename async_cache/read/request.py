@@ -57,6 +57,7 @@ class Request:
         "start_chunk",
         "state",
         "task",
+        "traceparent",
     )  # fmt: skip
 
     prefetch: Prefetch  # what its caller has of it
@@ -71,6 +72,7 @@ class Request:
         self._hashes: list[bytes] = []
         # Where it is.
         self.began = began
+        self.traceparent: str | None = None  # the span that it belongs to, in the form of W3C
         self.state = LOOKING_UP
         self.task: asyncio.Task[None] | None = None  # while it waits for L2
         self.deadline: asyncio.TimerHandle | None = None
@@ -103,6 +105,11 @@ class Request:
             self._hashes = hashes[self.start_chunk :] if self.start_chunk else hashes
         return self._hashes
 
+    def before(self, number: int) -> bytes | None:
+        """The hash of the chunk before one of this request's, if there is one."""
+        at = self.start_chunk + number
+        return self.prompt.chunk_hashes[at - 1] if at else None
+
     @property
     def pending(self) -> bool:
         """Whether its load is not done yet."""
@@ -110,13 +117,17 @@ class Request:
 
     def release(self, l1: L1Store, needed: Sequence[int] = ()) -> None:
         """Release the leases of chunks of which nothing is needed: the tail first, so that it is evicted first."""
-        entries = self.entries
-        if not any(entries):
-            return
-        unneeded = [n for n, entry in enumerate(entries) if entry and not (n < len(needed) and needed[n])]
-        l1.release(filter(None, [entries[n] for n in reversed(unneeded)]))
-        for number in unneeded:
-            entries[number] = None
+        entries, begin = self.entries, len(needed)
+        if any(entries):
+            unneeded = [entry for entry in reversed(entries[begin:]) if entry is not None]
+            entries[begin:] = [None] * (len(entries) - begin)
+            if 0 in needed:
+                outside = [n for n, need in enumerate(needed) if not need and entries[n] is not None]
+                unneeded += filter(None, [entries[n] for n in reversed(outside)])
+                for number in outside:
+                    entries[number] = None
+            if unneeded:
+                l1.release_soon(unneeded)
 
     def __repr__(self) -> str:
         return f"<Request {self.request_id!r}, {self.state.value}, {self.length} chunks>"

@@ -73,7 +73,7 @@ class FileSystemBackend(Backend):
         self.name = f"fs://{self.path if self.path.isprintable() else quote(os.fsencode(self.path))}"
         self.capacity_bytes = capacity_bytes
         self._fsync, self._direct, self._threads = durability == "fsync", direct, threads
-        self._index = Index(policy)
+        self._index = Index(policy, lambda *removed: self.on_removed(*removed))
         self._faults = Faults()
         self._writing_bytes = 0
         self._unlinking: list[list[ObjectKey]] = []  # no longer in the index, perhaps still on the disk
@@ -96,6 +96,7 @@ class FileSystemBackend(Backend):
             direct=one_of(true=True, false=False),
             threads=whole_number(most=9999),
         )
+        path = "/" + "/".join(part for part in path.split("/") if part not in ("", "."))  # one name for one directory
         capacity_bytes = parameters.pop("capacity", CAPACITY_BYTES)
         return cls(path, capacity_bytes=capacity_bytes, **parameters)
 

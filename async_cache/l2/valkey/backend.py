@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Self
+from typing import Self, TypeVar
 
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
@@ -23,8 +23,11 @@ from async_cache.l2.valkey.values import Values, store
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
+PAGE_SECONDS = 5.0  # for a part of a count: a server that is silent is counted later
 FIRST_COUNT_SECONDS = 0.25  # that opening waits for: what holds little is known at once
 SLICE_KEYS = 1024  # asked about in one round trip: to make more questions would hold the loop
 STREAM_BYTES = 2**20  # for which one more connection is worth its while
@@ -47,6 +50,7 @@ class ValkeyBackend(Backend):
         self.name = settings.name
         self._settings = settings
         self._names = Names(settings.namespace)
+        self.ttl_seconds = settings.ttl_seconds
         self._ttl = None if settings.ttl_seconds is None else max(1, round(settings.ttl_seconds * 1000))
         self._usage = Usage()
         self._doubtful: set[ObjectKey] = set()  # could not be read: to be replaced
@@ -301,9 +305,19 @@ class ValkeyBackend(Backend):
         complete = False
         try:
             for node in await router.masters():
-                async for page in list_node(node, self._names):
+                pages = list_node(node, self._names)
+                while (page := await _in_time(anext(pages, None), PAGE_SECONDS)) is not None:
                     for key, size_bytes in page:
                         self._usage.see(key, size_bytes + TRAILER_BYTES)
             complete = True
         finally:
             self._usage.end_count(complete=complete)
+
+
+async def _in_time(asked: Awaitable[T], seconds: float) -> T:
+    """Wait for something so long. Raises BackendError."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await asked
+    except TimeoutError as error:
+        raise BackendError(f"no answer within {seconds} s") from error

@@ -9,8 +9,10 @@ import pytest_asyncio
 
 from async_cache.errors import BackendError
 from async_cache.l2.backend import LoadOutcome
+from async_cache.l2.valkey import backend as backend_module
 from async_cache.l2.valkey.backend import ValkeyBackend
 from async_cache.l2.valkey.node import Node
+from async_cache.l2.valkey.usage import Usage
 from async_cache.testing import Proxy
 from async_cache.testing.conformance import CANARY, MIB, content, find, get, key, put, views
 
@@ -240,3 +242,27 @@ async def test_closing_ends_calls_that_wait_for_a_dead_server(proxy: Proxy) -> N
         with pytest.raises(BackendError, match="not open"):
             await find(backend, [1])
         proxy.resume()
+
+
+async def test_a_count_that_is_not_answered_ends_and_is_made_later(
+    backend: ValkeyBackend, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = asyncio.Event()
+    end_count = Usage.end_count
+
+    def end(usage: Usage, *, complete: bool) -> None:
+        end_count(usage, complete=complete)
+        if not complete:
+            ended.set()
+
+    monkeypatch.setattr(Usage, "end_count", end)
+    monkeypatch.setattr(backend_module, "PAGE_SECONDS", 0.05)
+    proxy.stall()
+    backend._recount.set()
+    async with asyncio.timeout(20):
+        await ended.wait()
+    proxy.resume()
+    monkeypatch.setattr(backend_module, "PAGE_SECONDS", 20)
+    await until_it_answers(backend)
+    assert await put(backend, range(4), MIB) == [True] * 4
+    assert backend.usage().objects == 4
