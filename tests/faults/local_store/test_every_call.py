@@ -14,7 +14,7 @@ from .strikes import strike
 @pytest.mark.parametrize("durability", ["none", "fsync"])
 @pytest.mark.parametrize("what", ["kill", "kill again", "fail", "visit"])
 def test_a_store_is_struck(tmp_path, what, durability, record_property):
-    struck = strike(what, tmp_path, durability, rounds(3, 1))
+    struck = strike(what, tmp_path, durability, rounds(5, 1))
     assert sum(count for name, count in struck.items() if "write" in name) >= 2
     assert durability == "none" or sum(count for name, count in struck.items() if "sync" in name) >= 2
     record_property("struck", struck)

@@ -62,7 +62,7 @@ the_directory_may_be_lost = pytest.mark.xfail(ONE_FILE_EACH, reason="what holds 
 async def test_what_was_not_synced_is_lost(tmp_path, durability, record_property):
     rng = random.Random(durability)
     ops, end = record(tmp_path, durability)
-    states = some(crashes(ops, end, rng, rounds(4, 40)), rng, rounds(400, 10**6))
+    states = some(crashes(ops, end, rng, rounds(4, 40)), rng, rounds(200, 20_000))
     record_property("states", await survive(tmp_path, states, durable=durability == "fsync"))
 
 
@@ -76,5 +76,5 @@ async def test_a_sync_that_failed_is_no_sync(tmp_path, record_property):
         ops, end = record(folder, "fsync", fail)
         if not any(op.name == "sync failed" for op in ops):
             break
-        states += await survive(folder, some(crashes(ops, end, rng, 4), rng, rounds(60, 2000)), durable=True)
+        states += await survive(folder, some(crashes(ops, end, rng, 4), rng, rounds(30, 500)), durable=True)
     record_property("states", states)

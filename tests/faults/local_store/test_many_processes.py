@@ -31,7 +31,7 @@ def test_each_finds_what_the_others_did(tmp_path, members):
     """One call at a time, by any of them: what it says follows from all calls before."""
     rng, there = random.Random(members), set()
     with crowd(tmp_path, ROOMY, members) as processes:
-        for turn in range(rounds(250, 5000)):
+        for turn in range(rounds(120, 5000)):
             member, numbers = rng.choice(processes.members), rng.sample(FEW, rng.randint(1, 6))
             match rng.randrange(10):
                 case 0 | 1 | 2:
