@@ -246,7 +246,8 @@ class AsyncCache:
         """Release all that a request holds, cancel it if it runs, and free its id. Unknown ids are fine."""
         core = self.core
         core.requests.end(check_request_id(request_id, _MAX_REQUEST_ID))
-        await core.l1.backlog.done()
+        for backlog in core.l1.backlogs:
+            await backlog.done()
 
     # Reading and writing.
 

@@ -32,10 +32,10 @@ class Backlog:
             self._left -= self.do_some(self._left)
         self._come_again()
 
-    def do_some(self, count: int) -> int:
-        """Do work on up to so many of the items that wait, and say how many these were."""
+    def do_some(self, count: int | None = None) -> int:
+        """Do work on up to so many of the items that wait, as in a turn if None, and say how many these were."""
         work, items, begin = self._waiting.popleft()
-        end = min(begin + count, len(items))
+        end = min(begin + (count if count is not None else self._at_once), len(items))
         if end < len(items):
             self._waiting.appendleft((work, items, end))
         work(items[begin:end])
@@ -44,7 +44,7 @@ class Backlog:
     def do_all(self) -> None:
         """Do all that waits."""
         while self._waiting:
-            self.do_some(self._at_once)
+            self.do_some()
 
     async def done(self) -> None:
         """Return when nothing waits any more."""

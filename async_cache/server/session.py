@@ -181,7 +181,14 @@ class Session:
 
     def _end_request(self, message: messages.EndRequest) -> None:
         self._cache.core.requests.end(self._scope.inner(message.request_id))
-        self._send_soon(messages.Done(message.number))
+        self._loop.call_soon(self._send_released, messages.Done(message.number), self._cache.core.l1.is_behind)
+
+    def _send_released(self, answer: Message, is_behind: Callable[[], bool]) -> None:
+        """Send what says that all of a request was given back: of very much, that takes some of the loop's turns."""
+        if is_behind():
+            self._loop.call_soon(self._send_released, answer, is_behind)
+        else:
+            self.connection.send(answer)
 
     def _release_read(self, message: messages.ReleaseRead) -> None:
         self._reads.release(message.read)

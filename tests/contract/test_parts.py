@@ -1,0 +1,104 @@
+"""What is very much is done in parts: what others do between two of them makes no promise untrue."""
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+from faults.small_steps import small_steps
+
+from async_cache import Shortfall
+from async_cache.l2.memory import MemoryBackend
+from async_cache.testing import GatedBackend
+
+from .support import PAGE, Recorder, assert_nothing_held, make_prompt, open_cache, read_back, seed, settle
+
+A, B = make_prompt(14, 1), make_prompt(14, 2)
+PAGES = 20  # of L1: the share of loads is 15
+
+
+async def gated(*prompts):
+    backend = GatedBackend(MemoryBackend())
+    for prompt in prompts:
+        await seed(backend, prompt)
+    return backend
+
+
+@pytest.fixture
+def released_in_parts() -> Iterator[None]:
+    """Loads are called for one by one, and released one by one."""
+    with (
+        patch("async_cache.aio.backlog.FEW", 1),
+        patch("async_cache.read.batches._BATCH_CHUNKS", 1),
+        patch("async_cache.read.loads._RELEASED_AT_ONCE", 1),
+    ):
+        yield
+
+
+async def test_two_that_are_decided_in_parts_have_the_share_of_loads_between_them():
+    backend = await gated(A, B)
+    with small_steps():
+        async with open_cache(backend, pages=PAGES) as cache:
+            backend.hold("load")
+            prefetches = [cache.prefetch(prompt) for prompt in (A, B)]
+            hits = [await prefetch.lookup_done for prefetch in prefetches]
+            assert (await cache.stats()).reserved_bytes == 15 * PAGE
+            assert sum(h.chunks for h in hits) == 15
+            assert [(h.found_chunks, h.shortfall) for h in hits] == [(14, Shortfall.MEMORY)] * 2
+            backend.release()
+            for prefetch, promised in zip(prefetches, hits, strict=True):
+                assert (await prefetch.load_done).chunks == promised.chunks
+                await cache.end_request(prefetch.request_id)
+            await assert_nothing_held(cache)
+
+
+async def test_what_a_cancelled_prefetch_gives_back_in_parts_is_there_for_the_next(released_in_parts):
+    backend = await gated(A, B)
+    async with open_cache(backend, pages=PAGES, load_inflight_bytes=1) as cache:
+        backend.hold("load")
+        first = cache.prefetch(A)
+        assert (await first.lookup_done).chunks == 14
+        first.cancel()
+        backend.release()
+        hits = await cache.prefetch(B, request_id="b").lookup_done
+        assert (hits.chunks, hits.shortfall) == (14, None)
+        assert await read_back(cache, B, request_id="b") == 14
+
+
+async def test_what_a_cancelled_prefetch_gives_back_in_parts_is_there_for_a_writer(released_in_parts):
+    backend = await gated(make_prompt(15, 1))
+    async with open_cache(backend, pages=PAGES, load_inflight_bytes=1) as cache:
+        backend.hold("load")
+        first = cache.prefetch(make_prompt(15, 1))
+        assert (await first.lookup_done).chunks == 15
+        first.cancel()
+        async with cache.store(B) as writer:
+            assert (len(writer), writer.shortfall) == (14, None)
+
+
+async def test_all_that_a_request_held_is_given_back_when_its_end_is_told(released_in_parts):
+    backend = await gated(A)
+    async with open_cache(backend, pages=PAGES, load_inflight_bytes=1) as cache:
+        backend.hold("load")
+        prefetch = cache.prefetch(A)
+        assert (await prefetch.lookup_done).chunks == 14
+        await cache.end_request(prefetch.request_id)
+        assert (await cache.stats()).reserved_bytes <= PAGE  # of the call that is under way
+
+
+async def test_a_cancelled_prefetch_begins_no_load_more_while_it_is_released_in_parts(released_in_parts):
+    gate = await gated(A)
+    backend = Recorder(gate)
+    with patch("async_cache.read.batches._BATCH_CHUNKS", 7):
+        async with open_cache(backend, pages=PAGES, load_inflight_bytes=1) as cache:
+            gate.hold("load")
+            first = cache.prefetch(A)
+            assert (await first.lookup_done).chunks == 14
+            await settle()
+            assert backend.calls["load"] == 1
+            first.cancel()
+            await settle()
+            assert backend.calls["load"] == 1
+            gate.release()
+            await cache.end_request(first.request_id)
+            await settle()
+            await assert_nothing_held(cache, backend)
