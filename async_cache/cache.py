@@ -340,7 +340,10 @@ class AsyncCache:
 
     async def stats(self) -> CacheStats:
         """Count what the cache holds now, and what it did since it was opened."""
-        return self.core.stats()
+        core = self.core
+        for backlog in core.l1.backlogs:  # what was released before is not held any more
+            await backlog.done()
+        return core.stats()
 
     @property
     def memory(self) -> memoryview:

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 from faults.small_steps import small_steps
 
-from async_cache import Shortfall
+from async_cache import Deleted, Shortfall
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing import GatedBackend
 
@@ -102,3 +102,40 @@ async def test_a_cancelled_prefetch_begins_no_load_more_while_it_is_released_in_
             await cache.end_request(first.request_id)
             await settle()
             await assert_nothing_held(cache, backend)
+
+
+@pytest.mark.parametrize(
+    "remove",
+    [lambda cache: cache.delete(A), lambda cache: cache.clear(tier="all"), lambda cache: cache.clear(tier="l1")],
+    ids=["delete", "clear all", "clear l1"],
+)
+async def test_what_was_released_before_is_leased_no_more_though_it_is_given_back_in_parts(remove):
+    backend = await gated(A)
+    with small_steps():
+        async with open_cache(backend, pages=PAGES) as cache:
+            lease = await cache.read(cache.prefetch(A, request_id="a").request_id)
+            assert len(lease) == 14
+            lease.release()
+            assert await remove(cache) == Deleted(14, leased=0)
+
+
+async def test_what_is_still_read_is_leased_when_it_is_deleted_in_parts():
+    backend = await gated(A)
+    with small_steps():
+        async with open_cache(backend, pages=PAGES) as cache:
+            lease = await cache.read(cache.prefetch(A, request_id="a").request_id)
+            assert await cache.delete(A) == Deleted(14, leased=14)
+            assert (await cache.stats()).leases == 14
+            lease.release()
+            stats = await cache.stats()
+            assert (stats.leases, stats.leased_bytes, stats.l1_used_bytes) == (0, 0, 0)
+
+
+async def test_what_a_writer_looked_at_is_not_held_when_it_has_left():
+    backend = await gated(A)
+    with small_steps():
+        async with open_cache(backend, pages=PAGES) as cache:
+            assert await read_back(cache, A) == 14
+            async with cache.store(A) as writer:
+                assert len(writer) == 0
+            await assert_nothing_held(cache)

@@ -526,6 +526,9 @@ class Program:
         if self.broken is not None:
             raise self.broken
         self.look()
+        if not self.closed:
+            core = self.cache.core
+            must(core.loader._reserved_bytes <= 0.75 * core.arena.size_bytes, "loads have more than their share")
         if self.loop.step % self.check_every == 0:
             if not self.closed:
                 self.cache.check_integrity()
