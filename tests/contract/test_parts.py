@@ -6,11 +6,11 @@ from unittest.mock import patch
 import pytest
 from faults.small_steps import small_steps
 
-from async_cache import Deleted, Shortfall
+from async_cache import Deleted, ObjectGroup, Shortfall
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing import GatedBackend
 
-from .support import PAGE, Recorder, assert_nothing_held, make_prompt, open_cache, read_back, seed, settle
+from .support import PAGE, Recorder, assert_nothing_held, make_layout, make_prompt, open_cache, read_back, seed, settle
 
 A, B = make_prompt(14, 1), make_prompt(14, 2)
 PAGES = 20  # of L1: the share of loads is 15
@@ -49,6 +49,22 @@ async def test_two_that_are_decided_in_parts_have_the_share_of_loads_between_the
                 assert (await prefetch.load_done).chunks == promised.chunks
                 await cache.end_request(prefetch.request_id)
             await assert_nothing_held(cache)
+
+
+@pytest.mark.parametrize("windows", [(None, 2), (None, None)], ids=["window", "none"])
+async def test_what_is_to_be_loaded_is_that_of_the_promise_where_it_became_shorter(windows):
+    layout = make_layout(*(ObjectGroup((16,), "uint8", window_chunks=window) for window in windows))
+    prompts = [make_prompt(14, number, layout) for number in (1, 2)]
+    backend = await gated(*prompts)
+    with small_steps():
+        async with open_cache(backend, pages=PAGES) as cache:
+            backend.hold("load")
+            prefetches = [cache.prefetch(prompt) for prompt in prompts]
+            for hits in [await prefetch.lookup_done for prefetch in prefetches]:
+                assert 2 < hits.chunks == hits.l2_chunks < 14
+                assert hits.load_bytes == 16 * (hits.chunks + (2 if windows[1] else hits.chunks))
+            assert (await cache.stats()).shared_loads == 0
+            backend.release()
 
 
 async def test_what_a_cancelled_prefetch_gives_back_in_parts_is_there_for_the_next(released_in_parts):
