@@ -290,8 +290,10 @@ class PrefetchController:
     def _release_loads(self, request: Request) -> None:
         numbers, request.loads = request.loads, set()
         if numbers:
-            hashes = request.hashes
-            self._loader.release(request, [hashes[number] for number in numbers])
+            hashes = (
+                request.hashes
+            )  # the tail first: else each batch of very many would be begun as the one before it ends
+            self._loader.release(request, [hashes[number] for number in sorted(numbers, reverse=True)])
 
     def check_integrity(self) -> None:
         """Assert that the shares of loads are those of the requests."""
