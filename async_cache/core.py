@@ -124,7 +124,8 @@ class Core:
         """
         hashes, coming = prompt.chunk_hashes, self.loader.in_flight()
         layouts = {id(entry.layout): entry.layout for entry in filter(None, map(self.l1.find, hashes))}
-        layouts |= {id(load.layout): load.layout for load in filter(None, map(coming.get, hashes))}
+        if coming:
+            layouts |= {id(load.layout): load.layout for load in filter(None, map(coming.get, hashes))}
         return all(layout.same_bytes(prompt.layout) for layout in layouts.values())
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:

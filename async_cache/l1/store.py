@@ -81,36 +81,43 @@ class L1Store:
     def lease(self, entries: Iterable[Entry]) -> None:
         """Keep entries for a request, each until its `release`. Their places in the eviction order do not change."""
         count = leased = kept = 0
-        by_owner = self.leased_by_owner
+        owner, before = "", 0  # most often, all of them are of one owner
         for entry in entries:
             count += 1
             leases = entry.leases
             entry.leases = leases + 1
             if not leases:
+                if entry.owner != owner:
+                    self.leased_by_owner[owner] += leased - before
+                    owner, before = entry.owner, leased
                 leased += entry.room_bytes
-                by_owner[entry.owner] += entry.room_bytes
                 if entry.pins or entry.detached:
                     kept += entry.room_bytes
+        self.leased_by_owner[owner] += leased - before
         self.leases += count
         self.leased_bytes += leased
         self.evictable_bytes -= leased - kept
 
     def release(self, entries: Iterable[Entry]) -> None:
         """Release one lease of each entry. The tail of a prefix comes before its head, so that it is evicted first."""
-        use, by_owner = self._policy.use, self.leased_by_owner
+        use = self._policy.use
         count = released = evictable = 0
+        owner, before = "", 0
         for entry in entries:
             count += 1
             leases = entry.leases = entry.leases - 1
             if not leases:
+                if entry.owner != owner:
+                    self.leased_by_owner[owner] -= released - before
+                    owner, before = entry.owner, released
                 released += entry.room_bytes
-                by_owner[entry.owner] -= entry.room_bytes
                 if not entry.detached:
                     use(entry)
                     if not entry.pins:
                         evictable += entry.room_bytes
                 elif not entry.pins:
                     self._free(entry)
+        self.leased_by_owner[owner] -= released - before
         self.leases -= count
         self.leased_bytes -= released
         self.evictable_bytes += evictable

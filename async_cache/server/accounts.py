@@ -26,32 +26,36 @@ class Account:
 
     def __init__(self, name: str, limits: TenantLimits, l1_bytes: int, leased_bytes: Callable[[], int] = lambda: 0):
         self.name = name
-        self.limits = limits
+        self._l1_bytes = l1_bytes
+        self.change(limits)
         self.used: dict[str, int] = dict.fromkeys(_LIMITS, 0)
         self.refused = 0
         """How often it was over a limit."""
         self.layouts: Counter[int] = Counter()
         """How many connections have registered each layout, by its identity."""
-        self._l1_bytes = l1_bytes
         self._leased_bytes = leased_bytes
         self._waiters: deque[asyncio.Future[None]] = deque()  # for room for what is not read yet
         self._stored_until = 0.0  # what it has stored is as much as it might until then
         self._loop = asyncio.get_running_loop()
 
-    def most(self, limit: str) -> int:
+    def change(self, limits: TenantLimits) -> None:
+        """Have other limits from now on; what is held already stays."""
+        self.limits = limits
+        self.most = {name: self._in_bytes(getattr(limits, name)) for name in _LIMITS}
         """How much it may have: of a share, in bytes."""
-        most = getattr(self.limits, limit)
-        return int(most * self._l1_bytes) if isinstance(most, float) else most
+
+    def _in_bytes(self, limit: int | float) -> int:
+        return int(limit * self._l1_bytes) if isinstance(limit, float) else limit
 
     def left(self, limit: str) -> int:
         """How much more it may have."""
-        return max(self.most(limit) - self.used[limit], 0)
+        return max(self.most[limit] - self.used[limit], 0)
 
     def take(self, limit: str, amount: int = 1) -> None:
         """Have so much more. Raises LimitError."""
         used = self.used[limit] + amount
-        if used > self.most(limit):
-            raise self.over(limit, f"{used} would be more than its {self.most(limit)}")
+        if used > self.most[limit]:
+            raise self.over(limit, f"{used} would be more than its {self.most[limit]}")
         self.used[limit] = used
 
     def give(self, limit: str, amount: int = 1) -> None:
@@ -61,8 +65,8 @@ class Account:
     def lease(self, loading_bytes: int) -> None:
         """Take note of a request that L1 holds chunks for, and of what it loads beside them. Raises LimitError."""
         used = self._leased_bytes() + self.used["leased_share"] + loading_bytes
-        if used > self.most("leased_share"):
-            raise self.over("leased_share", f"{used} bytes would be more than its {self.most('leased_share')}")
+        if used > self.most["leased_share"]:
+            raise self.over("leased_share", f"{used} bytes would be more than its {self.most['leased_share']}")
         self.used["leased_share"] += loading_bytes
 
     def take_request(self, size_bytes: int) -> None:
@@ -81,7 +85,7 @@ class Account:
 
     async def take_unread(self, size_bytes: int) -> None:
         """Wait until so much more may be sent, however slowly the clients of this tenant read."""
-        while self.used["unread_bytes"] and self.used["unread_bytes"] + size_bytes > self.most("unread_bytes"):
+        while self.used["unread_bytes"] and self.used["unread_bytes"] + size_bytes > self.most["unread_bytes"]:
             waiter = self._loop.create_future()
             self._waiters.append(waiter)
             try:
@@ -136,7 +140,7 @@ class Accounts:
         """Have other limits from now on; what is held already stays."""
         self._limits = limits
         for name, account in self._accounts.items():
-            account.limits = limits.get(name, UNLIMITED)
+            account.change(limits.get(name, UNLIMITED))
 
     def of(self, tenant: Tenant) -> Account:
         """That of a tenant."""

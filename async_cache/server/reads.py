@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from itertools import islice
 
 from async_cache.handles.lease import ReadChunk, ReadLease
 from async_cache.prompt.layout import ModelLayout
@@ -138,16 +139,18 @@ class Reads:
 
     def _add(self, answer: messages.ReadAcquired, rank: int, lease: ReadLease, begin: int, end: int) -> None:
         """Say where chunks can be read, and what of them cannot."""
-        held, chunks = lease.layout.objects.rank_masks[rank], range(begin, end)
+        held, chunks = lease.layout.objects.rank_masks[rank], list(islice(lease, begin, end))
         answer.absent += [
-            (n, _absent(lease[n])) for n in chunks if lease[n].offset is not None and held & ~lease[n].objects
+            (n, _absent(chunk))
+            for n, chunk in enumerate(chunks, begin)
+            if chunk.offset is not None and held & ~chunk.objects
         ]
         if self._mapped:
-            answer.offsets += [lease[n].offset for n in chunks]
+            answer.offsets += [chunk.offset for chunk in chunks]
             return
         block_bytes = lease.layout.block_bytes[rank]
-        answer.offsets += [n * block_bytes if lease[n].offset is not None else None for n in chunks]
-        answer.data_bytes += sum(end - begin for n in chunks for begin, end in _runs(lease[n], lease.layout, rank))
+        answer.offsets += [n * block_bytes if c.offset is not None else None for n, c in enumerate(chunks, begin)]
+        answer.data_bytes += sum(end - begin for chunk in chunks for begin, end in _runs(chunk, lease.layout, rank))
         answer.buffer_bytes = len(lease) * block_bytes if answer.data_bytes else 0
 
     async def _send(self, message: messages.AcquireRead, read: Read, lease: ReadLease) -> None:

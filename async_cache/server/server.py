@@ -276,7 +276,7 @@ class Server:
         tenant = self._access.admit(by)
         account = self._shared.accounts.of(tenant)
         if not account.left("connections"):
-            raise account.over("connections", f"which is {account.most('connections')}")
+            raise account.over("connections", f"which is {account.most['connections']}")
         return tenant
 
     def session(

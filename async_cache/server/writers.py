@@ -132,7 +132,7 @@ class Writers:
         if room_bytes:
             most = account.left("reserved_share") // room_bytes
             if chunks and not most:
-                raise account.over("reserved_share", f"which is {account.most('reserved_share')} bytes")
+                raise account.over("reserved_share", f"which is {account.most['reserved_share']} bytes")
             chunks = min(chunks, most)
         account.store(0)
         writer = make(chunks)
