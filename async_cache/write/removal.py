@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import compress, count, islice
 
 from async_cache.aio.worker import Worker
@@ -14,7 +15,7 @@ from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import Prompt
 from async_cache.read.loads import Loader
-from async_cache.values import Deleted
+from async_cache.values import BackendState, Deleted
 from async_cache.write.carrier import Carrier
 from async_cache.write.writeback import Writeback
 
@@ -53,8 +54,9 @@ class Remover:
             if self._l1.closed:
                 raise CacheClosedError("the cache was closed")
         removed = _Removed()
+        removal = self._carrier.begin(self._delete(prompt, removed))  # before a backend that leaves is let go
         self._remove(prompt.chunk_hashes[:_AT_ONCE], removed)
-        return await self._carrier.carry_out(self._delete(prompt, removed))
+        return await self._carrier.wait(removal)
 
     async def clear(self, tier: str) -> Deleted:
         """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1").
@@ -64,8 +66,9 @@ class Remover:
         if tier == "l1":
             return await self._carrier.carry_out(self._clear_written())
         self._tombstones.bury(None)
+        removal = self._carrier.begin(self._clear_all())
         self._loader.delete(list(islice(self._loader.in_flight(), _AT_ONCE)))
-        return await self._carrier.carry_out(self._clear_all())
+        return await self._carrier.wait(removal)
 
     async def empty_l1(self) -> None:
         """Remove everything from L1; what somebody still reads keeps its memory."""
@@ -81,13 +84,14 @@ class Remover:
         """Remove the rest of a long prompt, its head is gone, and then all of it from L2."""
         hashes, buried = prompt.chunk_hashes, _AT_ONCE
         try:
-            await self._count_leased(removed)
-            for part in _parts(hashes[buried:]):
-                await asyncio.sleep(0)
-                self._remove(part, removed)
+            with self._all_kept():
                 await self._count_leased(removed)
-                buried += len(part)
-            await self._delete_everywhere(prompt, removed)
+                for part in _parts(hashes[buried:]):
+                    await asyncio.sleep(0)
+                    self._remove(part, removed)
+                    await self._count_leased(removed)
+                    buried += len(part)
+                await self._delete_everywhere(prompt, removed)
             return Deleted(len(removed.chunks), removed.leased)
         finally:
             for part in _parts(hashes[:buried]):
@@ -103,11 +107,12 @@ class Remover:
     async def _clear_all(self) -> Deleted:
         removed = _Removed()
         try:
-            while loads := list(islice(self._loader.in_flight(), _AT_ONCE)):
-                self._loader.delete(loads)
-                await asyncio.sleep(0)
-            await self._clear_l1(removed, keep_needed=False)
-            await self._delete_everywhere(None, removed)
+            with self._all_kept():
+                while loads := list(islice(self._loader.in_flight(), _AT_ONCE)):
+                    self._loader.delete(loads)
+                    await asyncio.sleep(0)
+                await self._clear_l1(removed, keep_needed=False)
+                await self._delete_everywhere(None, removed)
             return Deleted(len(removed.chunks), removed.leased)
         finally:
             self._tombstones.lift(None)
@@ -162,19 +167,27 @@ class Remover:
     # L2.
 
     async def _delete_everywhere(self, prompt: Prompt | None, removed: "_Removed") -> None:
-        """Delete all objects of a prompt, or all if None, from every backend, also one that is added meanwhile.
+        """Delete all objects of a prompt, or all if None, from every backend, also one that comes or leaves meanwhile.
 
-        Raises BackendError once all backends have ended, if one failed.
+        Raises BackendError once all backends have ended, if one failed that is still there.
         """
-        asked: set[Guard] = set()
+        asked: list[Guard] = []
         outcomes: list[BaseException | None] = []
-        while guards := [guard for guard in self._guards.current if guard not in asked]:
-            asked.update(guards)
+        while guards := [guard for guard in self._guards if guard not in asked]:
+            asked += guards
             deletions = [self._delete_from(guard, prompt, removed) for guard in guards]
             outcomes += await asyncio.gather(*deletions, return_exceptions=True)
-        for outcome in outcomes:
-            if outcome is not None:
+        for guard, outcome in zip(asked, outcomes, strict=True):
+            if outcome is not None and guard.state is not BackendState.LEAVING:
                 raise outcome
+
+    @contextmanager
+    def _all_kept(self) -> Iterator[None]:
+        """Have every backend stay open, also one that leaves now."""
+        with ExitStack() as kept:
+            for guard in self._guards:
+                kept.enter_context(guard.kept())
+            yield
 
     async def _delete_from(self, guard: Guard, prompt: Prompt | None, removed: "_Removed") -> None:
         hashes = set(prompt.chunk_hashes) if prompt is not None else None

@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Self, TypeVar
+from typing import Self
 
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
@@ -23,12 +23,10 @@ from async_cache.l2.valkey.values import Values, store
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage
 
-T = TypeVar("T")
-
 log = logging.getLogger(__name__)
 
-PAGE_SECONDS = 5.0  # for a part of a count: a server that is silent is counted later
 FIRST_COUNT_SECONDS = 0.25  # that opening waits for: what holds little is known at once
+PAGE_SECONDS = 5.0  # for a page of a count; what is silent for longer is counted when it is back
 SLICE_KEYS = 1024  # asked about in one round trip: to make more questions would hold the loop
 STREAM_BYTES = 2**20  # for which one more connection is worth its while
 MAX_VALUE_BYTES = 512 * 2**20  # that a server takes
@@ -290,7 +288,7 @@ class ValkeyBackend(Backend):
             self._recount.clear()
             try:
                 await self._count(router)
-            except BackendError as error:
+            except (BackendError, TimeoutError) as error:  # the latter of a server that is silent
                 self._was_away = True
                 log.debug("%s: what it holds could not be counted: %s", self.name, error)
             except Exception:  # the root of a task
@@ -304,20 +302,12 @@ class ValkeyBackend(Backend):
         self._usage.begin_count()
         complete = False
         try:
-            for node in await router.masters():
-                pages = list_node(node, self._names)
-                while (page := await _in_time(anext(pages, None), PAGE_SECONDS)) is not None:
-                    for key, size_bytes in page:
-                        self._usage.see(key, size_bytes + TRAILER_BYTES)
+            async with asyncio.timeout(PAGE_SECONDS) as patience:
+                for node in await router.masters():
+                    async for page in list_node(node, self._names):
+                        for key, size_bytes in page:
+                            self._usage.see(key, size_bytes + TRAILER_BYTES)
+                        patience.reschedule(asyncio.get_running_loop().time() + PAGE_SECONDS)
             complete = True
         finally:
             self._usage.end_count(complete=complete)
-
-
-async def _in_time(asked: Awaitable[T], seconds: float) -> T:
-    """Wait for something so long. Raises BackendError."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await asked
-    except TimeoutError as error:
-        raise BackendError(f"no answer within {seconds} s") from error
