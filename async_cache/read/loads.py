@@ -136,7 +136,11 @@ class Loader:
         table, dead = self.in_flight(), []
         for chunk_hash in chunk_hashes:
             load = table.get(chunk_hash)
-            if load is not None and load.shares.pop(request, None) is not None and not load.shares:
+            number = load.shares.get(request) if load is not None else None
+            if load is None or number is None or number in request.loads:  # it may have taken its share again meanwhile
+                continue
+            del load.shares[request]
+            if not load.shares:
                 dead.append(load)
         self._drop(dead)
 

@@ -198,6 +198,8 @@ class PrefetchController:
                     request.reasons[number] = failure
             elif needed[number] & local & ~(entry.present if entry is not None else 0):
                 request.reasons[number] = failure or Shortfall.GONE
+            elif request.reasons:  # what lacked when a part came that another one had asked for has come, too
+                request.reasons.pop(number, None)
         self._l1.lease(new)
         self._l1.release(old)
         if request.state is LOADING and not request.loads:

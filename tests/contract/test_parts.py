@@ -155,3 +155,11 @@ async def test_what_a_writer_looked_at_is_not_held_when_it_has_left():
             async with cache.store(A) as writer:
                 assert len(writer) == 0
             await assert_nothing_held(cache)
+
+
+async def test_what_a_count_pins_is_unpinned_before_it_is_told():
+    backend = Recorder(await gated(A))
+    with small_steps():
+        async with open_cache(backend, pages=PAGES) as cache:
+            assert (await cache.lookup(A)).chunks == 14
+            await assert_nothing_held(cache, backend)
