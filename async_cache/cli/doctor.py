@@ -52,8 +52,9 @@ def examine(cache: CacheConfig, server: ServerConfig) -> Iterator[Finding]:
 
 
 def _system() -> Iterator[Finding]:
-    linux = platform.system() == "Linux"
-    found = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    it = os.uname()
+    linux = it.sysname == "Linux"
+    found = f"{it.sysname} {it.release}, Python {platform.python_version()}"
     yield Finding("system", "ok" if linux else "bad", found, "" if linux else "It runs on Linux.")
 
 

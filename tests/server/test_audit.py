@@ -7,10 +7,11 @@ import pickle
 from pathlib import Path
 from typing import get_args
 
+import pytest
 from contract.support import fill, make_layout, make_prompt, object_keys, read_back
 
 import async_cache
-from async_cache import BlockingClient, ObjectGroup, connect
+from async_cache import BlockingClient, ConfigError, ObjectGroup, connect
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 
@@ -61,6 +62,9 @@ async def use_all(cache, number):
         await anext(events)
     await fill(cache, prompt)
     await cache.flush()
+    assert await cache.roots() and await cache.chunks(limit=10)
+    with pytest.raises(ConfigError):
+        await cache.reload()
     await cache.stats()
     await cache.ping()
     return prompt
