@@ -11,7 +11,7 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 class TenantLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The limits of a tenant, over all of its connections. Beyond one, a call gets `LimitError` with its name, at once.
 
-    `docs/tenants.md` has them in a table. Shares are parts of L1.
+    `docs/tenants.md` has them in a table. Shares are parts of L1: 1 is no limit.
     """
 
     connections: Count = 512
@@ -26,9 +26,9 @@ class TenantLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Calls that wait for an answer."""
     unread_bytes: Count = 16 * 2**20
     """Answers that its clients do not read."""
-    leased_share: Share = 0.75
+    leased_share: Share = 1.0
     """Chunks that its requests hold and its reads look at."""
-    reserved_share: Share = 0.5
+    reserved_share: Share = 1.0
     """Chunks that its writers have reserved."""
     stored_bytes_per_second: Count | None = None
     """Bytes that it may reserve room for in a second, on average over some seconds; None is any number."""

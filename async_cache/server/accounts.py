@@ -1,6 +1,7 @@
 """What the tenants of a server hold, each against its limits."""
 
 import asyncio
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -45,7 +46,9 @@ class Account:
         """How much it may have: of a share, in bytes."""
 
     def _in_bytes(self, limit: int | float) -> int:
-        return int(limit * self._l1_bytes) if isinstance(limit, float) else limit
+        if isinstance(limit, float):  # all of L1 is no limit: where that has no room, less is promised
+            return int(limit * self._l1_bytes) if limit < 1 else sys.maxsize
+        return limit
 
     def left(self, limit: str) -> int:
         """How much more it may have."""

@@ -85,7 +85,7 @@ class Reads:
         holders: Holders,
         account: Account,
         *,
-        lease_seconds: float,
+        lease_seconds: float | None,
         mapped: bool,
     ):
         self._held = held
@@ -105,7 +105,7 @@ class Reads:
         await lease
         holding = self._holders.find(self._scope.inner(message.request_id))
         read = Read(message.number, self._held, self._connection, lease, self._held[message.number], holding)
-        if not self._mapped:
+        if self._lease_seconds is not None:
             read.expires_after(self._lease_seconds)
         if len(lease) * len(lease.layout.groups) <= _AT_ONCE:
             answer = self._answer(message, lease)

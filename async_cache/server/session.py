@@ -109,7 +109,7 @@ class Session:
             self._turn,
             self._holders,
             account,
-            lease_seconds=cache.core.config.lease_ttl_seconds,
+            lease_seconds=None if tenant.trusted else cache.core.config.lease_ttl_seconds,
             mapped=mapped,
         )
         self._writers = Writers(self.held, self.connection, segment, shared.copiers, self._turn, account)
