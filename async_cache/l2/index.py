@@ -5,7 +5,7 @@ from its last one to its first, and what lies in front of them, which only the c
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from msgspec import Struct
@@ -15,16 +15,18 @@ from async_cache.retention.lru import LeastRecentlyUsed
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import Removal
 
-SHARED_OBJECTS = 32_768  # in the shapes that chunks share: a few megabytes, however many a chunk has
+SHARED_OBJECTS = 16_384  # in the shapes that chunks share: a few megabytes, however many a chunk has
 
 
 class Shape(Struct, gc=False, eq=False):
     """What a chunk has: the size of each of its objects, by (rank, group). All chunks that came by it alike share it.
 
-    It never changes: a chunk that gets an object more gets the shape that `grown` has for that.
+    It never changes: a chunk that gets an object more gets the shape that `grown` has for that. `numbers` counts the
+    objects, in the order of the places of a chunk.
     """
 
     sizes: dict[tuple[int, int], int]
+    numbers: dict[tuple[int, int], int]
     size_bytes: int
     grown: dict[tuple[int, int, int], "Shape"]  # by the rank, the group and the size of what is added
 
@@ -34,6 +36,7 @@ class Chunk(Struct, gc=False, eq=False):
 
     chunk_hash: bytes
     shape: Shape
+    places: bytes = b""  # of its objects, one behind the other, all of one length: what they mean is the backend's
     older: "Chunk | None" = None
     newer: "Chunk | None" = None
 
@@ -43,16 +46,17 @@ class Index:
 
     Chunks share their shapes, and the records are of no interest to the garbage collector: with a million of them, each
     of its visits would take a tenth of a second. A pin outlives its chunk, so
-    that a late unpin cannot take a pin of one that was stored anew.
+    that a late unpin cannot take a pin of one that was stored anew. The room of an object is its size, in whole units.
     """
 
-    def __init__(self, policy: EvictionPolicy[Chunk] | None = None) -> None:
+    def __init__(self, policy: EvictionPolicy[Chunk] | None = None, *, unit_bytes: int = 1) -> None:
         self.objects = 0
         self.used_bytes = 0
         self.pins: Counter[bytes] = Counter()  # chunks without a pin are not in it
         self._chunks: dict[bytes, Chunk] = {}
         self._policy: EvictionPolicy[Chunk] = policy if policy is not None else LeastRecentlyUsed()
-        self._nothing = Shape({}, 0, {})
+        self._unit_bytes = unit_bytes
+        self._nothing = Shape({}, {}, 0, {})
         self._shared_objects = 0
 
     def pin_chunks(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> bool:
@@ -64,6 +68,23 @@ class Index:
         for _ in objects:
             self.pins.update(chunk_hashes)
         return True
+
+    def pin_some(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
+        """For each chunk, whether all these objects are there; if so they are pinned and touched.
+
+        None, and no pin, if of some chunk only some are there.
+        """
+        get, nothing = self._chunks.get, self._nothing
+        shapes = [chunk.shape if (chunk := get(chunk_hash)) is not None else nothing for chunk_hash in chunk_hashes]
+        whole: dict[int, bool] = {}
+        for shape in {id(shape): shape for shape in shapes}.values():
+            there = [which in shape.sizes for which in objects]
+            if any(there) and not all(there):
+                return None
+            whole[id(shape)] = any(there)
+        found = [whole[id(shape)] for shape in shapes]
+        self.pin_chunks([chunk_hash for chunk_hash, there in zip(chunk_hashes, found, strict=True) if there], objects)
+        return found
 
     def pin_present(self, keys: Sequence[ObjectKey]) -> list[bool]:
         """For each key, whether its object is there; if so its chunk is pinned and touched."""
@@ -118,15 +139,29 @@ class Index:
             if left > 0:
                 pins[chunk_hash] = left
 
-    def put(self, key: ObjectKey, size_bytes: int) -> None:
-        """Add an object; its chunk becomes the most recently used."""
-        self._policy.use(self._add(key, size_bytes))
+    def placed(self, keys: Iterable[ObjectKey]) -> list[tuple[int, bytes] | None]:
+        """For each key, the size and the place of its object; None if it is not there."""
+        get = self._chunks.get
+        found: list[tuple[int, bytes] | None] = []
+        for chunk_hash, rank, group in keys:
+            chunk = get(chunk_hash)
+            if chunk is None or (number := chunk.shape.numbers.get((rank, group))) is None:
+                found.append(None)
+            else:
+                sizes, places = chunk.shape.sizes, chunk.places
+                width = len(places) // len(sizes)
+                found.append((sizes[rank, group], places[number * width : number * width + width]))
+        return found
 
-    def put_oldest(self, key: ObjectKey, size_bytes: int) -> None:
+    def put(self, key: ObjectKey, size_bytes: int, place: bytes = b"") -> None:
+        """Add an object; its chunk becomes the most recently used."""
+        self._policy.use(self._add(key, size_bytes, place))
+
+    def put_oldest(self, key: ObjectKey, size_bytes: int, place: bytes = b"") -> None:
         """Add an object that is to leave before all others; what is known of it already stays as it is."""
         sizes = self._shape_of(key.chunk_hash).sizes
         if key[1:] not in sizes:
-            chunk = self._add(key, size_bytes)
+            chunk = self._add(key, size_bytes, place)
             if not sizes:
                 self._policy.use(chunk, next(self._policy.victims(), None))
 
@@ -139,27 +174,40 @@ class Index:
         if len(chunk.shape.sizes) == 1:
             self._remove(key.chunk_hash, removal)
             return
-        left = {which: size for which, size in chunk.shape.sizes.items() if which != dropped}
+        left = [(which, size, place) for which, size, place in placed_of(chunk) if which != dropped]
         self._reshape(chunk, self._nothing)
-        for which, size in left.items():
-            self._add(ObjectKey(key.chunk_hash, *which), size)
+        chunk.places = b""
+        for which, size, place in left:
+            self._add(ObjectKey(key.chunk_hash, *which), size, place)
 
     def evict(self, size_bytes: int) -> list[ObjectKey] | None:
         """Remove chunks without a pin to free so many bytes; None, and nothing leaves, if they do not suffice."""
+        victims = self.victims(size_bytes)
+        if victims is None:
+            return None
+        evicted = [key for chunk in victims for key, _ in self.objects_of(chunk.chunk_hash)]
+        self.remove(victims, Removal.CAPACITY)
+        return evicted
+
+    def victims(self, size_bytes: int) -> list[Chunk] | None:
+        """Chunks without a pin that have so many bytes, those that should leave first; None if all do not suffice."""
         victims = []
         for chunk in self._policy.victims() if size_bytes > 0 else ():
             if chunk.chunk_hash not in self.pins:
-                victims.append(chunk.chunk_hash)
+                victims.append(chunk)
                 size_bytes -= chunk.shape.size_bytes
                 if size_bytes <= 0:
                     break
-        if size_bytes > 0:
-            return None
-        evicted = [key for chunk_hash in victims for key, _ in self.objects_of(chunk_hash)]
-        removal = Removal.CAPACITY  # by name it would cost a tenth of a microsecond for each
-        for chunk_hash in victims:
-            self._remove(chunk_hash, removal)
-        return evicted
+        return None if size_bytes > 0 else victims
+
+    def remove(self, chunks: Iterable[Chunk], removal: Removal) -> None:
+        """Remove chunks that are there, and all their objects."""
+        for chunk in chunks:
+            self._remove(chunk.chunk_hash, removal)
+
+    def in_order(self) -> Iterator[Chunk]:
+        """Iterate over all chunks in the order in which they should leave. The one that came last may."""
+        return self._policy.victims()
 
     def clear(self, count: int) -> bool:
         """Remove so many chunks, pinned or not, and say whether there were any.
@@ -175,17 +223,29 @@ class Index:
         """The hashes of all chunks, in any order."""
         return list(self._chunks)
 
+    def chunks(self) -> list[Chunk]:
+        """All chunks, in any order."""
+        return list(self._chunks.values())
+
     def objects_of(self, chunk_hash: bytes) -> list[tuple[ObjectKey, int]]:
         """The objects of a chunk, each with its size in bytes."""
         return [(ObjectKey(chunk_hash, *which), size) for which, size in self._shape_of(chunk_hash).sizes.items()]
 
-    def _add(self, key: ObjectKey, size_bytes: int) -> Chunk:
+    def room_bytes(self, size_bytes: int) -> int:
+        """What an object of so many bytes takes, in whole units."""
+        return -(-size_bytes // self._unit_bytes) * self._unit_bytes
+
+    def _add(self, key: ObjectKey, size_bytes: int, place: bytes = b"") -> Chunk:
         chunk_hash, rank, group = key
         chunk = self._chunks.get(chunk_hash)
         if chunk is None:
             chunk = self._chunks[chunk_hash] = Chunk(chunk_hash, self._nothing)
         shape = chunk.shape.grown.get((rank, group, size_bytes))
-        self._reshape(chunk, shape if shape is not None else self._grow(chunk.shape, rank, group, size_bytes))
+        if shape is None:
+            shape = self._grow(chunk.shape, rank, group, size_bytes)
+        self._reshape(chunk, shape)
+        at = shape.numbers[rank, group] * len(place)
+        chunk.places = chunk.places[:at] + place + chunk.places[at + len(place) :]
         return chunk
 
     def _reshape(self, chunk: Chunk, shape: Shape) -> None:
@@ -195,11 +255,14 @@ class Index:
 
     def _grow(self, shape: Shape, rank: int, group: int, size_bytes: int) -> Shape:
         """Make the shape with one object more, or with another size of one."""
-        sizes = {**shape.sizes, (rank, group): size_bytes}
-        grown = shape.grown[rank, group, size_bytes] = Shape(sizes, sum(sizes.values()), {})
+        which = rank, group
+        sizes, numbers = {**shape.sizes, which: size_bytes}, {**shape.numbers}
+        numbers.setdefault(which, len(numbers))
+        room_bytes = shape.size_bytes + self.room_bytes(size_bytes) - self.room_bytes(shape.sizes.get(which, 0))
+        grown = shape.grown[rank, group, size_bytes] = Shape(sizes, numbers, room_bytes, {})
         self._shared_objects += len(sizes)
         if self._shared_objects > SHARED_OBJECTS:
-            self._nothing = Shape({}, 0, {})  # costs nothing but that equal ones exist twice
+            self._nothing = Shape({}, {}, 0, {})  # costs nothing but that equal ones exist twice
             self._shared_objects = 0
         return grown
 
@@ -215,7 +278,17 @@ class Index:
         """Assert that the totals are those of the records, and that the policy knows these and no others."""
         chunks = self._chunks.values()
         assert self.objects == sum(len(chunk.shape.sizes) for chunk in chunks)
-        assert self.used_bytes == sum(sum(chunk.shape.sizes.values()) for chunk in chunks)
+        assert self.used_bytes == sum(sum(map(self.room_bytes, chunk.shape.sizes.values())) for chunk in chunks)
         assert all(chunk.shape.sizes for chunk in chunks)
         assert {id(chunk) for chunk in self._policy.victims()} == {id(chunk) for chunk in chunks}
         assert all(count > 0 for count in self.pins.values())
+
+
+def placed_of(chunk: Chunk) -> list[tuple[tuple[int, int], int, bytes]]:
+    """The objects of a chunk: (rank, group), size in bytes and place of each."""
+    sizes, places = chunk.shape.sizes, chunk.places
+    width = len(places) // len(sizes)
+    return [
+        (which, size, places[number * width : number * width + width])
+        for number, (which, size) in enumerate(sizes.items())
+    ]

@@ -1,54 +1,90 @@
-"""Objects as files of a local directory, bounded by size, verified at every load.
+"""Objects in the segments of a local directory, bounded by size, verified at every load.
 
-The loop decides, in an index that it alone changes; what blocks runs in threads: loads, which never queue behind
-anything else; changes of the directory, in the order in which they were decided; searches for names; and the scan of
-recovery. `record` has the format.
+The loop decides, in a catalog that it alone changes; what blocks runs in threads: loads, which never queue behind
+anything else; changes of the directory, in the order in which they were decided; looks at what others recorded; and
+the reading of recovery. `docs/disk.md` has the format.
 """
 
 import asyncio
+import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from heapq import merge
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 from threading import Event
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote, unquote
 
-from aiofiles.os import makedirs, wrap
+from msgspec import Struct
 
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
-from async_cache.l2.filesystem.directory import Found, RecordDirectory, RecordFault
+from async_cache.l2.filesystem.bodies import Body, Wanted, grouped
+from async_cache.l2.filesystem.catalog import Catalog, Segment
+from async_cache.l2.filesystem.directory import FULL, Commit, Directory, Foreign, Hole, Moved
 from async_cache.l2.filesystem.faults import Faults
-from async_cache.l2.index import Chunk, Index
+from async_cache.l2.filesystem.format import PAGE_BYTES, RECORD_BYTES, Record, pages
+from async_cache.l2.filesystem.journal import Journal
+from async_cache.l2.index import Chunk
 from async_cache.l2.urls.url import BackendURL, capacity, one_of, whole_number
 from async_cache.l2.workers import DaemonExecutor, settle
 from async_cache.prompt.keys import ObjectKey
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import BackendUsage, Removal
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 CAPACITY_BYTES = 10 * 2**30
+SEGMENT_BYTES = 128 * 2**20
 CLOSE_SECONDS = 2.0
+RECOVERY_SECONDS = 0.25  # for which a lookup of what is not known waits for recovery
+SEEN_SECONDS = 0.1  # for which nobody is taken to have come to a directory in which we were alone
+ADOPT_SECONDS = 5.0
 SLICE = 256  # what the loop does with many objects, it does for so many at a time: a millisecond
+ORDERED_OBJECTS = 100_000  # whose order is kept when the index is written anew: it is listed in one step
+SPARE_BYTES = 65_536  # of index files that say what nobody needs, before they are written anew
+TRIES = 4  # to write on a disk that is full
+_NOTHING = memoryview(b"")
 
-_open_directory = wrap(RecordDirectory)
-_sizes = wrap(RecordDirectory.sizes)
-_next = wrap(next)
-_take = wrap(lambda iterator, count: list(islice(iterator, count)))
+
+_LOADED = LoadOutcome.LOADED
+
+
+class Look:
+    """A look at what others have recorded, for all who asked for it before it began."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.task: asyncio.Task[None]
+
+    def step(self, news: Iterator[T]) -> T | None:
+        """The next piece of news, in a thread."""
+        self.begun = True
+        return next(news, None)
+
+
+class Write(Struct, eq=False):
+    """A store that is under way: its bodies, each with its segment, and which of them were deleted meanwhile."""
+
+    directory: Directory
+    bodies: list[tuple[Body, Segment]]
+    done: "asyncio.Future[None]"
+    removed: set[ObjectKey]
 
 
 class FileSystemBackend(Backend):
     """The directory `path`, made if it is not there; other processes may use it at the same time.
 
-    `capacity_bytes` bounds the sum of the objects' sizes (a file has 64 bytes more; None: no bound): chunks without a
-    pin make room, in the order of `policy`, the least recently used first by default. `durability="fsync"`: what was
+    `capacity_bytes` bounds the room that the whole directory takes on the disk (None: no bound): chunks without a pin
+    make room, in the order of `policy`, the least recently used first by default. `durability="fsync"`: what was
     stored survives a power failure; otherwise it is written when the kernel likes to, and what was torn is found out
     by its checksum. `direct` keeps objects of whole pages in page-aligned memory out of the page cache, where the file
-    system can. `threads` read at a time.
+    system can. `threads` read at a time. Files grow to `segment_bytes`, or to the size of a longer object.
 
     Raises ConfigError for arguments, and in `open` for a path, that cannot be used.
     """
@@ -61,6 +97,7 @@ class FileSystemBackend(Backend):
         durability: Literal["none", "fsync"] = "none",
         direct: bool = False,
         threads: int = 4,
+        segment_bytes: int = SEGMENT_BYTES,
         policy: EvictionPolicy[Chunk] | None = None,
     ):
         if capacity_bytes is not None and capacity_bytes < 1:
@@ -69,15 +106,21 @@ class FileSystemBackend(Backend):
             raise ConfigError(f"durability must be 'none' or 'fsync', not {durability!r}")
         if threads < 1:
             raise ConfigError(f"threads must be at least 1, not {threads}")
+        if segment_bytes < 1:
+            raise ConfigError(f"segment_bytes must be at least 1, not {segment_bytes}")
         self.path = os.fspath(path)
         self.name = f"fs://{self.path if self.path.isprintable() else quote(os.fsencode(self.path))}"
-        self.capacity_bytes = capacity_bytes
+        self.capacity_bytes, self._segment_bytes = capacity_bytes, segment_bytes
         self._fsync, self._direct, self._threads = durability == "fsync", direct, threads
-        self._index = Index(policy)
+        self._catalog = Catalog(policy)
+        self._index = self._catalog.index
         self._faults = Faults()
-        self._writing_bytes = 0
-        self._unlinking: list[list[ObjectKey]] = []  # no longer in the index, perhaps still on the disk
-        self._watches: dict[int, set[ObjectKey]] = {}
+        self._writes: list[Write] = []
+        self._look: Look | None = None
+        self._looked_at = -SEEN_SECONDS
+        self._adopted_at = 0.0
+        self._rewriting = self._used = False
+        self._tasks: set[asyncio.Task[None]] = set()
         self._executors: tuple[DaemonExecutor, ...] = ()
 
     @classmethod
@@ -99,42 +142,89 @@ class FileSystemBackend(Backend):
         capacity_bytes = parameters.pop("capacity", CAPACITY_BYTES)
         return cls(path, capacity_bytes=capacity_bytes, **parameters)
 
+    # Opening and closing.
+
     async def open(self) -> None:
         self._loads = DaemonExecutor(self._threads, f"{self.name} load")
         self._changes = DaemonExecutor(1, f"{self.name} change")
         self._searches = DaemonExecutor(1, f"{self.name} search")
         self._scans = DaemonExecutor(1, f"{self.name} scan")
         executors = (self._loads, self._changes, self._searches, self._scans)
-        self._given_up = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._given_up = self._loop.create_future()
         try:
-            await makedirs(self.path, 0o700, exist_ok=True, executor=self._changes)
-            self._directory = await _open_directory(
-                self.path, fsync=self._fsync, direct=self._direct, executor=self._changes
-            )
+            self._directory = await self._in(self._changes, self._open_directory)
             self._executors = executors
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except (Foreign, FileExistsError, NotADirectoryError, PermissionError) as error:
             raise ConfigError(f"{self.name} cannot be used: {error}") from error
         except OSError as error:
             raise BackendError(f"{self.name} cannot be opened: {error}") from error
         finally:
             if not self._executors:
                 _shutdown(executors)
-        self._recovery = asyncio.create_task(self._recover(), name=f"{self.name} recovery")
+        self._start()
+
+    def _open_directory(self) -> Directory:
+        os.makedirs(self.path, 0o700, exist_ok=True)
+        return Directory(self.path, fsync=self._fsync, direct=self._direct)
+
+    def _start(self) -> None:
+        """Begin with a directory that was just opened."""
+        self._catalog.writers = {journal.writer for journal in self._directory.journals.values() if journal.owned}
+        self._recovery = asyncio.create_task(self._recover(self._directory), name=f"{self.name} recovery")
+
+    def _in(self, executor: DaemonExecutor, function: Callable[..., T], *arguments: Any) -> "asyncio.Future[T]":
+        """Call a function in a thread. A caller that is cancelled does not keep it from being done."""
+        return asyncio.wrap_future(executor.submit(function, *arguments), loop=self._loop)
+
+    async def close(self) -> None:
+        executors, self._executors = self._executors, ()
+        if not executors:
+            return
+        self._recovery.cancel()
+        await asyncio.wait([self._recovery, *self._tasks])
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._put_in_order()
+            _shutdown(executors)
+            await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))
+        finally:  # also where the caller waits no longer: who waits for a thread that is stuck would do so for ever
+            _shutdown(executors)
+            self._given_up.set_result(None)
+        while self._index.clear(SLICE):  # noqa: ASYNC110 (nothing is waited for)
+            await asyncio.sleep(0)
+
+    # Lookups.
 
     def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
-        return [True] * len(chunk_hashes) if self._index.pin_chunks(chunk_hashes, objects) else None
+        self._used = True
+        if self._index.pin_chunks(chunk_hashes, objects):
+            return [True] * len(chunk_hashes)
+        if not self._knows_all():
+            return None
+        return self._index.pin_some(chunk_hashes, objects)
+
+    def _knows_all(self) -> bool:
+        """Whether what is not known is not there: nobody else is here, or was a moment ago."""
+        return (
+            self._recovery.done()
+            and self._loop.time() - self._looked_at < SEEN_SECONDS
+            and not self._directory.has_others
+        )
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        self._used = True
         present = self._index.pin_present(keys)
         if all(present):
             return present
         unknown = [key for key, found in zip(keys, present, strict=True) if not found]
         known = [key for key, found in zip(keys, present, strict=True) if found]
         try:
-            await self._look_on_disk(unknown)
-        except BackendError:
+            await self._catch_up()
+        except OSError as error:
             if not known:  # else it says what it knows
-                raise
+                raise BackendError(f"{self.name}: {error}") from error
         except BaseException:
             self._index.unpin(known)
             raise
@@ -144,17 +234,56 @@ class FileSystemBackend(Backend):
         self._make_room(0)
         return found
 
-    async def _look_on_disk(self, keys: Sequence[ObjectKey]) -> None:
-        """Add to the index what another process has stored, or what recovery has not reached yet."""
-        with self._watch() as removed:
-            removed.update(*self._unlinking)  # the search may still see them
-            sizes = await _sizes(self._directory, keys, executor=self._searches)
-            for key, size_bytes in zip(keys, sizes, strict=True):
-                if isinstance(size_bytes, int) and key not in removed and not self._faults.is_unreadable(key):
-                    self._index.put(key, size_bytes)
-        faults = [fault for fault in sizes if isinstance(fault, OSError)]
-        if faults and len(faults) == len(sizes):
-            raise BackendError(f"{self.name}: {faults[0]}") from faults[0]
+    async def _catch_up(self) -> None:
+        """Hear of what others stored, and wait a little for recovery. Raises OSError."""
+        if not self._recovery.done():
+            await asyncio.wait([self._recovery], timeout=RECOVERY_SECONDS)
+        await self._look_for_news()
+
+    async def _look_for_news(self) -> None:
+        """Hear of all that others have recorded by now. Raises OSError."""
+        look = self._look
+        if look is None or look.begun:  # one that has begun may have missed it; one that has not serves all who wait
+            look = self._look = Look()
+            look.task = self._spawn(self._run(look))
+        await asyncio.shield(look.task)
+
+    async def _run(self, look: "Look") -> None:
+        directory, began = self._directory, self._loop.time()
+        adopt = self._recovery.done() and began - self._adopted_at > ADOPT_SECONDS
+        if adopt:
+            self._adopted_at = began
+        news = directory.look(adopt=adopt)
+        try:
+            while (step := await self._in(self._searches, look.step, news)) is not None:
+                journal, records = step
+                if journal.owned and journal.writer not in self._catalog.writers:
+                    self._catalog.writers.add(journal.writer)
+                    self._spawn(self._sweep(directory))
+                await self._learn(journal, records, latest=True)
+            self._looked_at = began
+        except Moved:
+            await self._open_anew(directory)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits for it has it
+
+    async def _learn(self, journal: Journal, records: list[Record], *, latest: bool) -> None:
+        """Take over what an index file says, in slices."""
+        for begin in range(0, len(records), SLICE):
+            gone, holes = self._catalog.learn(journal, records[begin : begin + SLICE], latest=latest)
+            self._faults.over(gone)
+            self._clear(holes)
+            self._make_room(0)
+            await asyncio.sleep(0)
 
     def pin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
         self._index.pin_prefix(chunk_hashes)
@@ -165,96 +294,262 @@ class FileSystemBackend(Backend):
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         self._index.unpin(keys)
 
+    # Loads.
+
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
-        return self._noted(keys, await self._read(self._directory.load, keys, buffers))
+        return (await self._load(keys, buffers, exact=True))[0]
 
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
-        sizes = await self._read(self._directory.load_sized, keys, buffers)
-        told = self._noted(keys, [LoadOutcome.LOADED if isinstance(size, int) else size for size in sizes])
-        return [size if isinstance(size, int) else outcome for size, outcome in zip(sizes, told, strict=True)]
+        outcomes, placed = await self._load(keys, buffers, exact=False)
+        return [
+            found[0] if outcome is _LOADED and found is not None else outcome
+            for outcome, found in zip(outcomes, placed, strict=True)
+        ]
 
-    async def _read(
-        self, load: Callable[..., None], keys: Sequence[ObjectKey], buffers: Sequence[memoryview]
-    ) -> list[Any]:
-        """What a `load` of the directory says of each object: its threads share the work."""
+    async def _load(
+        self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], *, exact: bool
+    ) -> tuple[list[LoadOutcome], list[tuple[int, bytes] | None]]:
+        """What became of each object, and its size and place in the catalog when the load began."""
         check_lengths(keys, buffers)
-        todo = zip(range(len(keys)), keys, buffers, strict=True)
-        outcomes: list[Any] = [None] * len(keys)
-        stop = Event()
+        placed = self._index.placed(keys)
+        if None in placed and not self._knows_all():
+            with suppress(OSError):
+                await self._catch_up()
+            placed = self._index.placed(keys)
+        place = self._catalog.place
+        outcomes: list[Any] = [LoadOutcome.GONE] * len(keys)
+        wanted = []
+        for number, found in enumerate(placed):
+            if found is not None:
+                size_bytes, where = found
+                length = len(buffers[number])
+                if size_bytes == length or (size_bytes < length and not exact):
+                    segment, page, checksum = place(where)
+                    wanted.append(Wanted(segment, page, number, size_bytes, checksum))
+                else:
+                    outcomes[number] = LoadOutcome.CORRUPT
+        wanted.sort()
+        groups = list(grouped(wanted))
+        todo, stop = iter(groups), Event()
+        bodies = self._directory.bodies
         # Submitted without aiofiles: `settle` must know of each call whether it has begun.
-        futures = [self._loads.submit(load, todo, outcomes, stop) for _ in range(min(self._threads, len(keys)))]
+        futures = [
+            self._loads.submit(bodies.read, todo, buffers, outcomes, stop)
+            for _ in range(min(self._threads, len(groups)))
+        ]
         await settle(futures, stop, self._given_up)
-        return outcomes
-
-    def _noted(self, keys: Sequence[ObjectKey], outcomes: list[Any]) -> list[LoadOutcome]:
-        """What is told of each object, which the index and the faults hear of first."""
-        if outcomes.count(LoadOutcome.LOADED) == len(outcomes):
+        if outcomes.count(_LOADED) == len(outcomes):
             self._faults.over(keys)
-            return outcomes
-        return self._note_losses(keys, outcomes)
+            return outcomes, placed
+        return await self._note_losses(keys, placed, outcomes), placed
 
-    def _note_losses(self, keys: Sequence[ObjectKey], outcomes: list[LoadOutcome | OSError]) -> list[LoadOutcome]:
+    async def _note_losses(
+        self, keys: Sequence[ObjectKey], placed: list[tuple[int, bytes] | None], outcomes: list[LoadOutcome | OSError]
+    ) -> list[LoadOutcome]:
         """What is told of each object, after a load that did not bring all of them."""
-        told = [_told(outcome) if isinstance(outcome, OSError) else outcome for outcome in outcomes]
-        failed = [key for key, outcome in zip(keys, told, strict=True) if outcome is LoadOutcome.FAILED]
-        unreadable = self._faults.failed(failed, beside_others=len(failed) < len(keys))
-        stuck = [key for key, outcome in zip(keys, outcomes, strict=True) if isinstance(outcome, RecordFault)]
-        unreadable += self._faults.failed(stuck, beside_others=True)
+        if LoadOutcome.CORRUPT in outcomes:  # it may have been given up by others
+            with suppress(OSError):
+                await self._look_for_news()
+        told: list[LoadOutcome] = []
+        for found, outcome in zip(placed, outcomes, strict=True):
+            if isinstance(outcome, OSError):
+                outcome = LoadOutcome.FAILED
+            if outcome is not _LOADED and (found is None or self._catalog.is_dropped(found[1])):
+                outcome = LoadOutcome.GONE
+            told.append(outcome)
         for lost, removal in ((LoadOutcome.GONE, Removal.LOST), (LoadOutcome.CORRUPT, Removal.DAMAGED)):
-            self._drop([key for key, outcome in zip(keys, told, strict=True) if outcome is lost], removal)
-        self._drop(unreadable, Removal.DAMAGED)
+            self._give_up_as_read(keys, placed, [outcome is lost for outcome in told], removal)
+        failed = [key for key, outcome in zip(keys, told, strict=True) if outcome is LoadOutcome.FAILED]
         faults = [outcome for outcome in outcomes if isinstance(outcome, OSError)]
+        unreadable = set(self._faults.failed(failed, beside_others=len(failed) < len(keys)))
+        self._give_up_as_read(keys, placed, [key in unreadable for key in keys], Removal.DAMAGED)
         if unreadable:
             logger.warning("%s: %d objects cannot be read: %s", self.name, len(unreadable), faults[0])
-        elif faults and len(faults) == len(keys):
+        elif failed and len(failed) == len(keys):
             raise BackendError(f"{self.name}: {faults[0]}") from faults[0]
         return told
+
+    def _give_up_as_read(
+        self,
+        keys: Sequence[ObjectKey],
+        placed: list[tuple[int, bytes] | None],
+        which: list[bool],
+        removal: Removal,
+    ) -> None:
+        """Take those objects out that still lie where they were read."""
+        lost = [(key, found) for key, found, there in zip(keys, placed, which, strict=True) if there and found]
+        now = self._index.placed([key for key, _ in lost])
+        still = [key for (key, found), at in zip(lost, now, strict=True) if at == found]
+        self._clear(self._catalog.give_up(still, removal))
+
+    # Stores.
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         check_lengths(keys, buffers)
         chunk_hashes = [key.chunk_hash for key in keys]
         self._index.pin_prefix(chunk_hashes)  # none of them makes room for another one
         try:
-            missing = [i for i, found in enumerate(self._index.present(keys)) if not found or keys[i] in self._faults]
-            room = self._reserve([len(buffers[i]) for i in missing])
-            todo = [i for i, fits in zip(missing, room, strict=True) if fits]
-            faults = await self._write([keys[i] for i in todo], [buffers[i] for i in todo]) if todo else []
+            if not self._knows_all() and not all(self._index.present(keys)):
+                with suppress(OSError):  # it is written, then, and one of the two is given up later
+                    await self._catch_up()
+            self._clear(self._catalog.give_up([key for key in keys if key in self._faults], Removal.DAMAGED))
+            bodies = {key: buffer for key, buffer in zip(keys, buffers, strict=True)}
+            missing = [key for key, there in zip(bodies, self._index.present(list(bodies)), strict=True) if not there]
+            faults = await self._write_fitting(missing, [bodies[key] for key in missing]) if missing else []
             stored = self._index.present(keys)  # without what was deleted meanwhile
-        finally:
-            self._index.unpin_prefix(chunk_hashes)
-        if not any(stored) and (of_disk := [fault for fault in faults if not isinstance(fault, RecordFault)]):
-            raise BackendError(f"{self.name}: {of_disk[0]}") from of_disk[0]
-        return stored
-
-    async def _write(self, keys: list[ObjectKey], buffers: list[memoryview]) -> list[OSError]:
-        """Write objects for which there is room, and index them; returns the faults."""
-        stop = Event()
-        replaced = {key for key in keys if key in self._faults}
-        future = self._changes.submit(self._directory.store, keys, buffers, replaced, stop)
-        with self._watch() as removed:
-            try:
-                await settle([future], stop, self._given_up)
-            finally:  # a cancelled call may have written some of them
-                self._writing_bytes -= sum(map(len, buffers))
-                errors = future.result() if future.done() and not future.cancelled() else []
-                for key, buffer, error in zip(keys, buffers, errors, strict=False):
-                    if error is None:
-                        self._faults.over((key,))
-                        if key not in removed:
-                            self._index.put(key, len(buffer))
-        if doubtful := [key for key in keys if key in removed]:
-            with suppress(BackendError):  # a miss, then
-                await self._look_on_disk(doubtful)  # deleted after it was stored, or missed by a load before
-        return [error for error in errors if error is not None]
-
-    async def delete(self, keys: Sequence[ObjectKey]) -> int:
-        try:
-            return await asyncio.shield(self._unlink(list(keys), Removal.DELETED))
         except OSError as error:
             raise BackendError(f"{self.name}: {error}") from error
+        finally:
+            self._index.unpin_prefix(chunk_hashes)
+        if faults and not any(stored):
+            raise BackendError(f"{self.name}: {faults[0]}") from faults[0]
+        return stored
+
+    async def _write_fitting(self, keys: list[ObjectKey], buffers: list[memoryview]) -> list[OSError]:
+        """Write those objects for which there is room, or can be made; returns the faults of the last try."""
+        faults: list[OSError | None] = []
+        for _ in range(TRIES):
+            faults = await self._write(keys, buffers)
+            full = [number for number, fault in enumerate(faults) if fault is not None and fault.errno in FULL]
+            keys, buffers = [keys[number] for number in full], [buffers[number] for number in full]
+            if not full or not self._make_room_on_disk(list(map(len, buffers))):
+                break
+        return [fault for fault in faults if fault is not None]
+
+    def _make_room_on_disk(self, sizes: list[int]) -> bool:
+        """Evict as much as was not taken by a full disk, if that can be; or as the first object needs."""
+        for count in (len(sizes), 1):
+            holes = self._catalog.evict(sum(map(self._index.room_bytes, sizes[:count])) + PAGE_BYTES)
+            if holes:
+                self._clear(holes)
+                return True
+        return False
+
+    async def _write(self, keys: list[ObjectKey], buffers: list[memoryview]) -> list[OSError | None]:
+        """Write and index objects as far as there is room; for each None, or why it could not be written."""
+        directory = self._directory
+        write = Write(directory, [], self._loop.create_future(), set())
+        whole = self._make_room(sum(map(self._index.room_bytes, map(len, buffers))))
+        numbers = []
+        for number, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
+            if whole or self._make_room(self._index.room_bytes(len(buffer))):
+                segment, page = self._catalog.reserve(
+                    directory.writer, len(buffer), self._segment_bytes, directory.journal
+                )
+                write.bodies.append((Body(key, buffer, len(buffer), segment.name, page), segment))
+                numbers.append(number)
+        self._writes.append(write)
+        stop = Event()
+        future = self._changes.submit(directory.write, [body for body, _ in write.bodies], stop)
+        try:
+            await settle([future], stop, self._given_up)
+        except OSError:
+            pass  # it is the fault of each
+        except Moved:
+            await self._open_anew(directory)
+            return await self._write(keys, buffers)
+        finally:
+            self._publish(write, future)  # a cancelled call may have written some of them
+        await asyncio.wait([write.done])
+        faults: list[OSError | None] = [None] * len(keys)
+        for number, (body, _) in zip(numbers, write.bodies, strict=True):
+            faults[number] = body.fault
+        return faults
+
+    def _publish(self, write: Write, future: "Future[None]") -> None:
+        """Have records written of the bodies that were; they are indexed then, whoever still waits for it."""
+        if not future.done():
+            return  # given up: it is never known
+        fault = InterruptedError(errno.EINTR, "it was not written") if future.cancelled() else future.exception()
+        for body, _ in write.bodies:
+            body.buffer = _NOTHING
+            if fault is not None and body.fault is None:
+                body.fault = fault if isinstance(fault, OSError) else OSError(errno.EIO, str(fault))
+        written = [(body, segment) for body, segment in write.bodies if body.fault is None]
+        data = [
+            self._catalog.written(body.key, body.size_bytes, segment, body.page, body.checksum)
+            for body, segment in reversed(written)  # such that the tail of a prefix is older than its head
+        ]
+        commit = Commit({body.segment for body, _ in written}, b"".join(data))
+        write.directory.waiting.append(commit)
+        committing = self._in(self._changes, write.directory.commit, commit)
+        committing.add_done_callback(partial(self._published, write))
+
+    def _published(self, write: Write, committing: "asyncio.Future[None]") -> None:
+        fault = None if committing.cancelled() else committing.exception()
+        self._writes.remove(write)
+        self._used = True
+        holes = []
+        for body, segment in reversed(write.bodies):
+            if isinstance(fault, OSError) and body.fault is None:
+                body.fault = fault
+                holes.append(Hole(body.segment, body.page, body.page + pages(body.size_bytes), b""))
+            if write.directory is not self._directory:
+                continue  # it is in a directory that was removed
+            if body.fault is not None:
+                self._catalog.unreserve(body.size_bytes, segment)
+            elif body.key in write.removed or self._index.present([body.key])[0]:
+                holes.append(self._catalog.hole(body.key, body.size_bytes, segment, body.page, body.checksum))
+            else:
+                self._catalog.put(body.key, body.size_bytes, segment, body.page, body.checksum)
+        if write.directory is self._directory:
+            self._clear(holes)
+        write.done.set_result(None)
+        self._rewrite_if_long()
+
+    # What leaves.
+
+    async def delete(self, keys: Sequence[ObjectKey]) -> int:
+        await asyncio.wait([self._recovery])  # what it has not read yet would come back
+        if not self._knows_all():
+            with suppress(OSError):
+                await self._look_for_news()
+        keys = list(dict.fromkeys(keys))
+        deleted = sum(self._index.present(keys))
+        self._faults.over(keys)
+        clearing = self._clear(self._catalog.give_up(keys, Removal.DELETED))
+        writing = [write for write in self._writes if any(body.key in keys for body, _ in write.bodies)]
+        for write in writing:
+            write.removed.update(keys)
+        try:
+            if writing:
+                await asyncio.wait([write.done for write in writing])
+                await self._in(self._changes, int)  # what they were given up by is done
+            if clearing is not None:
+                await asyncio.shield(clearing)
+        except OSError as error:
+            raise BackendError(f"{self.name}: {error}") from error
+        return deleted
+
+    def _make_room(self, size_bytes: int) -> bool:
+        """Evict until so many bytes fit; False, and nothing is evicted, if the pins do not allow it."""
+        if self.capacity_bytes is None:
+            return True
+        used = self._catalog.pages * PAGE_BYTES + self._index.room_bytes(self._directory.index_bytes)
+        holes = self._catalog.evict(used + size_bytes - self.capacity_bytes)
+        if holes:
+            self._clear(holes)
+        return holes is not None
+
+    def _clear(self, holes: list[Hole]) -> "asyncio.Future[None] | None":
+        """Record what was given up, and give its room back, after the changes that were submitted before."""
+        emptied = self._catalog.emptied()
+        if not holes and not emptied:
+            return None
+        future = self._in(self._changes, self._directory.drop, holes, emptied)
+        future.add_done_callback(self._cleared)
+        return future
+
+    def _cleared(self, future: "asyncio.Future[None]") -> None:
+        if not future.cancelled() and (error := future.exception()):
+            logger.warning("%s: cannot remove: %s", self.name, error)
+
+    # All of it.
 
     async def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
         await asyncio.wait([self._recovery])
+        with suppress(OSError):
+            await self._look_for_news()
         chunk_hashes = self._index.chunk_hashes()
         for begin in range(0, len(chunk_hashes), SLICE):
             for chunk_hash in chunk_hashes[begin : begin + SLICE]:
@@ -270,106 +565,91 @@ class FileSystemBackend(Backend):
     def usage(self) -> BackendUsage:
         return BackendUsage(self._index.objects, self._index.used_bytes, self.capacity_bytes)
 
-    async def close(self) -> None:
-        executors, self._executors = self._executors, ()
-        if executors:
-            self._recovery.cancel()
-            await asyncio.wait([self._recovery])
-            _shutdown(executors)
-            try:
-                ended = await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))
-            finally:  # also where the caller waits no longer: who waits for a thread that is stuck would do so for ever
-                self._given_up.set_result(None)
-            while self._index.clear(SLICE):  # noqa: ASYNC110 (nothing is waited for)
-                await asyncio.sleep(0)
-            if all(ended):  # a thread that is stuck could otherwise meet a number that means another file by then
-                self._directory.close()
-
     def check_integrity(self) -> None:
-        """Assert that the totals are those of the records."""
-        self._index.check_integrity()
-        assert self._writing_bytes >= 0
+        """Assert that the totals are those of the objects, and of what is being written."""
+        self._catalog.check_integrity(sum(len(write.bodies) for write in self._writes))
 
-    # Room, and what is removed for it.
-
-    def _reserve(self, sizes: list[int]) -> list[bool]:
-        """For each size, whether there is room now for an object that will be written."""
-        whole = self._make_room(sum(sizes))
-        room = []
-        for size_bytes in sizes:
-            room.append(whole or self._make_room(size_bytes))
-            self._writing_bytes += size_bytes if room[-1] else 0
-        return room
-
-    def _make_room(self, size_bytes: int) -> bool:
-        """Evict until so many bytes fit; False, and nothing is evicted, if the pins do not allow it."""
-        if self.capacity_bytes is None:
-            return True
-        evicted = self._index.evict(self._index.used_bytes + self._writing_bytes + size_bytes - self.capacity_bytes)
-        if evicted:
-            self._unlink(evicted, Removal.CAPACITY)
-        return evicted is not None
-
-    def _unlink(self, keys: list[ObjectKey], removal: Removal) -> "asyncio.Future[int]":
-        """Drop objects and remove their files, after the changes that were submitted before."""
-        self._drop(keys, removal)
-        self._faults.over(keys)
-        future = asyncio.wrap_future(self._changes.submit(self._directory.unlink, keys))
-        self._unlinking.append(keys)
-        future.add_done_callback(self._unlinked)
-        return future
-
-    def _drop(self, keys: Sequence[ObjectKey], removal: Removal) -> None:
-        """Take objects out of the index, and tell those who wait for a thread."""
-        for key in keys:
-            self._index.drop(key, removal)
-        for watch in self._watches.values():
-            watch.update(keys)
-
-    def _unlinked(self, future: "asyncio.Future[int]") -> None:
-        self._unlinking.pop(0)  # one thread does them, in order
-        if error := future.exception():
-            logger.warning("%s: cannot remove: %s", self.name, error)
-
-    @contextmanager
-    def _watch(self) -> Iterator[set[ObjectKey]]:
-        """The objects that were dropped while one waits for a thread: what it says of them is out of date."""
-        removed: set[ObjectKey] = set()
-        self._watches[id(removed)] = removed
+    async def _recover(self, directory: Directory) -> None:
+        """Learn what is in the directory, the latest first, as older than all that was used since the start."""
         try:
-            yield removed
-        finally:
-            del self._watches[id(removed)]
-
-    async def _recover(self) -> None:
-        """Index what is on the disk, the newest first, as older than all that was used since the start."""
-        try:
-            with self._watch() as removed:
-                removed.update(*self._unlinking)
-                scan = self._directory.scan()
-                runs: list[list[Found]] = []
-                while run := await _next(scan, None, executor=self._scans):
-                    runs.append(run)
-                records = merge(*map(_drain, runs), reverse=True)
-                del runs
-                while batch := await _take(records, SLICE, executor=self._scans):
-                    for _, chunk_hash, rank, group, size_bytes in batch:
-                        key = ObjectKey(chunk_hash, rank, group)
-                        if key not in removed and not self._faults.is_unreadable(key):
-                            self._index.put_oldest(key, size_bytes)
-                    self._make_room(0)
-        except Exception:  # the root of a task; what is not indexed is found by lookups
+            for journal in sorted(directory.journals.values(), key=lambda each: each.changed_ns, reverse=True):
+                steps = journal.backward()
+                while (records := await self._in(self._scans, next, steps, None)) is not None:
+                    await self._learn(journal, records, latest=False)
+            await self._sweep(directory)
+            self._looked_at = self._loop.time() - SEEN_SECONDS
+        except Exception:  # the root of a task; what is not indexed is stored anew
             logger.exception("%s: recovery failed", self.name)
 
+    async def _sweep(self, directory: Directory) -> None:
+        """Have cleared away what dead writers left, when all that they recorded is known."""
+        catalog = self._catalog
+        allocated = await self._in(self._scans, directory.sweep, catalog.in_use(), catalog.names())
+        if allocated:
+            bodies: dict[str, list[tuple[int, int]]] = {name: [] for name in allocated}
+            chunks = self._index.chunks()
+            for begin in range(0, len(chunks), SLICE):
+                for chunk in chunks[begin : begin + SLICE]:
+                    for name, page, end in catalog.bodies_in(chunk):
+                        if name in bodies:
+                            bodies[name].append((page, end))
+                await asyncio.sleep(0)
+            for name in allocated:
+                await self._in(self._scans, directory.clear_gaps, name, sorted(bodies[name]))
 
-def _drain(run: list[Found]) -> Iterator[Found]:
-    """Iterate from the end, such that what was taken is freed at once, and not all together with the run."""
-    while run:
-        yield run.pop()
+    async def _open_anew(self, directory: Directory) -> None:
+        """Go on in the directory that has the path now, unless another task has seen to it. Raises OSError."""
+        if directory is not self._directory:
+            return
+        try:
+            fresh = await self._in(self._changes, self._open_directory)
+        except Foreign as error:
+            raise OSError(errno.ENOTDIR, str(error), self.path) from error
+        if directory is not self._directory:
+            return  # another task was faster; what it has opened stays
+        logger.warning("%s: another directory has the path now, or the old one was removed: opened anew", self.name)
+        self._directory = fresh
+        self._recovery.cancel()
+        while self._index.clear(SLICE):
+            pass
+        self._catalog.forget()
+        self._start()
+        await asyncio.wait([self._recovery], timeout=RECOVERY_SECONDS)
 
+    # The index file, written anew.
 
-def _told(fault: OSError) -> LoadOutcome:
-    return LoadOutcome.CORRUPT if isinstance(fault, RecordFault) else LoadOutcome.FAILED
+    def _rewrite_if_long(self) -> None:
+        """Write our index files anew when most of what they say is of things that are gone."""
+        if self._rewriting or not self._executors or not self._recovery.done():
+            return
+        size_bytes = sum(journal.size_bytes for journal in self._directory.journals.values() if journal.owned)
+        if size_bytes > SPARE_BYTES and size_bytes > 2 * RECORD_BYTES * self._catalog.count_owned() + SPARE_BYTES:
+            self._rewriting = True
+            self._spawn(self._rewrite(self._directory))
+
+    async def _rewrite(self, directory: Directory) -> None:
+        try:
+            await self._in(self._changes, directory.rewrite)
+            chunks = list(self._index.in_order()) if self._index.objects <= ORDERED_OBJECTS else self._index.chunks()
+            data = self._catalog.records(chunks, directory.journal)
+            while batch := b"".join(islice(data, SLICE)):
+                await self._in(self._changes, directory.append, batch)
+            await self._in(self._changes, directory.end_rewrite)
+        except OSError as error:
+            logger.warning("%s: the index cannot be written anew: %s", self.name, error)
+        finally:
+            self._rewriting = False
+
+    async def _put_in_order(self) -> None:
+        """Have the order of use survive, and leave nothing behind that says nothing."""
+        if self._index.objects <= ORDERED_OBJECTS and self._used:
+            await self._rewrite(self._directory)
+        emptied = [*self._catalog.emptied(), *self._catalog.last_emptied()]
+        keeps = self._catalog.count_owned() > 0
+        try:
+            await self._in(self._changes, partial(self._directory.close, emptied=emptied, keeps=keeps))
+        except OSError as error:
+            logger.warning("%s: cannot be left in order: %s", self.name, error)
 
 
 def _shutdown(executors: Sequence[DaemonExecutor]) -> None:

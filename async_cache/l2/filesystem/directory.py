@@ -1,413 +1,339 @@
-"""A directory of records (see `l2.record`), one file for each. All of it blocks: it is for threads.
+"""A directory with the log of one store: what it is, who writes in it, and what is recorded. It blocks: for threads.
 
-A writer fills a file `tmp.<random>` and renames it, so that an object appears whole or not at all, whoever else writes
-the same one.
+Three threads use it, each for its own: one changes (`commit`, `drop`, `rewrite`), one searches (`look`), one recovers.
 """
 
 import errno
-import fcntl
 import logging
 import os
-import stat
-import time
-import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from itertools import islice
-from mmap import PAGESIZE, mmap
-from secrets import token_hex
-from threading import Event
-from typing import TypeVar
+from secrets import randbits
+from threading import Event, Lock
 
-from xxhash import xxh3_64, xxh3_64_intdigest
+from msgspec import Struct
 
-from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.record import TRAILER_BYTES, body_bytes, file_name, is_trailer, parse_name, write_trailer
-from async_cache.prompt.keys import ObjectKey
-
-T = TypeVar("T")
+from async_cache.l2.filesystem.bodies import Bodies, Body
+from async_cache.l2.filesystem.files import Files, OpenFile, open_file
+from async_cache.l2.filesystem.format import (
+    MARKER,
+    MARKER_LINE,
+    PAGE_BYTES,
+    RECORD_BYTES,
+    VERSION,
+    Record,
+    marker_version,
+    parse_index,
+    parse_segment,
+)
+from async_cache.l2.filesystem.journal import Journal
 
 logger = logging.getLogger(__name__)
 
-BLOCK_BYTES = 512 * 1024  # hashed while it is still in the processor's cache
-SCAN_ENTRIES = 256  # in one step of the thread: two milliseconds for which the loop may have to wait
-
-_TEMPORARY = "tmp."
-_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
-_READ = _SAFE | os.O_RDONLY | os.O_NONBLOCK  # a pipe under an object's name must not block
-_CREATE = _SAFE | os.O_WRONLY | os.O_CREAT | os.O_EXCL
-_LOADED = LoadOutcome.LOADED  # by name it would cost a tenth of a microsecond, with the interpreter's lock
-_NO_FILE = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO}  # nothing, or a link, a directory ...
-_MORE_TRIES = 2
-_QUICK_SECONDS = 0.1  # a drive tries a bad sector for longer
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # of which no name can be the reason
-
-Scratch = bytearray | mmap
-Buffer = memoryview | Scratch
-Found = tuple[int, bytes, int, int, int]
-"""Modification time in ns, chunk hash, rank, group, bytes of the body: flat, and so of no interest to the collector."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+_FOREIGN_AND_HARMLESS = ("lost+found",)
 
 
-class RecordFault(OSError):
-    """A fault that is of one record, and says nothing of the disk: its name cannot be taken or removed."""
+class Foreign(Exception):
+    """The directory is not one of ours, or not of this version: it is left alone."""
 
 
-class RecordDirectory:
-    """The records of one directory, which is opened once: what becomes of its path later does not matter.
+class Moved(Exception):
+    """The path of a directory means another one by now, or none."""
 
-    Where a call takes `stop`, setting it ends the call between two blocks: what it returns is of no use then. Each
-    method raises OSError.
+
+class Hole(Struct, eq=False):
+    """Pages of a segment that are to be cleared, and the records that say so."""
+
+    segment: str
+    page: int
+    end: int
+    record: bytes
+
+
+class Commit(Struct, eq=False):
+    """Records of bodies that were written to these segments, and why they could not be appended."""
+
+    segments: set[str]
+    records: bytes
+    fault: OSError | None = None
+
+
+class Directory:
+    """One directory, opened once: `has_moved` says whether its path means another one by now.
+
+    Raises Foreign or OSError.
     """
 
     def __init__(self, path: str, *, fsync: bool, direct: bool):
-        self._fsync, self._direct = fsync, direct
-        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._close = weakref.finalize(self, os.close, self._fd)  # at once where the one who opened it was cancelled
-        self._close.atexit = False
+        self.path, self._fsync = path, fsync
+        self._file = OpenFile(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        self._fd = self._file.fd
         if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-            self.close()
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        self._listing = Lock()  # a directory has one place to list from
+        self._check_marker()
+        self.files = Files(self._fd)
+        self.bodies = Bodies(self.files, direct=direct)
+        self.writer = randbits(64)
+        self.journal = Journal.create(self._fd, self.writer, 0)
+        self.journals: dict[str, Journal] = {self.journal.name: self.journal}
+        self._listed_at = -1
+        self.waiting: deque[Commit] = deque()
+        self._named: set[str] = set()  # segments whose names survive a power failure
+        self.find_journals(adopt=True)
+        if fsync:
+            os.fsync(self._fd)
 
-    def close(self) -> None:
-        """Close the directory; idempotent."""
-        self._close()
+    # What it is.
 
-    # Loads.
-
-    def load(
-        self,
-        todo: Iterator[tuple[int, ObjectKey, memoryview]],
-        outcomes: list[LoadOutcome | OSError | None],
-        stop: Event,
-    ) -> None:
-        """Fill bodies until nothing is left to do, and put into `outcomes`, at the place of each, how it went.
-
-        Several threads may share the iterator: one that is fast, or was woken first, does more of the work.
-        """
-        tail = self._tail(spare_bytes=1)
-        for place, key, body in todo:
-            if stop.is_set():
-                break
-            try:
-                at_once = len(body) <= BLOCK_BYTES and not self._direct and self._load_at_once(key, body, tail)
-                outcomes[place] = _LOADED if at_once else self._load(key, body, tail, stop)
-            except OSError as error:
-                outcomes[place] = self._load_again(error, partial(self._load, key, body, tail, stop), stop)
-
-    def load_sized(
-        self,
-        todo: Iterator[tuple[int, ObjectKey, memoryview]],
-        outcomes: list[int | LoadOutcome | OSError | None],
-        stop: Event,
-    ) -> None:
-        """Fill buffers that may be longer than the bodies, as `load` does; what was loaded has its size as outcome."""
-        tail = self._tail(spare_bytes=1)
-        for place, key, buffer in todo:
-            if stop.is_set():
-                break
-            load = partial(self._load_sized, key, buffer, tail, stop)
-            try:
-                outcomes[place] = load()
-            except OSError as error:
-                outcomes[place] = self._load_again(error, load, stop)
-
-    def _load_again(self, fault: OSError, load: Callable[[], T], stop: Event) -> T | LoadOutcome | OSError:
-        """Load again what could not be read: a fault may be of the moment, as a stale handle is, but is quick then."""
-        latest = time.monotonic() + _QUICK_SECONDS
-        for _ in range(_MORE_TRIES):
-            if fault.errno in _NO_FILE or isinstance(fault, RecordFault) or stop.is_set() or time.monotonic() > latest:
-                break
-            try:
-                return load()
-            except OSError as again:
-                fault = again
-        return LoadOutcome.GONE if fault.errno in _NO_FILE else fault.with_traceback(None)  # whose frames hold the body
-
-    def _load_at_once(self, key: ObjectKey, body: memoryview, tail: Scratch) -> bool:
-        """Whether a small object was loaded by three system calls and nothing between them; if not, `_load` says why.
-
-        Each call gives the interpreter's lock away: what runs before it is got back is waited for.
-        """
-        fd = os.open(file_name(key), _READ, dir_fd=self._fd)
+    def _check_marker(self) -> None:
         try:
-            count = os.preadv(fd, (body, tail), 0)
-        finally:
-            _close(fd)
-        return count == len(body) + TRAILER_BYTES and is_trailer(tail, key, len(body), xxh3_64_intdigest(body))
-
-    def _load(self, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> LoadOutcome:
-        fd = os.open(file_name(key), _READ, dir_fd=self._fd)
-        try:
-            return self._read(fd, key, body, tail, stop)
-        finally:
-            _close(fd)
-
-    def _load_sized(self, key: ObjectKey, buffer: memoryview, tail: Scratch, stop: Event) -> int | LoadOutcome:
-        fd = os.open(file_name(key), _READ, dir_fd=self._fd)
-        try:
-            size_bytes = _body_bytes(os.fstat(fd)) or 0
-            outcome = self._read(fd, key, buffer[:size_bytes], tail, stop)
-            return size_bytes if outcome is _LOADED else outcome
-        finally:
-            _close(fd)
-
-    def _read(self, fd: int, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> LoadOutcome:
-        if self._direct:
-            self._use_direct(fd, body)
-        if read_record(fd, key, body, tail, stop):
-            return _LOADED
-        self._remove_corrupt(fd, file_name(key))
-        return LoadOutcome.CORRUPT
-
-    def _remove_corrupt(self, fd: int, name: str) -> None:
-        """Remove this file, and not what another writer has put there meanwhile. Raises RecordFault if it stays."""
-        try:
-            if os.path.samestat(os.fstat(fd), self._stat(name)):
-                os.unlink(name, dir_fd=self._fd)
+            file = open_file(self._fd, MARKER, os.O_RDONLY)
+            line = os.pread(file.fd, 100, 0)
         except FileNotFoundError:
+            self._found()
             return
-        except OSError as error:
-            raise RecordFault(error.errno, f"cannot remove what is corrupt: {error.strerror}", name) from None
+        version = marker_version(line)
+        if version is None:
+            raise Foreign(f"its file {MARKER} is not that of a store")
+        if version != VERSION:
+            raise Foreign(
+                f"it is a store of version {version}, and this is version {VERSION}: it needs another directory"
+            )
 
-    # Stores.
-
-    def store(
-        self, keys: Sequence[ObjectKey], bodies: Sequence[memoryview], replaced: Collection[ObjectKey], stop: Event
-    ) -> list[OSError | None]:
-        """Write the records that are not there yet, or are to be replaced; for each key None, or why it failed.
-
-        There are fewer answers than keys if the call was stopped.
-        """
-        errors: list[OSError | None] = []
-        written_ns = time.time_ns()
-        for key, body in zip(keys, bodies, strict=True):
-            if stop.is_set():
-                break
-            try:
-                if key in replaced or not self._has(key, len(body)):
-                    self._store(key, body, written_ns - len(errors), stop)
-                errors.append(None)
-            except OSError as error:
-                errors.append(error.with_traceback(None))
-        if self._fsync:
-            try:
-                os.fsync(self._fd)
-            except OSError as error:
-                return [error] * len(errors)
-        return errors
-
-    def _store(self, key: ObjectKey, body: memoryview, written_ns: int, stop: Event) -> None:
-        name = file_name(key)
-        temporary, fd = self._create_temporary()
+    def _found(self) -> None:
+        """Make a store of an empty directory."""
+        names = [name for name in self.names() if not name.startswith(".") and name not in _FOREIGN_AND_HARMLESS]
+        if any(name.endswith(".kv") for name in names):
+            raise Foreign(
+                "it holds files of version 1, *.kv, which are not read any more: remove them, or name another"
+            )
+        if names:
+            raise Foreign(f"it is not empty, and no store: it holds {min(names)!r}")
+        temporary = f".{MARKER}.{randbits(64):016x}"
+        file = open_file(self._fd, temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            try:
-                if self._direct:
-                    self._use_direct(fd, body)
-                write_record(fd, key, body, self._tail(spare_bytes=0), stop)
-                with suppress(OSError):  # the order of the tail and the head of a prefix, which recovery goes by
-                    os.utime(fd, ns=(written_ns, written_ns))
-                if self._fsync:
-                    os.fsync(fd)
-                self._rename(temporary, name)
-            finally:
-                os.close(fd)
-        except BaseException:
+            os.write(file.fd, MARKER_LINE % VERSION)
+            if self._fsync:
+                os.fsync(file.fd)
+            os.rename(temporary, MARKER, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        except OSError:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=self._fd)
             raise
 
-    def _has(self, key: ObjectKey, size_bytes: int) -> bool:
+    def names(self) -> list[str]:
+        """What is in the directory."""
+        with self._listing:
+            return os.listdir(self._fd)
+
+    def has_moved(self) -> bool:
+        """Whether the path is that of another directory by now, or of none."""
         try:
-            return self.size(key) == size_bytes
-        except OSError:  # what cannot be looked at is replaced
-            return False
-
-    def _rename(self, temporary: str, name: str) -> None:
-        try:
-            os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-        except OSError as error:
-            if error.errno in _NO_ROOM:
-                raise
-            raise RecordFault(error.errno, error.strerror, name) from None
-
-    def _create_temporary(self) -> tuple[str, int]:
-        """A new file, locked as long as it is open: the kernel ends the lock with its process.
-
-        That tells the file of a dead writer from one in use, without anything to hold and clear away per process.
-        """
-        while True:
-            name = _TEMPORARY + token_hex(8)
-            fd = os.open(name, _CREATE, 0o600, dir_fd=self._fd)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            except OSError:
-                os.close(fd)
-                os.unlink(name, dir_fd=self._fd)
-                raise
-            if os.fstat(fd).st_nlink:
-                return name, fd
-            os.close(fd)  # a scan took it for a leftover, in the instant before it was locked
-
-    # Names.
-
-    def size(self, key: ObjectKey) -> int | None:
-        """The bytes of an object's body, by the size of its file; None if there is none."""
-        try:
-            status = self._stat(file_name(key))
+            return not os.path.samestat(os.stat(self.path), os.fstat(self._fd))
         except FileNotFoundError:
-            return None
-        return _body_bytes(status)
+            return True
 
-    def sizes(self, keys: Sequence[ObjectKey]) -> list[int | OSError | None]:
-        """The `size` of each object, or why it cannot be told."""
-        return [self._size_or_fault(key) for key in keys]
+    # Who writes in it.
 
-    def _size_or_fault(self, key: ObjectKey) -> int | OSError | None:
+    def find_journals(self, *, adopt: bool) -> None:
+        """Index files that are new here; those of dead writers are ours from now on, if they are to be adopted."""
+        self._listed_at = os.fstat(self._fd).st_mtime_ns
+        names = set(self.names())
+        for name in sorted(names - self.journals.keys()):
+            if (parsed := parse_index(name)) is not None:
+                try:
+                    journal = Journal.open(self._fd, name, *parsed, adopt=adopt)
+                except OSError as error:
+                    logger.warning("%s: the index %s cannot be opened: %s", self.path, name, error)
+                    continue
+                if journal is not None:
+                    if not adopt:
+                        journal.size_bytes = 0  # all of it is news
+                    self.journals = {**self.journals, name: journal}
+        self.journals = {name: journal for name, journal in self.journals.items() if name in names or journal.owned}
+
+    def look(self, *, adopt: bool) -> Iterator[tuple[Journal, list[Record]]]:
+        """What others have recorded since it was looked for last, in steps; what dead ones left is ours on demand."""
+        if self.has_moved():
+            raise Moved(self.path)
+        for journal in [each for each in self.journals.values() if adopt and not each.owned and each.adopt()]:
+            yield journal, []
+            yield from self._news(journal)
+        if os.fstat(self._fd).st_mtime_ns != self._listed_at:
+            gone = [journal for name, journal in self.journals.items() if not journal.owned]
+            self.find_journals(adopt=False)
+            for journal in gone:
+                if journal.name not in self.journals:
+                    yield from self._news(journal)  # its last words
+        for journal in list(self.journals.values()):
+            if not journal.owned:
+                yield from self._news(journal)
+
+    def _news(self, journal: Journal) -> Iterator[tuple[Journal, list[Record]]]:
         try:
-            return self.size(key)
+            for found in journal.news():
+                yield journal, found
         except OSError as error:
-            return error.with_traceback(None)
+            if error.errno not in (errno.ESTALE, errno.ENOENT):
+                raise
+            self.journals = {name: each for name, each in self.journals.items() if each is not journal}
+            self._listed_at = -1  # it has gone, over NFS; if it is there still, it is found again
 
-    def unlink(self, keys: Sequence[ObjectKey]) -> int:
-        """Remove the objects that are there, and count them. A fault is raised after all were tried."""
-        removed, fault = 0, None
-        for key in keys:
+    @property
+    def has_others(self) -> bool:
+        """Whether others use the directory, as far as is known."""
+        return any(not journal.owned for journal in self.journals.values())
+
+    @property
+    def index_bytes(self) -> int:
+        """The room that index files take."""
+        return sum(journal.size_bytes for journal in self.journals.values())
+
+    # What is recorded.
+
+    def write(self, bodies: Sequence[Body], stop: Event) -> None:
+        """Write bodies, see `Bodies`. Raises Moved where they would not be found."""
+        if self.has_moved():
+            raise Moved(self.path)
+        self.bodies.write(bodies, stop)
+
+    def commit(self, commit: Commit) -> None:
+        """Record that bodies are there, together with all others that wait for it. Raises OSError: then none is."""
+        batch = []
+        with suppress(IndexError):
+            while True:
+                batch.append(self.waiting.popleft())
+        if batch:  # else it was done together with another one
             try:
-                os.unlink(file_name(key), dir_fd=self._fd)
-                removed += 1
+                self._commit({segment for each in batch for segment in each.segments}, batch)
             except OSError as error:
-                if error.errno not in _NO_FILE:
-                    fault = error
+                for each in batch:
+                    each.fault = error.with_traceback(None)
+        if commit.fault is not None:
+            raise commit.fault
+
+    def _commit(self, segments: set[str], batch: list[Commit]) -> None:
+        if self._fsync:
+            for segment in segments:
+                self.bodies.sync(segment)
+            if segments - self._named:
+                os.fsync(self._fd)
+                self._named |= segments
+        self.journal.append(b"".join([each.records for each in batch]))
+        if self._fsync:
+            self.journal.sync()
+
+    def drop(self, holes: Sequence[Hole], emptied: Collection[str]) -> None:
+        """Record that bodies are there no more, clear them, and remove segments that are empty. Raises OSError."""
+        data = b"".join([hole.record for hole in holes])
+        try:
+            self.journal.append(data)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self._clear(holes, emptied)  # which makes room for the record
+            self.journal.append(data)
+        self._clear(holes, emptied)
+
+    def _clear(self, holes: Sequence[Hole], emptied: Collection[str]) -> None:
+        fault = None
+        for name in emptied:
+            self.remove(name)
+        left = sorted(
+            [(hole.segment, hole.page, hole.end) for hole in holes if hole.segment not in emptied], reverse=True
+        )
+        while left:
+            segment, begin, end = left.pop()
+            while left and left[-1][0] == segment and left[-1][1] == end:
+                end = left.pop()[2]
+            try:
+                self.bodies.clear(segment, begin, end)
+            except OSError as error:
+                fault = error
         if fault is not None:
             raise fault
-        return removed
 
-    def scan(self) -> Iterator[list[Found]]:
-        """Iterate over all records, in lists of up to SCAN_ENTRIES with the newest last.
-
-        It also removes what dead writers left behind.
-        """
-        with os.scandir(self._fd) as entries:
-            while batch := list(islice(entries, SCAN_ENTRIES)):
-                if found := sorted(filter(None, map(self._recover, batch))):
-                    yield found
-
-    def _recover(self, entry: "os.DirEntry[str]") -> Found | None:
-        key = parse_name(entry.name)
-        try:
-            if key is not None:
-                status = entry.stat(follow_symlinks=False)
-                size_bytes = _body_bytes(status)
-                return None if size_bytes is None else (status.st_mtime_ns, *key, size_bytes)
-            if entry.name.startswith(_TEMPORARY) and entry.is_file(follow_symlinks=False):
-                self._remove_leftover(entry.name)
-        except OSError as error:
-            if error.errno not in _NO_FILE:
-                logger.warning("cannot recover %s: %s", entry.name, error)
-        return None
-
-    def _remove_leftover(self, name: str) -> None:
-        """Remove a temporary file unless its writer lives, see `_create_temporary`."""
-        fd = os.open(name, _READ, dir_fd=self._fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def remove(self, name: str) -> None:
+        """Remove a file, and its room even where others have it open."""
+        with suppress(FileNotFoundError):
+            file = open_file(self._fd, name)
+            os.truncate(file.fd, 0)
             os.unlink(name, dir_fd=self._fd)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(fd)
+        self.files.forget(name)
 
-    def _stat(self, name: str) -> os.stat_result:
-        return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+    def rewrite(self) -> None:
+        """Append to a new index file from now on; the old ones stay until `end_rewrite`."""
+        self._retired = [journal for journal in self.journals.values() if journal.owned]
+        self.journal = Journal.create(self._fd, self.writer, self.journal.generation + 1)
+        self.journals = {**self.journals, self.journal.name: self.journal}
 
-    # O_DIRECT.
+    def append(self, records: bytes) -> None:
+        """Record again what the new index file is to have of the old ones."""
+        self.journal.append(records)
 
-    def _tail(self, spare_bytes: int) -> Scratch:
-        """Room for a trailer: an aligned page, or no more than is asked for."""
-        return mmap(-1, PAGESIZE) if self._direct else bytearray(TRAILER_BYTES + spare_bytes)
+    def end_rewrite(self) -> None:
+        """Remove the old index files of ours: the new one has all that they had."""
+        self.journal.sync()
+        for journal in self._retired:
+            self._remove_journal(journal)
 
-    def _use_direct(self, fd: int, body: memoryview) -> None:
-        if len(body) % PAGESIZE:
-            return
+    def _remove_journal(self, journal: Journal) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(journal.name, dir_fd=self._fd)
+        self.journals = {name: each for name, each in self.journals.items() if each is not journal}
+
+    # What dead writers left.
+
+    def sweep(self, used: Mapping[str, tuple[int, int]], known: Collection[str]) -> list[str]:
+        """Clear away what dead writers of ours left, given the end and the number of pages of each segment in use.
+
+        Segments that nobody answers for, and no index has heard of, are set aside. Returns the names of those in which
+        more is allocated than used.
+        """
+        segments = {name: parsed for name in self.names() if (parsed := parse_segment(name)) is not None}
+        indexes = {parsed[0] for _ in range(2) for name in self.names() if (parsed := parse_index(name)) is not None}
+        ours = {journal.writer for journal in self.journals.values() if journal.owned} - {self.writer}
+        for journal in self.journals.values():
+            if journal.owned:
+                journal.cut()
+        allocated = []
+        for name, (writer, _) in segments.items():
+            if name in used:
+                if self._cut(name, *used[name]):
+                    allocated.append(name)
+            elif writer in ours:
+                self.remove(name)  # it was being written, or had been emptied
+            elif writer not in indexes and name not in known:
+                os.rename(name, f"{name}.bad", src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                logger.warning("%s: no index tells what is in %s: set aside as %s.bad", self.path, name, name)
+        return allocated
+
+    def _cut(self, name: str, end_page: int, pages: int) -> bool:
+        """Cut off what was written behind the last body; whether more is allocated than the bodies need."""
         try:
-            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
+            file = self.files.get(name)
+            if os.fstat(file.fd).st_size > end_page * PAGE_BYTES:
+                os.truncate(file.fd, end_page * PAGE_BYTES)
+            return os.fstat(file.fd).st_blocks * 512 > pages * PAGE_BYTES
         except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            logger.warning("the file system has no O_DIRECT: going through the page cache")
-            self._direct = False
-
-
-def _body_bytes(status: os.stat_result) -> int | None:
-    """The bytes of the body in a file of this status; None if it cannot be a record."""
-    return body_bytes(status.st_size) if stat.S_ISREG(status.st_mode) else None
-
-
-def _close(fd: int) -> None:
-    """Close a file that was read: what was read is not the worse for a fault in this."""
-    with suppress(OSError):
-        os.close(fd)
-
-
-def read_record(fd: int, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> bool:
-    """Fill `body`, and say whether the file is the record of `key`, of this length, and intact.
-
-    `tail` is longer than a trailer, so that a file that is too long is noticed.
-    """
-    size = len(body)
-    digest = xxh3_64()
-    for begin in range(0, max(size, 1), BLOCK_BYTES):
-        if stop.is_set():
-            raise InterruptedError
-        block = body[begin : begin + BLOCK_BYTES]
-        last = begin + BLOCK_BYTES >= size
-        wanted = len(block) + last * TRAILER_BYTES
-        if _transfer(os.preadv, fd, [block, tail] if last else [block], begin, wanted) != wanted:
+            logger.warning("%s: the segment %s cannot be looked at: %s", self.path, name, error)
             return False
-        digest.update(block)
-    return is_trailer(tail, key, size, digest.intdigest())
 
+    def clear_gaps(self, name: str, bodies: list[tuple[int, int]]) -> None:
+        """Clear all pages of a segment but those of these bodies (first page, end), which are in order."""
+        begin = 0
+        for page, end in bodies:
+            if begin < page:
+                self.bodies.clear(name, begin, page)
+            begin = end
 
-def write_record(fd: int, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> None:
-    """Write `body` and its trailer into an empty file.
-
-    `tail` is room for the trailer. If it is longer, it is written whole, as O_DIRECT demands, and cut off again.
-    """
-    size = len(body)
-    digest = xxh3_64()
-    for begin in range(0, max(size, 1), BLOCK_BYTES):
-        if stop.is_set():
-            raise InterruptedError
-        block = body[begin : begin + BLOCK_BYTES]
-        digest.update(block)
-        parts: list[Buffer] = [block]
-        if begin + BLOCK_BYTES >= size:
-            write_trailer(tail, key, size, digest.intdigest())
-            parts.append(tail)
-        wanted = sum(map(len, parts))
-        if _transfer(os.pwritev, fd, parts, begin, wanted) != wanted:
-            raise OSError(errno.EIO, "the file takes no more bytes")
-    if len(tail) > TRAILER_BYTES:
-        os.ftruncate(fd, size + TRAILER_BYTES)
-
-
-def _transfer(
-    call: Callable[[int, list[Buffer], int], int], fd: int, parts: list[Buffer], offset: int, wanted: int
-) -> int:
-    """Do a preadv or pwritev until `wanted` bytes are through, or no more come; the number of bytes."""
-    done = 0
-    while True:
-        try:
-            count = call(fd, parts, offset + done)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
-                raise
-            fcntl.fcntl(fd, fcntl.F_SETFL, 0)  # memory or a rest that is not aligned: on through the page cache
-            continue
-        done += count
-        if done >= wanted or not count:
-            return done
-        while count >= len(parts[0]):
-            count -= len(parts.pop(0))
-        parts[0] = memoryview(parts[0])[count:]
+    def close(self, *, emptied: Collection[str], keeps: bool) -> None:
+        """Remove segments that are empty, and the index files of ours if there is nothing that they tell."""
+        for name in emptied:
+            self.remove(name)
+        for journal in [each for each in self.journals.values() if each.owned]:
+            if not keeps or journal.size_bytes <= RECORD_BYTES:
+                self._remove_journal(journal)

@@ -1,0 +1,309 @@
+"""What is known of a directory: the objects, and the segments that they lie in. Each call is one step of the loop.
+
+Records come from several index files and in any order: a place of which a DROP was read once is never believed again.
+"""
+
+from collections.abc import Iterable, Iterator
+from struct import Struct as Packed
+
+from msgspec import Struct
+
+from async_cache.l2.filesystem.directory import Hole
+from async_cache.l2.filesystem.format import PAGE_BYTES, Kind, Record, pages, record, segment_name
+from async_cache.l2.filesystem.journal import Journal
+from async_cache.l2.index import Chunk, Index, placed_of
+from async_cache.prompt.keys import ObjectKey
+from async_cache.retention.policy import EvictionPolicy
+from async_cache.values import Removal
+
+PLACE = Packed("<IIQ")
+"""A place in the index: the number of the segment here, the page, and the checksum of the body."""
+
+
+class Segment(Struct, eq=False, gc=False):
+    """A segment: how many objects it has, written or being written, and which of its pages were given up."""
+
+    here: int
+    name: str
+    writer: int
+    number: int
+    owner: Journal | None = None
+    end: int = 0
+    pages: int = 0
+    objects: int = 0
+    dropped: bytearray | None = None  # a bit for each page
+    foreign_drops: list[bytes] | None = None  # records of ours, which its owner has perhaps not read yet
+
+    def is_dropped(self, page: int) -> bool:
+        """Whether the object that begins at this page was given up."""
+        dropped = self.dropped
+        return dropped is not None and page >> 3 < len(dropped) and bool(dropped[page >> 3] >> (page & 7) & 1)
+
+    def drop(self, page: int) -> None:
+        """Never believe again that an object begins at this page."""
+        if self.dropped is None:
+            self.dropped = bytearray()
+        if page >> 3 >= len(self.dropped):
+            self.dropped.extend(bytes((page >> 3) + 1 - len(self.dropped)))
+        self.dropped[page >> 3] |= 1 << (page & 7)
+
+
+class Catalog:
+    """The index of the objects, whose places name segments, and the segments."""
+
+    def __init__(self, policy: EvictionPolicy[Chunk] | None = None):
+        self.index = Index(policy, unit_bytes=PAGE_BYTES)
+        self.current: Segment | None = None  # what is being written to
+        self._by_name: dict[tuple[int, int], Segment] = {}
+        self._here: dict[int, Segment] = {}
+        self._count = 0
+        self.pages = 0  # of all that is there, or is being written
+        self._emptied: list[Segment] = []
+        self.writers: set[int] = set()  # that we are, or answer for
+
+    def segment(self, writer: int, number: int) -> Segment:
+        """A segment, known or not."""
+        segment = self._by_name.get((writer, number))
+        if segment is None:
+            segment = Segment(self._count, segment_name(writer, number), writer, number)
+            self._by_name[writer, number] = self._here[self._count] = segment
+            self._count += 1
+        return segment
+
+    def place(self, place: bytes) -> tuple[str, int, int]:
+        """The segment, the page and the checksum that a place of the index says."""
+        here, page, checksum = PLACE.unpack(place)
+        return self._here[here].name, page, checksum
+
+    def names(self) -> set[str]:
+        """All segments that were ever heard of."""
+        return {segment.name for segment in self._by_name.values()}
+
+    def forget(self) -> None:
+        """Forget the segments: those of another directory come. The index is empty by then."""
+        self._by_name.clear()
+        self._here.clear()
+        self._emptied.clear()
+        self.current = None
+        self.pages = 0
+
+    def in_use(self) -> dict[str, tuple[int, int]]:
+        """The segments that have objects, each with the end of the last one and the number of their pages."""
+        return {each.name: (each.end, each.pages) for each in self._by_name.values() if each.objects}
+
+    # What is read.
+
+    def learn(self, journal: Journal, records: Iterable[Record], *, latest: bool) -> tuple[list[ObjectKey], list[Hole]]:
+        """Take over records, as of the latest use or of the oldest.
+
+        Returns the objects that are there no more, and what of ours is to be cleared since others have it, too.
+        """
+        gone: list[ObjectKey] = []
+        holes: list[Hole] = []
+        index, segment = self.index, None
+        for kind, rank, group, number, writer, page, size_bytes, chunk_hash, checksum, _ in records:
+            if segment is None or segment.number != number or segment.writer != writer:
+                segment = self.segment(writer, number)
+            key = ObjectKey(chunk_hash, rank, group)
+            if kind == Kind.PUT:
+                segment.owner = journal
+                if segment.end < page + pages(size_bytes):
+                    segment.end = page + pages(size_bytes)
+                if segment.dropped is None or not segment.is_dropped(page):
+                    place = PLACE.pack(segment.here, page, checksum)
+                    known = index.placed([key])[0]
+                    if known is None:
+                        self._add(segment, size_bytes)
+                        if latest:
+                            index.put(key, size_bytes, place)
+                        else:
+                            index.put_oldest(key, size_bytes, place)
+                    elif known[1] != place:
+                        holes += self._choose(key, known, (size_bytes, place))
+            elif kind == Kind.DROP:
+                if not segment.is_dropped(page):
+                    segment.drop(page)
+                    (known,) = index.placed([key])
+                    if known is not None and PLACE.unpack(known[1])[:2] == (segment.here, page):
+                        index.drop(key, Removal.LOST)
+                        self._leave(segment, known[0])
+                        gone.append(key)
+                if journal.owned and not self._is_ours(segment):
+                    self._remember_drop(segment, self._drop_record(key, segment, page, size_bytes, checksum))
+        return gone, holes
+
+    def _choose(self, key: ObjectKey, known: tuple[int, bytes], other: tuple[int, bytes]) -> list[Hole]:
+        """Of two bodies of one object keep the one that all processes keep; the other is cleared if it is ours."""
+        (_, first), (_, second) = sorted((known, other), key=self._rank)
+        loser = known if first != known[1] else other
+        if loser is known:
+            self.index.put(key, *other)
+            self._add(self._here[PLACE.unpack(other[1])[0]], other[0])
+        else:
+            self._add(self._here[PLACE.unpack(other[1])[0]], other[0])  # until it has left, at once or by its owner
+        segment = self._here[PLACE.unpack(loser[1])[0]]
+        if self._is_ours(segment):
+            return [self._give_up(key, *loser)]
+        segment.drop(PLACE.unpack(loser[1])[1])
+        self._leave(segment, loser[0])
+        return []
+
+    def _rank(self, placed: tuple[int, bytes]) -> tuple[int, int, int]:
+        here, page, _ = PLACE.unpack(placed[1])
+        return self._here[here].writer, self._here[here].number, page
+
+    # What is written.
+
+    def reserve(self, writer: int, size_bytes: int, segment_bytes: int, journal: Journal) -> tuple[Segment, int]:
+        """The next place: behind what was written last, or in a new segment where that would become too long."""
+        count = pages(size_bytes)
+        segment = self.current
+        if segment is None or segment.writer != writer or (segment.end + count) * PAGE_BYTES > max(segment_bytes, 1):
+            number = segment.number + 1 if segment is not None and segment.writer == writer else 0
+            before, segment = segment, self.segment(writer, number)
+            segment.owner = journal
+            self.current = segment
+            if before is not None and not before.objects:
+                self._emptied.append(before)
+        page = segment.end
+        segment.end += count
+        self._add(segment, size_bytes)
+        return segment, page
+
+    def written(self, key: ObjectKey, size_bytes: int, segment: Segment, page: int, checksum: int) -> bytes:
+        """The record of an object that lies at a reserved place."""
+        return record(Kind.PUT, key, (segment.writer, segment.number, page), size_bytes, checksum)
+
+    def put(self, key: ObjectKey, size_bytes: int, segment: Segment, page: int, checksum: int) -> None:
+        """Index an object that was recorded at a reserved place."""
+        self.index.put(key, size_bytes, PLACE.pack(segment.here, page, checksum))
+
+    def unreserve(self, size_bytes: int, segment: Segment) -> None:
+        """A reserved place is not used."""
+        self._leave(segment, size_bytes)
+
+    # What leaves.
+
+    def give_up(self, keys: Iterable[ObjectKey], removal: Removal) -> list[Hole]:
+        """Take objects out; what is to be cleared."""
+        keys = list(keys)
+        holes = []
+        for key, known in zip(keys, self.index.placed(keys), strict=True):
+            if known is not None and self.index.placed([key])[0] is not None:  # a key may come twice
+                self.index.drop(key, removal)
+                holes.append(self._give_up(key, *known))
+        return holes
+
+    def evict(self, size_bytes: int) -> list[Hole] | None:
+        """Take chunks without a pin out to free so many bytes; None, and nothing leaves, if they do not suffice."""
+        victims = self.index.victims(size_bytes)
+        if victims is None:
+            return None
+        objects = [
+            (ObjectKey(chunk.chunk_hash, *which), size, place)
+            for chunk in victims
+            for which, size, place in placed_of(chunk)
+        ]
+        self.index.remove(victims, Removal.CAPACITY)
+        return [self._give_up(*each) for each in objects]
+
+    def hole(self, key: ObjectKey, size_bytes: int, segment: Segment, page: int, checksum: int) -> Hole:
+        """What is to be cleared where an object that was recorded is not wanted."""
+        return self._give_up(key, size_bytes, PLACE.pack(segment.here, page, checksum))
+
+    def _give_up(self, key: ObjectKey, size_bytes: int, place: bytes) -> Hole:
+        here, page, checksum = PLACE.unpack(place)
+        segment = self._here[here]
+        segment.drop(page)
+        self._leave(segment, size_bytes)
+        data = self._drop_record(key, segment, page, size_bytes, checksum)
+        if not self._is_ours(segment):
+            self._remember_drop(segment, data)
+        return Hole(segment.name, page, page + pages(size_bytes), data)
+
+    @staticmethod
+    def _drop_record(key: ObjectKey, segment: Segment, page: int, size_bytes: int, checksum: int) -> bytes:
+        return record(Kind.DROP, key, (segment.writer, segment.number, page), size_bytes, checksum)
+
+    @staticmethod
+    def _remember_drop(segment: Segment, data: bytes) -> None:
+        if segment.foreign_drops is None:
+            segment.foreign_drops = []
+        segment.foreign_drops.append(data)
+
+    def emptied(self) -> list[str]:
+        """Segments of ours that have nothing any more, to be removed. They are forgotten."""
+        names = []
+        for segment in self._emptied:
+            if segment.objects == 0 and segment is not self.current and self._is_ours(segment):
+                names.append(segment.name)
+        self._emptied.clear()
+        return names
+
+    def last_emptied(self) -> list[str]:
+        """The segment that was written to, if it has nothing any more: for the end."""
+        segment = self.current
+        return [segment.name] if segment is not None and not segment.objects else []
+
+    def is_dropped(self, place: bytes) -> bool:
+        """Whether the object of this place was given up, by whomever."""
+        here, page, _ = PLACE.unpack(place)
+        segment = self._here.get(here)
+        return segment is None or segment.is_dropped(page)
+
+    # All of it.
+
+    def records(self, chunks: Iterable[Chunk], journal: Journal) -> Iterator[bytes]:
+        """What an index file of ours is to have: those objects of these chunks that we answer for, and drops.
+
+        Each step looks at what is there at that time.
+        """
+        for segment in list(self._by_name.values()):
+            if segment.foreign_drops and segment.owner is not None and not segment.owner.owned:
+                yield b"".join(segment.foreign_drops)
+            else:
+                segment.foreign_drops = None
+        for chunk in chunks:
+            data = b""
+            for which, size, place in placed_of(chunk):
+                here, page, checksum = PLACE.unpack(place)
+                segment = self._here[here]
+                if self._is_ours(segment):
+                    segment.owner = journal
+                    data += self.written(ObjectKey(chunk.chunk_hash, *which), size, segment, page, checksum)
+            yield data
+
+    def bodies_in(self, chunk: Chunk) -> Iterator[tuple[str, int, int]]:
+        """The bodies of a chunk: segment, first page and end."""
+        for _, size, place in placed_of(chunk):
+            name, page, _ = self.place(place)
+            yield name, page, page + pages(size)
+
+    def count_owned(self) -> int:
+        """How many objects we answer for."""
+        return sum(segment.objects for segment in self._by_name.values() if self._is_ours(segment))
+
+    def _add(self, segment: Segment, size_bytes: int) -> None:
+        count = pages(size_bytes)
+        segment.objects += 1
+        segment.pages += count
+        self.pages += count
+
+    def _leave(self, segment: Segment, size_bytes: int) -> None:
+        count = pages(size_bytes)
+        segment.objects -= 1
+        segment.pages -= count
+        self.pages -= count
+        if not segment.objects and segment is not self.current:
+            self._emptied.append(segment)
+
+    def _is_ours(self, segment: Segment) -> bool:
+        return segment.owner.owned if segment.owner is not None else segment.writer in self.writers
+
+    def check_integrity(self, being_written: int) -> None:
+        """Assert that the totals are those of the objects, beside so many that are being written."""
+        self.index.check_integrity()
+        segments = self._by_name.values()
+        assert sum(segment.objects for segment in segments) == self.index.objects + being_written
+        assert sum(segment.pages for segment in segments) == self.pages
+        assert being_written or self.pages * PAGE_BYTES == self.index.used_bytes

@@ -1,0 +1,134 @@
+"""The format of a store: what its files are called, and the records of its index files. No I/O.
+
+`docs/disk.md` tells it in full, with test vectors. In short: bodies lie in segments, on page boundaries, and are never
+written twice; an index file is a header and records of 88 bytes, each with a checksum of its own, and only ever grows.
+An object is there if there is a record of its PUT and none of a DROP of the same place, in whatever index file and in
+whatever order: a place is given once.
+"""
+
+import re
+from enum import IntEnum
+from struct import Struct
+from typing import NamedTuple
+
+from xxhash import xxh3_64_intdigest
+
+PAGE_BYTES = 4096
+MARKER = "FORMAT"
+VERSION = 2
+MARKER_LINE = b"async_cache log of segments, version %d\n"
+
+RECORD = Struct("<IIIIQQQ32sQQ")
+RECORD_BYTES = RECORD.size
+_CHECKED_BYTES = RECORD_BYTES - 8
+_UNCHECKED = Struct("<IIIIQQQ32sQ")
+_HEADER = Struct("<8sIIQ56x")
+_MAGIC = b"akvindex"
+_CHECKSUM = Struct("<Q")
+
+_INDEX = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{8})\.idx")
+_SEGMENT = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{8})\.seg")
+_MARKER = re.compile(rb"async_cache log of segments, version ([0-9]{1,9})\n")
+
+
+class Kind(IntEnum):
+    """What a record says of the place of an object: that it is there, or that it is there no more."""
+
+    PUT = 1
+    DROP = 2
+
+
+class Record(NamedTuple):
+    """One record of an index file: what became of an object, at a place that is given once.
+
+    The place is a page of a segment, which is named by the writer who made it and a number. `size_bytes` and `checksum`
+    (XXH3-64) are of the body. `check` is of all that stands before it.
+    """
+
+    kind: int
+    rank: int
+    group: int
+    segment: int
+    writer: int
+    page: int
+    size_bytes: int
+    chunk_hash: bytes
+    checksum: int
+    check: int
+
+
+def index_name(writer: int, generation: int) -> str:
+    """The name of the index file of a writer; each time that it is written anew it is a generation younger."""
+    return f"{writer:016x}.{generation:08x}.idx"
+
+
+def segment_name(writer: int, number: int) -> str:
+    """The name of a segment."""
+    return f"{writer:016x}.{number:08x}.seg"
+
+
+def parse_index(name: str) -> tuple[int, int] | None:
+    """The writer and the generation of an index file; None if no index file has this name."""
+    return (int(match[1], 16), int(match[2], 16)) if (match := _INDEX.fullmatch(name)) else None
+
+
+def parse_segment(name: str) -> tuple[int, int] | None:
+    """The writer and the number of a segment; None if no segment has this name."""
+    return (int(match[1], 16), int(match[2], 16)) if (match := _SEGMENT.fullmatch(name)) else None
+
+
+def marker_version(line: bytes) -> int | None:
+    """The version that a marker says; None if it is none."""
+    return int(match[1]) if (match := _MARKER.fullmatch(line)) else None
+
+
+def header(writer: int) -> bytes:
+    """What an index file begins with: as long as a record."""
+    return _with_checksum(_HEADER.pack(_MAGIC, VERSION, 0, writer))
+
+
+def header_version(block: bytes, writer: int) -> int | None:
+    """The version that a header of this writer says; None if it is none, or was damaged."""
+    if not is_whole(block):
+        return None
+    magic, version, _, of_writer = _HEADER.unpack_from(block)
+    return version if (magic, of_writer) == (_MAGIC, writer) else None
+
+
+def record(
+    kind: Kind,
+    which: tuple[bytes, int, int],
+    place: tuple[int, int, int],
+    size_bytes: int,
+    checksum: int,
+) -> bytes:
+    """A record of the object `which` (chunk hash, rank, group) at a place (writer, segment, page)."""
+    chunk_hash, rank, group = which
+    writer, segment, page = place
+    return _with_checksum(_UNCHECKED.pack(kind, rank, group, segment, writer, page, size_bytes, chunk_hash, checksum))
+
+
+def records(block: bytes) -> list[Record]:
+    """The records of a piece of an index file that are whole, in their order. What was damaged is left out."""
+    view = memoryview(block)
+    view = view[: len(view) - len(view) % RECORD_BYTES]
+    places = range(0, len(view), RECORD_BYTES)
+    return [
+        fields  # type: ignore[misc]  # a tuple of these, which costs a third
+        for at, fields in zip(places, RECORD.iter_unpack(view), strict=True)
+        if fields[9] == xxh3_64_intdigest(view[at : at + _CHECKED_BYTES])
+    ]
+
+
+def is_whole(block: bytes) -> bool:
+    """Whether this is a record, or a header, and intact."""
+    return len(block) == RECORD_BYTES and _with_checksum(block[:_CHECKED_BYTES]) == block
+
+
+def pages(size_bytes: int) -> int:
+    """How many pages a body takes: at least one, so that no two have the same place."""
+    return -(-size_bytes // PAGE_BYTES) or 1
+
+
+def _with_checksum(checked: bytes) -> bytes:
+    return checked + _CHECKSUM.pack(xxh3_64_intdigest(checked))

@@ -1,0 +1,125 @@
+"""Index files: our own, which we append to, and those of others, which we follow. All of it blocks: it is for threads.
+
+Who lives holds a lock on its index file. An index file that can be locked is that of a dead writer: whoever locks it
+answers for it from then on, and for its segments.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+
+from async_cache.l2.filesystem.files import OpenFile, lock, open_file
+from async_cache.l2.filesystem.format import (
+    RECORD_BYTES,
+    Record,
+    header,
+    index_name,
+    is_whole,
+    records,
+)
+
+logger = logging.getLogger(__name__)
+
+STEP_RECORDS = 1024  # in one step of the thread: two milliseconds for which the loop may have to wait
+_STEP_BYTES = STEP_RECORDS * RECORD_BYTES
+
+
+class Journal:
+    """An index file. What it says before `begun_at` is read backward, at recovery; what is behind it is followed."""
+
+    def __init__(self, file: OpenFile, name: str, writer: int, generation: int, *, owned: bool):
+        self.name, self.writer, self.generation, self.owned = name, writer, generation, owned
+        self._file = file
+        status = os.fstat(file.fd)
+        self.size_bytes = self.begun_at = _whole(status.st_size)
+        self.changed_ns = status.st_mtime_ns
+
+    @classmethod
+    def create(cls, directory: int, writer: int, generation: int) -> "Journal":
+        """A new index file, which is ours. Raises OSError."""
+        name = index_name(writer, generation)
+        file = open_file(directory, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        if lock(file.fd) is None:
+            logger.warning("the file system has no locks: what dead writers left is kept, and their files stay")
+        journal = cls(file, name, writer, generation, owned=True)
+        journal.append(header(writer))
+        journal.begun_at = journal.size_bytes
+        return journal
+
+    @classmethod
+    def open(cls, directory: int, name: str, writer: int, generation: int, *, adopt: bool) -> "Journal | None":
+        """One that is there: ours from now on if it is to be adopted and its writer is dead. None if it has gone."""
+        try:
+            file = open_file(directory, name)
+            locked = adopt and lock(file.fd) is True
+            if locked and not os.path.samestat(os.fstat(file.fd), os.stat(name, dir_fd=directory)):
+                return None  # whoever had it has removed it
+        except FileNotFoundError:
+            return None
+        return cls(file, name, writer, generation, owned=bool(locked))
+
+    def adopt(self) -> bool:
+        """Whether its writer is dead, and it is ours now."""
+        self.owned = lock(self._file.fd) is True
+        return self.owned
+
+    # Our own.
+
+    def append(self, data: bytes) -> None:
+        """Write records behind the others, all or none. Raises OSError."""
+        written = 0
+        try:
+            while written < len(data):
+                written += os.pwrite(self._file.fd, data[written:], self.size_bytes + written)
+        except OSError:
+            if written:
+                os.ftruncate(self._file.fd, self.size_bytes)
+            raise
+        self.size_bytes += len(data)
+
+    def sync(self) -> None:
+        """Have what was appended survive a power failure."""
+        os.fdatasync(self._file.fd)
+
+    def cut(self) -> None:
+        """Cut off the rest of a record that a dead writer did not write whole."""
+        if os.fstat(self._file.fd).st_size != self.size_bytes:
+            os.ftruncate(self._file.fd, self.size_bytes)
+
+    # Any.
+
+    def backward(self) -> Iterator[list[Record]]:
+        """What it said when it was opened, in steps, the latest first. Raises OSError."""
+        end = self.begun_at
+        while end > RECORD_BYTES:
+            begin = max(RECORD_BYTES, end - _STEP_BYTES)
+            found = records(self._read(begin, end - begin))
+            found.reverse()
+            yield found
+            end = begin
+
+    def news(self) -> Iterator[list[Record]]:
+        """What was appended since, in steps. A record that is not whole yet is read again. Raises OSError."""
+        size_bytes = _whole(os.fstat(self._file.fd).st_size)
+        while (begin := max(self.size_bytes, RECORD_BYTES)) < size_bytes:
+            block = self._read(begin, min(_STEP_BYTES, size_bytes - begin))
+            end = len(block)
+            while end and not is_whole(block[end - RECORD_BYTES : end]):
+                end -= RECORD_BYTES
+            if not end:
+                return
+            self.size_bytes = begin + end
+            yield records(block[:end])
+
+    def _read(self, begin: int, size_bytes: int) -> bytes:
+        block = os.pread(self._file.fd, size_bytes, begin)
+        while len(block) < size_bytes:
+            more = os.pread(self._file.fd, size_bytes - len(block), begin + len(block))
+            if not more:
+                break
+            block += more
+        return block
+
+
+def _whole(size_bytes: int) -> int:
+    return size_bytes - size_bytes % RECORD_BYTES
