@@ -8,24 +8,59 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE, Popen
-from typing import Any
+from typing import Any, NamedTuple
 
 from contract.support import SMALL, make_layout
 
 from async_cache import ObjectGroup, ObjectKey
 from async_cache.l2 import Backend
+from async_cache.l2.filesystem.format import RECORD_BYTES, Kind, records, segment_name
 
 TESTS = Path(__file__).parents[1]
 
 # A chunk is two objects, one smaller and one larger than a page.
 LAYOUT = make_layout(SMALL, ObjectGroup((5000,), "uint8"))
 CHUNK_PAGES = 2
-TRAILER_BYTES = 64  # of a file, behind its object
+PAGE_BYTES = 4096  # bodies begin at multiples of it
 
 
-def path_of(directory: Path, key: ObjectKey) -> Path:
-    """The file of an object."""
-    return directory / f"{key.chunk_hash.hex()}.{key.rank}.{key.group}.kv"
+class Place(NamedTuple):
+    """Where the bytes of an object lie."""
+
+    path: Path
+    offset: int
+    size_bytes: int
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size_bytes)
+
+    def write(self, data: bytes) -> None:
+        """Put other bytes there, no more than there were."""
+        assert len(data) <= self.size_bytes
+        with self.path.open("r+b") as file:
+            file.seek(self.offset)
+            file.write(data)
+
+
+def places(directory: Path) -> dict[ObjectKey, Place]:
+    """Where the objects lie of which the index files of a directory say that they are there."""
+    found, dropped = {}, set()
+    for path in directory.glob("*.idx"):
+        for each in records(path.read_bytes()[RECORD_BYTES:]):
+            kind, rank, group, segment, writer, page, size_bytes, chunk_hash, _, _ = each
+            place = Place(directory / segment_name(writer, segment), page * PAGE_BYTES, size_bytes)
+            if kind == Kind.DROP:
+                dropped.add(place)
+            else:
+                found[ObjectKey(chunk_hash, rank, group)] = place
+    return {key: place for key, place in found.items() if place not in dropped}
+
+
+def place_of(directory: Path, key: ObjectKey) -> Place:
+    """Where the bytes of an object lie."""
+    return places(directory)[key]
 
 
 async def listing(backend: Backend) -> dict[ObjectKey, int]:
@@ -34,8 +69,14 @@ async def listing(backend: Backend) -> dict[ObjectKey, int]:
 
 
 def rests(directory: Path) -> list[str]:
-    """What is in the directory and no object."""
-    return [name for name in os.listdir(directory) if not name.endswith(".kv")]
+    """What is in the directory and tells of no object, has none, and is not what says whose directory it is."""
+    used = {place.path.name for place in places(directory).values()} | {"FORMAT"}
+    return [name for name in os.listdir(directory) if not name.endswith(".idx") and name not in used]
+
+
+def allocated(directory: Path) -> int:
+    """The bytes on the disk that the files of a directory take."""
+    return sum(path.stat().st_blocks * 512 for path in directory.iterdir())
 
 
 def held_by_process() -> tuple[int, int]:

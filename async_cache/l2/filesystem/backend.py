@@ -181,8 +181,10 @@ class FileSystemBackend(Backend):
         executors, self._executors = self._executors, ()
         if not executors:
             return
-        self._recovery.cancel()
-        await asyncio.wait([self._recovery, *self._tasks])
+        ending = {self._recovery, *self._tasks}
+        for task in ending:
+            task.cancel()
+        await asyncio.wait(ending)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_SECONDS):
@@ -246,7 +248,10 @@ class FileSystemBackend(Backend):
         if look is None or look.begun:  # one that has begun may have missed it; one that has not serves all who wait
             look = self._look = Look()
             look.task = self._spawn(self._run(look))
-        await asyncio.shield(look.task)
+        await asyncio.wait([look.task])
+        if look.task.cancelled():
+            raise OSError(errno.ESHUTDOWN, "it was closed")
+        look.task.result()
 
     async def _run(self, look: "Look") -> None:
         directory, began = self._directory, self._loop.time()
@@ -393,7 +398,7 @@ class FileSystemBackend(Backend):
                 with suppress(OSError):  # it is written, then, and one of the two is given up later
                     await self._catch_up()
             self._clear(self._catalog.give_up([key for key in keys if key in self._faults], Removal.DAMAGED))
-            bodies = {key: buffer for key, buffer in zip(keys, buffers, strict=True)}
+            bodies = dict(zip(keys, buffers, strict=True))
             missing = [key for key, there in zip(bodies, self._index.present(list(bodies)), strict=True) if not there]
             faults = await self._write_fitting(missing, [bodies[key] for key in missing]) if missing else []
             stored = self._index.present(keys)  # without what was deleted meanwhile
@@ -584,7 +589,8 @@ class FileSystemBackend(Backend):
     async def _sweep(self, directory: Directory) -> None:
         """Have cleared away what dead writers left, when all that they recorded is known."""
         catalog = self._catalog
-        allocated = await self._in(self._scans, directory.sweep, catalog.in_use(), catalog.names())
+        used = catalog.left_by_the_dead(directory.writer)
+        allocated = await self._in(self._scans, directory.sweep, used, catalog.names())
         if allocated:
             bodies: dict[str, list[tuple[int, int]]] = {name: [] for name in allocated}
             chunks = self._index.chunks()

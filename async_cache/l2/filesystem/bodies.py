@@ -210,7 +210,7 @@ class Bodies:
         return self._files.get(segment)
 
     def _read_alone(self, wanted: Wanted, buffer: memoryview, stop: Event) -> LoadOutcome | OSError:
-        """Fill one buffer, however long it takes. A fault may be of the moment, as a stale handle is, but is quick then."""
+        """Fill one buffer, however long it takes. A fault of the moment, as a stale handle is one, is quick."""
         latest = time.monotonic() + _QUICK_SECONDS
         for tries in range(_MORE_TRIES + 1):
             try:

@@ -75,9 +75,9 @@ class Catalog:
         here, page, checksum = PLACE.unpack(place)
         return self._here[here].name, page, checksum
 
-    def names(self) -> set[str]:
-        """All segments that were ever heard of."""
-        return {segment.name for segment in self._by_name.values()}
+    def names(self) -> dict[str, int]:
+        """All segments that were ever heard of, and how many objects each has."""
+        return {segment.name: segment.objects for segment in self._by_name.values()}
 
     def forget(self) -> None:
         """Forget the segments: those of another directory come. The index is empty by then."""
@@ -87,9 +87,13 @@ class Catalog:
         self.current = None
         self.pages = 0
 
-    def in_use(self) -> dict[str, tuple[int, int]]:
-        """The segments that have objects, each with the end of the last one and the number of their pages."""
-        return {each.name: (each.end, each.pages) for each in self._by_name.values() if each.objects}
+    def left_by_the_dead(self, writer: int) -> dict[str, tuple[int, int]]:
+        """The segments that are ours and were not begun by this writer: their ends, and how many pages they use."""
+        return {
+            each.name: (each.end, each.pages)
+            for each in self._by_name.values()
+            if each.objects and each.writer != writer and self._is_ours(each)
+        }
 
     # What is read.
 
@@ -134,13 +138,10 @@ class Catalog:
 
     def _choose(self, key: ObjectKey, known: tuple[int, bytes], other: tuple[int, bytes]) -> list[Hole]:
         """Of two bodies of one object keep the one that all processes keep; the other is cleared if it is ours."""
-        (_, first), (_, second) = sorted((known, other), key=self._rank)
-        loser = known if first != known[1] else other
+        self._add(self._here[PLACE.unpack(other[1])[0]], other[0])
+        loser = max(known, other, key=self._rank)
         if loser is known:
             self.index.put(key, *other)
-            self._add(self._here[PLACE.unpack(other[1])[0]], other[0])
-        else:
-            self._add(self._here[PLACE.unpack(other[1])[0]], other[0])  # until it has left, at once or by its owner
         segment = self._here[PLACE.unpack(loser[1])[0]]
         if self._is_ours(segment):
             return [self._give_up(key, *loser)]

@@ -287,11 +287,11 @@ class Directory:
 
     # What dead writers left.
 
-    def sweep(self, used: Mapping[str, tuple[int, int]], known: Collection[str]) -> list[str]:
-        """Clear away what dead writers of ours left, given the end and the number of pages of each segment in use.
+    def sweep(self, used: Mapping[str, tuple[int, int]], known: Mapping[str, int]) -> list[str]:
+        """Clear away what dead writers left to us, given the end of each of their segments, and how many pages it uses.
 
-        Segments that nobody answers for, and no index has heard of, are set aside. Returns the names of those in which
-        more is allocated than used.
+        `known` are the segments that an index has heard of, with the number of their objects: what nobody has heard of,
+        nor answers for, is set aside. Returns the names of those in which more is allocated than used.
         """
         segments = {name: parsed for name in self.names() if (parsed := parse_segment(name)) is not None}
         indexes = {parsed[0] for _ in range(2) for name in self.names() if (parsed := parse_index(name)) is not None}
@@ -304,8 +304,8 @@ class Directory:
             if name in used:
                 if self._cut(name, *used[name]):
                     allocated.append(name)
-            elif writer in ours:
-                self.remove(name)  # it was being written, or had been emptied
+            elif writer in ours and not known.get(name):
+                self.remove(name)  # it was being written, or all of it was given up
             elif writer not in indexes and name not in known:
                 os.rename(name, f"{name}.bad", src_dir_fd=self._fd, dst_dir_fd=self._fd)
                 logger.warning("%s: no index tells what is in %s: set aside as %s.bad", self.path, name, name)

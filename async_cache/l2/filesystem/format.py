@@ -9,7 +9,6 @@ whatever order: a place is given once.
 import re
 from enum import IntEnum
 from struct import Struct
-from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
@@ -38,23 +37,12 @@ class Kind(IntEnum):
     DROP = 2
 
 
-class Record(NamedTuple):
-    """One record of an index file: what became of an object, at a place that is given once.
+Record = tuple[int, int, int, int, int, int, int, bytes, int, int]
+"""One record: kind, rank, group, segment, writer, page, size, chunk hash, checksum and check.
 
-    The place is a page of a segment, which is named by the writer who made it and a number. `size_bytes` and `checksum`
-    (XXH3-64) are of the body. `check` is of all that stands before it.
-    """
-
-    kind: int
-    rank: int
-    group: int
-    segment: int
-    writer: int
-    page: int
-    size_bytes: int
-    chunk_hash: bytes
-    checksum: int
-    check: int
+It says what became of an object at a place that is given once: a page of a segment, which is named by the writer who
+made it and a number. The size, in bytes, and the checksum (XXH3-64) are of the body; the check is of all before it.
+"""
 
 
 def index_name(writer: int, generation: int) -> str:
@@ -114,7 +102,7 @@ def records(block: bytes) -> list[Record]:
     view = view[: len(view) - len(view) % RECORD_BYTES]
     places = range(0, len(view), RECORD_BYTES)
     return [
-        fields  # type: ignore[misc]  # a tuple of these, which costs a third
+        fields
         for at, fields in zip(places, RECORD.iter_unpack(view), strict=True)
         if fields[9] == xxh3_64_intdigest(view[at : at + _CHECKED_BYTES])
     ]
