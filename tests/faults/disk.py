@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 def places(directory: Path) -> dict[ObjectKey, Place]:
     """Where the objects lie of which the index files of a directory say that they are there."""
-    found, dropped = {}, set()
+    found, dropped = [], set()
     for path in directory.glob("*.idx"):
         for each in records(path.read_bytes()[RECORD_BYTES:]):
             kind, rank, group, segment, writer, page, size_bytes, chunk_hash, _, _ = each
@@ -54,8 +54,8 @@ def places(directory: Path) -> dict[ObjectKey, Place]:
             if kind == Kind.DROP:
                 dropped.add(place)
             else:
-                found[ObjectKey(chunk_hash, rank, group)] = place
-    return {key: place for key, place in found.items() if place not in dropped}
+                found.append((ObjectKey(chunk_hash, rank, group), place))
+    return {key: place for key, place in found if place not in dropped}
 
 
 def place_of(directory: Path, key: ObjectKey) -> Place:

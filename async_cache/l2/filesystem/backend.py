@@ -120,6 +120,7 @@ class FileSystemBackend(Backend):
         self._looked_at = -SEEN_SECONDS
         self._adopted_at = 0.0
         self._rewriting = self._used = False
+        self._knows: Directory | None = None  # of which all records have been read
         self._tasks: set[asyncio.Task[None]] = set()
         self._executors: tuple[DaemonExecutor, ...] = ()
 
@@ -190,7 +191,8 @@ class FileSystemBackend(Backend):
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await self._put_in_order()
             _shutdown(executors)
-            await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))
+            if all(await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))):
+                self._directory.release()
         finally:  # also where the caller waits no longer: who waits for a thread that is stuck would do so for ever
             _shutdown(executors)
             self._given_up.set_result(None)
@@ -255,18 +257,20 @@ class FileSystemBackend(Backend):
 
     async def _run(self, look: "Look") -> None:
         directory, began = self._directory, self._loop.time()
-        adopt = self._recovery.done() and began - self._adopted_at > ADOPT_SECONDS
+        adopt = self._knows is directory and began - self._adopted_at > ADOPT_SECONDS
         if adopt:
             self._adopted_at = began
         news = directory.look(adopt=adopt)
         try:
             while (step := await self._in(self._searches, look.step, news)) is not None:
-                journal, records = step
-                if journal.owned and journal.writer not in self._catalog.writers:
-                    self._catalog.writers.add(journal.writer)
-                    self._spawn(self._sweep(directory))
-                await self._learn(journal, records, latest=True)
+                await self._learn(*step, latest=True)
             self._looked_at = began
+            adopted = [journal for journal in directory.journals.values() if journal.owned and not journal.known]
+            if adopted and self._knows is directory:
+                for journal in adopted:
+                    journal.known = True
+                    self._catalog.writers.add(journal.writer)
+                self._spawn(self._sweep(directory))
         except Moved:
             await self._open_anew(directory)
 
@@ -519,9 +523,9 @@ class FileSystemBackend(Backend):
         try:
             if writing:
                 await asyncio.wait([write.done for write in writing])
-                await self._in(self._changes, int)  # what they were given up by is done
             if clearing is not None:
                 await asyncio.shield(clearing)
+            await self._in(self._changes, int)  # all that was given up before is gone from the disk, too
         except OSError as error:
             raise BackendError(f"{self.name}: {error}") from error
         return deleted
@@ -581,6 +585,8 @@ class FileSystemBackend(Backend):
                 steps = journal.backward()
                 while (records := await self._in(self._scans, next, steps, None)) is not None:
                     await self._learn(journal, records, latest=False)
+                journal.known = True
+            self._knows = directory
             await self._sweep(directory)
             self._looked_at = self._loop.time() - SEEN_SECONDS
         except Exception:  # the root of a task; what is not indexed is stored anew
@@ -626,7 +632,7 @@ class FileSystemBackend(Backend):
 
     def _rewrite_if_long(self) -> None:
         """Write our index files anew when most of what they say is of things that are gone."""
-        if self._rewriting or not self._executors or not self._recovery.done():
+        if self._rewriting or not self._executors or self._knows is not self._directory:
             return
         size_bytes = sum(journal.size_bytes for journal in self._directory.journals.values() if journal.owned)
         if size_bytes > SPARE_BYTES and size_bytes > 2 * RECORD_BYTES * self._catalog.count_owned() + SPARE_BYTES:
@@ -638,8 +644,8 @@ class FileSystemBackend(Backend):
             await self._in(self._changes, directory.rewrite)
             chunks = list(self._index.in_order()) if self._index.objects <= ORDERED_OBJECTS else self._index.chunks()
             data = self._catalog.records(chunks, directory.journal)
-            while batch := b"".join(islice(data, SLICE)):
-                await self._in(self._changes, directory.append, batch)
+            while batch := list(islice(data, SLICE)):
+                await self._in(self._changes, directory.append, b"".join(batch))
             await self._in(self._changes, directory.end_rewrite)
         except OSError as error:
             logger.warning("%s: the index cannot be written anew: %s", self.name, error)
@@ -648,10 +654,11 @@ class FileSystemBackend(Backend):
 
     async def _put_in_order(self) -> None:
         """Have the order of use survive, and leave nothing behind that says nothing."""
-        if self._index.objects <= ORDERED_OBJECTS and self._used:
+        knows_all = self._knows is self._directory
+        if self._index.objects <= ORDERED_OBJECTS and self._used and knows_all:
             await self._rewrite(self._directory)
-        emptied = [*self._catalog.emptied(), *self._catalog.last_emptied()]
-        keeps = self._catalog.count_owned() > 0
+        emptied = self._catalog.emptied()
+        keeps = not knows_all or self._catalog.count_owned() > 0
         try:
             await self._in(self._changes, partial(self._directory.close, emptied=emptied, keeps=keeps))
         except OSError as error:

@@ -15,7 +15,7 @@ from msgspec import Struct
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.filesystem.files import Files, OpenFile, Puncher, transfer
+from async_cache.l2.filesystem.files import NO_FILE, Files, NoDirect, OpenFile, Puncher, transfer
 from async_cache.l2.filesystem.format import PAGE_BYTES, pages
 from async_cache.prompt.keys import ObjectKey
 
@@ -25,7 +25,6 @@ BLOCK_BYTES = 512 * 1024  # hashed while it is still in the processor's cache
 WRITE_BYTES = 4 * 2**20  # by one system call
 
 _LOADED, _GONE, _CORRUPT = LoadOutcome.LOADED, LoadOutcome.GONE, LoadOutcome.CORRUPT
-_NO_FILE = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO}  # nothing, or a link, a directory ...
 _MORE_TRIES = 2
 _QUICK_SECONDS = 0.1  # a drive tries a bad sector for longer
 _MOST_PARTS = 512  # of one system call; the kernel takes 1,024
@@ -74,9 +73,12 @@ class Bodies:
         for group in _groups(bodies, WRITE_BYTES):
             try:
                 self._write_group(group, stop)
-            except OSError as error:
-                for body in group:
-                    body.fault = error.with_traceback(None)
+            except OSError:
+                for body in group:  # one may fit where all do not
+                    try:
+                        self._write_group([body], stop)
+                    except OSError as error:
+                        body.fault = error.with_traceback(None)
         for body in bodies:
             if body.fault is not None:
                 self._clear_quietly(body)
@@ -117,7 +119,7 @@ class Bodies:
         """Go on where O_DIRECT is refused: by the memory, or for good by the file system. Raises other faults."""
         if error.errno != errno.EINVAL:
             raise error
-        if error.filename is not None:  # it was the opening that failed
+        if isinstance(error, NoDirect):
             logger.warning("the file system has no O_DIRECT: going through the page cache")
             self._direct = False
 
@@ -131,7 +133,7 @@ class Bodies:
         try:
             file = self._files.get(segment)
         except OSError as error:
-            if error.errno in _NO_FILE:
+            if error.errno in NO_FILE:
                 return
             raise
         self._puncher.clear(file.fd, begin_page * PAGE_BYTES, end_page * PAGE_BYTES)
@@ -217,10 +219,10 @@ class Bodies:
                 return _LOADED if self._read_blocks(wanted, buffer, stop) else _CORRUPT
             except OSError as error:
                 fault = error.with_traceback(None)  # whose frames hold the buffer
-            if fault.errno in _NO_FILE or tries == _MORE_TRIES or stop.is_set() or time.monotonic() > latest:
+            if fault.errno in NO_FILE or tries == _MORE_TRIES or stop.is_set() or time.monotonic() > latest:
                 break
             self._files.forget(wanted.segment)
-        return _GONE if fault.errno in _NO_FILE else fault
+        return _GONE if fault.errno in NO_FILE else fault
 
     def _read_blocks(self, wanted: Wanted, buffer: memoryview, stop: Event) -> bool:
         digest = xxh3_64()

@@ -53,7 +53,8 @@ class Catalog:
 
     def __init__(self, policy: EvictionPolicy[Chunk] | None = None):
         self.index = Index(policy, unit_bytes=PAGE_BYTES)
-        self.current: Segment | None = None  # what is being written to
+        self._current: Segment | None = None  # what is being written to
+        self._next = 0
         self._by_name: dict[tuple[int, int], Segment] = {}
         self._here: dict[int, Segment] = {}
         self._count = 0
@@ -84,7 +85,8 @@ class Catalog:
         self._by_name.clear()
         self._here.clear()
         self._emptied.clear()
-        self.current = None
+        self._current = None
+        self._next = 0
         self.pages = 0
 
     def left_by_the_dead(self, writer: int) -> dict[str, tuple[int, int]]:
@@ -158,14 +160,14 @@ class Catalog:
     def reserve(self, writer: int, size_bytes: int, segment_bytes: int, journal: Journal) -> tuple[Segment, int]:
         """The next place: behind what was written last, or in a new segment where that would become too long."""
         count = pages(size_bytes)
-        segment = self.current
-        if segment is None or segment.writer != writer or (segment.end + count) * PAGE_BYTES > max(segment_bytes, 1):
-            number = segment.number + 1 if segment is not None and segment.writer == writer else 0
-            before, segment = segment, self.segment(writer, number)
+        segment = self._current
+        if segment is None or (segment.end + count) * PAGE_BYTES > segment_bytes:
+            self._current = None
+            if segment is not None and not segment.objects:
+                self._emptied.append(segment)
+            segment = self._current = self.segment(writer, self._next)
             segment.owner = journal
-            self.current = segment
-            if before is not None and not before.objects:
-                self._emptied.append(before)
+            self._next += 1
         page = segment.end
         segment.end += count
         self._add(segment, size_bytes)
@@ -236,15 +238,10 @@ class Catalog:
         """Segments of ours that have nothing any more, to be removed. They are forgotten."""
         names = []
         for segment in self._emptied:
-            if segment.objects == 0 and segment is not self.current and self._is_ours(segment):
+            if not segment.objects and segment is not self._current and self._is_ours(segment):
                 names.append(segment.name)
         self._emptied.clear()
         return names
-
-    def last_emptied(self) -> list[str]:
-        """The segment that was written to, if it has nothing any more: for the end."""
-        segment = self.current
-        return [segment.name] if segment is not None and not segment.objects else []
 
     def is_dropped(self, place: bytes) -> bool:
         """Whether the object of this place was given up, by whomever."""
@@ -295,8 +292,10 @@ class Catalog:
         segment.objects -= 1
         segment.pages -= count
         self.pages -= count
-        if not segment.objects and segment is not self.current:
+        if not segment.objects:
             self._emptied.append(segment)
+            if segment is self._current:
+                self._current = None
 
     def _is_ours(self, segment: Segment) -> bool:
         return segment.owner.owned if segment.owner is not None else segment.writer in self.writers

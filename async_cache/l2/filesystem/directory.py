@@ -15,7 +15,7 @@ from threading import Event, Lock
 from msgspec import Struct
 
 from async_cache.l2.filesystem.bodies import Bodies, Body
-from async_cache.l2.filesystem.files import Files, OpenFile, open_file
+from async_cache.l2.filesystem.files import NO_FILE, Files, OpenFile, open_file
 from async_cache.l2.filesystem.format import (
     MARKER,
     MARKER_LINE,
@@ -159,17 +159,17 @@ class Directory:
         """What others have recorded since it was looked for last, in steps; what dead ones left is ours on demand."""
         if self.has_moved():
             raise Moved(self.path)
-        for journal in [each for each in self.journals.values() if adopt and not each.owned and each.adopt()]:
-            yield journal, []
-            yield from self._news(journal)
+        if adopt:
+            for journal in self.journals.values():
+                journal.owned or journal.adopt()
         if os.fstat(self._fd).st_mtime_ns != self._listed_at:
-            gone = [journal for name, journal in self.journals.items() if not journal.owned]
+            gone = [journal for journal in self.journals.values() if not journal.owned]
             self.find_journals(adopt=False)
             for journal in gone:
                 if journal.name not in self.journals:
                     yield from self._news(journal)  # its last words
         for journal in list(self.journals.values()):
-            if not journal.owned:
+            if not (journal.owned and journal.known):
                 yield from self._news(journal)
 
     def _news(self, journal: Journal) -> Iterator[tuple[Journal, list[Record]]]:
@@ -190,7 +190,7 @@ class Directory:
     @property
     def index_bytes(self) -> int:
         """The room that index files take."""
-        return sum(journal.size_bytes for journal in self.journals.values())
+        return sum(max(journal.size_bytes, journal.allocated_bytes) for journal in self.journals.values())
 
     # What is recorded.
 
@@ -198,6 +198,7 @@ class Directory:
         """Write bodies, see `Bodies`. Raises Moved where they would not be found."""
         if self.has_moved():
             raise Moved(self.path)
+        self.journal.reserve(len(bodies))
         self.bodies.write(bodies, stop)
 
     def commit(self, commit: Commit) -> None:
@@ -258,15 +259,18 @@ class Directory:
 
     def remove(self, name: str) -> None:
         """Remove a file, and its room even where others have it open."""
-        with suppress(FileNotFoundError):
+        try:
             file = open_file(self._fd, name)
             os.truncate(file.fd, 0)
             os.unlink(name, dir_fd=self._fd)
+        except OSError as error:
+            if error.errno not in NO_FILE:  # what is no file is not ours
+                raise
         self.files.forget(name)
 
     def rewrite(self) -> None:
         """Append to a new index file from now on; the old ones stay until `end_rewrite`."""
-        self._retired = [journal for journal in self.journals.values() if journal.owned]
+        self._retired = [journal for journal in self.journals.values() if journal.owned and journal.known]
         self.journal = Journal.create(self._fd, self.writer, self.journal.generation + 1)
         self.journals = {**self.journals, self.journal.name: self.journal}
 
@@ -284,6 +288,7 @@ class Directory:
         with suppress(FileNotFoundError):
             os.unlink(journal.name, dir_fd=self._fd)
         self.journals = {name: each for name, each in self.journals.items() if each is not journal}
+        journal.close()
 
     # What dead writers left.
 
@@ -297,7 +302,7 @@ class Directory:
         indexes = {parsed[0] for _ in range(2) for name in self.names() if (parsed := parse_index(name)) is not None}
         ours = {journal.writer for journal in self.journals.values() if journal.owned} - {self.writer}
         for journal in self.journals.values():
-            if journal.owned:
+            if journal.owned and journal.writer != self.writer:
                 journal.cut()
         allocated = []
         for name, (writer, _) in segments.items():
@@ -334,6 +339,15 @@ class Directory:
         """Remove segments that are empty, and the index files of ours if there is nothing that they tell."""
         for name in emptied:
             self.remove(name)
-        for journal in [each for each in self.journals.values() if each.owned]:
+        for journal in [each for each in self.journals.values() if each.owned and each.known]:
             if not keeps or journal.size_bytes <= RECORD_BYTES:
                 self._remove_journal(journal)
+            else:
+                journal.cut()
+
+    def release(self) -> None:
+        """Let go of the files, and of the locks with them: others may answer for what is ours. No thread works here."""
+        for journal in self.journals.values():
+            journal.close()
+        self.journals = {}
+        del self.journal, self.files, self.bodies, self._file

@@ -17,6 +17,7 @@ from threading import Lock
 from async_cache.l2.filesystem.format import PAGE_BYTES
 
 OPEN_FILES = 256  # of segments, at a time
+NO_FILE = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO}  # nothing, or a link, a directory ...
 
 _SAFE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe under the name of a file must not block
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
@@ -26,6 +27,10 @@ _ZEROS = bytes(2**20)
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class NoDirect(OSError):
+    """The file system has no O_DIRECT."""
 
 
 class OpenFile:
@@ -64,13 +69,18 @@ class Files:
         self._lock = Lock()
 
     def get(self, name: str, *, direct: bool = False, create: bool = False) -> OpenFile:
-        """A file, which stays open as long as what is returned is held. Raises OSError."""
+        """A file, which stays open as long as what is returned is held. Raises OSError, and NoDirect."""
         with self._lock:
             file = self._files.get((name, direct))
             if file is not None:
                 self._files.move_to_end((name, direct))
                 return file
-        file = open_file(self._directory, name, os.O_RDWR | create * os.O_CREAT | direct * os.O_DIRECT)
+        file = open_file(self._directory, name, os.O_RDWR | create * os.O_CREAT)
+        if direct:
+            try:
+                fcntl.fcntl(file.fd, fcntl.F_SETFL, os.O_DIRECT)
+            except OSError as error:
+                raise NoDirect(error.errno, error.strerror, name) from None
         with self._lock:
             self._files[name, direct] = file
             if len(self._files) > OPEN_FILES:
@@ -107,6 +117,16 @@ class Puncher:
         end = min(end, os.fstat(fd).st_size)
         while begin < end:
             begin += os.pwrite(fd, _ZEROS[: end - begin], begin)
+
+
+def allocate(fd: int, begin: int, size_bytes: int) -> bool:
+    """Have room for what will be written there; False where a file system cannot promise that. Raises OSError."""
+    if not _fallocate(fd, _KEEP_SIZE, begin, size_bytes):
+        return True
+    code = ctypes.get_errno()
+    if code in _LACKING or code == errno.EINTR:
+        return False
+    raise OSError(code, os.strerror(code))
 
 
 def lock(fd: int) -> bool | None:

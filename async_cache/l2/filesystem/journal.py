@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 
-from async_cache.l2.filesystem.files import OpenFile, lock, open_file
+from async_cache.l2.filesystem.files import OpenFile, allocate, lock, open_file
 from async_cache.l2.filesystem.format import (
     RECORD_BYTES,
     Record,
@@ -21,6 +21,7 @@ from async_cache.l2.filesystem.format import (
 logger = logging.getLogger(__name__)
 
 STEP_RECORDS = 1024  # in one step of the thread: two milliseconds for which the loop may have to wait
+_ROOM_BYTES = 16_384  # what an index file grows by on the disk
 _STEP_BYTES = STEP_RECORDS * RECORD_BYTES
 
 
@@ -29,9 +30,11 @@ class Journal:
 
     def __init__(self, file: OpenFile, name: str, writer: int, generation: int, *, owned: bool):
         self.name, self.writer, self.generation, self.owned = name, writer, generation, owned
+        self.known = False  # whether all that a dead writer recorded is known: only then may it be written elsewhere
         self._file = file
         status = os.fstat(file.fd)
         self.size_bytes = self.begun_at = _whole(status.st_size)
+        self.allocated_bytes = self.size_bytes
         self.changed_ns = status.st_mtime_ns
 
     @classmethod
@@ -44,6 +47,7 @@ class Journal:
         journal = cls(file, name, writer, generation, owned=True)
         journal.append(header(writer))
         journal.begun_at = journal.size_bytes
+        journal.known = True
         return journal
 
     @classmethod
@@ -63,6 +67,10 @@ class Journal:
         self.owned = lock(self._file.fd) is True
         return self.owned
 
+    def close(self) -> None:
+        """Let go of the file, and of the lock with it. It is not used any more."""
+        del self._file
+
     # Our own.
 
     def append(self, data: bytes) -> None:
@@ -76,15 +84,24 @@ class Journal:
                 os.ftruncate(self._file.fd, self.size_bytes)
             raise
         self.size_bytes += len(data)
+        self.allocated_bytes = max(self.allocated_bytes, self.size_bytes)
+
+    def reserve(self, count: int) -> None:
+        """Have room on the disk for so many records, and as many of drops: those are needed to make room. Raises OSError."""
+        end = self.size_bytes + 2 * count * RECORD_BYTES
+        if end > self.allocated_bytes:
+            end = -(-end // _ROOM_BYTES) * _ROOM_BYTES
+            allocate(self._file.fd, self.allocated_bytes, end - self.allocated_bytes)
+            self.allocated_bytes = end
 
     def sync(self) -> None:
         """Have what was appended survive a power failure."""
         os.fdatasync(self._file.fd)
 
     def cut(self) -> None:
-        """Cut off the rest of a record that a dead writer did not write whole."""
-        if os.fstat(self._file.fd).st_size != self.size_bytes:
-            os.ftruncate(self._file.fd, self.size_bytes)
+        """Cut off the rest of a record that was not written whole, and room that is not needed any more."""
+        os.ftruncate(self._file.fd, self.size_bytes)
+        self.allocated_bytes = self.size_bytes
 
     # Any.
 
