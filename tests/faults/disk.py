@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -14,7 +14,18 @@ from contract.support import SMALL, make_layout
 
 from async_cache import ObjectGroup, ObjectKey
 from async_cache.l2 import Backend
-from async_cache.l2.filesystem.format import RECORD_BYTES, Kind, records, segment_name
+from async_cache.l2.filesystem.format import (
+    MARKER,
+    MARKER_LINE,
+    RECORD_BYTES,
+    VERSION,
+    Kind,
+    header,
+    index_name,
+    record,
+    records,
+    segment_name,
+)
 
 TESTS = Path(__file__).parents[1]
 
@@ -61,6 +72,25 @@ def places(directory: Path) -> dict[ObjectKey, Place]:
 def place_of(directory: Path, key: ObjectKey) -> Place:
     """Where the bytes of an object lie."""
     return places(directory)[key]
+
+
+def damage_record(directory: Path, key: ObjectKey) -> None:
+    """Have no index say any more that an object is there."""
+    for path in directory.glob("*.idx"):
+        data = bytearray(path.read_bytes())
+        for at in range(RECORD_BYTES, len(data), RECORD_BYTES):
+            for _, rank, group, *_, chunk_hash, _, _ in records(bytes(data[at : at + RECORD_BYTES])):
+                if ObjectKey(chunk_hash, rank, group) == key:
+                    data[at] ^= 1
+        path.write_bytes(data)
+
+
+def claim(directory: Path, keys: Iterable[ObjectKey]) -> None:
+    """Make a store whose index says that it has objects: they are found there, and can not be loaded."""
+    directory.mkdir(exist_ok=True)
+    (directory / MARKER).write_bytes(MARKER_LINE % VERSION)
+    claims = [record(Kind.PUT, key, (1, 0, page), 80, 0) for page, key in enumerate(keys)]
+    (directory / index_name(1, 0)).write_bytes(header(1) + b"".join(reversed(claims)))
 
 
 async def listing(backend: Backend) -> dict[ObjectKey, int]:

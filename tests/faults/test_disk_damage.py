@@ -342,7 +342,7 @@ async def test_a_directory_in_the_place_of_a_segment_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("what", ["removed", "replaced", "made anew"])
 async def test_a_directory_that_has_gone_is_opened_anew(tmp_path, what, caplog):
-    """What it had is gone but for what is open; with the next store, or miss, the cache goes on in what is there now."""
+    """What it had is gone but for what is open; with the next store, or miss, the cache goes on in what is there."""
     folder, others = tmp_path / "kv", [make_prompt(CHUNKS, number, LAYOUT) for number in (2, 3)]
     async with open_cache(FileSystemBackend(folder), breaker_reset_seconds=0.01) as cache:
         await fill_l2(cache, PROMPT)

@@ -12,7 +12,6 @@ Python's garbage comes while a million chunks wait to be written (COLLECTION_MS)
 import asyncio
 import gc
 import json
-import os
 import random
 import subprocess
 import sys
@@ -28,7 +27,6 @@ import pytest
 import uvloop
 from blockbuster import BlockBusterFunction, blockbuster_ctx
 from contract.support import (
-    OBJECT_BYTES,
     PAGE,
     TWO_RANKS,
     count_hits,
@@ -46,7 +44,10 @@ from async_cache import AsyncCache, CacheConfig, ObjectGroup, Shortfall
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.testing.backends import WrappedBackend
 
+from .disk import claim, damage_record, place_of
+
 GOAL_MS = 20
+INDEX_PAGES = 8  # of the directory, on the disk
 LIMIT_MS = {
     "count in L2": 60,
     "prefetch from L2, cancelled": 250,
@@ -60,11 +61,21 @@ REFERENCE_MS = 20  # what `reference_ms` takes on an idle machine
 
 TICK_SECONDS = 0.001
 CHUNKS_AT_ONCE = 4096
-LINKS = 50_000  # to one file; file systems have a limit
 WIDE = make_prompt(CHUNKS_AT_ONCE, 1, make_layout(world_size=8))
 REAL = make_prompt(512, 2)
 POPULAR = [make_prompt(8, number) for number in range(10, 60)]
-BLOCKING = ("os.open", "os.preadv", "os.pwritev", "os.fsync", "os.posix_fallocate", "fcntl.flock")  # it knows the rest
+BLOCKING = (
+    "os.open",
+    "os.preadv",
+    "os.pwritev",
+    "os.pread",
+    "os.pwrite",
+    "os.fstat",
+    "os.fsync",
+    "os.fdatasync",
+    "os.posix_fallocate",
+    "fcntl.flock",
+)  # it knows the rest
 
 
 @contextmanager
@@ -113,15 +124,12 @@ async def bad_day(backend):
 @pytest.mark.parametrize("options", [{}, {"durability": "fsync"}, {"direct": True}], ids=str)
 def test_nothing_blocks_in_the_loop(tmp_path, caplog, options):
     def backend():
-        return FileSystemBackend(tmp_path, capacity_bytes=len(LONG) * PAGE + 60 * OBJECT_BYTES, **options)
-
-    def path(key):
-        return tmp_path / f"{key.chunk_hash.hex()}.{key.rank}.{key.group}.kv"
+        return FileSystemBackend(tmp_path, capacity_bytes=(len(LONG) + 60 + INDEX_PAGES) * PAGE, **options)
 
     with nothing_blocks():
         asyncio.run(busy(backend()))
-        path(object_keys(LONG)[4]).write_bytes(bytes(80))
-        path(object_keys(RANKS)[-1]).unlink()
+        place_of(tmp_path, object_keys(LONG)[4]).write(bytes(80))
+        damage_record(tmp_path, object_keys(RANKS)[-1])
         asyncio.run(bad_day(backend()))
     assert "Blocking call" not in caplog.text  # raised, and taken for a failure of the disk
 
@@ -189,15 +197,6 @@ class Sink(WrappedBackend):
         return await super().store(keys, buffers) if self.real else [True] * len(keys)
 
 
-def link(directory, keys):
-    """Names for a directory: they are found there, and can not be loaded."""
-    for number, key in enumerate(keys):
-        if number % LINKS == 0:
-            source = directory / f"source-{number}"
-            source.write_bytes(bytes(80))
-        os.link(source, directory / f"{key.chunk_hash.hex()}.{key.rank}.{key.group}.kv")
-
-
 async def store(cache, prompt, ranks=(0,)):
     for rank in ranks:
         async with cache.store(prompt, rank=rank) as writer:
@@ -229,7 +228,7 @@ async def probe(chunks, directory):
     bulk = [make_prompt(CHUNKS_AT_ONCE, 1000 + number) for number in range(chunks // CHUNKS_AT_ONCE)]
     more = [make_prompt(CHUNKS_AT_ONCE, 2000 + number) for number in range(1 + len(bulk) // 8)]
     known = [make_prompt(CHUNKS_AT_ONCE, 3000 + number) for number in range(len(bulk) - 8)]
-    link(directory, [key for prompt in (WIDE, *known) for key in object_keys(prompt)])
+    claim(directory, [key for prompt in (WIDE, *known) for key in object_keys(prompt)])
     gc.collect()
     gc.freeze()  # a collection visits what the cache makes, and not what Python has imported
     sink = Sink(FileSystemBackend(directory))

@@ -585,7 +585,7 @@ class FileSystemBackend(Backend):
                 steps = journal.backward()
                 while (records := await self._in(self._scans, next, steps, None)) is not None:
                     await self._learn(journal, records, latest=False)
-                journal.known = True
+                journal.known = journal.owned
             self._knows = directory
             await self._sweep(directory)
             self._looked_at = self._loop.time() - SEEN_SECONDS

@@ -161,7 +161,8 @@ class Directory:
             raise Moved(self.path)
         if adopt:
             for journal in self.journals.values():
-                journal.owned or journal.adopt()
+                if not journal.owned:
+                    journal.adopt()
         if os.fstat(self._fd).st_mtime_ns != self._listed_at:
             gone = [journal for journal in self.journals.values() if not journal.owned]
             self.find_journals(adopt=False)

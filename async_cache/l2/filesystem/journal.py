@@ -64,7 +64,7 @@ class Journal:
 
     def adopt(self) -> bool:
         """Whether its writer is dead, and it is ours now."""
-        self.owned = lock(self._file.fd) is True
+        self.owned, self.known = lock(self._file.fd) is True, False
         return self.owned
 
     def close(self) -> None:
