@@ -1,8 +1,10 @@
 import asyncio
+import ctypes
 import errno
 import fcntl
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,20 +15,25 @@ from mmap import PAGESIZE, mmap
 from pathlib import Path
 
 import pytest
+from faults.disk import allocated, place_of, places
 
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.filesystem import backend as filesystem
+from async_cache.l2.filesystem import files
 from async_cache.l2.filesystem.backend import FileSystemBackend
-from async_cache.l2.filesystem.directory import BLOCK_BYTES, RecordDirectory
+from async_cache.l2.filesystem.bodies import BLOCK_BYTES
+from async_cache.l2.filesystem.format import index_name, segment_name
+from async_cache.l2.filesystem.journal import Journal
 from async_cache.l2.index import Index
-from async_cache.l2.record import TRAILER, file_name, parse_name
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing.conformance import BackendSuite, content, find, get, key, put, views
 
 LOADED, GONE, CORRUPT, FAILED = LoadOutcome
 MIB = 2**20
 LONG = 3 * BLOCK_BYTES + 5
+ROOM = -(-LONG // 4096) * 4096
+INDEX_BYTES = 6 * 4096  # on the disk, of the index of one process, with a page to spare, and of FORMAT
 
 
 class Gate:
@@ -49,6 +56,10 @@ class Gate:
 
     def open(self):
         self._opened.set()
+
+    def shut(self):
+        self._opened.clear()
+        self._entered.clear()
 
 
 @pytest.fixture
@@ -78,8 +89,12 @@ def names(directory):
 
 
 def damage(directory, of, change):
-    path = directory / file_name(of)
-    path.write_bytes(change(path.read_bytes()))
+    place = place_of(directory, of)
+    place.write(change(place.read()))
+
+
+def flipped(index):
+    return lambda data: data[:index] + bytes([data[index] ^ 1]) + data[index:][1:]
 
 
 async def listing(backend):
@@ -102,14 +117,7 @@ class TestConformance(BackendSuite):
         self.monkeypatch = monkeypatch
 
     async def make_unreadable(self, backend, key):
-        bad, real = (Path(backend.path) / file_name(key)).stat().st_ino, os.preadv
-
-        def preadv(fd, *arguments):
-            if os.fstat(fd).st_ino == bad:
-                raise OSError(errno.EIO, "bad sector")
-            return real(fd, *arguments)
-
-        self.monkeypatch.setattr(os, "preadv", preadv)
+        BadSectors(self.monkeypatch, Path(backend.path)).at([key])
 
 
 class TestDirectConformance(TestConformance):
@@ -117,29 +125,15 @@ class TestDirectConformance(TestConformance):
         return FileSystemBackend(tmp_path / "kv", direct=True, durability="fsync", threads=3)
 
 
-# The format.
+class TestConformanceOfSmallSegments(TestConformance):
+    async def make(self, tmp_path):
+        return FileSystemBackend(tmp_path / "kv", segment_bytes=10_000)
 
 
-async def test_a_record_is_its_body_and_a_trailer(start, directory):
-    backend = await start()
-    await backend.store([ObjectKey(bytes(range(32)), 3, 7)], [memoryview(b"abc")])
-    (name,) = names(directory)
-    assert name == bytes(range(32)).hex() + ".3.7.kv"
-    assert (directory / name).read_bytes().hex() == (
-        "616263" + "616b767265630100" + bytes(range(32)).hex() + "0300000007000000" + "0300000000000000"
-        "50392f89945faf78"  # XXH3-64 of "abc": 78af5f94892f3950
-    )
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["", "a.0.0.kv", "0" * 64 + ".0.kv", "0" * 64 + ".00.0.kv", "0" * 64 + ".0.0.kv.tmp", "A" * 64 + ".0.0.kv",
-     "0" * 64 + ".\u0660.0.kv", "0" * 64 + ".-1.0.kv", "0" * 64 + ".4294967296.0.kv",
-     "0" * 64 + ".0.9999999999.kv", "0" * 64 + ".0.0.kv\n", "0" * 62 + ".0.0.kv"],
-)  # fmt: skip
-def test_other_names_are_foreign(name):
-    assert parse_name(name) is None
-    assert parse_name(file_name(key(1, 2, 3))) == key(1, 2, 3)
+class TestConformanceWithoutHoles(TestConformance):
+    async def make(self, tmp_path):
+        self.monkeypatch.setattr(files, "_fallocate", lambda *_: ctypes.set_errno(errno.EOPNOTSUPP) or -1)
+        return FileSystemBackend(tmp_path / "kv")
 
 
 # Recovery.
@@ -153,58 +147,69 @@ async def test_what_was_stored_is_there_after_a_restart(start):
     second = await start()
     assert await listing(second) == {k: 1000 + n for n, k in enumerate(keys)}
     assert second.usage().objects == 100
-    assert second.usage().used_bytes == sum(range(1000, 1100))
+    assert second.usage().used_bytes == 100 * 4096
     second.check_integrity()
 
 
-async def test_a_lookup_does_not_wait_for_recovery(start, monkeypatch):
-    await put(await start(), range(3), 1000)
-    gate = Gate(monkeypatch, "scandir")
+@pytest.fixture
+def slow_recovery(monkeypatch):
+    """Recovery does not read on until the gate is opened."""
+    gate = Gate(monkeypatch, "getpid")
+
+    def backward(journal):
+        os.getpid()
+        yield from real(journal)
+
+    real = Journal.backward
+    monkeypatch.setattr(Journal, "backward", backward)
+    monkeypatch.setattr(filesystem, "RECOVERY_SECONDS", 0.001)
+    return gate
+
+
+async def test_a_lookup_waits_for_recovery_a_little_and_says_what_it_knows(start, slow_recovery):
+    slow_recovery.open()
+    first = await start()
+    await put(first, range(3), 1000)
+    await first.close()
+    slow_recovery.shut()
     second = await start()
-    await gate.reached()
-    assert await find(second, [0, 1, 9]) == [True, True, False]
-    assert await get(second, [2], 1000) == [content(2, 1000)]
-    gate.open()
-    assert len(await listing(second)) == 3
+    await slow_recovery.reached()
+    assert second.lookup_nowait([key(0).chunk_hash], [key(0)[1:]]) is None
+    assert await find(second, [0, 9]) == [False, False]
+    assert await put(second, [5], 1000) == [True]
+    assert await find(second, [5]) == [True]
+    slow_recovery.open()
+    assert set(await listing(second)) == {key(n) for n in (0, 1, 2, 5)}
+    assert second.lookup_nowait([key(n).chunk_hash for n in (0, 9, 5)], [key(0)[1:]]) in ([True, False, True], None)
 
 
-async def test_what_is_deleted_while_recovery_runs_is_not_resurrected(start, monkeypatch):
-    await put(await start(), range(3), 1000)
-    scanned, merge = asyncio.Event(), asyncio.Event()
-
-    async def take(*args, **kwargs):
-        scanned.set()
-        await merge.wait()
-        return await real(*args, **kwargs)
-
-    real = filesystem._take
-    monkeypatch.setattr(filesystem, "_take", take)
+async def test_a_delete_waits_for_recovery(start, slow_recovery):
+    slow_recovery.open()
+    first = await start()
+    await put(first, range(3), 1000)
+    await first.close()
+    slow_recovery.shut()
     second = await start()
-    await scanned.wait()
-    assert await second.delete([key(1)]) == 1
-    merge.set()
+    await slow_recovery.reached()
+    deleting = asyncio.create_task(second.delete([key(1)]))
+    await asyncio.sleep(0.01)
+    assert not deleting.done()
+    slow_recovery.open()
+    assert await deleting == 1
     assert set(await listing(second)) == {key(0), key(2)}
     assert second.usage().objects == 2
 
 
-async def test_what_a_load_misses_while_recovery_runs_is_not_resurrected(start, directory, monkeypatch):
-    await put(await start(), range(3), 1000)
-    scanned, merge = asyncio.Event(), asyncio.Event()
-    real = filesystem._take
-
-    async def take(*args, **kwargs):
-        scanned.set()
-        await merge.wait()
-        return await real(*args, **kwargs)
-
-    monkeypatch.setattr(filesystem, "_take", take)
-    second = await start()
-    await scanned.wait()
+async def test_what_was_damaged_before_the_start_is_found_out_by_its_load(start, directory):
+    first = await start()
+    await put(first, range(3), 1000)
+    await first.close()
     damage(directory, key(0), flipped(5))
-    os.unlink(directory / file_name(key(1)))
-    assert await get(second, range(3), 1000) == [CORRUPT, GONE, content(2, 1000)]
-    merge.set()
-    assert set(await listing(second)) == {key(2)}
+    second = await start()
+    assert await get(second, range(3), 1000) == [CORRUPT, content(1, 1000), content(2, 1000)]
+    assert set(await listing(second)) == {key(1), key(2)}
+    await second.close()
+    assert set(await listing(await start())) == {key(1), key(2)}
 
 
 async def test_a_load_that_came_too_early_does_not_belie_the_store(start, monkeypatch):
@@ -218,171 +223,213 @@ async def test_a_load_that_came_too_early_does_not_belie_the_store(start, monkey
     assert backend.usage().objects == 1
 
 
-async def test_recovery_evicts_the_oldest_above_the_capacity(start, directory):
+async def test_a_directory_that_is_larger_than_its_new_capacity_shrinks_at_the_start(start, directory):
     first = await start()
-    await put(first, range(10), 1000)
-    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
-    for age, n in enumerate(order):
-        os.utime(directory / file_name(key(n)), ns=(0, 10**18 - age))
-    second = await start(capacity_bytes=4000)
-    assert set(await listing(second)) == {key(n) for n in order[:4]}
-    assert await put(second, [100], 1000) == [True]
-    assert set(await listing(second)) == {key(n) for n in order[:3] + [100]}
-    assert await second.delete([]) == 0  # after all that was removed
-    assert names(directory) == sorted(file_name(k) for k in await listing(second))
+    await put(first, range(100), 5000)
+    await find(first, range(50, 60))
+    await first.close()
+    assert allocated(directory) > 100 * 8192
+    second = await start(capacity_bytes=30 * 8192)
+    assert set(await listing(second)) > {key(n) for n in range(50, 60)}
+    assert await second.delete([]) == 0  # after all that was given up
+    assert allocated(directory) <= 30 * 8192
 
 
-async def test_a_scan_that_fails_is_logged_and_all_else_works(start, monkeypatch, caplog):
-    await put(await start(), [1], 1000)
+@pytest.mark.parametrize("killed", [False, True])
+async def test_the_order_of_use_survives_a_restart(start, directory, killed):
+    first = await start()
+    for n in range(10):
+        await put(first, [n], 1000)
+    if killed:
+        shutil.copytree(directory, directory.with_name("copy"))  # what a kill leaves: nothing was put in order
+        await first.close()
+        shutil.rmtree(directory)
+        directory.with_name("copy").rename(directory)
+        order = list(range(10))
+    else:
+        await find(first, [3, 1, 4])
+        await first.close()
+        order = [0, 2, 5, 6, 7, 8, 9, 4, 1, 3]
+    second = await start(capacity_bytes=11 * 4096 + INDEX_BYTES)
+    assert len(await listing(second)) == 10
+    await second.delete([])
+    for n in range(100, 105):
+        await put(second, [n], 1000)
+    left = {k for k in await listing(second) if k in {key(n) for n in range(10)}}
+    assert left == {key(n) for n in order[-len(left) :]}
+    assert 0 < len(left) < 10
 
-    def scandir(_):
-        raise OSError(errno.EIO, "no")
 
-    monkeypatch.setattr(os, "scandir", scandir)
-    second = await start()
-    assert await listing(second) == {}
-    assert "recovery failed" in caplog.text
-    assert await find(second, [1]) == [True]
-    assert await put(second, [2], 1000) == [True]
+async def test_an_index_that_cannot_be_read_is_logged_and_all_else_works(start, directory, monkeypatch, caplog):
+    first = await start()
+    await put(first, [1], 1000)
+    await first.close()
+    real = os.pread
+
+    def pread(fd, size, offset):
+        if offset > 0:
+            raise OSError(errno.EIO, "no")
+        return real(fd, size, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", pread)
+        second = await start()
+        assert await listing(second) == {}
+        assert "recovery failed" in caplog.text
+        assert await put(second, [2], 1000) == [True]
+        assert await get(second, [2], 1000) == [content(2, 1000)]
+        await second.close()
+    assert set(await listing(await start())) == {key(1), key(2)}  # what was not read was not written anew without it
 
 
 async def test_foreign_things_are_skipped_and_left_alone(start, directory, tmp_path):
+    first = await start()
+    await put(first, [1], 1000)
+    await first.close()
     outside = tmp_path / "outside"
     outside.write_bytes(bytes(1000))
-    directory.mkdir()
     (directory / "README").write_text("hello")
-    (directory / file_name(key(1))).symlink_to(outside)
-    (directory / file_name(key(2))).mkdir()
-    (directory / file_name(key(3))).write_bytes(b"short")
-    os.mkfifo(directory / file_name(key(4)))
-    (directory / "tmp.link").symlink_to(outside)
-    (directory / "tmp.dir").mkdir()
-    before = names(directory)
-    backend = await start()
-    assert await listing(backend) == {}
-    assert await find(backend, range(1, 5)) == [False] * 4
-    assert await get(backend, [1, 2, 4], 900) == [GONE, GONE, GONE]
-    assert names(directory) == before
-    assert await put(backend, [1, 2, 3, 4], 900) == [True, False, True, True]
-    assert await get(backend, [1, 3, 4], 900) == [content(n, 900) for n in (1, 3, 4)]
+    (directory / "tmp.something").write_bytes(b"x")
+    (directory / segment_name(7, 0)).symlink_to(outside)
+    (directory / index_name(7, 0)).symlink_to(outside)
+    (directory / index_name(8, 0)).mkdir()
+    os.mkfifo(directory / index_name(9, 0))
+    (directory / f"{key(1).chunk_hash.hex()}.0.0.kv").write_bytes(b"of an older version")
+    before = set(names(directory)) - {path.name for path in directory.glob("*.idx") if path.is_file()}
+    second = await start()
+    assert set(await listing(second)) == {key(1)}
+    assert await put(second, [2], 1000) == [True]
+    await second.close()
+    assert before - set(names(directory)) <= {segment_name(7, 0)}  # set aside: no index tells of it
     assert outside.read_bytes() == bytes(1000)
+
+
+# What directory it is.
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a" * 64 + ".0.0.kv", b"x", "version 1"),
+        ("FORMAT", b"async_cache log of segments, version 3\n", "version 3"),
+        ("FORMAT", b"something else", "not that of a store"),
+        ("holiday.jpg", b"x", "holiday.jpg"),
+    ],
+)
+async def test_a_directory_of_something_else_is_refused_and_left_alone(directory, name, data, says):
+    directory.mkdir()
+    (directory / name).write_bytes(data)
+    backend = FileSystemBackend(directory)
+    with pytest.raises(ConfigError, match="cannot be used") as caught:
+        await backend.open()
+    assert says in str(caught.value)
+    await backend.close()
+    assert names(directory) == [name]
+    assert (directory / name).read_bytes() == data
+
+
+@pytest.mark.parametrize("name", ["lost+found", ".snapshot"])
+async def test_what_file_systems_put_into_an_empty_directory_is_no_matter(start, directory, name):
+    (directory / name).mkdir(parents=True)
+    assert await put(await start(), [1], 1000) == [True]
+
+
+async def test_a_store_that_is_emptied_leaves_its_name_alone(start, directory):
+    backend = await start()
+    await put(backend, range(10), 1000)
+    assert await backend.delete([key(n) for n in range(10)]) == 10
+    assert [name for name in names(directory) if name.endswith(".seg")] == []
+    await backend.close()
+    assert names(directory) == ["FORMAT"]
 
 
 # Damage.
 
 
-def flipped(index):
-    return lambda data: data[:index] + bytes([data[index] ^ 1]) + data[index:][1:]
-
-
 @pytest.mark.parametrize("size_bytes", [1000, BLOCK_BYTES, LONG])
 @pytest.mark.parametrize(
     "change",
-    [lambda b: b"", lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b[: -TRAILER.size], lambda b: b + b"\0",
-     lambda b: b + b, lambda b: b[1:], lambda b: bytes(len(b)), flipped(0), flipped(999)]
-    + [flipped(-TRAILER.size + offset) for offset in (0, 7, 8, 40, 44, 48, 56, 62)],
-)  # fmt: skip
-async def test_a_file_that_is_not_the_record_is_corrupt_and_removed(start, directory, size_bytes, change):
+    [lambda b: bytes(len(b)), lambda b: b[1:] + b[:1], flipped(0), flipped(999), flipped(-1), lambda b: b[500:]],
+)
+async def test_a_body_that_is_not_the_one_is_corrupt_and_removed(start, directory, size_bytes, change):
     backend = await start()
     await put(backend, [1, 2], size_bytes)
     damage(directory, key(1), change)
     assert await get(backend, [1, 2], size_bytes) == [CORRUPT, content(2, size_bytes)]
-    assert names(directory) == [file_name(key(2))]
+    assert await backend.delete([]) == 0
+    assert set(places(directory)) == {key(2)}
     assert backend.usage().objects == 1
 
 
-async def test_a_record_of_another_object_is_corrupt(start, directory):
+async def test_the_body_of_another_object_is_corrupt(start, directory):
     backend = await start()
     keys = [key(1), key(2), key(1, 1), key(1, 0, 1)]
-    await backend.store(keys, views([content(1, 5000)] * 4))
-    for other in keys[1:]:
-        os.replace(directory / file_name(other), directory / file_name(key(1)))
+    for other in range(1, 4):
+        await backend.store(keys, views([content(n, 5000) for n in range(4)]))
+        place_of(directory, key(1)).write(place_of(directory, keys[other]).read())
         assert await get(backend, [1], 5000) == [CORRUPT]
 
 
 async def test_an_object_of_another_size_is_corrupt(start):
     backend = await start()
-    for size_bytes in (4999, 5001, 5000 + TRAILER.size):
+    for size_bytes in (4999, 5001, 8192):
         await put(backend, [1], 5000)
         assert await get(backend, [1], size_bytes) == [CORRUPT]
-
-
-@pytest.mark.parametrize(("read", "outcome"), [(1, content(1, 5000)), (2, CORRUPT)])
-async def test_a_good_record_that_replaced_a_corrupt_one_is_kept(start, directory, monkeypatch, read, outcome):
-    backend = await start()
-    await put(backend, [1], 5000)
-    path = directory / file_name(key(1))
-    good = path.read_bytes()
-    damage(directory, key(1), flipped(3))
-    real, reads = os.preadv, []
-
-    def preadv(*args):
-        count = real(*args)
-        reads.append(count)
-        if len(reads) == read:  # a small object is read once more before it is called corrupt
-            path.with_name("new").write_bytes(good)
-            os.replace(path.with_name("new"), path)
-        return count
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", preadv)
-        assert await get(backend, [1], 5000) == [outcome]
-    assert await find(backend, [1]) == [True]
-    assert await get(backend, [1], 5000) == [content(1, 5000)]
 
 
 # Faults of the disk.
 
 
 class BadSectors:
-    """Calls of `os` fail that are about the records of some objects."""
+    """Reads of `os` fail where some objects lie."""
 
-    def __init__(self, monkeypatch):
-        self._monkeypatch = monkeypatch
+    def __init__(self, monkeypatch, directory):
+        self._monkeypatch, self._directory, self._real = monkeypatch, directory, os.preadv
 
-    def at(self, call, numbers, code=errno.EIO, times=None):
-        """From now on this call fails where it is about one of these objects; so often, or for ever."""
-        real, bad, left = getattr(os, call), {file_name(key(n)) for n in numbers}, [times]
+    def at(self, keys, code=errno.EIO, times=None):
+        """From now on reads fail of what these objects have; so often, or for ever."""
+        bad = list(map(places(self._directory).get, keys))
+        left = [times]
 
-        def failing(*args, **kwargs):
-            if bad.intersection(args) and not (call == "open" and args[1] & os.O_CREAT) and left[0] != 0:
-                left[0] = left[0] and left[0] - 1
-                raise OSError(code, os.strerror(code))
-            return real(*args, **kwargs)
+        def preadv(fd, parts, offset):
+            end = offset + sum(map(len, parts))
+            for place in bad:
+                here = os.readlink(f"/proc/self/fd/{fd}") == str(place.path)
+                if here and offset < place.offset + place.size_bytes and place.offset < end and left[0] != 0:
+                    left[0] = left[0] and left[0] - 1
+                    raise OSError(code, os.strerror(code))
+            return self._real(fd, parts, offset)
 
-        self._monkeypatch.setattr(os, call, failing)
+        self._monkeypatch.setattr(os, "preadv", preadv)
 
     def healed(self):
-        self._monkeypatch.undo()
+        self._monkeypatch.setattr(os, "preadv", self._real)
 
 
 @pytest.fixture
-def bad_sectors(monkeypatch):
-    return BadSectors(monkeypatch)
+def bad_sectors(monkeypatch, directory):
+    return BadSectors(monkeypatch, directory)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
 async def test_what_cannot_be_read_is_lost_alone_and_the_next_store_replaces_it(start, directory, bad_sectors, code):
     backend = await start()
     await put(backend, range(3), 1000)
-    bad_sectors.at("open", [1], code)
+    bad_sectors.at([key(1)], code)
     assert await get(backend, range(3), 1000) == [content(0, 1000), FAILED, content(2, 1000)]
     assert await find(backend, range(3)) == [True, False, True]
-    assert (directory / file_name(key(1))).exists()
     bad_sectors.healed()
-    before = (directory / file_name(key(1))).stat().st_ino
     assert await find(backend, [1]) == [False]
     assert await put(backend, [1], 1000) == [True]
-    assert (directory / file_name(key(1))).stat().st_ino != before
     assert await get(backend, range(3), 1000) == [content(n, 1000) for n in range(3)]
 
 
-@pytest.mark.parametrize("call", ["open", "close"])
+@pytest.mark.parametrize("call", ["preadv", "close"])
 async def test_a_fault_of_the_moment_costs_nothing(start, monkeypatch, bad_sectors, call):
     backend = await start()
     await put(backend, range(3), 1000)
-    if call == "open":
-        bad_sectors.at("open", [1], errno.ESTALE, times=2)
+    if call == "preadv":
+        bad_sectors.at([key(1)], errno.ESTALE, times=3)
     else:
         real = os.close
 
@@ -391,13 +438,15 @@ async def test_a_fault_of_the_moment_costs_nothing(start, monkeypatch, bad_secto
             raise OSError(errno.EIO, "no")
 
         monkeypatch.setattr(os, "close", close)
+        for name in names(backend.path):
+            backend._directory.files.forget(name)
     assert await get(backend, range(3), 1000) == [content(n, 1000) for n in range(3)]
 
 
 async def test_where_nothing_can_be_read_the_disk_is_blamed_first_and_then_the_objects(start, bad_sectors):
     backend = await start()
     await put(backend, range(3), 1000)
-    bad_sectors.at("open", [1, 2])
+    bad_sectors.at([key(1), key(2)])
     for numbers in ([1], [2]):
         with pytest.raises(BackendError, match="Input/output error") as caught:
             await get(backend, numbers, 1000)
@@ -405,7 +454,7 @@ async def test_where_nothing_can_be_read_the_disk_is_blamed_first_and_then_the_o
     assert await find(backend, [1, 2]) == [True, True]  # the disk may heal
     bad_sectors.healed()
     assert await get(backend, [2], 1000) == [content(2, 1000)]
-    bad_sectors.at("open", [1, 2])
+    bad_sectors.at([key(1), key(2)])
     assert await get(backend, [1], 1000) == [FAILED]
     with pytest.raises(BackendError):
         await get(backend, [2], 1000)
@@ -418,92 +467,90 @@ async def test_where_nothing_can_be_read_the_disk_is_blamed_first_and_then_the_o
 async def test_an_object_that_made_a_load_fail_is_replaced_by_the_next_store(start, directory, bad_sectors):
     backend = await start()
     await put(backend, [1], 1000)
-    before = (directory / file_name(key(1))).stat().st_ino
-    bad_sectors.at("open", [1], times=3)
+    before = place_of(directory, key(1))
+    bad_sectors.at([key(1)], times=4)
     with pytest.raises(BackendError):
         await get(backend, [1], 1000)
     assert await put(backend, [1], 1000) == [True]
-    assert (directory / file_name(key(1))).stat().st_ino != before
-    assert backend.usage().used_bytes == 1000
+    assert place_of(directory, key(1)) != before
+    assert backend.usage().used_bytes == 4096
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EIO])
-async def test_what_is_corrupt_and_cannot_be_removed_is_a_miss_and_can_be_replaced(start, directory, bad_sectors, code):
+async def test_what_is_corrupt_and_cannot_be_removed_is_a_miss_and_can_be_replaced(start, directory, monkeypatch, code):
     backend = await start()
     await put(backend, range(2), 1000)
     damage(directory, key(1), flipped(3))
-    bad_sectors.at("unlink", [1], code)
-    assert await get(backend, [0, 1], 1000) == [content(0, 1000), CORRUPT]
-    assert await find(backend, [0, 1]) == [True, False]
+
+    def pwrite(*_):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        assert await get(backend, [0, 1], 1000) == [content(0, 1000), CORRUPT]
+        assert await find(backend, [0, 1]) == [True, False]
+        await backend.delete([])
     assert await put(backend, [1], 1000) == [True]
     assert await get(backend, [0, 1], 1000) == [content(0, 1000), content(1, 1000)]
 
 
-async def test_what_cannot_be_read_is_not_found_by_recovery_either(start, directory, bad_sectors, monkeypatch):
-    backend = await start()
-    await put(backend, range(2), 1000)
-    await backend.close()
-    gate = Gate(monkeypatch, "scandir")
-    backend = await start()
-    await gate.reached()
-    bad_sectors.at("open", [1])
-    assert await get(backend, [0, 1], 1000) == [content(0, 1000), FAILED]
-    gate.open()
-    assert [found async for found, _ in backend.keys()] == [key(0)]
-
-
-async def test_a_name_that_cannot_be_looked_at_is_a_miss_alone(start, bad_sectors):
-    backend = await start()
-    await put(backend, range(2), 1000)
-    await backend.close()
-    again = await start()
-    await asyncio.wait([again._recovery])
-    again._index.clear(2)
-    bad_sectors.at("stat", [1])
-    assert await find(again, range(3)) == [True, False, False]
-    assert await put(again, [1], 1000) == [True]  # what cannot be looked at is replaced
-    assert await get(again, [0, 1], 1000) == [content(0, 1000), content(1, 1000)]
-
-
-async def test_a_name_that_cannot_be_taken_is_a_fault_of_its_object_alone(start, directory):
-    backend = await start()
-    for n in (1, 2):
-        (directory / file_name(key(n)) / "something").mkdir(parents=True)
-    assert await put(backend, range(3), 1000) == [True, False, False]
-    assert await put(backend, [1], 1000) == [False]
-    assert await find(backend, range(3)) == [True, False, False]
-    assert not [name for name in names(directory) if name.startswith("tmp")]
-
-
-async def test_recovery_knows_the_head_of_a_prefix_from_its_tail(start, directory):
+async def test_recovery_knows_the_head_of_a_prefix_from_its_tail(start):
     backend = await start()
     await put(backend, range(40), 100)
     await backend.close()
-    again = await start(capacity_bytes=4000)
+    again = await start(capacity_bytes=40 * 4096 + INDEX_BYTES)
     await asyncio.wait([again._recovery])
     await put(again, range(100, 120), 100)
-    assert await find(again, range(40)) == [True] * 20 + [False] * 20
+    found = await find(again, range(40))
+    assert found == sorted(found, reverse=True)
+    assert 15 <= sum(found) <= 24
 
 
 async def test_a_full_disk_fails_one_object_and_leaves_no_rest(start, directory, monkeypatch):
     backend = await start()
-    real, failing = os.pwritev, [1, 2]
+    real = os.pwritev
+    full = list(range(100))
 
     def pwritev(fd, buffers, offset):
-        if failing and offset:
-            failing.pop()
-            raise OSError(errno.ENOSPC, "disk full")
+        if full and sum(map(len, buffers)) > MIB:
+            full.pop()
+            raise OSError(errno.EDQUOT, "disk full")
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(os, "pwritev", pwritev)
     assert await put(backend, [1], 1000) == [True]
-    assert await put(backend, [2, 1], LONG) == [False, True]
+    assert await backend.lookup([key(1)]) == [True]
     with pytest.raises(BackendError, match="disk full"):
         await put(backend, [3], LONG)
-    assert names(directory) == [file_name(key(1))]
-    assert await find(backend, [1, 2, 3]) == [True, False, False]
-    assert backend.usage().used_bytes == 1000
+    assert set(places(directory)) == {key(1)}
+    assert await find(backend, [1, 3]) == [True, False]
+    assert backend.usage().used_bytes == 4096
+    full.clear()
     assert await put(backend, [2, 3], LONG) == [True, True]
+    backend.unpin([key(1)])
+
+
+@pytest.mark.parametrize("call", ["pwritev", "pwrite"])
+async def test_a_full_disk_takes_what_is_new_for_what_is_old(start, directory, monkeypatch, call):
+    """Bodies, and the records of an index, find no room until something has left."""
+    backend = await start()
+    await put(backend, range(5), 5000)
+    real, punch, full = getattr(os, call), files._fallocate, [True]
+
+    def write(fd, *arguments):
+        if full:
+            raise OSError(errno.ENOSPC, "disk full")
+        return real(fd, *arguments)
+
+    def fallocate(fd, mode, *arguments):
+        if mode & 2:
+            full.clear()
+        return punch(fd, mode, *arguments)
+
+    monkeypatch.setattr(files, "_fallocate", fallocate)
+    monkeypatch.setattr(os, call, write)
+    assert await put(backend, [5], 5000) == [True]
+    assert await get(backend, [5], 5000) == [content(5, 5000)]
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -520,34 +567,67 @@ async def test_short_reads_and_writes_are_continued(start, monkeypatch, direct):
 async def test_a_lookup_that_fails_raises_and_pins_nothing(start, monkeypatch):
     backend = await start()
     await put(backend, [1], 1000)
+    await listing(backend)
+    monkeypatch.setattr(filesystem, "SEEN_SECONDS", -1)
 
-    def stat(*_):
+    def fstat(*_):
         raise OSError(errno.EIO, "no")
 
-    monkeypatch.setattr(RecordDirectory, "_stat", stat)
+    monkeypatch.setattr(os, "fstat", fstat)
     assert await find(backend, [1, 2]) == [True, False]  # what is known is said all the same
     with pytest.raises(BackendError):
         await backend.lookup([key(2), key(3)])
     assert backend.pins == 0
+    monkeypatch.undo()
 
 
-async def test_fsync_comes_before_the_rename_and_once_for_the_directory_after(start, monkeypatch):
+async def test_bodies_survive_before_the_records_that_tell_of_them(start, monkeypatch):
     backend = await start(durability="fsync")
     events = []
-    fsync, rename = os.fsync, os.rename
+    real = {name: getattr(os, name) for name in ("pwritev", "pwrite", "fdatasync", "fsync")}
 
-    def recorded_fsync(fd):
-        events.append("directory" if fd == backend._directory._fd else "file")
-        fsync(fd)
+    def recorded(name, real):
+        def call(fd, *arguments):
+            events.append(f"{name} {os.readlink(f'/proc/self/fd/{fd}').rpartition('.')[2]}")
+            return real(fd, *arguments)
 
-    def recorded_rename(*args, **kwargs):
-        events.append("rename")
-        rename(*args, **kwargs)
+        return call
 
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(os, "rename", recorded_rename)
+    for name, call in real.items():
+        monkeypatch.setattr(os, name, recorded(name, call))
     assert await put(backend, [1, 2], 1000) == [True, True]
-    assert events == ["file", "rename", "file", "rename", "directory"]
+    (of_directory,) = [event for event in events if event.startswith("fsync ")]
+    assert events == ["pwritev seg", "fdatasync seg", of_directory, "pwrite idx", "fdatasync idx"]
+    events.clear()
+    assert await put(backend, [3, 4], 1000) == [True, True]
+    assert events == ["pwritev seg", "fdatasync seg", "pwrite idx", "fdatasync idx"]
+
+
+async def test_stores_that_wait_together_are_flushed_together(start, monkeypatch):
+    backend = await start(durability="fsync")
+    await put(backend, [99], 1000)
+    gate = Gate(monkeypatch, "pwritev")
+    syncs, real = [], os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda fd: syncs.append(fd) or real(fd))
+    tasks = [asyncio.create_task(put(backend, [n], 1000)) for n in range(20)]
+    await gate.reached()
+    gate.open()
+    assert await asyncio.gather(*tasks) == [[True]] * 20
+    assert len(syncs) <= 8  # and not forty
+    assert await get(backend, range(20), 1000) == [content(n, 1000) for n in range(20)]
+
+
+async def test_many_objects_are_written_and_read_by_few_calls(start, monkeypatch):
+    backend = await start(threads=1)
+    calls = []
+    for name in ("pwritev", "preadv", "pwrite", "pread", "open", "close", "fstat", "stat", "rename", "unlink", "utime"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k))
+    assert all(await put(backend, range(64), 65_536))
+    assert len(calls) <= 64 * 8 // 10
+    calls.clear()
+    assert LOADED and await get(backend, range(64), 65_536) == [content(n, 65_536) for n in range(64)]
+    assert len(calls) <= 8
 
 
 # Cancelling.
@@ -590,10 +670,10 @@ async def test_a_cancelled_call_that_has_not_begun_ends_at_once(start, monkeypat
 
 
 async def test_a_cancelled_store_waits_and_leaves_whole_objects_only(start, directory, monkeypatch):
-    backend = await start(capacity_bytes=10 * LONG)
-    await put(backend, [0], LONG)
+    backend = await start(capacity_bytes=10 * 9 * MIB + INDEX_BYTES)
+    await put(backend, [0], 9 * MIB)
     gate = Gate(monkeypatch, "pwritev")
-    task = asyncio.create_task(put(backend, [1, 2], LONG))
+    task = asyncio.create_task(put(backend, [1, 2], 9 * MIB))
     await gate.reached()
     for _ in range(3):
         task.cancel()
@@ -602,38 +682,43 @@ async def test_a_cancelled_store_waits_and_leaves_whole_objects_only(start, dire
     gate.open()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert names(directory) == [file_name(key(0))]
+    assert await backend.delete([]) == 0  # after what was cleared
+    assert set(places(directory)) == {key(0)}
+    assert allocated(directory) <= 9 * MIB + INDEX_BYTES
     assert backend.usage().objects == 1
     assert backend.pins == 0
     backend.check_integrity()
-    assert await put(backend, range(1, 10), LONG) == [True] * 9  # all the room is there again
+    assert await put(backend, range(1, 10), 9 * MIB) == [True] * 9  # all the room is there again
 
 
 async def test_what_a_cancelled_store_has_written_is_counted(start, monkeypatch):
     backend = await start()
-    rename, renamed, proceed = os.rename, threading.Event(), threading.Event()
+    write, written, proceed = os.pwritev, threading.Event(), threading.Event()
 
-    def held(*args, **kwargs):
-        rename(*args, **kwargs)
-        renamed.set()
+    def held(*args):
+        count = write(*args)
+        written.set()
         assert proceed.wait(30)
+        return count
 
-    monkeypatch.setattr(os, "rename", held)
+    monkeypatch.setattr(os, "pwritev", held)
     task = asyncio.create_task(put(backend, [1, 2], 1000))
-    assert await asyncio.to_thread(renamed.wait, 30)
+    assert await asyncio.to_thread(written.wait, 30)
     task.cancel()
     await asyncio.sleep(0)
     proceed.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert backend.usage().objects == 1
-    assert await find(backend, [1, 2]) == [True, False]
+    assert await put(backend, [3], 1000) == [True]  # behind what the cancelled one had under way
+    assert backend.usage().objects == 3
+    assert await get(backend, [1, 2], 1000) == [content(1, 1000), content(2, 1000)]
 
 
 async def test_a_cancelled_lookup_ends_at_once_and_pins_nothing(start, monkeypatch):
     backend = await start()
     await put(backend, [1], 1000)
     await listing(backend)
+    monkeypatch.setattr(filesystem, "SEEN_SECONDS", -1)
     gate = Gate(monkeypatch, "stat")
     task = asyncio.create_task(backend.lookup([key(1), key(2)]))
     await gate.reached()
@@ -661,56 +746,90 @@ async def test_loads_do_not_queue_behind_stores(start, monkeypatch):
 
 
 async def test_all_objects_of_a_chunk_are_evicted_together(start, directory):
-    backend = await start(capacity_bytes=4000)
+    backend = await start(capacity_bytes=4 * 4096 + INDEX_BYTES)
     keys = [key(n, rank) for n in range(2) for rank in range(2)]
-    assert all(await backend.store(keys, views([content(0, 1000)] * 4)))
+    assert all(await backend.store(keys, views([content(0, 4096)] * 4)))
     await find(backend, [0])
-    assert await put(backend, [2], 1000) == [True]
+    assert await put(backend, [2], 4096) == [True]
     assert set(await listing(backend)) == {key(0), key(0, 1), key(2)}
-    assert backend.usage().used_bytes == 3000
+    assert backend.usage().used_bytes == 3 * 4096
 
 
 async def test_a_store_does_not_evict_the_chunk_that_it_completes(start):
-    backend = await start(capacity_bytes=2000)
-    await put(backend, [0], 1000)
-    await put(backend, [1], 1000)
-    assert await backend.store([key(0, 1)], views([content(0, 1000)])) == [True]
+    backend = await start(capacity_bytes=2 * 4096 + INDEX_BYTES)
+    await put(backend, [0], 4096)
+    await put(backend, [1], 4096)
+    assert await backend.store([key(0, 1)], views([content(0, 4096)])) == [True]
     assert set(await listing(backend)) == {key(0), key(0, 1)}
-    assert await backend.store([key(0, 2)], views([content(0, 1000)])) == [False]
+    assert await backend.store([key(0, 2)], views([content(0, 4096)])) == [False]
 
 
 async def test_bytes_in_flight_count(start, monkeypatch):
-    backend = await start(capacity_bytes=4000)
+    backend = await start(capacity_bytes=4 * 4096 + INDEX_BYTES)
     gate = Gate(monkeypatch, "pwritev")
-    first = asyncio.create_task(put(backend, [1], 3000))
+    first = asyncio.create_task(put(backend, [1], 3 * 4096))
     await gate.reached()
-    assert await put(backend, [2], 2000) == [False]
+    assert await put(backend, [2], 2 * 4096) == [False]
     assert backend.usage().used_bytes == 0
     gate.open()
     assert await first == [True]
-    assert await put(backend, [2], 2000) == [True]
+    assert await put(backend, [2], 2 * 4096) == [True]
     assert set(await listing(backend)) == {key(2)}
 
 
 async def test_if_not_all_fit_those_that_fit_are_stored(start):
-    backend = await start(capacity_bytes=4000)
-    await put(backend, [0], 2000)
+    backend = await start(capacity_bytes=4 * 4096 + INDEX_BYTES)
+    await put(backend, [0], 2 * 4096)
     assert await backend.lookup([key(0)]) == [True]
-    assert await put(backend, [1, 2, 3], 1000) == [True, True, False]
+    assert await put(backend, [1, 2, 3], 4096) == [True, True, False]
     backend.unpin([key(0)])
+
+
+async def test_the_bound_is_for_what_the_disk_has(start, directory):
+    """Bodies in whole pages, and indexes, however many objects come and go."""
+    backend = await start(capacity_bytes=MIB)
+    for n in range(0, 2000, 100):
+        assert await put(backend, range(n, n + 100), 1) == [True] * 100
+        await backend.delete([key(n + 5)])
+        assert allocated(directory) <= MIB
+    assert backend.usage().objects > 100
+
+
+async def test_an_index_does_not_grow_without_end(start, directory):
+    backend = await start()
+    await put(backend, range(1000, 1010), 100)
+    for _ in range(40):
+        assert all(await put(backend, range(100), 100))
+        assert await backend.delete([key(n) for n in range(100)]) == 100
+    await asyncio.gather(*backend._tasks)
+    assert sum(path.stat().st_size for path in directory.glob("*.idx")) < 3 * filesystem.SPARE_BYTES
+    assert await get(backend, range(1000, 1010), 100) == [content(n, 100) for n in range(1000, 1010)]
+    await backend.close()
+    assert set(await listing(await start())) == {key(n) for n in range(1000, 1010)}
+
+
+async def test_what_is_deleted_is_gone_from_the_disk(start, directory):
+    backend = await start()
+    await put(backend, range(3), 5000)
+    place = place_of(directory, key(1))
+    assert await backend.delete([key(1)]) == 1
+    assert place.read() == bytes(5000)
+    assert allocated(directory) < 3 * 8192 + INDEX_BYTES
+    assert await get(backend, range(3), 5000) == [content(0, 5000), GONE, content(2, 5000)]
 
 
 @pytest.mark.parametrize("how", ["deleted", "evicted"])
 async def test_what_leaves_is_not_found_before_its_file_is_gone(start, directory, monkeypatch, how):
-    backend = await start(capacity_bytes=4000)
+    backend = await start(capacity_bytes=4 * 4096 + INDEX_BYTES)
     await put(backend, [1], 1000)
     gate = Gate(monkeypatch, "pwritev")
     tasks = [asyncio.create_task(put(backend, [2], 1000))]
     await gate.reached()  # all changes wait
-    leave = backend.delete([key(1)]) if how == "deleted" else put(backend, [3], 3000)
+    leave = backend.delete([key(1)]) if how == "deleted" else put(backend, [3], 12_000)
     tasks.append(asyncio.create_task(leave))
-    await asyncio.sleep(0)
-    assert file_name(key(1)) in names(directory)
+    while backend._index.present([key(1)]) == [True]:
+        await asyncio.sleep(0.001)
+    assert key(1) in places(directory)
     assert await find(backend, [1]) == [False]
     tasks.append(asyncio.create_task(put(backend, [1], 500)))
     gate.open()
@@ -727,7 +846,7 @@ async def test_a_delete_wins_over_the_store_that_is_under_way(start, directory, 
     gate.open()
     assert await storing == [False, True]
     await deleting
-    assert names(directory) == [file_name(key(2))]
+    assert set(places(directory)) == {key(2)}
     assert await put(backend, [1], 1000) == [True]
 
 
@@ -773,44 +892,60 @@ def next_line(child):
 
 
 async def test_the_rest_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(start, directory):
-    stuck = "os.pwritev = lambda *_: (print('writing', flush=True), sys.stdin.read())\nawait put(backend, [1], 1000)"
+    stuck = (
+        "real = os.pwritev\n"
+        "os.pwritev = lambda *a: (real(*a), print('writing', flush=True), sys.stdin.read())\n"
+        "await put(backend, [1], 100_000)"
+    )
     with process(directory, stuck) as child:
         assert await next_line(child) == b"writing\n"
-        assert await listing(await start()) == {}
-        (left,) = names(directory)
-        assert left.startswith("tmp.")
+        backend = await start()
+        assert await listing(backend) == {}
+        assert allocated(directory) > 100_000
         child.send_signal(signal.SIGKILL)
+    await backend.close()
     assert await listing(await start()) == {}
-    assert names(directory) == []
+    assert allocated(directory) < 100_000
 
 
-async def test_a_file_that_was_taken_for_a_rest_before_its_lock_is_written_anew(start, directory, monkeypatch):
+async def test_who_lives_answers_for_what_the_dead_have_left(start, directory, monkeypatch):
+    monkeypatch.setattr(filesystem, "ADOPT_SECONDS", 0)
     backend = await start()
-    await listing(backend)
-    real, taken = fcntl.flock, []
+    await put(backend, range(3), 1000)
+    with process(
+        directory, "await put(backend, range(10), 1000)\nprint('stored', flush=True)\nsys.stdin.read()"
+    ) as child:
+        assert await next_line(child) == b"stored\n"
+        assert set(await listing(backend)) == {key(n) for n in range(10)}
+        child.send_signal(signal.SIGKILL)
+    await backend.lookup([key(99)])
+    await asyncio.gather(*backend._tasks)
+    await backend.close()
+    assert len(list(directory.glob("*.idx"))) == 1
+    again = await start()
+    assert await get(again, range(10), 1000) == [content(n, 1000) for n in range(10)]
 
-    def flock(fd, how):
-        if not taken:
-            taken.extend(names(directory))
-            os.unlink(directory / taken[0])
-        real(fd, how)
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    assert await put(backend, [1], 1000) == [True]
-    assert names(directory) == [file_name(key(1))]
-    assert taken[0].startswith("tmp.")
+@pytest.mark.parametrize("locks", ["of descriptions", "none"])
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+async def test_a_file_system_without_flock_stores_all_the_same(start, directory, monkeypatch, caplog, locks, code):
+    def refuse(*_):
+        raise OSError(code, "no locks")
 
-
-async def test_without_locks_in_the_file_system_nothing_is_stored_nor_left(start, directory, monkeypatch):
-    backend = await start()
-
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "no locks")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(BackendError, match="no locks"):
-        await put(backend, [1], 1000)
-    assert names(directory) == []
+    real = fcntl.fcntl
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if locks == "none":
+        monkeypatch.setattr(
+            fcntl, "fcntl", lambda fd, what, *a: refuse() if what == fcntl.F_OFD_SETLK else real(fd, what, *a)
+        )
+    first, second = await start(), await start()
+    assert await put(first, range(3), 1000) == [True] * 3
+    assert await put(second, range(2, 6), 1000) == [True] * 4
+    assert await get(first, range(6), 1000) == [content(n, 1000) for n in range(6)]
+    assert ("has no locks" in caplog.text) == (locks == "none")
+    await first.close()
+    await second.close()
+    assert len(await listing(await start())) == 6
 
 
 async def test_two_processes_write_the_same_objects_and_read_each_others(start, directory):
@@ -830,37 +965,85 @@ async def test_two_processes_write_the_same_objects_and_read_each_others(start, 
         assert await next_line(child) == b"True\n"
     assert child.returncode == 0
     assert await get(backend, range(51), 70_000) == [content(n, 70_000) for n in range(51)]
-    assert len(names(directory)) == 54
+    assert len(await listing(backend)) == 54
+    await backend.close()
+    assert len(await listing(await start())) == 54
+    assert allocated(directory) <= 51 * 18 * 4096 + 3 * 8192 + 2 * INDEX_BYTES  # none is there twice
 
 
-async def test_what_another_process_stored_is_found_and_pinned(start, directory):
-    backend, other = await start(capacity_bytes=2000), await start()
+async def test_what_another_process_stored_is_found_and_pinned(start):
+    backend, other = await start(capacity_bytes=6 * 4096 + 16_384 + INDEX_BYTES), await start()
     await listing(backend)
     await put(other, [1], 1000)
     assert await backend.lookup([key(1), key(2)]) == [True, False]
-    assert backend.usage().used_bytes == 1000
-    assert await put(backend, [2], 1500) == [False]
-    backend.unpin([key(1)])
-    assert await put(backend, [2], 1500) == [True]
-    assert await get(other, [1, 2], 1500) == [GONE, content(2, 1500)]
+    assert backend.usage().used_bytes == 4096
+    assert await put(backend, [2], 6 * 4096) == [False]
+    assert await backend.delete([key(1)]) == 1
+    assert await get(other, [1, 2], 1000) == [GONE, GONE]
     assert other.usage().used_bytes == 0
+    backend.unpin([key(1)])
 
 
-async def test_what_is_on_the_disk_is_not_written_again(start, directory, monkeypatch):
+async def test_a_miss_asks_once_for_each_other_writer(start, monkeypatch):
+    backend, others = await start(), [await start() for _ in range(3)]
+    for n, other in enumerate(others):
+        await put(other, range(10 * n, 10 * n + 10), 1000)
+    assert await find(backend, range(40)) == [True] * 30 + [False] * 10
+    calls = []
+    for name in ("fstat", "stat", "open", "listdir", "pread"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k))
+    assert await find(backend, range(100, 400)) == [False] * 300
+    assert calls.count("fstat") + calls.count("stat") <= len(others) + 3  # and the directory, and its path
+    assert set(calls) <= {"fstat", "stat"}
+
+
+async def test_who_is_alone_says_at_once_what_is_not_there(start, monkeypatch):
+    backend = await start()
+    await put(backend, range(3), 1000)
+    await find(backend, [5])
+    hashes, objects = [key(n).chunk_hash for n in (0, 1, 2, 9)], [key(0)[1:]]
+    monkeypatch.setattr(filesystem, "SEEN_SECONDS", 60)
+    assert backend.lookup_nowait(hashes, objects) == [True, True, True, False]
+    assert backend.pins == 3
+    backend.unpin([key(n) for n in range(3)])
+    assert backend.lookup_nowait(hashes, [(0, 0), (1, 0)]) is None  # some of a chunk only
+    other = await start()
+    await backend.lookup([key(77)])
+    assert backend.lookup_nowait(hashes, objects) is None  # who is not alone asks
+    assert backend.pins == 0
+    await put(other, [9], 1000)
+    assert await find(backend, [9]) == [True]
+
+
+async def test_what_was_stored_twice_is_given_up_once(start, directory, monkeypatch):
+    one, other = await start(), await start()
+    await asyncio.gather(one._recovery, other._recovery)
+    both = await asyncio.gather(put(one, range(20), 5000), put(other, range(20), 5000))
+    assert both == [[True] * 20] * 2
+    for backend in (one, other, one, other):
+        await backend.lookup([key(99)])
+        await backend.delete([])
+    for backend in (one, other):
+        assert await get(backend, range(20), 5000) == [content(n, 5000) for n in range(20)]
+    assert allocated(directory) <= 20 * 8192 + 2 * INDEX_BYTES
+
+
+async def test_what_is_there_is_not_written_again(start, monkeypatch):
     backend, other = await start(), await start()
     await listing(backend)
     await put(other, [1], 1000)
     monkeypatch.delattr(os, "pwritev")
     assert await put(backend, [1], 1000) == [True]
-    assert backend.usage().used_bytes == 1000
+    assert backend.usage().used_bytes == 4096
 
 
 async def test_a_stuck_disk_does_not_keep_the_process_from_its_end(directory):
     stuck = (
         "await put(backend, [1], 1000)\n"
         "os.preadv = lambda *_: print('stuck', flush=True) or sys.stdin.read()\n"
-        "todo = iter([(0, key(1), memoryview(bytearray(1000)))])\n"
-        "stuck = backend._loads.submit(backend._directory.load, todo, [None], Event())\n"
+        "stuck = asyncio.ensure_future(get(backend, [1], 1000))\n"
+        "await asyncio.sleep(0)\n"
         "sys.modules[FileSystemBackend.__module__].CLOSE_SECONDS = 0.01"
     )
     with process(directory, stuck) as child:
@@ -898,7 +1081,6 @@ async def round_trip(backend, of, source, target):
     assert await backend.store([of], [source]) == [True]
     assert await backend.load([of], [target]) == [LOADED]
     assert source == target
-    assert backend.usage().used_bytes == sum((await listing(backend)).values())
 
 
 @pytest.mark.parametrize("count", [1, 64, 65, 400])
@@ -906,8 +1088,7 @@ async def test_direct_objects_of_whole_pages_go_past_the_page_cache(start, direc
     backend = await start(direct=True)
     await round_trip(backend, key(1), pages(count), pages(count))
     assert set(modes) == {True}
-    assert (directory / file_name(key(1))).stat().st_size == count * PAGESIZE + TRAILER.size
-    damage(directory, key(1), lambda b: b + b"\0")
+    damage(directory, key(1), flipped(-1))
     assert await backend.load([key(1)], [pages(count)]) == [CORRUPT]
 
 
@@ -946,7 +1127,7 @@ async def test_the_directory_is_made_for_its_owner_only(start, directory):
     assert directory.stat().st_mode & 0o777 == 0o700
     assert backend.name == f"fs://{directory}"
     await put(backend, [1], 10)
-    assert (directory / file_name(key(1))).stat().st_mode & 0o777 == 0o600
+    assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o600}
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "dangling"])
@@ -981,6 +1162,7 @@ def test_settings_that_can_not_be_used_are_refused(settings):
 
 
 async def test_close_lets_go_of_threads_and_files(directory):
+    gc.collect()
     threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     backend = FileSystemBackend(directory)
     await backend.open()
@@ -1007,18 +1189,22 @@ async def test_close_does_not_wait_for_a_dead_disk_nor_take_its_files(start, mon
         await task
     gate.open()  # the thread finds its file where it was, and ends
     await backend._loads.ended(5)
-    backend._directory.close()
 
 
-async def test_close_ends_a_recovery_that_is_under_way(start, monkeypatch):
-    await put(await start(), range(3), 1000)
-    gate = Gate(monkeypatch, "scandir")
+async def test_close_ends_a_recovery_that_is_under_way(start, slow_recovery, monkeypatch):
+    slow_recovery.open()
+    first = await start()
+    await put(first, range(3), 1000)
+    await first.close()
+    slow_recovery.shut()
     monkeypatch.setattr(filesystem, "CLOSE_SECONDS", 0.01)
     backend = await start()
-    await gate.reached()
+    await slow_recovery.reached()
     await backend.close()
-    gate.open()
-    assert await listing(backend) == {}
+    slow_recovery.open()
+    await backend._scans.ended(5)
+    backend._directory.release()
+    assert len(await listing(await start())) == 3  # what was not read was not written anew without it
 
 
 async def test_a_cancelled_call_leaves_no_reference_to_its_buffers(start, monkeypatch):

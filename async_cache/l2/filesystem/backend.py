@@ -198,6 +198,7 @@ class FileSystemBackend(Backend):
             self._given_up.set_result(None)
         while self._index.clear(SLICE):  # noqa: ASYNC110 (nothing is waited for)
             await asyncio.sleep(0)
+        self._catalog.forget()
 
     # Lookups.
 
@@ -438,15 +439,18 @@ class FileSystemBackend(Backend):
         """Write and index objects as far as there is room; for each None, or why it could not be written."""
         directory = self._directory
         write = Write(directory, [], self._loop.create_future(), set())
-        whole = self._make_room(sum(map(self._index.room_bytes, map(len, buffers))))
+        growth_bytes = directory.journal.growth_bytes(len(keys))
+        whole = self._make_room(sum(map(self._index.room_bytes, map(len, buffers))) + growth_bytes)
         numbers = []
         for number, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
-            if whole or self._make_room(self._index.room_bytes(len(buffer))):
+            if whole or self._make_room(self._index.room_bytes(len(buffer)) + growth_bytes):
                 segment, page = self._catalog.reserve(
                     directory.writer, len(buffer), self._segment_bytes, directory.journal
                 )
                 write.bodies.append((Body(key, buffer, len(buffer), segment.name, page), segment))
                 numbers.append(number)
+        if not write.bodies:
+            return [None] * len(keys)
         self._writes.append(write)
         stop = Event()
         future = self._changes.submit(directory.write, [body for body, _ in write.bodies], stop)
@@ -509,32 +513,35 @@ class FileSystemBackend(Backend):
     # What leaves.
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
-        await asyncio.wait([self._recovery])  # what it has not read yet would come back
-        if not self._knows_all():
-            with suppress(OSError):
-                await self._look_for_news()
         keys = list(dict.fromkeys(keys))
-        deleted = sum(self._index.present(keys))
-        self._faults.over(keys)
-        clearing = self._clear(self._catalog.give_up(keys, Removal.DELETED))
         writing = [write for write in self._writes if any(body.key in keys for body, _ in write.bodies)]
         for write in writing:
             write.removed.update(keys)
+        deleted, clearing = self._delete(keys)
+        await asyncio.wait([self._recovery, *(write.done for write in writing)])  # what they know would come back
+        if not self._knows_all():
+            with suppress(OSError):
+                await self._look_for_news()
+        found, clearing_found = self._delete(keys)
         try:
-            if writing:
-                await asyncio.wait([write.done for write in writing])
-            if clearing is not None:
-                await asyncio.shield(clearing)
-            await self._in(self._changes, int)  # all that was given up before is gone from the disk, too
+            for each in (clearing, clearing_found, self._in(self._changes, int)):  # after all that was given up before
+                if each is not None:
+                    await asyncio.shield(each)
         except OSError as error:
             raise BackendError(f"{self.name}: {error}") from error
-        return deleted
+        return deleted + found
+
+    def _delete(self, keys: list[ObjectKey]) -> "tuple[int, asyncio.Future[None] | None]":
+        """Give up those that are known: how many, and when they are gone from the disk."""
+        deleted = sum(self._index.present(keys))
+        self._faults.over(keys)
+        return deleted, self._clear(self._catalog.give_up(keys, Removal.DELETED))
 
     def _make_room(self, size_bytes: int) -> bool:
         """Evict until so many bytes fit; False, and nothing is evicted, if the pins do not allow it."""
         if self.capacity_bytes is None:
             return True
-        used = self._catalog.pages * PAGE_BYTES + self._index.room_bytes(self._directory.index_bytes)
+        used = self._catalog.pages * PAGE_BYTES + self._directory.room_bytes
         holes = self._catalog.evict(used + size_bytes - self.capacity_bytes)
         if holes:
             self._clear(holes)
@@ -641,6 +648,7 @@ class FileSystemBackend(Backend):
 
     async def _rewrite(self, directory: Directory) -> None:
         try:
+            self._make_room(directory.rewriting_bytes(self._catalog.count_owned()))
             await self._in(self._changes, directory.rewrite)
             chunks = list(self._index.in_order()) if self._index.objects <= ORDERED_OBJECTS else self._index.chunks()
             data = self._catalog.records(chunks, directory.journal)

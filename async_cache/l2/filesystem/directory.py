@@ -24,10 +24,11 @@ from async_cache.l2.filesystem.format import (
     VERSION,
     Record,
     marker_version,
+    pages,
     parse_index,
     parse_segment,
 )
-from async_cache.l2.filesystem.journal import Journal
+from async_cache.l2.filesystem.journal import GROWTH_BYTES, Journal
 
 logger = logging.getLogger(__name__)
 
@@ -189,9 +190,9 @@ class Directory:
         return any(not journal.owned for journal in self.journals.values())
 
     @property
-    def index_bytes(self) -> int:
-        """The room that index files take."""
-        return sum(max(journal.size_bytes, journal.allocated_bytes) for journal in self.journals.values())
+    def room_bytes(self) -> int:
+        """The room on the disk of all that is no body: index files, with a page to spare, and the marker."""
+        return PAGE_BYTES * (2 + sum(pages(journal.allocated_bytes) for journal in self.journals.values()))
 
     # What is recorded.
 
@@ -269,6 +270,11 @@ class Directory:
                 raise
         self.files.forget(name)
 
+    @staticmethod
+    def rewriting_bytes(count: int) -> int:
+        """The room that a new index file of so many objects takes beside the old ones."""
+        return count * RECORD_BYTES + 2 * GROWTH_BYTES
+
     def rewrite(self) -> None:
         """Append to a new index file from now on; the old ones stay until `end_rewrite`."""
         self._retired = [journal for journal in self.journals.values() if journal.owned and journal.known]
@@ -317,13 +323,13 @@ class Directory:
                 logger.warning("%s: no index tells what is in %s: set aside as %s.bad", self.path, name, name)
         return allocated
 
-    def _cut(self, name: str, end_page: int, pages: int) -> bool:
+    def _cut(self, name: str, end_page: int, count: int) -> bool:
         """Cut off what was written behind the last body; whether more is allocated than the bodies need."""
         try:
             file = self.files.get(name)
             if os.fstat(file.fd).st_size > end_page * PAGE_BYTES:
                 os.truncate(file.fd, end_page * PAGE_BYTES)
-            return os.fstat(file.fd).st_blocks * 512 > pages * PAGE_BYTES
+            return os.fstat(file.fd).st_blocks * 512 > count * PAGE_BYTES
         except OSError as error:
             logger.warning("%s: the segment %s cannot be looked at: %s", self.path, name, error)
             return False

@@ -21,7 +21,7 @@ from async_cache.l2.filesystem.format import (
 logger = logging.getLogger(__name__)
 
 STEP_RECORDS = 1024  # in one step of the thread: two milliseconds for which the loop may have to wait
-_ROOM_BYTES = 16_384  # what an index file grows by on the disk
+GROWTH_BYTES = 16_384  # what an index file grows by on the disk
 _STEP_BYTES = STEP_RECORDS * RECORD_BYTES
 
 
@@ -48,6 +48,7 @@ class Journal:
         journal.append(header(writer))
         journal.begun_at = journal.size_bytes
         journal.known = True
+        journal.reserve(1)
         return journal
 
     @classmethod
@@ -87,12 +88,15 @@ class Journal:
         self.allocated_bytes = max(self.allocated_bytes, self.size_bytes)
 
     def reserve(self, count: int) -> None:
-        """Have room on the disk for so many records, and as many of drops: those are needed to make room. Raises OSError."""
+        """Have room on the disk for so many records, and for as many drops, which make room. Raises OSError."""
+        if growth := self.growth_bytes(count):
+            allocate(self._file.fd, self.allocated_bytes, growth)
+            self.allocated_bytes += growth
+
+    def growth_bytes(self, count: int) -> int:
+        """What it needs more of the disk for so many records, and as many drops."""
         end = self.size_bytes + 2 * count * RECORD_BYTES
-        if end > self.allocated_bytes:
-            end = -(-end // _ROOM_BYTES) * _ROOM_BYTES
-            allocate(self._file.fd, self.allocated_bytes, end - self.allocated_bytes)
-            self.allocated_bytes = end
+        return max(0, -(-end // GROWTH_BYTES) * GROWTH_BYTES - self.allocated_bytes)
 
     def sync(self) -> None:
         """Have what was appended survive a power failure."""
@@ -117,7 +121,9 @@ class Journal:
 
     def news(self) -> Iterator[list[Record]]:
         """What was appended since, in steps. A record that is not whole yet is read again. Raises OSError."""
-        size_bytes = _whole(os.fstat(self._file.fd).st_size)
+        status = os.fstat(self._file.fd)
+        size_bytes = _whole(status.st_size)
+        self.allocated_bytes = max(size_bytes, status.st_blocks * 512)
         while (begin := max(self.size_bytes, RECORD_BYTES)) < size_bytes:
             block = self._read(begin, min(_STEP_BYTES, size_bytes - begin))
             end = len(block)
