@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
-from async_cache.l2.filesystem.bodies import Body, Wanted, grouped
+from async_cache.l2.filesystem.bodies import Body, Groups, Wanted, grouped
 from async_cache.l2.filesystem.catalog import Catalog, Segment
 from async_cache.l2.filesystem.directory import FULL, Commit, Directory, Foreign, Hole, Moved
 from async_cache.l2.filesystem.faults import Faults
@@ -45,6 +45,7 @@ CLOSE_SECONDS = 2.0
 RECOVERY_SECONDS = 0.25  # for which a lookup of what is not known waits for recovery
 SEEN_SECONDS = 0.1  # for which nobody is taken to have come to a directory in which we were alone
 ADOPT_SECONDS = 5.0
+THREAD_BYTES = 8 * 2**20  # for which another thread is woken: two that take turns at the interpreter's lock are slower
 SLICE = 256  # what the loop does with many objects, it does for so many at a time: a millisecond
 ORDERED_OBJECTS = 100_000  # whose order is kept when the index is written anew: it is listed in one step
 SPARE_BYTES = 65_536  # of index files that say what nobody needs, before they are written anew
@@ -340,12 +341,13 @@ class FileSystemBackend(Backend):
                     outcomes[number] = LoadOutcome.CORRUPT
         wanted.sort()
         groups = list(grouped(wanted))
-        todo, stop = iter(groups), Event()
+        size_bytes = sum([each.size_bytes for each in wanted])
+        todo, stop = Groups(groups), Event()
         bodies = self._directory.bodies
         # Submitted without aiofiles: `settle` must know of each call whether it has begun.
         futures = [
             self._loads.submit(bodies.read, todo, buffers, outcomes, stop)
-            for _ in range(min(self._threads, len(groups)))
+            for _ in range(min(self._threads, len(groups), 1 + size_bytes // THREAD_BYTES))
         ]
         await settle(futures, stop, self._given_up)
         if outcomes.count(_LOADED) == len(outcomes):
@@ -444,9 +446,10 @@ class FileSystemBackend(Backend):
         numbers = []
         for number, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
             if whole or self._make_room(self._index.room_bytes(len(buffer)) + growth_bytes):
-                segment, page = self._catalog.reserve(
-                    directory.writer, len(buffer), self._segment_bytes, directory.journal
-                )
+                begins_chunk = not write.bodies or write.bodies[-1][0].key.chunk_hash != key.chunk_hash
+                # Where files have no holes, a chunk has one of its own: it leaves as a whole.
+                segment_bytes = 0 if begins_chunk and not directory.makes_holes else self._segment_bytes
+                segment, page = self._catalog.reserve(directory.writer, len(buffer), segment_bytes, directory.journal)
                 write.bodies.append((Body(key, buffer, len(buffer), segment.name, page), segment))
                 numbers.append(number)
         if not write.bodies:

@@ -8,6 +8,8 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import count
 from threading import Event
 from typing import NamedTuple
 
@@ -27,6 +29,8 @@ WRITE_BYTES = 4 * 2**20  # by one system call
 _LOADED, _GONE, _CORRUPT = LoadOutcome.LOADED, LoadOutcome.GONE, LoadOutcome.CORRUPT
 _MORE_TRIES = 2
 _QUICK_SECONDS = 0.1  # a drive tries a bad sector for longer
+_COLD_SECONDS = 0.001  # a group comes from the page cache in a fifth of that
+_ANNOUNCED_GROUPS = 32  # told the kernel at a time: 16 MiB
 _MOST_PARTS = 512  # of one system call; the kernel takes 1,024
 _PADDING = memoryview(bytes(PAGE_BYTES))
 
@@ -59,12 +63,7 @@ class Bodies:
     def __init__(self, files: Files, *, direct: bool):
         self._files = files
         self._direct = direct
-        self._puncher = Puncher()
-
-    @property
-    def makes_holes(self) -> bool:
-        """Whether single bodies give their room back, as far as is known."""
-        return self._puncher.makes_holes
+        self.puncher = Puncher()
 
     # Writing.
 
@@ -136,7 +135,7 @@ class Bodies:
             if error.errno in NO_FILE:
                 return
             raise
-        self._puncher.clear(file.fd, begin_page * PAGE_BYTES, end_page * PAGE_BYTES)
+        self.puncher.clear(file.fd, begin_page * PAGE_BYTES, end_page * PAGE_BYTES)
 
     def _clear_quietly(self, body: Body) -> None:
         try:
@@ -148,26 +147,38 @@ class Bodies:
 
     def read(
         self,
-        groups: Iterator[list[Wanted]],
+        groups: "Groups",
         buffers: Sequence[memoryview],
         outcomes: list[LoadOutcome | OSError | None],
         stop: Event,
     ) -> None:
         """Fill buffers until nothing is left to do, and put into `outcomes`, at the number of each, how it went.
 
-        Several threads may share the iterator: one that is fast, or was woken first, does more of the work.
+        Several threads may share the groups: one that is fast, or was woken first, does more of the work.
         """
         scratch = memoryview(bytearray(PAGE_BYTES))
         for group in groups:
             if stop.is_set():
                 return
+            began = time.monotonic()
             if len(group) > 1 or group[0].size_bytes <= BLOCK_BYTES:
                 group = self._read_together(group, buffers, outcomes, scratch)
+            if time.monotonic() - began > _COLD_SECONDS:
+                self._announce(groups.left(), stop)
             for wanted in group:  # what is too long for one call, or needs to be looked at alone
                 if stop.is_set():
                     return
                 buffer = buffers[wanted.number][: wanted.size_bytes]
                 outcomes[wanted.number] = self._read_alone(wanted, buffer, stop)
+
+    def _announce(self, bodies: list[Wanted], stop: Event) -> None:
+        """Have the kernel read ahead what a disk, and not the page cache, has. What it makes of it is its own affair."""
+        for wanted in bodies:
+            if stop.is_set() or self._direct:
+                return
+            with suppress(OSError):
+                file = self._files.get(wanted.segment)
+                os.posix_fadvise(file.fd, wanted.page * PAGE_BYTES, wanted.size_bytes, os.POSIX_FADV_WILLNEED)
 
     def _read_together(
         self,
@@ -245,6 +256,27 @@ class Bodies:
                 self._on_through_the_cache(error)
         file = self._files.get(segment)
         return transfer(os.preadv, file.fd, [block], offset, len(block))
+
+
+class Groups:
+    """Bodies that threads read, each group by one of them."""
+
+    def __init__(self, groups: list[list[Wanted]]):
+        self._groups = groups
+        self._numbers = count()
+        self._announced = 0
+
+    def __iter__(self) -> Iterator[list[Wanted]]:
+        """Iterate over those that no thread has taken."""
+        while (number := next(self._numbers)) < len(self._groups):
+            self._taken = number
+            yield self._groups[number]
+
+    def left(self) -> list[Wanted]:
+        """The bodies of groups that were not taken yet, and not told before, some at a time."""
+        begin = max(self._announced, self._taken + 1)
+        self._announced = begin + _ANNOUNCED_GROUPS
+        return [wanted for group in self._groups[begin : self._announced] for wanted in group]
 
 
 def grouped(wanted: list[Wanted]) -> Iterator[list[Wanted]]:

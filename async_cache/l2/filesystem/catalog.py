@@ -158,7 +158,10 @@ class Catalog:
     # What is written.
 
     def reserve(self, writer: int, size_bytes: int, segment_bytes: int, journal: Journal) -> tuple[Segment, int]:
-        """The next place: behind what was written last, or in a new segment where that would become too long."""
+        """The next place: behind what was written last, or in a new segment where that would become too long.
+
+        `segment_bytes` 0 is for a new segment, however short the last one is.
+        """
         count = pages(size_bytes)
         segment = self._current
         if segment is None or (segment.end + count) * PAGE_BYTES > segment_bytes:

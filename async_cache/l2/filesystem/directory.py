@@ -79,6 +79,7 @@ class Directory:
         self.bodies = Bodies(self.files, direct=direct)
         self.writer = randbits(64)
         self.journal = Journal.create(self._fd, self.writer, 0)
+        self.journal.probe(self.bodies.puncher)
         self.journals: dict[str, Journal] = {self.journal.name: self.journal}
         self._listed_at = -1
         self.waiting: deque[Commit] = deque()
@@ -188,6 +189,11 @@ class Directory:
     def has_others(self) -> bool:
         """Whether others use the directory, as far as is known."""
         return any(not journal.owned for journal in self.journals.values())
+
+    @property
+    def makes_holes(self) -> bool:
+        """Whether single bodies give their room back; where not, files do when they are removed."""
+        return self.bodies.puncher.makes_holes
 
     @property
     def room_bytes(self) -> int:

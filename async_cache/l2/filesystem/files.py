@@ -100,6 +100,11 @@ class Puncher:
     def __init__(self) -> None:
         self.makes_holes = True
 
+    def probe(self, fd: int) -> None:
+        """Find out whether there are holes, far behind what a file has."""
+        if _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, 2**30, PAGE_BYTES) and ctypes.get_errno() in _LACKING:
+            self.makes_holes = False
+
     def clear(self, fd: int, begin: int, end: int) -> None:
         """Have these bytes be zeros from now on, and the whole pages among them take no room. Raises OSError."""
         end = -(-end // PAGE_BYTES) * PAGE_BYTES

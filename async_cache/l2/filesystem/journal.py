@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 
-from async_cache.l2.filesystem.files import OpenFile, allocate, lock, open_file
+from async_cache.l2.filesystem.files import OpenFile, Puncher, allocate, lock, open_file
 from async_cache.l2.filesystem.format import (
     RECORD_BYTES,
     Record,
@@ -97,6 +97,10 @@ class Journal:
         """What it needs more of the disk for so many records, and as many drops."""
         end = self.size_bytes + 2 * count * RECORD_BYTES
         return max(0, -(-end // GROWTH_BYTES) * GROWTH_BYTES - self.allocated_bytes)
+
+    def probe(self, puncher: Puncher) -> None:
+        """Have it found out whether files can have holes here."""
+        puncher.probe(self._file.fd)
 
     def sync(self) -> None:
         """Have what was appended survive a power failure."""
