@@ -315,7 +315,7 @@ def test_a_copy_that_is_killed_is_gone_on_with(directory: Path) -> None:
     fill(source, 3000)
     process = start(directory, "copy", source, target)
     end = time.monotonic() + SECONDS
-    while time.monotonic() < end and not any((directory / "b").rglob("*.kv")):
+    while time.monotonic() < end and not any(path.stat().st_size > 20_000 for path in (directory / "b").rglob("*.idx")):
         time.sleep(0.001)
     process.kill()
     process.communicate()

@@ -28,6 +28,7 @@ class Shape(Struct, gc=False, eq=False):
     sizes: dict[tuple[int, int], int]
     numbers: dict[tuple[int, int], int]
     size_bytes: int
+    room_bytes: int
     grown: dict[tuple[int, int, int], "Shape"]  # by the rank, the group and the size of what is added
 
 
@@ -56,7 +57,7 @@ class Index:
         self._chunks: dict[bytes, Chunk] = {}
         self._policy: EvictionPolicy[Chunk] = policy if policy is not None else LeastRecentlyUsed()
         self._unit_bytes = unit_bytes
-        self._nothing = Shape({}, {}, 0, {})
+        self._nothing = Shape({}, {}, 0, 0, {})
         self._shared_objects = 0
 
     def pin_chunks(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> bool:
@@ -190,12 +191,12 @@ class Index:
         return evicted
 
     def victims(self, size_bytes: int) -> list[Chunk] | None:
-        """Chunks without a pin that have so many bytes, those that should leave first; None if all do not suffice."""
+        """Chunks without a pin with so much room, those that should leave first; None if all do not suffice."""
         victims = []
         for chunk in self._policy.victims() if size_bytes > 0 else ():
             if chunk.chunk_hash not in self.pins:
                 victims.append(chunk)
-                size_bytes -= chunk.shape.size_bytes
+                size_bytes -= chunk.shape.room_bytes
                 if size_bytes <= 0:
                     break
         return None if size_bytes > 0 else victims
@@ -258,11 +259,13 @@ class Index:
         which = rank, group
         sizes, numbers = {**shape.sizes, which: size_bytes}, {**shape.numbers}
         numbers.setdefault(which, len(numbers))
-        room_bytes = shape.size_bytes + self.room_bytes(size_bytes) - self.room_bytes(shape.sizes.get(which, 0))
-        grown = shape.grown[rank, group, size_bytes] = Shape(sizes, numbers, room_bytes, {})
+        before_bytes = shape.sizes.get(which, 0)
+        whole_bytes = shape.size_bytes + size_bytes - before_bytes
+        room_bytes = shape.room_bytes + self.room_bytes(size_bytes) - self.room_bytes(before_bytes)
+        grown = shape.grown[rank, group, size_bytes] = Shape(sizes, numbers, whole_bytes, room_bytes, {})
         self._shared_objects += len(sizes)
         if self._shared_objects > SHARED_OBJECTS:
-            self._nothing = Shape({}, {}, 0, {})  # costs nothing but that equal ones exist twice
+            self._nothing = Shape({}, {}, 0, 0, {})  # costs nothing but that equal ones exist twice
             self._shared_objects = 0
         return grown
 
@@ -278,7 +281,7 @@ class Index:
         """Assert that the totals are those of the records, and that the policy knows these and no others."""
         chunks = self._chunks.values()
         assert self.objects == sum(len(chunk.shape.sizes) for chunk in chunks)
-        assert self.used_bytes == sum(sum(map(self.room_bytes, chunk.shape.sizes.values())) for chunk in chunks)
+        assert self.used_bytes == sum(sum(chunk.shape.sizes.values()) for chunk in chunks)
         assert all(chunk.shape.sizes for chunk in chunks)
         assert {id(chunk) for chunk in self._policy.victims()} == {id(chunk) for chunk in chunks}
         assert all(count > 0 for count in self.pins.values())

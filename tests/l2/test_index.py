@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults.disk import place_of
 
 from async_cache.l2.backend import Backend, LoadOutcome
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.index import Chunk, Index
 from async_cache.l2.memory import MemoryBackend
-from async_cache.l2.record import file_name
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing import flip_bit
 from async_cache.testing.conformance import content, find, get, key, put, views
@@ -194,12 +194,15 @@ def test_the_totals_hold_whatever_is_called(seed: int) -> None:
 # The backends that use it.
 
 
+DIRECTORY_BYTES = 6 * 4096  # of the disk, beside what is stored; an object takes whole pages
+
+
 def backends(folder: Path) -> list[tuple[Backend, MostRecentlyUsed]]:
     """One of each, with room for four objects of 100 bytes."""
     policies = MostRecentlyUsed(), MostRecentlyUsed()
     return [
         (MemoryBackend(capacity_bytes=400, policy=policies[0]), policies[0]),
-        (FileSystemBackend(folder / "kv", capacity_bytes=400, policy=policies[1]), policies[1]),
+        (FileSystemBackend(folder / "kv", capacity_bytes=4 * 4096 + DIRECTORY_BYTES, policy=policies[1]), policies[1]),
     ]
 
 
@@ -214,7 +217,7 @@ async def test_a_backend_asks_its_policy_and_tells_it_why_something_left(tmp_pat
         if isinstance(backend, MemoryBackend):
             assert flip_bit(backend, key(3))
         else:
-            (tmp_path / "kv" / file_name(key(3))).write_bytes(bytes(164))
+            place_of(tmp_path / "kv", key(3)).write(bytes(100))
         assert await get(backend, [3], 100) == [LoadOutcome.CORRUPT]
         assert policy.told == [
             (key(0).chunk_hash, Removal.CAPACITY),
@@ -225,12 +228,16 @@ async def test_a_backend_asks_its_policy_and_tells_it_why_something_left(tmp_pat
 
 
 async def test_what_somebody_else_removed_from_a_directory_is_lost(tmp_path: Path) -> None:
-    _, (backend, policy) = backends(tmp_path)
+    policy = MostRecentlyUsed()
+    backend = FileSystemBackend(tmp_path / "kv", policy=policy)
     await backend.open()
     await put(backend, range(2), 100)
-    (tmp_path / "kv" / file_name(key(1))).unlink()
+    other = FileSystemBackend(tmp_path / "kv")
+    await other.open()
+    assert await other.delete([key(1)]) == 1
     assert await get(backend, [0, 1], 100) == [content(0, 100), LoadOutcome.GONE]
     assert policy.told == [(key(1).chunk_hash, Removal.LOST)]
+    await other.close()
     await backend.close()
 
 
@@ -245,7 +252,10 @@ async def test_a_chunk_that_is_stored_makes_no_room_for_itself(tmp_path: Path) -
 
 def bounded(folder: Path) -> list[MemoryBackend | FileSystemBackend]:
     """One of each, with room for twelve objects of 100 bytes."""
-    return [MemoryBackend(capacity_bytes=1200), FileSystemBackend(folder / "kv", capacity_bytes=1200)]
+    return [
+        MemoryBackend(capacity_bytes=1200),
+        FileSystemBackend(folder / "kv", capacity_bytes=12 * 4096 + DIRECTORY_BYTES),
+    ]
 
 
 async def left_of(backend: Backend, count: int) -> int:
@@ -270,7 +280,7 @@ async def test_a_backend_evicts_tails_first_where_some_of_what_was_looked_up_was
     tmp_path: Path,
 ) -> None:
     other = FileSystemBackend(tmp_path)
-    backend = FileSystemBackend(tmp_path, capacity_bytes=1200)
+    backend = FileSystemBackend(tmp_path, capacity_bytes=12 * 4096 + DIRECTORY_BYTES + 4 * 4096)
     await backend.open()
     await other.open()
     await put(backend, range(4), 100)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import get_args
 
 from contract.support import fill, make_layout, make_prompt, object_keys, read_back
+from faults.disk import place_of
 
 import async_cache
 from async_cache import BlockingClient, ObjectGroup, connect
+from async_cache.l2.filesystem.format import index_name, segment_name
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 
@@ -61,11 +63,12 @@ async def use_all(cache, number):
 
 
 def damage(directory, prompt):
-    """Put the poison into the files of a prompt, and files of its own beside them."""
+    """Put the poison into the objects of a prompt, and files of its own beside theirs."""
     for key in object_keys(prompt):
-        path = directory / f"{key.chunk_hash.hex()}.{key.rank}.{key.group}.kv"
-        path.write_bytes(POISON + path.read_bytes()[len(POISON) :])
-    (directory / f"{'0' * 64}.0.0.kv").write_bytes(POISON)
+        place = place_of(directory, key)
+        place.write(POISON[: place.size_bytes])
+    (directory / segment_name(7, 0)).write_bytes(POISON)
+    (directory / index_name(7, 0)).write_bytes(POISON)
     (directory / "evil.pkl").write_bytes(POISON)
 
 

@@ -172,7 +172,7 @@ class Bodies:
                 outcomes[wanted.number] = self._read_alone(wanted, buffer, stop)
 
     def _announce(self, bodies: list[Wanted], stop: Event) -> None:
-        """Have the kernel read ahead what a disk, and not the page cache, has. What it makes of it is its own affair."""
+        """Have the kernel read ahead what a disk, and not the page cache, has."""
         for wanted in bodies:
             if stop.is_set() or self._direct:
                 return

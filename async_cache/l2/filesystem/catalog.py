@@ -309,4 +309,5 @@ class Catalog:
         segments = self._by_name.values()
         assert sum(segment.objects for segment in segments) == self.index.objects + being_written
         assert sum(segment.pages for segment in segments) == self.pages
-        assert being_written or self.pages * PAGE_BYTES == self.index.used_bytes
+        rooms = sum(chunk.shape.room_bytes for chunk in self.index.chunks())
+        assert being_written or self.pages * PAGE_BYTES == rooms
