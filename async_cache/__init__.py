@@ -7,11 +7,14 @@ The rooms, in the order the data flows. Which of them knows which is in `docs/de
 - `l1`: chunks in memory
 - `l2`: storage: a directory, memory, or another backend
 - `retention`: which chunk leaves first
+- `ledger`: what has left, and why
 - `read`: the way of a prefetch: lookup, promise, load
 - `write`: the way of a store: reserve, commit, write back; delete and clear
 - `handles`: what a caller holds: a prefetch, a lease, a writer
 - `aio`: the small asynchronous tools: a value that comes once, time to live
 - `observe`: who is told what happens
+- `events`: what was stored and removed, to iterate over
+- `tracing`: spans of OpenTelemetry
 - `core`, `cache`: the parts, wired up; `AsyncCache`, which owns them
 - `protocol`: what a client and a server say to each other
 - `server`: one cache for all the processes of a machine
@@ -41,6 +44,7 @@ from async_cache.errors import (
     UnknownRequestError,
     WriterClosedError,
 )
+from async_cache.handles.events import EventStream
 from async_cache.handles.lease import ReadChunk, ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import WriteChunk, Writer
@@ -52,12 +56,21 @@ from async_cache.values import (
     BackendStatus,
     BackendUsage,
     CacheStats,
+    ChunkState,
     Copied,
     Deleted,
+    Elsewhere,
+    Explanation,
     FlushResult,
     LoadResult,
     LookupHits,
+    Missed,
+    Removal,
+    Removed,
     Shortfall,
+    Skipped,
+    Span,
+    Stored,
 )
 
 __version__ = "0.1.0"
@@ -82,10 +95,22 @@ __all__ = [
     "LookupHits",
     "LoadResult",
     "Shortfall",
+    "Missed",
     "ReadLease",
     "ReadChunk",
     "Writer",
     "WriteChunk",
+    # why something is not there
+    "Explanation",
+    "Span",
+    "ChunkState",
+    "Removal",
+    "Elsewhere",
+    # what happens
+    "EventStream",
+    "Stored",
+    "Removed",
+    "Skipped",
     # looking at it, emptying it, and changing its backends
     "BackendState",
     "BackendStatus",

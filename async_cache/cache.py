@@ -13,6 +13,7 @@ from async_cache.aio.home import Home
 from async_cache.config import CacheConfig, prefixed
 from async_cache.core import Core
 from async_cache.errors import CacheClosedError, ConfigError
+from async_cache.handles.events import EVENTS_CAPACITY, EventStream
 from async_cache.handles.lease import ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Writer
@@ -21,10 +22,20 @@ from async_cache.l2.opening import open_all
 from async_cache.l2.urls.registry import check_names, from_urls
 from async_cache.memory.arena import Arena
 from async_cache.memory.room import check_free
-from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, check_tier, ranks_of, start_of
+from async_cache.prompt.arguments import (
+    check_capacity,
+    check_prompt,
+    check_request_id,
+    check_seconds,
+    check_tier,
+    check_traceparent,
+    ranks_of,
+    start_of,
+)
 from async_cache.prompt.layout import Prompt
 from async_cache.prompt.objects import PAGE_BYTES
-from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+from async_cache.tracing import Tracing
+from async_cache.values import BackendStatus, CacheStats, Deleted, Explanation, FlushResult, LoadResult, LookupHits
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +106,7 @@ class AsyncCache:
         return self
 
     async def _open(self) -> Core:
+        tracing = Tracing() if self._config.traces else None
         arena = await self._make_arena()
         try:
             for backend in self._backends:
@@ -105,7 +117,7 @@ class AsyncCache:
         except BaseException:
             arena.close()
             raise
-        return Core(self._config, arena, self._backends)
+        return Core(self._config, arena, self._backends, tracing)
 
     async def _make_arena(self) -> Arena:
         """L1's memory, all of it there. Raises ConfigError where the machine does not have so much."""
@@ -157,13 +169,13 @@ class AsyncCache:
     def core(self) -> Core:
         """The parts of the open cache, for a server that serves it: nothing else is to touch them.
 
-        Raises CacheClosedError, and RuntimeError in a loop that is not the one that opened it.
+        Raises CacheClosedError, and RuntimeError in a loop that is not the one that opened it, or after a fork.
         """
         if self._core is None:
             closed = self._state is CacheState.CLOSED
             raise CacheClosedError("the cache is closed" if closed else "the cache is not open: use `async with`")
         if self._home is not None and self._home.is_elsewhere():
-            raise RuntimeError("the cache was opened in another event loop: call it from there")
+            raise self._home.refusal("cache")
         return self._core
 
     # Prefetching.
@@ -176,12 +188,14 @@ class AsyncCache:
         skip_tokens: int = 0,
         ranks: Sequence[int] | None = None,
         deadline_seconds: float | None = None,
+        traceparent: str | None = None,
     ) -> Prefetch:
         """Look a prompt up and load what is cached of it; returns at once.
 
         `skip_tokens`: what the engine holds itself; its whole chunks are neither looked up nor counted.
         `ranks`: those to load here, all if None; the others are only checked for existence.
         `deadline_seconds` runs from this call.
+        `traceparent`: the span that it belongs to, of the caller if None, where `traces` is set.
         Raises RequestConflictError if the id is in use for something else.
         """
         core = self.core
@@ -189,14 +203,26 @@ class AsyncCache:
         if request_id is not None:
             check_request_id(request_id, _MAX_REQUEST_ID)
         check_seconds("deadline_seconds", deadline_seconds)
+        check_traceparent(traceparent)
+        if traceparent is None and core.tracing is not None:
+            traceparent = core.tracing.here()
         start_chunk, here = start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
-        return core.controller.start(prompt, request_id, start_chunk, here, deadline_seconds)
+        return core.controller.start(prompt, request_id, start_chunk, here, deadline_seconds, traceparent)
 
     async def lookup(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now, without a lease, a load or a promise."""
         core = self.core
         check_prompt(prompt)
         return await core.count_hits(prompt)
+
+    async def explain(self, prompt: Prompt) -> Explanation:
+        """Say where each chunk of a prompt is, or why it is not there, and where else its tokens are cached.
+
+        Nothing is leased or loaded for that, and what a backend pins to answer is unpinned before this returns.
+        """
+        core = self.core
+        check_prompt(prompt)
+        return await core.explainer.explain(prompt)
 
     async def query_lookup_hits(self, request_id: str) -> LookupHits:
         """Wait for the lookup of a request, and return its hits, to any number of callers.
@@ -218,7 +244,9 @@ class AsyncCache:
 
     async def end_request(self, request_id: str) -> None:
         """Release all that a request holds, cancel it if it runs, and free its id. Unknown ids are fine."""
-        self.core.requests.end(check_request_id(request_id, _MAX_REQUEST_ID))
+        core = self.core
+        core.requests.end(check_request_id(request_id, _MAX_REQUEST_ID))
+        await core.l1.backlog.done()
 
     # Reading and writing.
 
@@ -300,6 +328,14 @@ class AsyncCache:
         return self.core.backends.statuses()
 
     # Looking at it.
+
+    def events(self, capacity: int = EVENTS_CAPACITY) -> EventStream:
+        """What is stored and removed from now on, in order, to iterate over with `async for`.
+
+        A reader that leaves more than `capacity` events untaken misses some, and finds a `Skipped` there. Raises
+        CacheClosedError when the cache closes. It ends with `aclose`, or with the last reference to it.
+        """
+        return self.core.events.stream(check_capacity(capacity))
 
     async def stats(self) -> CacheStats:
         """Count what the cache holds now, and what it did since it was opened."""

@@ -40,6 +40,8 @@ def default_l2() -> tuple[str, ...]:
             base = str(Path.home() / ".cache")
         except RuntimeError as error:
             raise ConfigError("there is no home directory to keep the cache in: set l2") from error
+        if not base.startswith("/"):
+            raise ConfigError(f"the home directory {os.path.dirname(base)!r} is not absolute: set l2")
     return (f"fs://{quote(os.fsencode(base))}/async_cache?capacity=10GiB",)
 
 
@@ -91,6 +93,8 @@ _MOST_SECONDS = 1e9  # 31 years: the timers of threads do not take every number
 Seconds = Annotated[float, Meta(gt=0, le=_MOST_SECONDS, title="a number", description="more than 0 and at most 1e9")]
 Share = Annotated[float, Meta(gt=0, le=1, title="a number", description="at most 1 and more than 0")]
 Count = Annotated[int, Meta(gt=0, le=_LARGEST, title="a whole number", description="more than 0 and less than 2**63")]
+Remembered = Annotated[int, Meta(gt=0, le=2**26, title="a whole number", description="from 1 to 2**26")]
+Traces = Annotated[str, Meta(pattern="^(otel)?$", title="a text", description='"otel", or "" for none')]
 Bytes = Annotated[Count, Meta(examples=["10GiB"])]  # may be written with a unit
 URLs = Sequence[str]
 
@@ -131,7 +135,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             with prefixed(name):
                 size_bytes = parse_bytes(text)
             return cls.check(name, size_bytes)
-        return cls.check(name, _parse_number(name, text) if kind in (Seconds, Share, Count) else text)
+        return cls.check(name, _parse_number(name, text) if kind in (Seconds, Share, Count, Remembered) else text)
 
     @classmethod
     def _kind(cls, name: str) -> Any:
@@ -228,6 +232,10 @@ class CacheConfig(Settings, frozen=True, kw_only=True):
     """Failures in a row after which a backend is left alone."""
     breaker_reset_seconds: Seconds = 5.0
     """How long it is left alone before one call tries it again."""
+    explain_chunks: Remembered = 65_536
+    """Of how many chunks that have left is remembered why: 40 bytes each."""
+    traces: Traces = ""
+    """`otel`: spans of OpenTelemetry for each prefetch."""
 
     @classmethod
     def check(cls, name: str, value: Any) -> Any:

@@ -4,19 +4,27 @@ import asyncio
 from collections.abc import Sequence
 
 from async_cache.aio.sweeper import Sweeper
+from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
+from async_cache.errors import CacheClosedError
+from async_cache.events import Events
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
 from async_cache.l2.guard import Guard
 from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
+from async_cache.ledger.ledger import Ledger
+from async_cache.ledger.roots import Roots
 from async_cache.memory.arena import Arena
 from async_cache.observe import Observers
 from async_cache.prompt.layout import Prompt
+from async_cache.read.explain import Explainer
 from async_cache.read.hits import count_hits
 from async_cache.read.loads import Loader
+from async_cache.read.misses import Misses
 from async_cache.read.prefetch import PrefetchController
 from async_cache.retention.lru import LeastRecentlyUsed
+from async_cache.tracing import Tracing
 from async_cache.values import CacheStats, LookupHits
 from async_cache.write.backends import Backends
 from async_cache.write.removal import Remover
@@ -27,13 +35,22 @@ from async_cache.write.writing import Writing
 class Core:
     """The parts to which `AsyncCache` delegates, and a server beside it. `close` ends them in order."""
 
-    def __init__(self, config: CacheConfig, arena: Arena, backends: Sequence[Backend]):
+    def __init__(self, config: CacheConfig, arena: Arena, backends: Sequence[Backend], tracing: Tracing | None = None):
         self.config, self.arena = config, arena
         self.observers = Observers()
-        self.guards = Guards([Guard.of(backend, config) for backend in backends])
-        self.l1 = L1Store(arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry), self.observers)
+        self.ledger = Ledger(config.explain_chunks, self.observers, self._owner_of)
+        self.tracing = tracing
+        if tracing is not None:
+            self.observers.add(tracing)
+        self.events = Events(self.observers, self.ledger)
+        self.roots = Roots()
+        self.guards = Guards([Guard.of(backend, config, self.ledger) for backend in backends])
+        self.l1 = L1Store(
+            arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry), self.observers, self.ledger
+        )
         self.writeback = Writeback(self.l1, self.guards, self.observers, config)
         self.tombstones = tombstones = Tombstones()
+        self.hashing = Worker("async_cache hashing")
         self.loader = Loader(
             self.l1,
             self.guards,
@@ -43,13 +60,24 @@ class Core:
             self.writeback.promote,
         )
         self.sweeper = Sweeper()
+        self.writing = Writing(self.l1, self.writeback, self.sweeper, self.hashing, config, self.roots)
+        self.misses = Misses(self.l1, self.ledger, tombstones, self.writing.filling)
         self.controller = PrefetchController(
-            self.l1, self.guards, self.loader, self.sweeper, tombstones, self.observers, config
+            self.l1,
+            self.guards,
+            self.loader,
+            self.sweeper,
+            self.hashing,
+            tombstones,
+            self.observers,
+            config,
+            self.misses,
+            self.roots,
         )
         self.requests = self.controller.requests
-        self.writing = Writing(self.l1, self.writeback, self.sweeper, config)
-        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones)
-        self.backends = Backends(self.guards, self.writeback, tombstones, config, self.loader.forget)
+        self.explainer = Explainer(self.l1, self.guards, self.loader, tombstones, self.hashing, self.misses, self.roots)
+        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones, self.hashing)
+        self.backends = Backends(self.guards, self.writeback, tombstones, config, self.ledger, self.loader.forget)
         self.sweeping = asyncio.create_task(self.sweeper.run())
 
     async def close(self) -> None:
@@ -63,12 +91,19 @@ class Core:
         await self.writeback.flush(timeout)
         await self.writeback.close()
         self.sweeping.cancel()
+        self.events.close(CacheClosedError("the cache was closed"))
+        self.ledger.close()  # what leaves from here on need not be explained
         await asyncio.wait((self.sweeping,))
         await asyncio.gather(*(guard.close(timeout) for guard in self.guards))
         await self.loader.close()
         await self.remover.empty_l1()
         self.l1.close()
-        await asyncio.to_thread(self.arena.close)  # to unmap gigabytes takes its time
+        await asyncio.to_thread(self._close_blocking)
+
+    def _close_blocking(self) -> None:
+        """Close what may take its time: to unmap gigabytes does."""
+        self.hashing.close(wait=True)
+        self.arena.close()
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether the chunks of a prompt that are in memory have its layout.
@@ -81,7 +116,11 @@ class Core:
 
     async def count_hits(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now."""
-        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones)
+        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones, self.hashing, self.misses)
+
+    def _owner_of(self, chunk_hash: bytes) -> str | None:
+        entry = self.l1.find(chunk_hash)
+        return entry.owner if entry is not None else None
 
     def stats(self) -> CacheStats:
         """Count what is held now, and what was done since the cache was opened."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import Struct
 
@@ -17,13 +17,17 @@ class ObservedChunk(Struct, frozen=True):
     """A chunk of L1, as it was when the event happened.
 
     `owner` is the salt that it belongs to, `objects` says which of its objects are published, by bit (see
-    `prompt.objects`), and `room_bytes` what it takes of L1.
+    `prompt.objects`), `is_whole` whether these are all, and `room_bytes` what it takes of L1. It has so many `tokens`,
+    and `parent` lies before it in its prompt, as far as that is known.
     """
 
     chunk_hash: bytes
     owner: str
     objects: int
     room_bytes: int
+    is_whole: bool
+    tokens: int
+    parent: bytes | None
 
 
 class Observer:
@@ -51,6 +55,22 @@ class Observer:
     def removed(self, chunk: ObservedChunk, removal: Removal) -> None:
         """A chunk was taken out of L1 on demand."""
 
+    def stored(self, backend: str, chunk: ObservedChunk) -> None:
+        """A backend has all of a chunk, which it had not before."""
+
+    def left(self, backend: str, chunk_hash: bytes, removal: Removal, owner: bytes) -> None:
+        """A chunk cannot be loaded from a backend any more. `owner`: a tag of the salt (see `ledger`)."""
+
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+class Listeners(list[F]):
+    """Those who are told of one event."""
+
+    call_soon: Callable[..., object] | None = None
+    """That of the cache's loop: to look for the loop anew would cost as much as the rest."""
+
 
 class Observers:
     """The observers of one cache: any number, each told only of the events that it overrides.
@@ -60,12 +80,14 @@ class Observers:
     """
 
     def __init__(self) -> None:
-        self.promised: list[Callable[[Prefetch, LookupHits], None]] = []
-        self.loaded: list[Callable[[Prefetch, LoadResult], None]] = []
-        self.over: list[Callable[[Prefetch], None]] = []
-        self.committed: list[Callable[[ObservedChunk], None]] = []
-        self.evicted: list[Callable[[ObservedChunk, Removal], None]] = []
-        self.removed: list[Callable[[ObservedChunk, Removal], None]] = []
+        self.promised: Listeners[Callable[[Prefetch, LookupHits], None]] = Listeners()
+        self.loaded: Listeners[Callable[[Prefetch, LoadResult], None]] = Listeners()
+        self.over: Listeners[Callable[[Prefetch], None]] = Listeners()
+        self.committed: Listeners[Callable[[ObservedChunk], None]] = Listeners()
+        self.evicted: Listeners[Callable[[ObservedChunk, Removal], None]] = Listeners()
+        self.removed: Listeners[Callable[[ObservedChunk, Removal], None]] = Listeners()
+        self.stored: Listeners[Callable[[str, ObservedChunk], None]] = Listeners()
+        self.left: Listeners[Callable[[str, bytes, Removal, bytes], None]] = Listeners()
 
     def add(self, observer: Observer) -> None:
         """Tell it of all that happens from now on."""
@@ -84,11 +106,13 @@ class Observers:
         return [(event, getattr(self, event)) for event in vars(self)]
 
 
-def notify(listeners: list[Callable[..., None]], *event: Any) -> None:
+def notify(listeners: Listeners[Any], *event: Any) -> None:
     """Call those on a list with an event, in the loop's next turn."""
-    loop = asyncio.get_running_loop()
+    call_soon = listeners.call_soon
+    if call_soon is None:
+        call_soon = listeners.call_soon = asyncio.get_running_loop().call_soon
     for callback in listeners:
-        loop.call_soon(_call, callback, event)
+        call_soon(_call, callback, event)
 
 
 def _call(callback: Callable[..., None], event: tuple[Any, ...]) -> None:

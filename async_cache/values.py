@@ -1,6 +1,7 @@
 """The values that callers get back: counts, results, shortfalls, statistics."""
 
 from enum import StrEnum
+from typing import Literal
 
 from msgspec import Struct
 
@@ -27,6 +28,28 @@ class Removal(StrEnum):
     LOST = "lost"  # its tier lost it, or was closed
 
 
+class ChunkState(StrEnum):
+    """Where a chunk is."""
+
+    L1 = "l1"  # in memory
+    L2 = "l2"  # some of it, or all, in a backend only
+    LOADING = "loading"  # on its way from a backend
+    WRITING = "writing"  # a writer has room for it, and has not committed it
+    REMOVED = "removed"  # it was there
+    UNKNOWN = "unknown"  # it was never seen, or has gone for longer than is remembered
+
+
+class Missed(Struct, frozen=True, array_like=True):
+    """Why the first chunk that is missing of a prompt is.
+
+    `removal` is why it left, where that is remembered. `diverges`: what lies before it is known, and goes on otherwise.
+    """
+
+    state: ChunkState
+    removal: Removal | None = None
+    diverges: bool = False
+
+
 class BackendState(StrEnum):
     """ACTIVE -> DRAINING -> DRAINED; each goes to LEAVING, and then the backend is closed."""
 
@@ -49,6 +72,7 @@ class LookupHits(Struct, frozen=True, kw_only=True, array_like=True):
     shortfall: Shortfall | None = None
     load_bytes: int = 0
     expected_load_seconds: float | None = None
+    missed: Missed | None = None
 
 
 class LoadResult(Struct, frozen=True, kw_only=True, array_like=True):
@@ -62,6 +86,83 @@ class LoadResult(Struct, frozen=True, kw_only=True, array_like=True):
     l2_chunks: int
     shortfall: Shortfall | None = None
     seconds: float = 0.0
+
+
+class Span(Struct, frozen=True, array_like=True):
+    """Chunks of a prompt, one behind the other, of which the same is to be said.
+
+    `backend`: where they are, are loaded from, or were last (None: in L1, or not known). Those that were removed left
+    within a second of the first, which was `seconds_ago`.
+    """
+
+    start_chunk: int
+    chunks: int
+    state: ChunkState
+    backend: str | None = None
+    seconds_ago: float | None = None
+    removal: Removal | None = None
+
+
+class Elsewhere(Struct, frozen=True, array_like=True):
+    """The same tokens, cached under another root of the same model and salt: so many `chunks` of that.
+
+    `differs` names what is not the same: revision, adapter, chunk_tokens, world_size, groups, or of these dtype, shape,
+    window_chunks, ranks.
+    """
+
+    model: str
+    revision: str
+    adapter: str
+    differs: tuple[str, ...]
+    chunks: int
+
+
+class Explanation(Struct, frozen=True, array_like=True):
+    """Where the chunks of a prompt are, or why they are not there, as it was when each was looked at.
+
+    The spans cover its whole `chunks`, which have so many `tokens`, in their order. `missed`: as in `LookupHits`.
+    """
+
+    chunks: int
+    tokens: int
+    spans: tuple[Span, ...]
+    elsewhere: tuple[Elsewhere, ...] = ()
+    missed: Missed | None = None
+
+
+Tier = Literal["l1", "l2"]
+
+
+class Stored(Struct, frozen=True, array_like=True, tag=True):
+    """A tier has all objects of a chunk, of so many `tokens`, which it had not before.
+
+    `parent` is the chunk before it in a prompt, None for the first or where that is not known; `backend` None in L1.
+    """
+
+    chunk_hash: bytes
+    parent: bytes | None
+    tokens: int
+    tier: Tier
+    backend: str | None
+
+
+class Removed(Struct, frozen=True, array_like=True, tag=True):
+    """A chunk cannot be served from a tier any more, and why."""
+
+    chunk_hash: bytes
+    tier: Tier
+    backend: str | None
+    removal: Removal
+
+
+class Skipped(Struct, frozen=True, array_like=True, tag=True):
+    """Here stood events that the reader was too slow for: so many."""
+
+    count: int
+
+
+Event = Stored | Removed | Skipped
+"""What `events` iterates over."""
 
 
 class Deleted(Struct, frozen=True, array_like=True):

@@ -28,6 +28,7 @@ from async_cache import (
 )
 from async_cache import cache as cache_module
 from async_cache.l2.memory import MemoryBackend
+from async_cache.protocol.messages import MAX_CHUNKS
 from async_cache.server import Server
 from async_cache.testing import GatedBackend
 from async_cache.write import backends as backends_module
@@ -419,6 +420,31 @@ async def test_five_million_tokens_are_hashed_here_or_refused_with_the_limit(tmp
         async with connect(url, token=secret) as bound:
             with pytest.raises(LimitError, match="4000000 tokens"):
                 await bound.lookup(layout.prompt(tokens, salt="s"))
+
+
+@pytest.mark.parametrize("who", ["trusted", "bound"])
+async def test_as_many_chunks_as_the_protocol_allows_go_over_the_wire_and_not_one_more(
+    tmp_path: Path, who: str
+) -> None:
+    url, secret, salt = f"unix://{tmp_path}/s", "0123456789abcdef", "s" if who == "bound" else ""
+    tenant = TenantConfig(tokens=(secret,), salts=("s",) if who == "bound" else None)
+    config = ServerConfig(listen=[url], tenants={"t": tenant})
+    prompt = LAYOUT.prompt(array("i", range(4 * MAX_CHUNKS)), salt=salt)
+    longer = LAYOUT.prompt(array("i", range(4 * MAX_CHUNKS + 4)), salt=salt)
+    async with (
+        AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache,
+        Server(cache, config),
+        connect(url, token=secret) as client,
+    ):
+        async with client.store(LAYOUT.prompt(range(8), salt=salt)) as writer:
+            for chunk in writer:
+                chunk.commit()
+        assert (await client.lookup(prompt)).chunks == 2
+        assert (await client.prefetch(prompt).load_done).chunks == 2
+        with pytest.raises(LimitError, match=f"at most {MAX_CHUNKS} chunks, not {MAX_CHUNKS + 1}"):
+            await client.lookup(longer)
+        with pytest.raises(LimitError, match=f"at most {MAX_CHUNKS} chunks, not {MAX_CHUNKS + 1}"):
+            client.prefetch(longer)
 
 
 class Listing(MemoryBackend):

@@ -307,6 +307,14 @@ def test_without_a_home_the_default_says_what_to_set(monkeypatch: pytest.MonkeyP
     assert CacheConfig(l2=()).l2 == ()
 
 
+def test_a_home_that_is_not_absolute_is_named_and_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "somewhere/relative")
+    with pytest.raises(ConfigError, match="the home directory 'somewhere/relative' is not absolute: set l2"):
+        CacheConfig()
+    assert CacheConfig(l2=()).l2 == ()
+
+
 # What can not be used.
 
 

@@ -30,13 +30,16 @@ MAY_KNOW = {
     "protocol": "errors prompt values",
     "config": "errors prompt protocol",
     "observe": "handles values",
+    "ledger": "observe prompt values",
     # the tiers, and the ways through them
-    "l1": "memory observe prompt retention values",
-    "l2": "config errors prompt retention values",
-    "read": "aio config errors handles l1 l2 observe prompt values",
-    "write": "aio config errors handles l1 l2 observe prompt read retention values",
-    "core": "aio config l1 l2 memory observe prompt read retention values write",
-    "cache": "aio config core errors handles l2 memory prompt values",
+    "l1": "aio ledger memory observe prompt retention values",
+    "l2": "aio config errors ledger prompt retention values",
+    "read": "aio config errors handles l1 l2 ledger observe prompt values",
+    "write": "aio config errors handles l1 l2 ledger observe prompt read retention values",
+    "events": "handles ledger observe values",
+    "tracing": "errors handles observe read values",
+    "core": "aio config errors events l1 l2 ledger memory observe prompt read retention tracing values write",
+    "cache": "aio config core errors handles l2 memory prompt tracing values",
     # the same from other processes
     "server": "cache config errors handles memory observe prompt protocol values",
     "client": "aio errors handles memory prompt protocol values",
@@ -46,7 +49,7 @@ MAY_KNOW = {
     "testing": "errors l2 prompt values",
 }
 """Each room (a folder, or a module beside the folders), and the rooms that it may import: all that it does import."""
-LAZY = {("async_cache.memory.tensors", "torch")}
+LAZY = {("async_cache.memory.tensors", "torch"), ("async_cache.tracing", "opentelemetry")}
 """What is imported in a function, and where: an extra that most have no use for."""
 ENTRY_POINTS = {
     ("async_cache.l2.urls.registry", "importlib.metadata"),

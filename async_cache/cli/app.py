@@ -22,7 +22,7 @@ from async_cache.errors import AsyncCacheError
 from async_cache.l2.urls.registry import from_urls
 from async_cache.memory.room import check_limits
 from async_cache.protocol.address import Address
-from async_cache.server.logs import log_to, say
+from async_cache.server.logs import log_to, say, tell
 from async_cache.server.process import serve as serve_until_signal
 from async_cache.values import CacheStats
 
@@ -73,7 +73,8 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (AsyncCacheError, OSError) as error:
-        sys.stderr.write(f"async-cache: {' '.join(str(error).split())}\n")
+        if not tell(f"async-cache: {' '.join(str(error).split())}\n"):
+            os._exit(1)  # to exit as usual is to wait for who reads standard error
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

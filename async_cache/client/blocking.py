@@ -2,7 +2,8 @@
 
 import asyncio
 import concurrent.futures
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -16,12 +17,29 @@ from async_cache.client.client import (
 )
 from async_cache.client.thread import ClientThread
 from async_cache.errors import CacheClosedError
+from async_cache.handles.events import EVENTS_CAPACITY, EventStream
 from async_cache.handles.lease import ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Opened, Writer
-from async_cache.prompt.arguments import check_prompt, check_request_id, check_seconds, ranks_of, start_of
+from async_cache.prompt.arguments import (
+    check_prompt,
+    check_request_id,
+    check_seconds,
+    check_traceparent,
+    ranks_of,
+    start_of,
+)
 from async_cache.prompt.layout import Prompt
-from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+from async_cache.values import (
+    BackendStatus,
+    CacheStats,
+    Deleted,
+    Event,
+    Explanation,
+    FlushResult,
+    LoadResult,
+    LookupHits,
+)
 
 T = TypeVar("T")
 
@@ -91,6 +109,35 @@ class BlockingWriter(Writer):
                 raise
 
 
+class BlockingEvents(Iterator[Event]):
+    """Events in their order, for one thread: iterating waits for the next one, and `take` does not.
+
+    It ends with `close`, or when nobody has it any more. Both raise CacheClosedError or ConnectionLostError once all
+    that came before has been taken.
+    """
+
+    def __init__(self, stream: EventStream, thread: ClientThread):
+        self._stream = stream
+        self._thread = thread
+
+    def take(self, most: int = 256) -> list[Event]:
+        """Those of the next events that have come, up to `most`."""
+        return self._stream.take(most)
+
+    def __next__(self) -> Event:
+        while not (events := self._stream.take(1)):
+            try:
+                self._thread.wait(self._stream.arrived())
+            except StopAsyncIteration:
+                raise StopIteration from None
+        return events[0]
+
+    def close(self) -> None:
+        """Read nothing more. May be called more than once."""
+        with suppress(CacheClosedError):  # then it has ended
+            self._thread.wait(self._stream.aclose())
+
+
 class BlockingClient:
     """A `CacheClient` for programs that are not asynchronous; its methods may be called from any thread.
 
@@ -157,18 +204,21 @@ class BlockingClient:
         skip_tokens: int = 0,
         ranks: Sequence[int] | None = None,
         deadline_seconds: float | None = None,
+        traceparent: str | None = None,
     ) -> BlockingPrefetch:
         """Look a prompt up and load what is cached of it; returns at once, before the server has answered.
 
         `skip_tokens`: what the engine holds itself; its whole chunks are neither looked up nor counted.
         `ranks`: those to load here, all if None; the others are only checked for existence.
         `deadline_seconds` runs from the moment when the server has the call.
+        `traceparent`: the span that it belongs to, where the server has `traces`.
         A request id that is in use for something else reaches the futures, as RequestConflictError.
         """
         client = self._opened()
         check_prompt(prompt)
         start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
         check_seconds("deadline_seconds", deadline_seconds)
+        check_traceparent(traceparent)
         request_id = client.new_request_id() if request_id is None else check_request_id(request_id, MAX_REQUEST_ID)
         prefetch = BlockingPrefetch(request_id, partial(self._thread.post, self._cancel))
         start = partial(
@@ -178,6 +228,7 @@ class BlockingClient:
             skip_tokens=skip_tokens,
             ranks=ranks,
             deadline_seconds=deadline_seconds,
+            traceparent=traceparent,
         )
         if not self._thread.post(self._start, start, prefetch):
             prefetch.break_with(CacheClosedError("the client was closed"))
@@ -202,6 +253,10 @@ class BlockingClient:
     def lookup(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> LookupHits:
         """How much of a prompt is cached now: no lease, no load, no promise."""
         return self._thread.wait(self._opened().lookup(prompt), timeout_seconds)
+
+    def explain(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> Explanation:
+        """Where each chunk of a prompt is, or why it is not there: see `CacheClient.explain`."""
+        return self._thread.wait(self._opened().explain(prompt), timeout_seconds)
 
     def query_lookup_hits(self, request_id: str, *, timeout_seconds: float | None = None) -> LookupHits:
         """Wait for the lookup of a request, of any client of this tenant and namespace. Raises UnknownRequestError."""
@@ -311,6 +366,10 @@ class BlockingClient:
         """A snapshot of what the server's cache holds, and counters since it was opened."""
         return self._thread.wait(self._opened().stats(), timeout_seconds)
 
+    def events(self, capacity: int = EVENTS_CAPACITY, *, timeout_seconds: float | None = None) -> BlockingEvents:
+        """What is stored and removed from now on, of the salts of this client's token: see `CacheClient.events`."""
+        return BlockingEvents(self._thread.wait(_begin_events(self._opened(), capacity), timeout_seconds), self._thread)
+
     def ping(self, *, timeout_seconds: float | None = None) -> float:
         """The seconds that the server takes to answer."""
         return self._thread.wait(self._opened().ping(), timeout_seconds)
@@ -340,6 +399,10 @@ class BlockingClient:
         """
         client = self._thread.client
         return client.heard() if client is not None else 0
+
+
+async def _begin_events(client: CacheClient, capacity: int) -> EventStream:
+    return client.events(capacity)
 
 
 E = TypeVar("E", ReadLease, BlockingWriter)

@@ -3,12 +3,14 @@
 import asyncio
 import ctypes
 import logging
+import weakref
 from abc import ABC, abstractmethod
 from enum import Enum
 from typing import Any, Protocol
 
 from async_cache.aio.promise import Promise
 from async_cache.errors import ConnectionLostError, ProtocolError, WriterClosedError
+from async_cache.handles.events import EventStream
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Writer
 from async_cache.prompt.layout import ModelLayout, Prompt
@@ -176,6 +178,30 @@ class Commit(Call):
     def _end(self) -> None:
         self._under_way.discard(self.answered)
         self.answered.set_result(None)
+
+
+class EventsCall(Call):
+    """A stream of events, as long as somebody has it."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: EventStream) -> None:
+        self._stream = weakref.ref(stream)
+
+    def on(self, answer: Any) -> bool:
+        stream = self._stream()
+        if type(answer) is messages.Happened:
+            if stream is not None:
+                for event in answer.events:
+                    stream.put(event)
+            return False
+        if type(answer) is messages.Failed:
+            self.lost(error_of(answer))
+        return True
+
+    def lost(self, reason: Exception) -> None:
+        if (stream := self._stream()) is not None:
+            stream.break_with(reason)
 
 
 class PrefetchState(Enum):

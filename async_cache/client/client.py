@@ -14,15 +14,18 @@ from async_cache.client.link import Link
 from async_cache.client.links import Dial, Links
 from async_cache.client.writing import Post, call_now, open_chunks
 from async_cache.errors import AccessDeniedError, RequestConflictError
-from async_cache.handles.lease import Entered, ReadChunk, ReadLease
+from async_cache.handles.events import EVENTS_CAPACITY, EventStream
+from async_cache.handles.lease import Entered, Memory, ReadChunk, ReadLease
 from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.writer import Opened, Writer
 from async_cache.prompt.arguments import (
+    check_capacity,
     check_prompt,
     check_request_id,
     check_seconds,
     check_text,
     check_tier,
+    check_traceparent,
     ranks_of,
     start_of,
 )
@@ -31,7 +34,7 @@ from async_cache.prompt.layout import Prompt, check_index
 from async_cache.protocol import messages
 from async_cache.protocol.address import Address, default_url
 from async_cache.protocol.messages import MAX_URL, VERSION, Hello
-from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits
+from async_cache.values import BackendStatus, CacheStats, Deleted, Explanation, FlushResult, LoadResult, LookupHits
 
 MAX_REQUEST_ID = 256
 CONNECT_TIMEOUT_SECONDS = 2.0
@@ -143,12 +146,14 @@ class CacheClient:
         skip_tokens: int = 0,
         ranks: Sequence[int] | None = None,
         deadline_seconds: float | None = None,
+        traceparent: str | None = None,
     ) -> Prefetch:
         """Look a prompt up and load what is cached of it; returns at once.
 
         `skip_tokens`: what the engine holds itself; its whole chunks are neither looked up nor counted.
         `ranks`: those to load here, all if None; the others are only checked for existence.
         `deadline_seconds` runs from the moment when the server has the call.
+        `traceparent`: the span that it belongs to, where the server has `traces`.
         Raises RequestConflictError if this client uses the id for something else; without a connection, the futures
         have ConnectionLostError.
         """
@@ -160,6 +165,7 @@ class CacheClient:
             request_id = self.new_request_id()
         check_request_id(request_id, MAX_REQUEST_ID)
         check_seconds("deadline_seconds", deadline_seconds)
+        check_traceparent(traceparent)
         start_chunk, here = start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
         known = link.requests.get(request_id) if link is not None else None
         if known is not None and known.state is not LEFT:
@@ -171,7 +177,7 @@ class CacheClient:
         if link is None:
             call.lost(self._links.error)
         else:
-            link.prefetch(call, float(deadline_seconds) if deadline_seconds is not None else None)
+            link.prefetch(call, float(deadline_seconds) if deadline_seconds is not None else None, traceparent)
         return call.prefetch
 
     def new_request_id(self) -> str:
@@ -182,6 +188,17 @@ class CacheClient:
         """How much of a prompt is cached now: no lease, no load, no promise."""
         check_prompt(prompt)
         return (await self._ask_of(messages.Hits, messages.Lookup, prompt)).hits
+
+    async def explain(self, prompt: Prompt) -> Explanation:
+        """Where each chunk of a prompt is, or why it is not there, and where else its tokens are cached.
+
+        The server gets the token ids for that, if they fit a frame, and keeps none. Where only the hashes of a prompt
+        are known, it cannot say the latter.
+        """
+        check_prompt(prompt)
+        link = self._links.here() or await self._links.ready()
+        question = messages.Explain(link.next_number(), link.pack_source(prompt))
+        return (await link.ask(messages.Explained, question)).explanation
 
     async def query_lookup_hits(self, request_id: str) -> LookupHits:
         """Await `lookup_done`; by any number of callers, any number of times. Raises UnknownRequestError.
@@ -242,18 +259,19 @@ class CacheClient:
         link = self._links.here() or await self._links.ready()
         number = link.next_number()
         request = link.requests.get(request_id)
-        acquired, memory = await link.acquire(messages.AcquireRead(number, request_id, rank, reader))
+        acquired, view = await link.acquire(messages.AcquireRead(number, request_id, rank, reader))
         layout = link.layouts.find(acquired.layout)
         objects = dict.fromkeys(range(len(acquired.offsets)), layout.objects.rank_masks[rank])
         for n, groups in acquired.absent:
             objects[n] &= ~sum(1 << layout.objects.bit(rank, group) for group in groups)
+        memory = Memory(view)
         chunks = tuple(
             ReadChunk(acquired.result.start_chunk + n, offset, rank, objects[n], layout, memory)
             for n, offset in enumerate(acquired.offsets)
         )
         release = partial(self._post, self._release, link, number, request)
         undo = partial(self._post, link.undo, number)
-        return Entered(acquired.result, layout, chunks, release, undo, lambda: link.connection.is_open)
+        return Entered(acquired.result, layout, chunks, memory, release, undo, lambda: link.connection.is_open)
 
     @staticmethod
     def _release(link: Link, number: int, request: PrefetchCall | None) -> None:
@@ -341,6 +359,21 @@ class CacheClient:
         return (await self._ask(messages.BackendsListed, messages.ListBackends)).backends
 
     # Looking at it.
+
+    def events(self, capacity: int = EVENTS_CAPACITY) -> EventStream:
+        """What is stored and removed from now on, of the salts of this client's token, in order.
+
+        See `AsyncCache.events`. It is bound to the connection: once that is lost, iterating raises ConnectionLostError,
+        and whoever goes on begins anew.
+        """
+        check_capacity(capacity)
+        link = self._links.here()
+        if link is None:
+            self._links.check_open()
+            stream = EventStream(capacity)
+            stream.break_with(self._links.error)
+            return stream
+        return link.events(capacity)
 
     async def stats(self) -> CacheStats:
         """A snapshot of what the server's cache holds, and counters since it was opened."""

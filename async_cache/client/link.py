@@ -5,17 +5,19 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from async_cache.client.calls import Call, Commit, PrefetchCall, Question, ReadCall
+from async_cache.client.calls import Call, Commit, EventsCall, PrefetchCall, Question, ReadCall
 from async_cache.client.claims import Claims
 from async_cache.client.layouts import Layouts
 from async_cache.client.memory import Segment
 from async_cache.errors import ConnectionLostError, ProtocolError
+from async_cache.handles.events import EventStream
 from async_cache.prompt.layout import Prompt
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
-from async_cache.protocol.messages import MAX_TOKENS, Decoder, Message, error_of
+from async_cache.protocol.messages import MAX_EVENTS, MAX_TOKENS, Decoder, Message, error_of
 
 A = TypeVar("A")
 
@@ -58,6 +60,7 @@ class Link:
         self._reason: Exception | None = None
         self._gone = asyncio.Event()
         self._lost = lost
+        self._loop = asyncio.get_running_loop()
         _links.add(self)
 
     def descriptors(self) -> list[int]:
@@ -132,7 +135,13 @@ class Link:
             await asyncio.to_thread(prompt.hash)
         return self.pack(prompt)
 
-    def prefetch(self, call: PrefetchCall, deadline_seconds: float | None) -> None:
+    def pack_source(self, prompt: Prompt) -> messages.WirePrompt:
+        """A prompt to send by what its hashes are made from, if that is known and fits a frame."""
+        if prompt.source is None or prompt.tokens > MAX_TOKENS:
+            return self.pack(prompt)
+        return self.layouts.pack(prompt, trusted=False)
+
+    def prefetch(self, call: PrefetchCall, deadline_seconds: float | None, traceparent: str | None) -> None:
         """Begin a prefetch. Raises what a layout or prompt is refused with."""
         layout = call.prompt.layout
         ranks = None if len(call.ranks) == layout.world_size else list(call.ranks)
@@ -140,7 +149,7 @@ class Link:
         wire = self.pack(call.prompt)
         self.detach(call.request_id)
         self.begin(
-            messages.Prefetch(call.number, wire, call.request_id, skip_tokens, ranks, deadline_seconds),
+            messages.Prefetch(call.number, wire, call.request_id, skip_tokens, ranks, deadline_seconds, traceparent),
             call,
         )
         self.requests[call.request_id] = call
@@ -157,6 +166,20 @@ class Link:
         if call.buffer is not None:
             return acquired, call.buffer
         return acquired, arena if arena is not None else memoryview(b"")
+
+    def events(self, capacity: int) -> EventStream:
+        """A stream of events, which ends on the server as well when nobody has it any more."""
+        number = self.next_number()
+        stream = EventStream(capacity, lambda stream: gone())
+        gone = weakref.finalize(stream, self._undo_soon, number)
+        gone.atexit = False
+        self.begin(messages.Events(number, min(capacity, MAX_EVENTS)), EventsCall(stream))
+        return stream
+
+    def _undo_soon(self, number: int) -> None:
+        """Undo a call from whatever thread."""
+        with suppress(RuntimeError):  # the loop is closed, and the connection with it
+            self._loop.call_soon_threadsafe(self.undo, number)
 
     # Answers, as they come.
 

@@ -127,9 +127,9 @@ class Links:
         return link
 
     def here(self) -> Link | None:
-        """The link that there is now. Raises RuntimeError in another loop than the one that opened the client."""
+        """The link that there is now. Raises RuntimeError in a loop that did not open the client, or after a fork."""
         if self.current is not None and self._home is not None and self._home.is_elsewhere():
-            raise RuntimeError("the client was opened in another event loop: call it from there")
+            raise self._home.refusal("client")
         return self.current
 
     async def ready(self) -> Link:

@@ -9,7 +9,7 @@ from async_cache.client.calls import Commit, StoreCall
 from async_cache.client.link import Link
 from async_cache.client.memory import Block, Segment
 from async_cache.errors import WriterClosedError
-from async_cache.handles.writer import Opened, WriteChunk, Writer
+from async_cache.handles.writer import Life, Opened, WriteChunk, Writer
 from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.protocol import messages
 from async_cache.protocol.frames import DATA_BYTES
@@ -50,11 +50,12 @@ async def open_chunks(
         link.undo(number)
         raise
     store = Store(link, post, number, call, blocks, prompt.layout.block_bytes[rank])
+    life = Life()
     chunks = tuple(
-        WriteChunk(index, offset, prompt.layout, rank)
-        for index, (offset, _) in zip(reserved.chunks, blocks, strict=True)
+        WriteChunk(index, offset, prompt.layout, rank, position, life)
+        for position, (index, (offset, _)) in enumerate(zip(reserved.chunks, blocks, strict=True))
     )
-    return Opened(chunks, reserved.shortfall, store.lend, store.commit, store.close, store.settled)
+    return Opened(chunks, life, reserved.shortfall, store.lend, store.commit, store.close, store.settled)
 
 
 def _make_blocks(segment: Segment | None, layout: ModelLayout, rank: int, count: int) -> Blocks:

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     import torch
 
 
+class Memory:
+    """What the chunks of one lease are read from, until it is released."""
+
+    __slots__ = ("view",)
+
+    def __init__(self, view: memoryview):
+        self.view: memoryview | None = view
+
+
 class ReadChunk:
     """One chunk of one rank to read: `index` in the prompt, `offset` in the cache's `memory`.
 
@@ -23,13 +32,11 @@ class ReadChunk:
 
     __slots__ = ("_layout", "_memory", "_rank", "_views", "index", "objects", "offset")
 
-    def __init__(
-        self, index: int, offset: int | None, rank: int, objects: int, layout: ModelLayout, memory: memoryview
-    ):
+    def __init__(self, index: int, offset: int | None, rank: int, objects: int, layout: ModelLayout, memory: Memory):
         self.index = index
         self.offset = offset
         self.objects = objects
-        self._memory: memoryview | None = memory
+        self._memory = memory
         self._layout, self._rank = layout, rank
         self._views: tuple[memoryview | None, ...] | None = None
 
@@ -51,10 +58,11 @@ class ReadChunk:
         return tensors.over(self._slices(), self._layout.groups)
 
     def _slices(self) -> Iterator[memoryview | None]:
-        if self._memory is None:
+        view = self._memory.view
+        if view is None:
             raise RuntimeError("the lease was released")
         for span in self.spans():
-            yield self._memory[span[0] : span[1]] if span is not None else None
+            yield view[span[0] : span[1]] if span is not None else None
 
     def spans(self) -> Iterator[tuple[int, int] | None]:
         """Where the bytes of each group are in `memory`: (begin, end), or None as in `views`."""
@@ -68,9 +76,8 @@ class ReadChunk:
     def __repr__(self) -> str:
         return f"<ReadChunk {self.index}>"
 
-    def _close(self) -> None:
+    def _release_views(self) -> None:
         """Make a use after the release an error, where nobody has built on the views."""
-        self._memory = None
         views, self._views = self._views, None
         for view in views or ():
             if view is not None:
@@ -81,7 +88,7 @@ class ReadChunk:
 
 
 class Entered(NamedTuple):
-    """What entering a read gives: the load's result, its layout, the chunks, and the calls that act on the read.
+    """What entering a read gives: the load's result, its layout, the chunks, their memory, and what acts on the read.
 
     `release` ends the read; `undo` ends it as if it had not been entered. `held` says whether its memory is still kept.
     """
@@ -89,6 +96,7 @@ class Entered(NamedTuple):
     result: LoadResult
     layout: ModelLayout
     chunks: tuple[ReadChunk, ...]
+    memory: Memory
     release: Callable[[], object]
     undo: Callable[[], object]
     held: Callable[[], bool] = lambda: True
@@ -156,8 +164,9 @@ class ReadLease(Scoped[ReadChunk]):
         if self._state is not _ENTERED:
             return False
         self._state = _RELEASED
-        for chunk in self._chunks:
-            chunk._close()
+        self._read.memory.view = None
+        for chunk in [chunk for chunk in self._chunks if chunk._views is not None]:
+            chunk._release_views()
         return True
 
     async def _enter(self) -> None:

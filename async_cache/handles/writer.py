@@ -22,6 +22,12 @@ Block = ctypes.Array[ctypes.c_ubyte]
 """The memory of one chunk and rank. Views and tensors keep it, whatever becomes of the writer."""
 
 
+class Life(Struct, eq=False):
+    """What the chunks of one writer act on, while it is open."""
+
+    opened: "Opened | None" = None
+
+
 class WriteChunk(Struct, eq=False):
     """One chunk to fill: `index` in the prompt, `offset` of its block; private until it is `committed`.
 
@@ -33,9 +39,9 @@ class WriteChunk(Struct, eq=False):
     offset: int | None
     _layout: ModelLayout
     _rank: int
+    _position: int  # among the chunks of its writer
+    _life: Life
     committed: bool = False
-    _position: int = 0  # among the chunks of its writer
-    _opened: "Opened | None" = None  # while its writer is open
     _block: Block | None = None  # once somebody sees it
     _views: tuple[memoryview | None, ...] = ()
 
@@ -56,14 +62,14 @@ class WriteChunk(Struct, eq=False):
     def commit(self) -> None:
         """Publish the chunk as it is now; it must not be written to any more. Raises WriterClosedError."""
         if not self.committed:
-            opened = self._opened  # once: another thread may close the writer
+            opened = self._life.opened  # once: another thread may close the writer
             if opened is None:
                 raise WriterClosedError("the writer is closed")
             opened.commit(self._position)
             self.committed = True
 
     def _new_views(self) -> tuple[memoryview | None, ...]:
-        opened, block = self._opened, self._block  # once: another thread may close the writer
+        opened, block = self._life.opened, self._block  # once: another thread may close the writer
         if opened is None:
             raise WriterClosedError("the writer is closed")
         if block is None:
@@ -82,7 +88,7 @@ class WriteChunk(Struct, eq=False):
                     continue
 
     def __repr__(self) -> str:
-        state = "committed" if self.committed else "closed" if self._opened is None else "open"
+        state = "committed" if self.committed else "closed" if self._life.opened is None else "open"
         return f"<WriteChunk {self.index}, {state}>"
 
 
@@ -95,6 +101,7 @@ class Opened(NamedTuple):
     """
 
     chunks: tuple[WriteChunk, ...]
+    life: Life
     shortfall: Shortfall | None
     lend: Callable[[int], Block]
     commit: Callable[[int], None]
@@ -150,15 +157,12 @@ class Writer(Scoped[WriteChunk]):
         self._state, before = _CLOSED, self._state
         if before is _OPEN:
             assert self._opened is not None
-            uncommitted = []
-            for position, chunk in enumerate(self._chunks):
-                chunk._opened = None
-                if not chunk.committed:
-                    uncommitted.append((position, chunk._block))
-                if chunk._block is not None:
-                    if release:
-                        chunk._release_views()
-                    chunk._views, chunk._block = (), None
+            self._opened.life.opened = None
+            uncommitted = [(n, chunk._block) for n, chunk in enumerate(self._chunks) if not chunk.committed]
+            for chunk in [chunk for chunk in self._chunks if chunk._block is not None]:
+                if release:
+                    chunk._release_views()
+                chunk._views, chunk._block = (), None
             self._opened.close(uncommitted)
 
     async def _enter(self) -> None:
@@ -171,8 +175,7 @@ class Writer(Scoped[WriteChunk]):
                 opened.close([(position, None) for position in range(len(opened.chunks))])
                 return
             self._state = _OPEN
-            for position, chunk in enumerate(opened.chunks):
-                chunk._position, chunk._opened = position, opened
+            opened.life.opened = opened
 
     def _leave(self) -> None:
         self.close()

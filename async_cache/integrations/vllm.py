@@ -17,7 +17,6 @@ import msgspec
 import torch
 from msgspec import Meta
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
@@ -40,6 +39,7 @@ from async_cache.client.client import connect
 from async_cache.errors import AsyncCacheError, ConfigError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged import Geometry, Orders, PagedScheduler, PagedWorker, Pages
+from async_cache.integrations.vllm_reports import ReportingConnector, block_events
 from async_cache.prompt.keys import MAX_DIGEST_BYTES
 from async_cache.prompt.layout import ModelLayout
 from async_cache.prompt.objects import ObjectGroup
@@ -79,7 +79,7 @@ class Metadata(KVConnectorMetadata):  # type: ignore[misc]
     orders: Orders
 
 
-class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc]
     """The connector's two sides: vLLM makes one in its scheduler, and one in each worker."""
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"):
@@ -93,6 +93,7 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
             self._options = msgspec.convert(self._kv_transfer_config.kv_connector_extra_config, Options)
             self._geometry = geometry(vllm_config, kv_cache_config, self._options)
             if role is KVConnectorRole.SCHEDULER:
+                self._events = block_events(vllm_config, kv_cache_config, self._options.chunk_tokens)
                 self._scheduler = self._open_scheduler(self._geometry)
         except Exception as error:  # whatever it is, vLLM starts
             if role is KVConnectorRole.SCHEDULER:
@@ -134,6 +135,7 @@ class AsyncCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
             saves=transfer.is_kv_producer,
             threshold_seconds=options.load_threshold_seconds,
             free_blocks=self._free_blocks,
+            known=self._events.know if self._events is not None else None,
         )
 
     def _free_blocks(self) -> float:

@@ -7,6 +7,7 @@ from enum import Enum
 
 from msgspec import Struct
 
+from async_cache.observe import ObservedChunk
 from async_cache.prompt.layout import ModelLayout
 from async_cache.prompt.objects import PAGE_BYTES
 
@@ -39,6 +40,9 @@ class Entry(Struct, gc=False, eq=False):
     unwritten: int = 0  # backends that have not stored it yet
     dropped: bool = False  # some backend did not store it, and is not asked again until it is stored anew
     detached: bool = False
+    parent: bytes | None = None  # the chunk before it in a prompt, as far as that is known
+    child: bytes | None = None  # one that was built on it
+    forked: bool = False  # another one was, too
     older: "Entry | None" = None  # for the eviction policy
     newer: "Entry | None" = None
 
@@ -54,6 +58,25 @@ class Entry(Struct, gc=False, eq=False):
             self.ranks |= 1 << rank
             self.room_bytes += self.layout.objects.room_bytes[rank]
         self.pages |= page_of(rank, offset)
+
+    @property
+    def lacks(self) -> int:
+        """The objects of the chunk that are not published, by bit."""
+        return self.layout.objects.full_mask & ~self.present
+
+    def built_on_by(self, child: bytes) -> None:
+        """Know a chunk that builds on this one."""
+        if self.child is None:
+            self.child = child
+        elif self.child != child:
+            self.forked = True
+
+    def observed(self) -> ObservedChunk:
+        """What observers are told of it now."""
+        tokens = self.layout.chunk_tokens
+        return ObservedChunk(
+            self.chunk_hash, self.owner, self.present, self.room_bytes, not self.lacks, tokens, self.parent
+        )
 
     def blocks(self) -> list[tuple[int, int]]:
         """The (offset, bytes) of each block that the entry has."""

@@ -6,16 +6,20 @@ commit of an object wins.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
+from async_cache.aio.backlog import Backlog
 from async_cache.l1.entry import Entry, Reservation, ReservationState, page_of
+from async_cache.ledger.ledger import Ledger
 from async_cache.memory.arena import Arena
 from async_cache.memory.extents import Extents, Gaps
-from async_cache.observe import ObservedChunk, Observers, notify
+from async_cache.observe import Observers, notify
 from async_cache.prompt.layout import ModelLayout
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import Removal
 
 _RESERVED, _QUARANTINED, _DONE = ReservationState  # by name each would cost a tenth of a microsecond
+_CAPACITY = Removal.CAPACITY
 _CONSIDERED = 4  # times the room that is needed: so much of what is oldest may turn out to lie side by side
+_AT_ONCE = 4096  # entries that are released in a turn of the loop, in a millisecond or two
 _MAX_STEPS = 4096  # through memory for one block, where it is fragmented
 
 
@@ -28,6 +32,7 @@ class L1Store:
         policy: EvictionPolicy[Entry],
         on_evict_unwritten: Callable[[Entry], None],
         observers: Observers | None = None,
+        ledger: Ledger | None = None,
     ):
         self.arena = arena
         self.index: dict[bytes, Entry] = {}
@@ -36,9 +41,12 @@ class L1Store:
         self._policy = policy
         self._on_evict_unwritten = on_evict_unwritten
         self._observers = observers if observers is not None else Observers()
+        self._ledger = ledger if ledger is not None else Ledger()
         self._extents = Extents(arena.size_bytes)
         self._entry_at: dict[int, Entry] | None = None  # by the offset of each block, once sizes turn out to be mixed
         self._detached: set[Entry] = set()
+        self.backlog = Backlog(_AT_ONCE)
+        """What is released, touched and discarded soon."""
         self.closed = False
         self.leases = 0
         self.leased_bytes = 0
@@ -50,6 +58,11 @@ class L1Store:
     def used_bytes(self) -> int:
         """The bytes of L1 that are not free: resident, reserved or quarantined."""
         return self.arena.size_bytes - self._extents.free_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """The bytes of L1 that are free."""
+        return self._extents.free_bytes
 
     @property
     def available_bytes(self) -> int:
@@ -76,17 +89,39 @@ class L1Store:
     def release(self, entries: Iterable[Entry]) -> None:
         """Release one lease of each entry. The tail of a prefix comes before its head, so that it is evicted first."""
         use = self._policy.use
+        count = released = evictable = 0
         for entry in entries:
-            entry.leases -= 1
-            self.leases -= 1
-            if not entry.leases:
-                self.leased_bytes -= entry.room_bytes
+            count += 1
+            leases = entry.leases = entry.leases - 1
+            if not leases:
+                released += entry.room_bytes
                 if not entry.detached:
                     use(entry)
                     if not entry.pins:
-                        self.evictable_bytes += entry.room_bytes
+                        evictable += entry.room_bytes
                 elif not entry.pins:
                     self._free(entry)
+        self.leases -= count
+        self.leased_bytes -= released
+        self.evictable_bytes += evictable
+
+    def release_soon(self, entries: Sequence[Entry]) -> None:
+        """Release entries, of very many some in each of the loop's next turns, or when their room is needed."""
+        self.backlog.do(self.release, entries)
+
+    def touch_soon(self, chunk_hashes: Sequence[bytes]) -> None:
+        """Touch chunks, after what is released soon."""
+        self.backlog.do(self.touch, chunk_hashes)
+
+    def discard_soon(self, reservations: Sequence[Reservation]) -> None:
+        """Discard rooms, as `release_soon` releases entries."""
+        self.backlog.do(self.discard, reservations)
+
+    def make_available(self, size_bytes: int) -> int:
+        """The bytes that are free or may be evicted: with what is released soon, as far as it takes to have so many."""
+        while size_bytes > self.available_bytes and self.backlog:
+            self.backlog.do_some(_AT_ONCE)
+        return self.available_bytes
 
     def pin(self, entry: Entry) -> None:
         """Keep an entry while I/O uses its memory. Its place in the eviction order does not change."""
@@ -142,7 +177,7 @@ class L1Store:
     def commit(self, reservation: Reservation, mask: int, after: bytes | None = None) -> Entry:
         """Publish the objects in `mask`. Returns the entry where they, or those of an earlier commit, can be found.
 
-        `after`: the chunk before it in its prefix, to be evicted after this one.
+        `after`: the chunk before it in its prefix, if that is known, to be evicted after this one.
         """
         if reservation.within is not None:
             reservation.within.present |= mask
@@ -167,7 +202,11 @@ class L1Store:
         if entry is None:
             before = self.index.get(after) if after is not None else None
             pages = page_of(rank, reservation.offset)
-            entry = Entry(chunk_hash, reservation.layout, reservation.owner, mask, 1 << rank, pages, size)
+            entry = Entry(chunk_hash, reservation.layout, reservation.owner, mask, 1 << rank, pages, size, parent=after)
+            if before is not None:
+                before.built_on_by(chunk_hash)
+            elif after is not None:
+                self._ledger.built_on(after, chunk_hash)
             self.index[chunk_hash] = entry
             self._policy.use(entry, before if before is not None and not before.leases else None)
         else:
@@ -184,7 +223,7 @@ class L1Store:
 
     def _notify_committed(self, entry: Entry) -> None:
         if self._observers.committed:
-            notify(self._observers.committed, _observed(entry))
+            notify(self._observers.committed, entry.observed())
 
     def _copy(self, reservation: Reservation, entry: Entry, mask: int) -> None:
         """Complete an incomplete block that somebody reads or writes back: what it lacks, nobody has seen."""
@@ -225,24 +264,30 @@ class L1Store:
 
     # Leaving.
 
-    def remove(self, entry: Entry, removal: Removal = Removal.DELETED) -> None:
-        """Let an entry be found no more from now on; its memory goes with the last lease and pin."""
-        self._detach(entry, removal)
-        if self._observers.removed:
-            notify(self._observers.removed, _observed(entry), removal)
+    def remove(self, entries: Iterable[Entry], removal: Removal = Removal.DELETED) -> None:
+        """Let entries be found no more from now on; the memory of each goes with its last lease and pin."""
+        freed: list[tuple[int, int]] = []
+        for entry in entries:
+            self._detach(entry, removal, freed)
+            if self._observers.removed:
+                notify(self._observers.removed, entry.observed(), removal)
+        self._extents.free_all(freed)
 
-    def _detach(self, entry: Entry, removal: Removal) -> None:
+    def _detach(self, entry: Entry, removal: Removal, freed: list[tuple[int, int]]) -> None:
+        """Take an entry out of the index; adds to `freed` what memory nobody uses any more."""
         del self.index[entry.chunk_hash]
         entry.detached = True
+        blocks = entry.blocks()
         if self._entry_at is not None:
-            for offset, _ in entry.blocks():
+            for offset, _ in blocks:
                 del self._entry_at[offset]
         self._policy.left(entry, removal)
+        self._ledger.left_l1(entry.chunk_hash, entry.owner, entry.child, entry.forked, removal)
         if entry.leases or entry.pins:
             self._detached.add(entry)
         else:
             self.evictable_bytes -= entry.room_bytes
-            self._free(entry)
+            freed += blocks
 
     def _free(self, entry: Entry) -> None:
         self._detached.discard(entry)
@@ -259,20 +304,38 @@ class L1Store:
     def _allocate(self, size: int, count: int) -> list[int]:
         offsets = self._extents.allocate(size, count)
         while len(offsets) < count:
-            offset = self._evict_for(size)
-            if offset is None:
-                break
-            offsets.append(offset)
+            if not self._evict_alike(size, count - len(offsets)):
+                offset = self._evict_for(size)
+                if offset is None:
+                    break
+                offsets.append(offset)
             offsets += self._extents.allocate(size, count - len(offsets))
         return offsets
 
+    def _evict_alike(self, size: int, count: int) -> bool:
+        """Evict for so many blocks at once, as long as the oldest have blocks of that size; whether any did."""
+        freed: list[tuple[int, int]] = []
+        try:
+            for entry in self._victims():
+                blocks = entry.blocks()
+                if len(freed) >= count or any(n != size for _, n in blocks):
+                    break
+                self._evict(entry, freed)
+        finally:
+            self._extents.free_all(freed)
+        return bool(freed)
+
     def _evict_for(self, size: int) -> int | None:
         """Evict until a block fits, and take it. None if that cannot be: then nothing is evicted."""
-        if size > self.available_bytes:
+        if size > self.make_available(size):
             return None
         victims = self._oldest_together(size) or self._oldest_and_behind(size)
-        for entry in victims:
-            self._evict(entry)
+        freed: list[tuple[int, int]] = []
+        try:
+            for entry in victims:
+                self._evict(entry, freed)
+        finally:
+            self._extents.free_all(freed)
         return self._extents.allocate(size, 1)[0] if victims else None
 
     def _victims(self) -> Iterator[Entry]:
@@ -328,18 +391,21 @@ class L1Store:
     def _blocks_in_index(self) -> dict[int, Entry]:
         return {offset: entry for entry in self.index.values() for offset, _ in entry.blocks()}
 
-    def _evict(self, entry: Entry) -> None:
-        self._detach(entry, Removal.CAPACITY)
+    def _evict(self, entry: Entry, freed: list[tuple[int, int]]) -> None:
+        self._detach(entry, _CAPACITY, freed)
         if entry.unwritten:
             self._on_evict_unwritten(entry)
         if self._observers.evicted:
-            notify(self._observers.evicted, _observed(entry), Removal.CAPACITY)
+            notify(self._observers.evicted, entry.observed(), _CAPACITY)
 
     def close(self) -> None:
         """Remove all entries. Those that somebody still reads keep their memory."""
         self.closed = True
+        self.backlog.do_all()
+        freed: list[tuple[int, int]] = []
         for entry in list(self.index.values()):  # the links between them would keep them alive
-            self._detach(entry, Removal.LOST)
+            self._detach(entry, Removal.LOST, freed)
+        self._extents.free_all(freed)
 
     def check_integrity(self) -> None:
         """Assert that every total agrees with the records, and that no two blocks overlap."""
@@ -360,7 +426,3 @@ class L1Store:
             assert not entry.detached or entry.leases or entry.pins
         assert self._entry_at is None or self._entry_at == self._blocks_in_index()
         self._extents.check_integrity()
-
-
-def _observed(entry: Entry) -> ObservedChunk:
-    return ObservedChunk(entry.chunk_hash, entry.owner, entry.present, entry.room_bytes)

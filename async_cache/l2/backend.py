@@ -1,7 +1,7 @@
 """What a storage backend promises. `async_cache.testing` has the suite that holds one to it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from enum import Enum
 
 from msgspec import Struct
@@ -9,7 +9,11 @@ from msgspec import Struct
 from async_cache.config import CacheConfig
 from async_cache.l2.placement import Placement
 from async_cache.prompt.keys import ObjectKey
-from async_cache.values import BackendUsage
+from async_cache.values import BackendUsage, Removal
+
+
+def nobody_listens(chunk_hash: bytes, removal: Removal) -> None:
+    """What a backend that no cache uses has to tell."""
 
 
 class LoadOutcome(Enum):
@@ -44,6 +48,10 @@ class Limits(Struct, frozen=True, kw_only=True):
                 CacheConfig.check(name, value)
 
 
+Room = Callable[[Sequence[int]], list[memoryview]]
+"""Gives memory for objects of these sizes in bytes. Raises OSError where there is none."""
+
+
 class Backend(ABC):
     """Storage for objects.
 
@@ -63,8 +71,16 @@ class Backend(ABC):
     """Which chunks it is given; parameters of its URL set that, too."""
     shared: bool = False
     """Whether others may add and remove objects behind this process's back, as in a store that hosts share."""
-    lists_sizes: bool = True
-    """Whether the sizes that `keys` tells are those that `load` needs, so that all objects can be copied from it."""
+
+    ttl_seconds: float | None = None
+    """How long after its store an object is gone by itself, of which nobody is told; None if it stays."""
+    on_removed: Callable[[bytes, Removal], None] = staticmethod(nobody_listens)
+    """What to call in the loop's thread when objects of a chunk (all, or any one) have left, and why.
+
+    The cache sets it. It finds out by itself what is deleted through it, and what a load shows to be gone or damaged;
+    of what is evicted or has expired only the backend knows. To call it twice for one chunk does no harm, and neither
+    does a backend that never calls it, but that a miss is explained less well.
+    """
 
     def register(self, fd: int, memory: memoryview) -> None:  # noqa: B027
         """Take note of the memory that buffers will be from: a memory file, and all of it as it is mapped here.
@@ -121,6 +137,20 @@ class Backend(ABC):
         codec asks of the backend that it wraps, since nobody knows how long an encoded object is until it is read.
         """
         raise NotImplementedError(f"{self.name} cannot load what it is not told the size of")
+
+    async def load_listed(
+        self, keys: Sequence[ObjectKey], sizes: Sequence[int], room: Room
+    ) -> list[memoryview | LoadOutcome]:
+        """Load objects of which one knows what `keys` listed: the bytes that it counts for each. That is for copies.
+
+        For each object all of it, in memory that `room` gives, or what `load` says of it.
+        """
+        buffers = room(sizes)
+        outcomes = await self.load(keys, buffers)
+        return [
+            buffer if outcome is LoadOutcome.LOADED else outcome
+            for buffer, outcome in zip(buffers, outcomes, strict=True)
+        ]
 
     @abstractmethod
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:

@@ -1,11 +1,11 @@
 """Copies what one backend holds, and others lack, to them: what `async-cache copy` and draining a backend do.
 
 A copy can be broken off at any time and begun anew: what is there is left out. Every object is verified as it is
-loaded, into a buffer that holds a few, so that the memory for it does not depend on how much there is.
+loaded, and decoded where it was encoded; a few are in memory at a time, however many there are.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from mmap import mmap
 from typing import Any
@@ -24,7 +24,8 @@ from async_cache.prompt.objects import PAGE_BYTES
 from async_cache.values import BackendState, Copied
 
 _LISTED = 256  # objects that are asked for at a time
-_BATCH_BYTES = 32 * 2**20  # in a buffer, unless one object is larger
+_BATCH_BYTES = 32 * 2**20  # of what is listed, loaded at a time, unless one object is larger
+_ROOM_BYTES = 2 * _BATCH_BYTES  # in a buffer: what is encoded is listed as shorter than it is
 _WORKERS = 2  # one loads while another one stores
 
 Objects = list[tuple[ObjectKey, int]]
@@ -55,12 +56,6 @@ async def copy_all(
             await guard.close(config.close_timeout_seconds)
 
 
-def check_can_be_copied(source: Guard) -> None:
-    """Raises BackendError for a backend that does not know how long its objects are."""
-    if not source.backend.lists_sizes:
-        raise BackendError(f"{source.name} is encoded: only what it stores can be copied, by its URL without codec")
-
-
 class Copy:
     """One copying of all objects of `source` that none of `others` holds, to where `stages` says at the time.
 
@@ -89,10 +84,8 @@ class Copy:
     async def run(self) -> Copied:
         """Look at all objects, and copy what is to be copied. What fails of single objects is counted.
 
-        Raises BackendError where the source cannot be listed, or one side is left alone after failures, and where the
-        source does not know how long its objects are.
+        Raises BackendError where the source cannot be listed, or one side is left alone after failures.
         """
-        check_can_be_copied(self._source)
         with self._source.kept():
             try:
                 async with asyncio.TaskGroup() as workers:
@@ -133,26 +126,26 @@ class Copy:
         if found is None:
             raise BackendError(f"{source.name} does not say what it holds")
         sizes = {key: size for (key, size), there in zip(batch, found, strict=True) if there}
-        views = dict(zip(sizes, buffer.views(sizes.values()), strict=True))
         try:
-            outcomes = await self._outcomes(views, buffer) if views else []
+            outcomes = await self._outcomes(sizes, buffer) if sizes else []
         finally:
-            source.unpin(list(views))
+            source.unpin(list(sizes))
         self._count(
-            gone=len(batch) - len(views) + outcomes.count(LoadOutcome.GONE),
+            gone=len(batch) - len(sizes) + outcomes.count(LoadOutcome.GONE),
             corrupt=outcomes.count(LoadOutcome.CORRUPT),
             failed=outcomes.count(LoadOutcome.FAILED),
         )
-        return {key: views[key] for key, of in zip(views, outcomes, strict=True) if of is LoadOutcome.LOADED}
+        return {key: loaded for key, loaded in zip(sizes, outcomes, strict=True) if isinstance(loaded, memoryview)}
 
-    async def _outcomes(self, views: Mapping[ObjectKey, memoryview], buffer: "_Buffer") -> list[LoadOutcome]:
-        call = self._source.begin_load(list(views), list(views.values()))
+    async def _outcomes(self, sizes: Mapping[ObjectKey, int], buffer: "_Buffer") -> list[memoryview | LoadOutcome]:
+        buffer.begin()
+        call = self._source.begin_load_listed(list(sizes), list(sizes.values()), buffer.room)
         try:
             if call is not None:
                 return await call.result()
         except BackendError:
             if self._source.allows():
-                return [LoadOutcome.FAILED] * len(views)
+                return [LoadOutcome.FAILED] * len(sizes)
         finally:
             buffer.leave_to(call)
         raise BackendError(f"{self._source.name} is left alone after failures")
@@ -198,13 +191,23 @@ class _Buffer:
 
     def __init__(self) -> None:
         self._memory = memoryview(b"")
+        self._used = 0
 
-    def views(self, sizes: Iterable[int]) -> list[memoryview]:
-        """Room for objects of these sizes in bytes, each from the beginning of a page on."""
-        ends = list(accumulate(map(_paged, sizes := list(sizes)), initial=0))
-        if ends[-1] > len(self._memory):
-            self._memory = memoryview(mmap(-1, max(ends[-1], _BATCH_BYTES)))  # pages that nobody touches cost nothing
-        return [self._memory[begin : begin + size] for begin, size in zip(ends, sizes, strict=False)]
+    def begin(self) -> None:
+        """From now on, nobody needs what it has given."""
+        self._used = 0
+
+    def room(self, sizes: Sequence[int]) -> list[memoryview]:
+        """Room for objects of these sizes in bytes, each from the beginning of a page on. Raises OSError."""
+        ends = list(accumulate((-(-size // PAGE_BYTES) * PAGE_BYTES for size in sizes), initial=self._used))
+        memory = self._memory
+        if ends[-1] > len(memory):
+            memory = memoryview(mmap(-1, max(ends[-1], _ROOM_BYTES)))  # pages that nobody touches cost nothing
+            if not self._memory:
+                self._memory = memory
+        if memory is self._memory:
+            self._used = ends[-1]
+        return [memory[begin : begin + size] for begin, size in zip(ends, sizes, strict=False)]
 
     def leave_to(self, call: Call[Any] | None) -> None:
         """Cancel a call that has not ended, and leave the memory to it."""
@@ -214,18 +217,14 @@ class _Buffer:
 
 
 def _batches(objects: Objects) -> Iterator[Objects]:
-    """Objects that fit into a buffer together; one that does not has a batch of its own."""
+    """Objects of BATCH_BYTES together; one that is larger has a batch of its own."""
     batch: Objects = []
     size_bytes = 0
     for key, size in objects:
-        if batch and size_bytes + _paged(size) > _BATCH_BYTES:
+        if batch and size_bytes + size > _BATCH_BYTES:
             yield batch
             batch, size_bytes = [], 0
         batch.append((key, size))
-        size_bytes += _paged(size)
+        size_bytes += size
     if batch:
         yield batch
-
-
-def _paged(size_bytes: int) -> int:
-    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES

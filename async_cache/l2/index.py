@@ -5,8 +5,8 @@ from its last one to its first, and what lies in front of them, which only the c
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import compress, islice
 
 from msgspec import Struct
 
@@ -47,15 +47,24 @@ class Index:
 
     Chunks share their shapes, and the records are of no interest to the garbage collector: with a million of them, each
     of its visits would take a tenth of a second. A pin outlives its chunk, so
-    that a late unpin cannot take a pin of one that was stored anew. The room of an object is its size, in whole units.
+    that a late unpin cannot take a pin of one that was stored anew. `on_removed` hears of each chunk that has left, or
+    lost one of its objects: it is to call the backend's own `on_removed`. What is cleared at the end is not told.
+    The room of an object is its size, in whole units.
     """
 
-    def __init__(self, policy: EvictionPolicy[Chunk] | None = None, *, unit_bytes: int = 1) -> None:
+    def __init__(
+        self,
+        policy: EvictionPolicy[Chunk] | None = None,
+        on_removed: Callable[[bytes, Removal], None] = lambda chunk_hash, removal: None,
+        *,
+        unit_bytes: int = 1,
+    ) -> None:
         self.objects = 0
         self.used_bytes = 0
         self.pins: Counter[bytes] = Counter()  # chunks without a pin are not in it
         self._chunks: dict[bytes, Chunk] = {}
         self._policy: EvictionPolicy[Chunk] = policy if policy is not None else LeastRecentlyUsed()
+        self._on_removed = on_removed
         self._unit_bytes = unit_bytes
         self._nothing = Shape({}, {}, 0, 0, {})
         self._shared_objects = 0
@@ -70,21 +79,23 @@ class Index:
             self.pins.update(chunk_hashes)
         return True
 
-    def pin_some(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
-        """For each chunk, whether all these objects are there; if so they are pinned and touched.
+    def pin_whole(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
+        """For each chunk, whether it is there with all of these objects, and then pinned and touched.
 
-        None, and no pin, if of some chunk only some are there.
+        None, and nothing is pinned, if some of them are there without others.
         """
-        get, nothing = self._chunks.get, self._nothing
-        shapes = [chunk.shape if (chunk := get(chunk_hash)) is not None else nothing for chunk_hash in chunk_hashes]
-        whole: dict[int, bool] = {}
-        for shape in {id(shape): shape for shape in shapes}.values():
-            there = [which in shape.sizes for which in objects]
-            if any(there) and not all(there):
-                return None
-            whole[id(shape)] = any(there)
-        found = [whole[id(shape)] for shape in shapes]
-        self.pin_chunks([chunk_hash for chunk_hash, there in zip(chunk_hashes, found, strict=True) if there], objects)
+        chunks = list(map(self._chunks.get, chunk_hashes))
+        for shape in {chunk.shape for chunk in chunks if chunk is not None}:
+            held = [which in shape.sizes for which in objects]
+            if not all(held):
+                if any(held):
+                    return None
+                chunks = [chunk if chunk is None or chunk.shape is not shape else None for chunk in chunks]
+        found = [chunk is not None for chunk in chunks]
+        self._use(reversed(chunks))
+        there = list(compress(chunk_hashes, found))
+        for _ in objects if there else ():
+            self.pins.update(there)
         return found
 
     def pin_present(self, keys: Sequence[ObjectKey]) -> list[bool]:
@@ -111,10 +122,12 @@ class Index:
 
     def touch(self, chunk_hashes: Iterable[bytes]) -> None:
         """Mark chunks that are there as used just now, the last one most recently."""
+        self._use(map(self._chunks.get, chunk_hashes))
+
+    def _use(self, chunks: Iterable[Chunk | None]) -> None:
         use = self._policy.use
-        for chunk in map(self._chunks.get, chunk_hashes):
-            if chunk is not None:
-                use(chunk)
+        for chunk in filter(None, chunks):
+            use(chunk)
 
     def _shape_of(self, chunk_hash: bytes) -> Shape:
         chunk = self._chunks.get(chunk_hash)
@@ -174,12 +187,14 @@ class Index:
             return
         if len(chunk.shape.sizes) == 1:
             self._remove(key.chunk_hash, removal)
+            self._on_removed(key.chunk_hash, removal)
             return
         left = [(which, size, place) for which, size, place in placed_of(chunk) if which != dropped]
         self._reshape(chunk, self._nothing)
         chunk.places = b""
         for which, size, place in left:
             self._add(ObjectKey(key.chunk_hash, *which), size, place)
+        self._on_removed(key.chunk_hash, removal)
 
     def evict(self, size_bytes: int) -> list[ObjectKey] | None:
         """Remove chunks without a pin to free so many bytes; None, and nothing leaves, if they do not suffice."""
@@ -205,6 +220,7 @@ class Index:
         """Remove chunks that are there, and all their objects."""
         for chunk in chunks:
             self._remove(chunk.chunk_hash, removal)
+            self._on_removed(chunk.chunk_hash, removal)
 
     def in_order(self) -> Iterator[Chunk]:
         """Iterate over all chunks in the order in which they should leave. The one that came last may."""

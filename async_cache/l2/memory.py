@@ -50,7 +50,7 @@ class MemoryBackend(Backend):
             raise ValueError(f"capacity_bytes must be at least 1, or None for no bound, not {capacity_bytes}")
         self.name = name
         self.capacity_bytes = capacity_bytes
-        self._index = Index(policy)
+        self._index = Index(policy, lambda *removed: self.on_removed(*removed))
         self._objects: dict[ObjectKey, _Object] = {}
         self._turn = asyncio.Lock()
 
@@ -59,6 +59,8 @@ class MemoryBackend(Backend):
         """The backend of a URL `memory://[name]?capacity=1GiB`. Raises ConfigError."""
         if url.path:
             raise ConfigError("memory has no path")
+        if "@" in url.netloc:
+            raise ConfigError("memory has no user and no password, only a name")
         return cls(url.netloc or "memory", capacity_bytes=url.parameters(capacity=capacity).get("capacity"))
 
     @property
@@ -70,18 +72,7 @@ class MemoryBackend(Backend):
         self._turn = asyncio.Lock()  # a lock belongs to the loop that it was first waited for in
 
     def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
-        if self._index.pin_chunks(chunk_hashes, objects):
-            return [True] * len(chunk_hashes)
-        present = [
-            self._index.present([ObjectKey(chunk_hash, *which) for which in objects]) for chunk_hash in chunk_hashes
-        ]
-        if any(any(of_chunk) and not all(of_chunk) for of_chunk in present):
-            return None
-        found = list(map(any, present))
-        self._index.pin_chunks(
-            [chunk_hash for chunk_hash, there in zip(chunk_hashes, found, strict=True) if there], objects
-        )
-        return found
+        return self._index.pin_whole(chunk_hashes, objects)
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         return self._index.pin_present(keys)

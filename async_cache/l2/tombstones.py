@@ -16,16 +16,25 @@ class Tombstones:
         self._all = 0
         self._watchers: list[Tombstones] = []
 
-    @contextmanager
-    def watch(self) -> "Iterator[Tombstones]":
-        """All that has a tombstone at any time within the block: what a lookup that is out there must not find."""
+    def watcher(self) -> "Tombstones":
+        """All that has a tombstone at any time from now on, until it is dismissed."""
         seen = Tombstones()
         seen._hashes, seen._all = self._hashes.copy(), self._all
         self._watchers.append(seen)
+        return seen
+
+    def dismiss(self, watcher: "Tombstones") -> None:
+        """Let a watcher see no more."""
+        self._watchers.remove(watcher)
+
+    @contextmanager
+    def watch(self) -> "Iterator[Tombstones]":
+        """All that has a tombstone at any time within the block: what a lookup that is out there must not find."""
+        seen = self.watcher()
         try:
             yield seen
         finally:
-            self._watchers.remove(seen)
+            self.dismiss(seen)
 
     def bury(self, chunk_hashes: Collection[bytes] | None) -> None:
         """Set a tombstone for these chunks, or for all if None."""
@@ -41,8 +50,10 @@ class Tombstones:
         if chunk_hashes is None:
             self._all -= 1
         else:
-            self._hashes.subtract(chunk_hashes)
-            self._hashes = +self._hashes
+            for chunk_hash in chunk_hashes:
+                left = self._hashes.pop(chunk_hash) - 1
+                if left:
+                    self._hashes[chunk_hash] = left
 
     def __bool__(self) -> bool:
         return self._all > 0 or bool(self._hashes)

@@ -1,6 +1,7 @@
 """Checks of what callers give, for the cache and for its clients."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,27 @@ def check_seconds(name: str, seconds: float | None) -> None:
         raise TypeError(f"{name} must be a number, not {type(seconds).__name__}")
     if not (seconds >= 0 and math.isfinite(seconds)):
         raise ValueError(f"{name} must be a finite number of seconds, not {seconds}")
+
+
+_TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def check_traceparent(traceparent: str | None) -> None:
+    """Check for None, or a `traceparent` in the form of W3C. Raises TypeError or ValueError."""
+    if traceparent is None:
+        return
+    check_text("traceparent", traceparent, 55, least=55)
+    if not _TRACEPARENT.fullmatch(traceparent):
+        raise ValueError(f"traceparent must be as 00-<32 digits>-<16 digits>-<2 digits>, not {traceparent!r}")
+
+
+def check_capacity(capacity: int) -> int:
+    """Check that it is a number of events, from 1 on, and return it. Raises TypeError or ValueError."""
+    if type(capacity) is not int:
+        raise TypeError(f"capacity must be an int, not {type(capacity).__name__}")
+    if not 1 <= capacity < 2**32:
+        raise ValueError(f"capacity must be from 1 to 2**32 - 1, not {capacity}")
+    return capacity
 
 
 def start_of(prompt: Prompt, skip_tokens: int) -> int:

@@ -195,6 +195,26 @@ class Prompt:
             return self.source == other.source
         return self.chunk_hashes == other.chunk_hashes  # all: an engine's digests are not chained
 
+    def under(self, layout: ModelLayout, adapter: str, most_chunks: int | None = None) -> "Prompt | None":
+        """The same tokens as another layout and adapter cut and hash them, the first chunks of these if not all.
+
+        None where that cannot be said: only the hashes are known, or an engine's do not fit the layout.
+        """
+        chunk_tokens = layout.chunk_tokens
+        match self.source:
+            case TokenSource(packed, media):
+                tokens = len(packed) // 4 // chunk_tokens * chunk_tokens
+                if most_chunks is not None:
+                    tokens = min(tokens, most_chunks * chunk_tokens)
+                source = TokenSource(packed[: tokens * 4], tuple(item for item in media if item[0] < tokens))
+                return Prompt(layout, layout._root("tokens", self.salt, adapter), tokens, self.salt, adapter, source)
+            case BlockSource(blocks, block_tokens) if chunk_tokens % block_tokens == 0:
+                most = None if most_chunks is None else most_chunks * chunk_tokens // block_tokens
+                return layout.prompt_from_hashes(blocks[:most], block_tokens, salt=self.salt, adapter=adapter)
+            case DigestSource(digests) if chunk_tokens == self.layout.chunk_tokens:
+                return layout.prompt_from_digests(digests[:most_chunks], salt=self.salt, adapter=adapter)
+        return None
+
     def __repr__(self) -> str:
         return f"<Prompt of {self.tokens} tokens, {len(self)} chunks, model {self.layout.model!r}>"
 

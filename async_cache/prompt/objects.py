@@ -163,6 +163,12 @@ class ChunkObjects:
         members = self.members
         return _ByMask(lambda mask: tuple(sorted({rank for rank, _ in members[mask]})))
 
+    @cached_property
+    def rooms(self) -> "_ByMask[int]":
+        """By mask, the room that the blocks of its ranks take, in bytes."""
+        ranks, room_bytes = self.ranks, self.room_bytes
+        return _ByMask(lambda mask: sum(room_bytes[rank] for rank in ranks[mask]))
+
     def keys(self, chunks: Iterable[tuple[bytes, int]]) -> list[ObjectKey]:
         """The keys of the objects of chunks, each given as (chunk hash, mask)."""
         new, members = tuple.__new__, self.members  # a third of the time that the named tuple's constructor takes

@@ -24,7 +24,17 @@ from async_cache.errors import (
     UnknownRequestError,
     WriterClosedError,
 )
-from async_cache.values import BackendStatus, CacheStats, Deleted, FlushResult, LoadResult, LookupHits, Shortfall
+from async_cache.values import (
+    BackendStatus,
+    CacheStats,
+    Deleted,
+    Event,
+    Explanation,
+    FlushResult,
+    LoadResult,
+    LookupHits,
+    Shortfall,
+)
 
 VERSION = 1
 DIGEST_BYTES = 32
@@ -39,6 +49,7 @@ Index = Annotated[int, Meta(ge=0, lt=2**32)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
 Label = Annotated[str, Meta(max_length=128)]
 Name = Annotated[str, Meta(max_length=1024)]
+MAX_EVENTS = 65_536  # that a server keeps for one reader
 MAX_URL = 4096  # characters
 URL = Annotated[str, Meta(max_length=MAX_URL)]
 BackendName = URL  # it may be most of one
@@ -114,6 +125,7 @@ class Digests(Message):
     tokens: Count
     salt: Label
     chunk_hashes: Annotated[bytes, Meta(max_length=DIGEST_BYTES * MAX_CHUNKS)]
+    adapter: Label = ""
 
 
 class TokenIds(Message):
@@ -168,6 +180,7 @@ class Prefetch(Message):
     skip_tokens: Count = 0
     ranks: Annotated[list[Index], Meta(min_length=1, max_length=4096)] | None = None
     deadline_seconds: Seconds | None = None
+    traceparent: Annotated[str, Meta(min_length=55, max_length=55)] | None = None
 
 
 class Cancel(Message):
@@ -203,6 +216,16 @@ class Unclaim(Message):
 
 class Lookup(Message):
     """Count what is cached of a prompt. Answered by Hits."""
+
+    number: Number
+    prompt: WirePrompt
+
+
+class Explain(Message):
+    """Ask where the chunks of a prompt are, and why not in the cache. Answered by Explained.
+
+    Where else the same tokens are cached is told where the prompt does not come by its digests.
+    """
 
     number: Number
     prompt: WirePrompt
@@ -302,6 +325,16 @@ class Stats(Message):
     number: Number
 
 
+class Events(Message):
+    """Be told what is stored and removed from now on. Answered by Happened, again and again until a Cancel.
+
+    So many events wait for a client that is slow; what comes beyond that is counted by a Skipped.
+    """
+
+    number: Number
+    capacity: Annotated[int, Meta(ge=1, le=MAX_EVENTS)] = MAX_EVENTS
+
+
 class AddBackend(Message):
     """Open one more backend, before the one at `position` (None: behind all), and use it. Answered by Done."""
 
@@ -345,6 +378,7 @@ Request = (
     | QueryPrefetchStatus
     | Unclaim
     | Lookup
+    | Explain
     | AcquireRead
     | ReleaseRead
     | ReserveStore
@@ -357,6 +391,7 @@ Request = (
     | Clear
     | Flush
     | Stats
+    | Events
     | AddBackend
     | DrainBackend
     | RemoveBackend
@@ -421,6 +456,13 @@ class Hits(Extensible):
 
     number: int
     hits: LookupHits
+
+
+class Explained(Extensible):
+    """Where the chunks of a prompt are, or why they are not there."""
+
+    number: int
+    explanation: Explanation
 
 
 class Loaded(Extensible):
@@ -491,6 +533,13 @@ class Counted(Extensible):
     stats: CacheStats
 
 
+class Happened(Extensible):
+    """Pushed: what was stored and removed, in order; first without any, when all that follows will be told."""
+
+    number: int
+    events: list[Event]
+
+
 class BackendTold(Extensible):
     """The backend of a DrainBackend, as it is now: DRAINED if that is done."""
 
@@ -517,6 +566,7 @@ Answer = (
     | RequestOver
     | RequestClaimed
     | Hits
+    | Explained
     | Loaded
     | ReadAcquired
     | ReadData
@@ -525,6 +575,7 @@ Answer = (
     | Removed
     | Flushed
     | Counted
+    | Happened
     | BackendTold
     | BackendsListed
 )

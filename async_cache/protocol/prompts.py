@@ -71,7 +71,7 @@ def pack(prompt: Prompt, layout: int, *, trusted: bool) -> WirePrompt:
     Raises ValueError for a prompt of which only the digests are known, without trust.
     """
     if trusted:
-        return Digests(layout, prompt.root, prompt.tokens, prompt.salt, b"".join(prompt.chunk_hashes))
+        return Digests(layout, prompt.root, prompt.tokens, prompt.salt, b"".join(prompt.chunk_hashes), prompt.adapter)
     match prompt.source:
         case TokenSource(packed, media):
             return TokenIds(layout, prompt.salt, prompt.adapter, packed, list(media))
@@ -89,7 +89,7 @@ def unpack(wire: WirePrompt, layout: ModelLayout) -> Prompt:
         hashes = _split(wire.chunk_hashes)
         if wire.tokens // layout.chunk_tokens != len(hashes):
             raise ValueError(f"{wire.tokens} tokens do not make {len(hashes)} chunks of {layout.chunk_tokens}")
-        return Prompt(layout, wire.root, wire.tokens, wire.salt, "", None, hashes)
+        return Prompt(layout, wire.root, wire.tokens, wire.salt, wire.adapter, None, hashes)
     if isinstance(wire, Blocks):
         return layout.prompt_from_hashes(wire.blocks, wire.block_tokens, salt=wire.salt, adapter=wire.adapter)
     if isinstance(wire, EngineDigests):

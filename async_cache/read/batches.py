@@ -18,7 +18,8 @@ from async_cache.values import Shortfall
 log = logging.getLogger(__name__)
 
 _BATCH_BYTES = 64 * 2**20  # of one call to a backend: enough to keep its threads busy, little enough to have an end
-_BATCH_CHUNKS = 1024  # what the loop prepares in a millisecond or two
+_BATCH_CHUNKS = 1024  # what the loop prepares in a millisecond or two, ...
+_BATCH_OBJECTS = 2048  # ... of so many objects
 _PLACE = attrgetter("rank", "offset")
 
 
@@ -86,18 +87,18 @@ class Batches:
 
     def enqueue(self, guard: Guard, parts: Iterable[tuple[ChunkLoad, int]], tried: frozenset[Guard]) -> None:
         """Cut objects, which are pinned, into batches, and start those that the bytes in flight allow."""
-        queue, batch = self._queue_of(guard), Batch(guard, tried)
+        queue, batch, objects = self._queue_of(guard), Batch(guard, tried), 0
         for load, mask in parts:
-            if batch.size_bytes >= _BATCH_BYTES or len(batch.parts) >= _BATCH_CHUNKS:
+            objects += mask.bit_count()
+            if batch.size_bytes >= _BATCH_BYTES or len(batch.parts) >= _BATCH_CHUNKS or objects > _BATCH_OBJECTS:
                 self._queue(queue, batch)
-                batch = Batch(guard, tried)
+                batch, objects = Batch(guard, tried), mask.bit_count()
             load.wanted |= mask
             load.waiting |= mask
             load.batches += (batch,)
             batch.parts[load] = mask
             batch.size_bytes += load.layout.objects.sizes[mask]
-        if batch.parts:
-            self._queue(queue, batch)
+        self._queue(queue, batch)
         self._pump(guard)
 
     def drop(self, loads: Iterable[ChunkLoad]) -> None:
@@ -137,6 +138,8 @@ class Batches:
             await asyncio.wait(self._tasks)
 
     def _queue(self, queue: deque[Batch], batch: Batch) -> None:
+        if not batch.parts:
+            return
         queue.append(batch)
         batch.guard.meter.queued(batch.size_bytes)
 

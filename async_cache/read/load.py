@@ -39,6 +39,7 @@ class ChunkLoad(Struct, eq=False):
     reservations: list[Reservation]
     shares: dict[Request, int]  # the request's number of the chunk
     room_bytes: int
+    parent: bytes | None = None  # the chunk before it, for its entry
     wanted: int = 0
     waiting: int = 0
     loaded: int = 0

@@ -6,7 +6,9 @@ its chunk falls short. The room of a chunk is freed only when no call touches it
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
+from async_cache.aio.backlog import Backlog
 from async_cache.config import CacheConfig
 from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
@@ -21,6 +23,7 @@ from async_cache.read.lookup import Asked, Found, Sources, ask
 from async_cache.read.request import Request
 from async_cache.values import Shortfall
 
+_RELEASED_AT_ONCE = 512  # loads, in a few milliseconds; then the loop gets its turn
 _TOLD_AT_ONCE = 4096  # shares, in two milliseconds; then the loop gets its turn
 Arrival = tuple[int, Entry | None, Shortfall | None]
 """The number of a chunk, what can be found of it, and why that may be less than was wanted."""
@@ -66,6 +69,7 @@ class Loader:
         self._table: dict[bytes, ChunkLoad] = {}
         self._reserved_bytes = 0
         self._added: list[tuple[Request, Sequence[bytes], _Rooms, Sources]] = []
+        self._backlog = Backlog(_RELEASED_AT_ONCE)
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -109,7 +113,8 @@ class Loader:
                 chunk_hash, size = hashes[number], reservation.size_bytes
                 load = table.get(chunk_hash)
                 if load is None:
-                    table[chunk_hash] = ChunkLoad(chunk_hash, layout, [reservation], {request: number}, size)
+                    parent = request.before(number)
+                    table[chunk_hash] = ChunkLoad(chunk_hash, layout, [reservation], {request: number}, size, parent)
                 else:
                     load.reservations.append(reservation)
                     load.room_bytes += size
@@ -119,8 +124,14 @@ class Loader:
                 parts = [(table[hashes[number]], mask) for number, mask in masks.items()]
                 self._batches.enqueue(guard, parts, frozenset())
 
-    def release(self, request: Request, chunk_hashes: Iterable[bytes]) -> None:
-        """Release a request's shares of loads; what nobody wants any more is dropped."""
+    def release(self, request: Request, chunk_hashes: Sequence[bytes]) -> None:
+        """Release a request's shares of loads, of very many in turns; what nobody wants any more is dropped.
+
+        What arrives of them meanwhile is not for the request any more.
+        """
+        self._backlog.do(partial(self._release, request), chunk_hashes)
+
+    def _release(self, request: Request, chunk_hashes: Sequence[bytes]) -> None:
         table, dead = self.in_flight(), []
         for chunk_hash in chunk_hashes:
             load = table.get(chunk_hash)
@@ -136,17 +147,13 @@ class Loader:
             load.failure = Shortfall.GONE
         self._deliver([(load, None) for load in dead])
 
-    def expected_seconds(self, chunk_hashes: Iterable[bytes], sources: Iterable[tuple[Guard, int]]) -> float | None:
-        """How long what is on its way of these chunks, and so many bytes more, should take with what is queued before.
+    def expected_seconds(self, more_bytes: Mapping[Guard, int]) -> float | None:
+        """How long so many bytes from each of these backends should take, with what is queued before them.
 
         None if a backend was not measured yet.
         """
-        more = dict(sources)
-        table = self.in_flight()
-        for batches in {table[chunk_hash].batches for chunk_hash in chunk_hashes}:
-            for batch in batches:
-                more.setdefault(batch.guard, 0)
-        return expected_load_seconds([(guard.meter, size) for guard, size in more.items()])
+        self.in_flight()
+        return expected_load_seconds([(guard.meter, size) for guard, size in more_bytes.items()])
 
     def forget(self, guard: Guard) -> None:
         """Forget a backend that nobody uses any more."""
@@ -154,6 +161,7 @@ class Loader:
 
     async def close(self) -> None:
         """Return when nothing is on its way: all requests have left, and all calls have ended or were given up."""
+        self._backlog.do_all()
         await self._batches.close()
 
     # What a batch has brought.
@@ -235,7 +243,7 @@ class Loader:
             self._l1.discard(made)
             return None
         size = sum(reservation.size_bytes for reservation in made)
-        again = ChunkLoad(load.chunk_hash, load.layout, made, load.shares, size, load.wanted, load.wanted)
+        again = ChunkLoad(load.chunk_hash, load.layout, made, load.shares, size, load.parent, load.wanted, load.wanted)
         again.failure = load.failure
         load.shares, load.state = {}, _REPLACED
         self._reserved_bytes += size
@@ -264,7 +272,7 @@ class Loader:
                 for reservation in load.reservations:
                     mask = load.loaded & load.layout.objects.rank_masks[reservation.rank]
                     if mask:
-                        entry = l1.commit(reservation, mask)
+                        entry = l1.commit(reservation, mask, load.parent)
                     else:
                         l1.discard((reservation,))
             settled.append((load, entry or l1.find(load.chunk_hash)))

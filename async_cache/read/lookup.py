@@ -1,6 +1,7 @@
 """Asks all backends side by side which objects they hold, and keeps the pins of what was found."""
 
 import asyncio
+import sys
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import compress
@@ -12,7 +13,8 @@ from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout
 
-_UNPINNED_AT_ONCE = 1024  # chunks
+_TOUCHED_AT_ONCE = 2048  # chunks, in a few milliseconds; then the loop has its turn
+_UNPINNED_AT_ONCE = 4096  # objects, or those of one chunk
 
 Sources = Sequence[tuple[Guard, Mapping[int, int]]]
 """Where to load objects from: backends, with the objects by chunk number."""
@@ -21,7 +23,7 @@ Sources = Sequence[tuple[Guard, Mapping[int, int]]]
 class Asked:
     """What a lookup asks for: objects of chunks, as masks by the chunk's number among `hashes`."""
 
-    def __init__(self, layout: ModelLayout, hashes: Sequence[bytes], masks: Mapping[int, int]):
+    def __init__(self, layout: ModelLayout, hashes: Sequence[bytes], masks: dict[int, int]):
         self.layout = layout
         self.hashes = hashes
         self.masks = masks
@@ -45,20 +47,15 @@ class Asked:
             for number, mask in self.masks.items()
         }
 
-    def alike(self) -> Iterator[tuple[int, Sequence[int]]]:
-        """The different masks, each with the numbers of the chunks of which it is asked."""
-        different = set(self.masks.values())
-        for mask in different:
-            yield mask, [n for n, m in self.masks.items() if m == mask] if len(different) > 1 else list(self.masks)
-
 
 class Found:
     """Objects that backends hold, pinned there. Leaving it by `with` unpins what nobody took."""
 
-    def __init__(self, asked: Asked, holders: Sequence[tuple[Guard, dict[int, int]]], *, failed: bool):
+    def __init__(self, asked: Asked, holders: Sequence[tuple[Guard, dict[int, int]]], *, failed: bool = False):
         self.failed = failed  # a backend that might have held more could not be asked
         self._asked = asked
         self._holders = holders  # the fastest first
+        self._in_order_from = _in_order_from(asked.masks)
 
     @property
     def numbers(self) -> Iterable[int]:
@@ -74,6 +71,13 @@ class Found:
             for number, mask in masks.items():
                 merged[number] = merged.get(number, 0) | mask
         return merged
+
+    def mask_of(self, number: int) -> int:
+        """The objects of a chunk that some backend holds, and that nobody took."""
+        mask = 0
+        for _, masks in self._holders:
+            mask |= masks.get(number, 0)
+        return mask
 
     def sources(self, wanted: Mapping[int, int]) -> Sources:
         """Where to load objects from: each from its fastest holder."""
@@ -96,27 +100,53 @@ class Found:
                 masks.clear()
             else:
                 for number, mask in part.items():
-                    masks[number] &= ~mask
+                    left = masks.pop(number) & ~mask
+                    if left:
+                        masks[number] = left
 
-    def touch_prefix(self, chunk_hashes: Sequence[bytes], start_chunk: int = 0) -> None:
+    def ask_more(self, masks: Mapping[int, int]) -> Mapping[int, int] | None:
+        """Ask for objects of more chunks, by number, what has them at hand: those that are there, by number.
+
+        None, and nothing more is pinned, if asking for them takes time, or there are several to be asked.
+        """
+        if not (masks and self._holders):
+            return {}
+        if len(self._holders) > 1:
+            return None
+        guard, held = self._holders[0]
+        there: dict[int, int] = {}
+        for mask, numbers in _alike(masks):
+            present = guard.lookup_nowait(self._asked.layout, [self._asked.hashes[n] for n in numbers], mask)
+            if present is None:
+                guard.unpin(self._asked.keys_of(there))
+                return None
+            there |= dict.fromkeys(numbers if all(present) else compress(numbers, present), mask)
+        held |= there
+        if there:
+            self._in_order_from = _in_order_from(masks)
+        return there
+
+    def touch_prefix(self, chunk_hashes: Sequence[bytes], start_chunk: int = 0) -> Iterator[None]:
         """What was found is used, and with it all that lies in front of it in a prompt, which L1 may have.
 
-        `chunk_hashes` are those of the prompt; number 0 of what was asked for is its `start_chunk`.
+        `chunk_hashes` are those of the prompt; number 0 of what was asked for is its `start_chunk`. Of very many, each
+        step touches some, the last ones first.
         """
-        masks = list(self._asked.masks.values())
-        if not masks or (len(masks) == len(chunk_hashes) and masks.count(masks[0]) == len(masks)):
-            return  # all were asked for in one go, and so the backend knows
         for guard, held in self._holders:
-            last = max((number for number, mask in held.items() if mask), default=-1)
-            if last >= 0:
-                guard.touch_prefix(chunk_hashes[: start_chunk + last + 1])
+            last = max(compress(held, held.values()), default=None)
+            end = start_chunk + min(last + 1, self._in_order_from) if last is not None else 0
+            while end > 0:
+                begin = max(0, end - _TOUCHED_AT_ONCE)
+                guard.touch_prefix(chunk_hashes[begin:end])
+                end = begin
+                if end:
+                    yield
 
-    def leave_out(self, removed: Container[bytes]) -> None:
-        """Unpin what was found of chunks that were removed meanwhile."""
-        gone = [number for number in self._asked.masks if self._asked.hashes[number] in removed]
+    def leave_out(self, removed: Container[bytes], numbers: Iterable[int]) -> None:
+        """Unpin what was found of those of these chunks that were removed meanwhile."""
+        gone = [number for number in numbers if self._asked.hashes[number] in removed]
         for guard, masks in self._holders if gone else ():
-            guard.unpin(self._asked.keys_of({number: masks.get(number, 0) for number in gone}))
-            masks.update(dict.fromkeys(gone, 0))
+            guard.unpin(self._asked.keys_of({number: masks.pop(number, 0) for number in gone}))
 
     def __enter__(self) -> Self:
         return self
@@ -124,6 +154,9 @@ class Found:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.let_go()
+
+    def let_go(self) -> None:
         """Unpin what was not taken: of very many objects, in slices, between which the loop has its turn."""
         for guard, masks in self._holders:
             left = [(number, mask) for number, mask in masks.items() if mask]
@@ -132,29 +165,27 @@ class Found:
                 self._unpin(guard, left, 0)
 
     def _unpin(self, guard: Guard, left: Sequence[tuple[int, int]], begin: int) -> None:
-        end = begin + _UNPINNED_AT_ONCE
+        end = begin + max(1, _UNPINNED_AT_ONCE // self._asked.layout.objects.full_mask.bit_count())
         guard.unpin(self._asked.keys_of(dict(left[begin:end])))
         if end < len(left):
             asyncio.get_running_loop().call_soon(self._unpin, guard, left, end)
 
 
-def ask_nowait(guards: Sequence[Guard], asked: Asked, tombstones: Tombstones) -> Found | None:
-    """What a single backend answers that has it at hand; None if asking takes time."""
-    if not (guards and asked.masks):
-        return Found(asked, (), failed=False)
-    if len(guards) != 1:
-        return None
-    masks: dict[int, int] = {}
-    for mask, numbers in asked.alike():
-        present = guards[0].lookup_nowait(asked.layout, [asked.hashes[n] for n in numbers], mask)
-        if present is None:
-            guards[0].unpin(asked.keys_of(masks))
-            return None
-        masks |= dict.fromkeys(numbers if all(present) else compress(numbers, present), mask)
-    found = Found(asked, [(guards[0], masks)], failed=False)
-    if tombstones:
-        found.leave_out(tombstones)
-    return found
+def _alike(masks: Mapping[int, int]) -> Iterator[tuple[int, Sequence[int]]]:
+    """The different masks, each with the numbers of the chunks that have it."""
+    different = set(masks.values())
+    for mask in different:
+        yield mask, [n for n, m in masks.items() if m == mask] if len(different) > 1 else list(masks)
+
+
+def _in_order_from(masks: Mapping[int, int]) -> int:
+    """The first chunk of a call that asks for the same of chunks in a row: it leaves them used in their order.
+
+    For others, this is the end.
+    """
+    first = next(iter(masks), sys.maxsize)
+    in_a_row = len(masks) == next(reversed(masks), first) - first + 1 if masks else False
+    return first if in_a_row and len(set(masks.values())) == 1 else sys.maxsize
 
 
 async def ask(guards: Sequence[Guard], asked: Asked, tombstones: Tombstones) -> Found:
@@ -171,7 +202,8 @@ async def ask(guards: Sequence[Guard], asked: Asked, tombstones: Tombstones) -> 
             answers = await _ask_all(order, asked.keys)
     holders = [(g, asked.found(found)) for g, found in zip(order, answers, strict=False) if found is not None]
     found = Found(asked, holders, failed=None in answers)
-    found.leave_out(removed)
+    if removed:
+        found.leave_out(removed, asked.masks)
     return found
 
 

@@ -9,6 +9,7 @@ from async_cache.handles.prefetch import Prefetch
 from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
 from async_cache.prompt.layout import Prompt
+from async_cache.read.search import Search
 from async_cache.values import LoadResult, LookupHits, Shortfall
 
 
@@ -33,6 +34,7 @@ class Request:
 
     __slots__ = (
         "__weakref__",
+        "_hashes",
         "began",
         "claimed",
         "deadline",
@@ -51,9 +53,11 @@ class Request:
         "request_id",
         "result",
         "rooms",
+        "search",
         "start_chunk",
         "state",
         "task",
+        "traceparent",
     )  # fmt: skip
 
     prefetch: Prefetch  # what its caller has of it
@@ -65,8 +69,10 @@ class Request:
         self.start_chunk = start_chunk
         self.ranks = ranks
         self.local_mask = prompt.layout.objects.mask_of_ranks(ranks)  # the objects to load here
+        self._hashes: list[bytes] = []
         # Where it is.
         self.began = began
+        self.traceparent: str | None = None  # the span that it belongs to, in the form of W3C
         self.state = LOOKING_UP
         self.task: asyncio.Task[None] | None = None  # while it waits for L2
         self.deadline: asyncio.TimerHandle | None = None
@@ -78,6 +84,7 @@ class Request:
         self.reasons: dict[int, Shortfall] = {}  # by chunk, why its load fell short
         # What it holds.
         self.entries: list[Entry | None] = []  # leased, by chunk
+        self.search: Search | None = None  # what was found in L2, pinned there, until the loader has it
         self.loads: set[int] = set()  # chunks of which it has a share in a load
         self.rooms: Sequence[tuple[int, Reservation]] = ()  # reserved, by chunk, until the loader has them
         # Who uses it.
@@ -93,8 +100,15 @@ class Request:
     @property
     def hashes(self) -> list[bytes]:
         """The hashes of this request's chunks, from `start_chunk` on."""
-        hashes = self.prompt.chunk_hashes
-        return hashes[self.start_chunk :] if self.start_chunk else hashes
+        if not self._hashes:
+            hashes = self.prompt.chunk_hashes
+            self._hashes = hashes[self.start_chunk :] if self.start_chunk else hashes
+        return self._hashes
+
+    def before(self, number: int) -> bytes | None:
+        """The hash of the chunk before one of this request's, if there is one."""
+        at = self.start_chunk + number
+        return self.prompt.chunk_hashes[at - 1] if at else None
 
     @property
     def pending(self) -> bool:
@@ -103,13 +117,17 @@ class Request:
 
     def release(self, l1: L1Store, needed: Sequence[int] = ()) -> None:
         """Release the leases of chunks of which nothing is needed: the tail first, so that it is evicted first."""
-        entries = self.entries
-        if not any(entries):
-            return
-        unneeded = [n for n, entry in enumerate(entries) if entry and not (n < len(needed) and needed[n])]
-        l1.release(filter(None, [entries[n] for n in reversed(unneeded)]))
-        for number in unneeded:
-            entries[number] = None
+        entries, begin = self.entries, len(needed)
+        if any(entries):
+            unneeded = [entry for entry in reversed(entries[begin:]) if entry is not None]
+            entries[begin:] = [None] * (len(entries) - begin)
+            if 0 in needed:
+                outside = [n for n, need in enumerate(needed) if not need and entries[n] is not None]
+                unneeded += filter(None, [entries[n] for n in reversed(outside)])
+                for number in outside:
+                    entries[number] = None
+            if unneeded:
+                l1.release_soon(unneeded)
 
     def __repr__(self) -> str:
         return f"<Request {self.request_id!r}, {self.state.value}, {self.length} chunks>"

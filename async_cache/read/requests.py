@@ -1,5 +1,6 @@
 """Who knows a request: ids, claims and readers, and how requests end."""
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -13,12 +14,14 @@ from async_cache.errors import (
     RequestConflictError,
     UnknownRequestError,
 )
-from async_cache.handles.lease import Entered, ReadChunk
+from async_cache.handles.lease import Entered, Memory, ReadChunk
 from async_cache.l1.store import L1Store
 from async_cache.observe import Observers, notify
 from async_cache.prompt.layout import Prompt, check_index
 from async_cache.read.request import IN_USE, LOADED, OVER, Request
 from async_cache.values import LoadResult, LookupHits, Shortfall
+
+_ENTERED_AT_ONCE = 4096  # chunks, in a few milliseconds; then the loop has its turn
 
 
 class Requests:
@@ -134,33 +137,36 @@ class Requests:
         result = await request.result.wait()
         if request.state is OVER:
             raise self._ended(request)
+        memory = Memory(memoryview(self._l1.arena.view))  # of its own, which lives as long as the lease
+        chunks = await self._chunks(request, rank, memory)
+        if request.state is OVER:
+            raise self._ended(request)
         if (rank, reader) in request.readers:
             raise ReadConflictError(f"rank {rank}, reader {reader} has read request {request_id!r} already")
         request.readers.add((rank, reader))
         request.inside += 1
         self._use(request)
-        return Entered(
-            result,
-            layout,
-            self._chunks(request, rank),
-            partial(self._leave, request),
-            partial(self._undo_enter, request, rank, reader),
-        )
+        leave, undo = partial(self._leave, request), partial(self._undo_enter, request, rank, reader)
+        return Entered(result, layout, chunks, memory, leave, undo)
 
-    def _chunks(self, request: Request, rank: int) -> tuple[ReadChunk, ...]:
+    async def _chunks(self, request: Request, rank: int, memory: Memory) -> tuple[ReadChunk, ...]:
         layout, start, entries = request.prompt.layout, request.start_chunk, request.entries
-        memory = memoryview(self._l1.arena.view)  # of its own, which lives as long as the lease
-        return tuple(
-            ReadChunk(
-                start + n,
-                entry.offset(rank) if (entry := entries[n]) is not None and entry.ranks >> rank & 1 else None,
-                rank,
-                needed,
-                layout,
-                memory,
-            )
-            for n, needed in enumerate(request.needed)
-        )
+        chunks: list[ReadChunk] = []
+        for begin in range(0, request.length, _ENTERED_AT_ONCE):
+            if begin:
+                await asyncio.sleep(0)
+            chunks += [
+                ReadChunk(
+                    start + n,
+                    entry.offset(rank) if (entry := entries[n]) is not None and entry.ranks >> rank & 1 else None,
+                    rank,
+                    needed,
+                    layout,
+                    memory,
+                )
+                for n, needed in enumerate(request.needed[begin : begin + _ENTERED_AT_ONCE], begin)
+            ]
+        return tuple(chunks)
 
     def _undo_enter(self, request: Request, rank: int, reader: int) -> None:
         """Undo an entry of which the reader never came to know: it may enter again."""
@@ -246,7 +252,7 @@ class Requests:
             request.release(self._l1)
             # What the engine held comes before what it asked for, and is to stay longer.
             if request.start_chunk and request.prompt.hashed:
-                self._l1.touch(reversed(request.prompt.chunk_hashes[: request.start_chunk]))
+                self._l1.touch_soon(request.prompt.chunk_hashes[request.start_chunk - 1 :: -1])
 
     def check_integrity(self) -> None:
         """Assert that the time-to-live queues agree with the states of the requests."""

@@ -11,6 +11,7 @@ layouts     layouts that clients register, and the prompts that name them
 prefetches  prefetches that are held: pushes, and which connections hold a request together
 reads       reads that are held: leases, and their bytes in frames
 writers     writers that are held: bytes from a segment or from frames, until they are committed
+events      events that are pushed, as fast as their client takes them
 segment     memory that a client writes to, and the server only reads
 """
 

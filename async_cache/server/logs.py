@@ -4,12 +4,14 @@ import logging
 import os
 import queue
 import select
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LINES = 10_000
 _FLUSH_SECONDS = 1.0
+_TELL_SECONDS = 0.2
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -66,6 +68,14 @@ def _write_all(descriptor: int, data: bytes) -> None:
 def say(descriptor: int, data: bytes) -> None:
     """Have a thread write this to a descriptor: who listens there may hang, or be gone."""
     threading.Thread(target=_write_all, args=(descriptor, data), name="say", daemon=True).start()
+
+
+def tell(text: str) -> bool:
+    """Write this to standard error; whether it was taken at once. Else a thread hangs there, who listens may do so."""
+    telling = threading.Thread(target=sys.stderr.write, args=(text,), name="tell", daemon=True)
+    telling.start()
+    telling.join(_TELL_SECONDS)
+    return not telling.is_alive()
 
 
 @contextmanager

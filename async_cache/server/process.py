@@ -5,7 +5,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -16,11 +15,11 @@ from async_cache.cache import AsyncCache
 from async_cache.config import CacheConfig, ServerConfig
 from async_cache.protocol.address import Address
 from async_cache.server.listener import Listener
+from async_cache.server.logs import tell
 from async_cache.server.server import Server
 
 log = logging.getLogger(__name__)
 
-_TELL_SECONDS = 0.2
 _CLOSE_PART = 0.4  # of the time for a shutdown: for write-back, and as much for I/O that does not end
 
 
@@ -29,8 +28,9 @@ async def serve(
 ) -> None:
     """Serve a cache until SIGTERM, SIGINT or SIGHUP; `ready` is called with the addresses, once clients can connect.
 
-    A SIGHUP that was ignored when the process began, as by `nohup`, stays ignored. The process ends, with exit code 1,
-    if storage delays the shutdown beyond `shutdown_timeout_seconds`.
+    A SIGHUP that was ignored when the process began, as by `nohup`, stays ignored. From the first signal on, others
+    change nothing. The process ends, with exit code 1, if storage delays the shutdown beyond
+    `shutdown_timeout_seconds`.
     """
     timeout = server_config.shutdown_timeout_seconds
     close_timeout = min(cache_config.close_timeout_seconds, _CLOSE_PART * timeout)
@@ -40,13 +40,20 @@ async def serve(
     stopped = asyncio.Event()
 
     def stop() -> None:
+        if stopped.is_set():
+            return
         log.info("shutting down")
         stopped.set()
         opening.cancel()
         _end_after(timeout)
 
+    def signalled(*_: object) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(stop)
+
+    # Not by the loop, which would let go of them as it closes: what comes then would kill the process.
     for number in _signals():
-        loop.add_signal_handler(number, stop)
+        signal.signal(number, signalled)
     async with AsyncExitStack() as stack:
         opening = asyncio.create_task(_open(stack, cache_config, server_config))
         try:
@@ -83,10 +90,7 @@ def _end_after(seconds: float) -> None:
     """End the process if it is still there then: nothing else would end threads that are stuck in storage."""
 
     def end() -> None:
-        text = "gave up waiting for storage\n"
-        telling = threading.Thread(target=sys.stderr.write, args=(text,), daemon=True)  # who listens may hang
-        telling.start()
-        telling.join(_TELL_SECONDS)
+        tell("gave up waiting for storage\n")
         os._exit(1)
 
     timer = threading.Timer(seconds, end)

@@ -29,6 +29,7 @@ from async_cache.server.session import Session, Shared
 log = logging.getLogger(__name__)
 
 _COPIERS = 2
+_QUIET_SECONDS = 60.0  # after what may happen ten times a second
 _RETRY_SECONDS = 0.1  # where there are no file descriptors left, for one
 _TELL_SECONDS = 0.5  # for the open connections to take their last message
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
@@ -132,11 +133,14 @@ class Server:
 
     async def _accept(self, listener: Listener) -> None:
         loop = asyncio.get_running_loop()
+        quiet_until = 0.0
         while True:
             try:
                 sock, _ = await loop.sock_accept(listener.socket)
             except OSError as error:
-                log.warning("a connection could not be accepted: %s", error.strerror)
+                if loop.time() >= quiet_until:
+                    log.warning("a connection could not be accepted: %s", error.strerror)
+                    quiet_until = loop.time() + _QUIET_SECONDS
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             self._greeting += 1

@@ -22,6 +22,7 @@ from async_cache.protocol.connection import Connection
 from async_cache.protocol.messages import Decoder, Message, failed
 from async_cache.protocol.partials import Partials
 from async_cache.server.access import Scope, Tenant
+from async_cache.server.events import MAX_STREAMS, HeldEvents
 from async_cache.server.held import Held, Wait
 from async_cache.server.layouts import Layouts, SharedLayouts
 from async_cache.server.prefetches import HeldPrefetch, Holders
@@ -156,6 +157,7 @@ class Session:
             skip_tokens=message.skip_tokens,
             ranks=message.ranks,
             deadline_seconds=message.deadline_seconds,
+            traceparent=message.traceparent,
         )
         HeldPrefetch(message.number, self.held, self.connection, prefetch, self._holders, self._scope)
 
@@ -204,6 +206,15 @@ class Session:
     def _stats(self, message: messages.Stats) -> None:
         self.connection.send(messages.Counted(message.number, self._cache.core.stats()))
 
+    def _events(self, message: messages.Events) -> None:
+        self._check_number(message.number)
+        if sum(isinstance(held, HeldEvents) for held in self.held.values()) >= MAX_STREAMS:
+            raise LimitError(f"a connection reads up to {MAX_STREAMS} streams of events")
+        stream = self._cache.core.events.stream(message.capacity, self._tenant.salts)
+        events = HeldEvents(message.number, self.held, self.connection, stream)
+        self._tasks.add(events.task)
+        events.task.add_done_callback(self._tasks.discard)
+
     # What waits.
 
     async def _query_lookup_hits(self, message: messages.QueryPrefetchLookupHits) -> Message:
@@ -224,6 +235,10 @@ class Session:
 
     async def _lookup(self, message: messages.Lookup) -> Message:
         return messages.Hits(message.number, await self._cache.lookup(self._layouts.prompt(message.prompt)))
+
+    async def _explain(self, message: messages.Explain) -> Message:
+        prompt = self._layouts.prompt(message.prompt)
+        return messages.Explained(message.number, await self._cache.explain(prompt))
 
     async def _acquire_read(self, message: messages.AcquireRead) -> None:
         request_id = self._scope.inner(message.request_id)
@@ -300,12 +315,14 @@ _AT_ONCE: dict[type[Message], Callable[[Session, Any], None]] = {
     messages.Renew: Session._renew,
     messages.EndRequest: Session._end_request,
     messages.Stats: Session._stats,
+    messages.Events: Session._events,
     messages.Ping: Session._done,
 }
 _WAITING: dict[type[Message], _Waits] = {
     messages.QueryPrefetchLookupHits: Session._query_lookup_hits,
     messages.QueryPrefetchStatus: Session._query_status,
     messages.Lookup: Session._lookup,
+    messages.Explain: Session._explain,
     messages.AcquireRead: Session._acquire_read,
     messages.ReserveStore: Session._reserve_store,
     messages.Delete: Session._delete,

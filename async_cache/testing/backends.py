@@ -6,14 +6,14 @@ and touched no buffer. They use the loop's clock and no threads, so they run in 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Literal, get_args
 
 from async_cache.errors import BackendError
-from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.backend import Backend, LoadOutcome, Room
 from async_cache.l2.memory import STEP_BYTES, MemoryBackend
 from async_cache.prompt.keys import ObjectKey
-from async_cache.values import BackendUsage
+from async_cache.values import BackendUsage, Removal
 
 Verb = Literal["lookup", "load", "store", "delete"]
 VERBS: tuple[Verb, ...] = get_args(Verb)
@@ -32,9 +32,18 @@ class WrappedBackend(Backend):
         self.inner = inner
         self.name = inner.name
         self.limits, self.placement, self.shared = inner.limits, inner.placement, inner.shared
-        self.lists_sizes = inner.lists_sizes
+        self.ttl_seconds = inner.ttl_seconds
         self.calls: Counter[str] = Counter()
         self.keys_asked: Counter[str] = Counter()
+
+    @property
+    def on_removed(self) -> Callable[[bytes, Removal], None]:
+        """Whom the inner backend tells."""
+        return self.inner.on_removed
+
+    @on_removed.setter
+    def on_removed(self, told: Callable[[bytes, Removal], None]) -> None:
+        self.inner.on_removed = told
 
     async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers) -> None:
         """Wait, or raise, before an inner call: for subclasses. `calls` counts the call already."""
@@ -65,6 +74,12 @@ class WrappedBackend(Backend):
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[int | LoadOutcome]:
         await self._begin("load", keys, buffers)
         return await self.inner.load_sized(keys, buffers)
+
+    async def load_listed(
+        self, keys: Sequence[ObjectKey], sizes: Sequence[int], room: Room
+    ) -> list[memoryview | LoadOutcome]:
+        await self._begin("load", keys)
+        return await self.inner.load_listed(keys, sizes, room)
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[bool]:
         await self._begin("store", keys, buffers)
@@ -208,6 +223,12 @@ class FailingBackend(WrappedBackend):
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[int | LoadOutcome]:
         sizes, bad = await super().load_sized(keys, buffers), self._bad("load")
         return [LoadOutcome.FAILED if key in bad else of_inner for key, of_inner in zip(keys, sizes, strict=True)]
+
+    async def load_listed(
+        self, keys: Sequence[ObjectKey], sizes: Sequence[int], room: Room
+    ) -> list[memoryview | LoadOutcome]:
+        loaded, bad = await super().load_listed(keys, sizes, room), self._bad("load")
+        return [LoadOutcome.FAILED if key in bad else of_inner for key, of_inner in zip(keys, loaded, strict=True)]
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[bool]:
         await self._begin("store", keys, buffers)

@@ -61,6 +61,10 @@ class Proxy:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        for writer in self._writers:  # of connections that came as it closed: their tasks ended before they began
+            writer.close()
+        self._writers.clear()
+        self._clients.clear()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -110,6 +114,8 @@ class Proxy:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self._writers.add(writer)
+        self._clients.add(writer)
         self._start(self._connect(reader, writer))
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
@@ -120,8 +126,6 @@ class Proxy:
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Connect to the server, and pass bytes both ways until either end closes."""
-        self._writers.add(writer)
-        self._clients.add(writer)
         others = None
         try:
             await self._flows.wait()

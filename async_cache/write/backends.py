@@ -8,12 +8,13 @@ from functools import partial
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend
-from async_cache.l2.copy import Copy, check_can_be_copied
+from async_cache.l2.copy import Copy
 from async_cache.l2.guard import Guard
 from async_cache.l2.guard.guards import Guards
 from async_cache.l2.opening import open_all
 from async_cache.l2.tombstones import Tombstones
 from async_cache.l2.urls.registry import from_url
+from async_cache.ledger.ledger import Ledger
 from async_cache.values import BackendState, BackendStatus
 from async_cache.write.carrier import Carrier
 from async_cache.write.writeback import Writeback
@@ -34,12 +35,14 @@ class Backends:
         writeback: Writeback,
         tombstones: Tombstones,
         config: CacheConfig,
+        ledger: Ledger,
         forget: Callable[[Guard], None],
     ):
         self._guards = guards
         self._writeback = writeback
         self._tombstones = tombstones
         self._config = config
+        self._ledger = ledger
         self._forget = forget
         self._opening: set[str] = set()
         self._copies: dict[Guard, Copy] = {}
@@ -74,7 +77,7 @@ class Backends:
 
     async def _add(self, backend: Backend, behind: Sequence[Guard]) -> None:
         await open_all([backend], self._config)
-        guard = Guard.of(backend, self._config)
+        guard = Guard.of(backend, self._config, self._ledger)
         self._guards.add(guard, behind)
         self._writeback.add(guard)
         log.info("backend %s was added", guard.name)
@@ -91,7 +94,6 @@ class Backends:
             raise ConfigError(f"backend {name!r} is being removed")
         drain = self._drains.get(guard)
         if drain is None and guard.state is not BackendState.DRAINED:
-            check_can_be_copied(guard)  # before it gets no more to store
             guard.state = BackendState.DRAINING
             drain = self._drains[guard] = self._carrier.begin(self._drain(guard))
             drain.add_done_callback(lambda _: self._drains.pop(guard))

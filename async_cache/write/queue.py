@@ -3,10 +3,11 @@
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from enum import Enum
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
+from operator import not_
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -18,6 +19,7 @@ from async_cache.l2.guard import Call, Guard
 from async_cache.l2.guard.breaker import BreakerState
 from async_cache.l2.guard.guards import held_by
 from async_cache.l2.placement import Placing
+from async_cache.observe import Observers, notify
 from async_cache.prompt.keys import ObjectKey
 
 log = logging.getLogger(__name__)
@@ -86,6 +88,7 @@ class WriteQueue:
         commits_paused: Callable[[], Awaitable[None]],
         others: Callable[[Guard], Sequence[Guard]],
         left: "Callable[[WriteQueue, Pending, Outcome, int], None]",
+        observers: Observers,
     ):
         self.guard = guard
         self.share_bytes = 1
@@ -98,6 +101,7 @@ class WriteQueue:
         self._commits_paused = commits_paused
         self._others = others
         self._tell_left = left
+        self._observers = observers
         self._offered: dict[Pending, int] = {}  # what is promoted, each with its bytes
         self._offered_bytes = 0
         self._ending = False
@@ -281,8 +285,11 @@ class WriteQueue:
                 call = guard.begin_store(missing, [self._buffer(keys[key].entry, key) for key in missing])
             if call is not None:
                 done = await call.result()
-                stored.update(key for key, ok in zip(missing, done, strict=True) if ok)
+                new = list(compress(missing, done))
+                stored.update(new)
                 doubtful.difference_update(stored)
+                if new and self._observers.stored:
+                    await self._tell_stored(keys, dict.fromkeys(keys[key] for key in new), stored)
             return call is not None or not missing
         except BackendError:
             return False
@@ -292,6 +299,25 @@ class WriteQueue:
             else:
                 call.cancel()
                 call.when_ended(partial(self._release, write))
+
+    async def _tell_stored(
+        self, keys: dict[ObjectKey, Pending], chunks: Iterable[Pending], stored: Collection[ObjectKey]
+    ) -> None:
+        """Tell observers of those chunks that the backend has all of; L1 need not have all of them."""
+        parts = {pending for key, pending in keys.items() if key not in stored}
+        asked = {
+            key: pending
+            for pending in chunks
+            for key in pending.entry.layout.objects.keys([(pending.entry.chunk_hash, pending.entry.lacks)])
+        }
+        if asked:
+            there = await self.guard.lookup(list(asked))
+            if there is not None:
+                self.guard.unpin_found(list(asked), there)
+            parts.update(compress(asked.values(), map(not_, there)) if there is not None else asked.values())
+        for pending in chunks:
+            if pending not in parts:
+                notify(self._observers.stored, self.guard.name, pending.entry.observed())
 
     def _hold(self, batch: list[Pending]) -> Write:
         """Keep the memory of a batch until its write has ended."""

@@ -71,7 +71,9 @@ class Writeback:
         self.arrange()
 
     def _begin(self, guard: Guard) -> None:
-        queue = WriteQueue(guard, self._l1, self._commits_paused, self._guards.others, self._left_queue)
+        queue = WriteQueue(
+            guard, self._l1, self._commits_paused, self._guards.others, self._left_queue, self._observers
+        )
         self._queues[guard] = queue
         self._tasks[queue] = asyncio.create_task(queue.run())
 

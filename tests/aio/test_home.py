@@ -58,6 +58,6 @@ def test_only_another_loop_is_elsewhere(run: Run) -> None:
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-async def test_a_loop_of_a_forked_child_is_elsewhere_though_its_thread_is_the_same(loop: str) -> None:
+async def test_all_of_a_forked_child_is_elsewhere_though_its_thread_is_the_same_and_without_a_loop(loop: str) -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", _FORKED, loop, env=dict(os.environ))
-    assert await process.wait() == 1
+    assert await process.wait() == 1 + 2

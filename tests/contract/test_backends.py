@@ -435,18 +435,6 @@ async def test_where_no_other_takes_it_a_backend_is_not_drained_and_says_how_muc
         assert (status.state, status.copied.present, status.copied.copied) == (BackendState.DRAINED, 2, 2)
 
 
-async def test_a_backend_that_is_encoded_is_not_drained_and_is_written_to_as_before() -> None:
-    encoded = MemoryBackend("encoded")
-    encoded.lists_sizes = False
-    async with open_cache(encoded, MemoryBackend("far")) as cache:
-        with pytest.raises(BackendError, match="is encoded"):
-            await cache.drain_backend("encoded")
-        assert (await states(cache))["encoded"] is BackendState.ACTIVE
-        await fill(cache, make_prompt(3))
-        await cache.flush()
-        assert (await cache.stats()).backends["encoded"].objects == 3
-
-
 async def test_what_is_held_only_by_two_that_are_drained_is_copied_too() -> None:
     a, b, c = (MemoryBackend(name) for name in "abc")
     for backend in (a, b):

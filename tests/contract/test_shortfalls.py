@@ -448,3 +448,28 @@ async def test_a_request_keeps_what_it_holds_of_a_chunk_where_what_came_in_its_p
             async with cache.read(prefetch.request_id, rank=rank) as lease:
                 assert verify(lease, prompt, rank) == [0, 1]
         await assert_nothing_held(cache)
+
+
+async def test_an_object_of_one_rank_that_cannot_be_read_is_the_loss_of_that_rank_alone():
+    prompt, other = (make_prompt(4, number, TWO_RANKS) for number in (1, 2))
+    backend = FailingBackend(MemoryBackend(), "load", times=None, keys=object_keys(prompt, chunks=[2], ranks=[1]))
+
+    async def load(prompt, *ranks):
+        prefetch = cache.prefetch(prompt, ranks=ranks)
+        result = await prefetch.load_done
+        for rank in ranks:
+            async with cache.read(prefetch.request_id, rank=rank) as lease:
+                assert verify(lease, prompt, rank) == list(range(result.chunks))
+        await cache.end_request(prefetch.request_id)
+        return result.chunks, result.shortfall
+
+    async with open_cache(backend) as cache:
+        await fill_l2(cache, prompt, other)
+        for number in range(10):
+            assert await load(prompt, 0) == (4, None)
+            assert await load(prompt, 1) == (2, Shortfall.BACKEND_ERROR)
+            assert await load(prompt, 0, 1) == (2, Shortfall.BACKEND_ERROR)
+            if number == 4:
+                await cache.clear("l1")
+        assert await load(other, 0, 1) == (4, None)
+        await assert_nothing_held(cache)

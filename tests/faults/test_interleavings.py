@@ -6,12 +6,14 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 
 from .interleaving import REPLAY, ShuffledLoop, run, seeds
 from .program import Program
+from .small_steps import small_steps
 
 REACHED = {
     "promises of what is in L2",
@@ -41,11 +43,15 @@ REACHED = {
 
 
 @pytest.mark.timeout(1800)
-def test_in_whatever_order_callbacks_run_the_cache_keeps_its_word(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("steps", [nullcontext, small_steps], ids=["", "in small steps"])
+def test_in_whatever_order_callbacks_run_the_cache_keeps_its_word(
+    steps: Callable[[], AbstractContextManager[None]], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.ERROR)
     reached: Counter[str] = Counter()
     for seed in seeds(quick=1000, long=40_000):
-        run(seed, lambda loop: Program(loop, reached).main())
+        with steps():
+            run(seed, lambda loop: Program(loop, reached).main())
         assert not caplog.records, f"{REPLAY}={seed}: what went wrong was only logged"
     if REPLAY not in os.environ:
         seldom = {what: reached[what] for what in REACHED if reached[what] < 5}

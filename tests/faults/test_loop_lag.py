@@ -3,8 +3,8 @@
 `blockbuster` is around the busy life of a cache over files. In a process of its own, with 1,000,000 chunks in L1 and as
 many objects in the file backend's index (50,000 quick), a task measures how late the loop is, and a thread sees what
 holds it. The goal is that nothing holds it for more than 20 ms, in the CPU time of its thread on an idle machine. It is
-missed where 4,096 chunks are looked up in L2, or their room is made, in one step (LIMIT_MS); and where a collection of
-Python's garbage comes while a million chunks wait to be written (COLLECTION_MS).
+missed where a collection of Python's garbage comes while a million chunks wait to be written (COLLECTION_MS). What a
+step of the loop does is counted, too, in calls: as many for a prompt of 4,000 chunks as for one of 1,000.
 
 `python -m faults.test_loop_lag 1000000`, in `tests`, prints what the test looks at.
 """
@@ -22,6 +22,7 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import uvloop
@@ -42,20 +43,14 @@ from soak import rounds
 
 from async_cache import AsyncCache, CacheConfig, ObjectGroup, Shortfall
 from async_cache.l2.filesystem.backend import FileSystemBackend
+from async_cache.l2.memory import MemoryBackend
 from async_cache.testing.backends import WrappedBackend
+from faults.small_steps import small_steps
 
 from .disk import claim, damage_record, place_of
 
 GOAL_MS = 20
 INDEX_PAGES = 8  # of the directory, on the disk
-LIMIT_MS = {
-    "count in L2": 60,
-    "prefetch from L2, cancelled": 250,
-    "store": 60,
-    "eviction": 60,
-    "store of 8 ranks": 80,
-    "store again": 60,
-}
 COLLECTION_MS = rounds(20, 150)
 REFERENCE_MS = 20  # what `reference_ms` takes on an idle machine
 
@@ -311,12 +306,138 @@ def test_nothing_holds_the_loop_for_long():
     for _ in range(3):  # another process may spoil a round
         phases = json.loads(subprocess.check_output(command, cwd=Path(__file__).parents[1], timeout=seconds))
         slower = max(1, phases.pop("reference_ms") / REFERENCE_MS)
-        limits = {name: (LIMIT_MS.get(name, GOAL_MS) + COLLECTION_MS) * slower for name in phases}
+        limits = dict.fromkeys(phases, (GOAL_MS + COLLECTION_MS) * slower)
         held = {name: phase for name, phase in phases.items() if phase["cpu_ms"] > limits[name]}
         too_long = held if too_long is None else {name: held[name] for name in held.keys() & too_long}
         if not too_long:
             return
     pytest.fail(f"the loop was held: {too_long}")
+
+
+class Steps:
+    """Counts the calls that are made in each step of the loop, and keeps the most of each phase."""
+
+    def __init__(self):
+        self.most = Counter()
+        self.phase = ""
+        self._calls = 0
+
+    def _count(self, frame, event, argument):
+        self._calls += event in ("call", "c_call")
+
+    @contextmanager
+    def counted(self):
+        run = asyncio.events.Handle._run
+
+        def counted(handle):
+            self._calls = 0
+            run(handle)
+            self.most[self.phase] = max(self.most[self.phase], self._calls)
+
+        with patch.object(asyncio.events.Handle, "_run", counted):
+            sys.setprofile(self._count)
+            try:
+                yield
+            finally:
+                sys.setprofile(None)
+
+    async def begin(self, phase):
+        await asyncio.sleep(0)
+        self.phase = phase
+
+
+async def life(steps, chunks):
+    """What happens to a prompt of so many chunks and two ranks; what the test does itself takes a step for a chunk."""
+    prompt, beside, absent = (make_prompt(chunks, number, TWO_RANKS) for number in (101, 102, 103))
+    for each in (prompt, beside, absent):
+        each.hash()
+    async with open_cache(MemoryBackend(), pages=3 * chunks) as cache:
+
+        async def fill(prompt, ranks=(0, 1)):
+            for rank in ranks:
+                async with cache.store(prompt, rank=rank) as writer:
+                    for chunk in list(writer):
+                        chunk.commit()
+                        await asyncio.sleep(0)
+                    await steps.begin("a writer ends")
+                await steps.begin("a writer begins")
+
+        await steps.begin("a writer begins")
+        await fill(prompt)
+        await steps.begin("write-back")
+        await cache.flush()
+        await steps.begin("prefetch in L1")
+        request_id = cache.prefetch(prompt).request_id
+        assert (await cache.query_status(request_id)).l1_chunks == chunks
+        await steps.begin("read")
+        lease = await cache.read(request_id)
+        await steps.begin("end of a read")
+        lease.release()
+        await cache.end_request(request_id)
+        await steps.begin("end of what was skipped")
+        skipping = cache.prefetch(prompt, skip_tokens=(chunks - 1) * prompt.layout.chunk_tokens)
+        assert (await skipping.load_done).chunks == 1
+        await cache.end_request(skipping.request_id)
+        await steps.begin("count in L1")
+        assert (await cache.lookup(prompt)).l1_chunks == chunks
+        await steps.begin("clear")
+        await cache.clear()
+        await steps.begin("not cached")
+        assert (await cache.prefetch(absent).load_done).chunks == (await cache.lookup(absent)).chunks == 0
+        await steps.begin("count in L2")
+        assert (await cache.lookup(prompt)).l2_chunks == chunks
+        await steps.begin("cancelled")
+        cancelled = cache.prefetch(prompt)
+        assert (await cancelled.lookup_done).chunks == chunks
+        cancelled.cancel()
+        await cache.end_request(cancelled.request_id)
+        await cache.clear()
+        await steps.begin("others fill L1")
+        await fill(beside)
+        await cache.flush()
+        await steps.begin("prefetch from L2, by eviction")
+        evicting = cache.prefetch(prompt)
+        assert (await evicting.load_done).l2_chunks == chunks
+        await steps.begin("two at once")
+        sharing = [cache.prefetch(prompt), cache.prefetch(prompt)]
+        assert [(await each.load_done).chunks for each in sharing] == [chunks] * 2
+        for each in (evicting, *sharing):
+            await cache.end_request(each.request_id)
+        await steps.begin("a writer that gives up")
+        (await cache.store(absent)).close()
+        await steps.begin("delete")
+        assert (await cache.delete(prompt)).chunks == chunks
+        await steps.begin("clear all")
+        await cache.clear("all")
+        await steps.begin("close")
+    await steps.begin("end")
+
+
+def calls_in_a_step(chunks):
+    """By phase, the most calls in a step, where a step may work on 64 chunks."""
+    steps = Steps()
+
+    async def counted():
+        gc.collect()
+        gc.disable()  # what it frees may call
+        try:
+            with steps.counted():
+                await life(steps, chunks)
+        finally:
+            gc.enable()
+
+    with small_steps(64), ExitStack() as stack:
+        for name in ("write.queue._BATCH_OBJECTS", "write.queue._PREFIX_CHUNKS", "read.batches._BATCH_CHUNKS"):
+            stack.enter_context(patch(f"async_cache.{name}", 64))
+        asyncio.run(counted())
+    return steps.most
+
+
+@pytest.mark.timeout(300)
+def test_a_step_does_as_much_for_a_long_prompt_as_for_a_short_one():
+    short, long = calls_in_a_step(1000), calls_in_a_step(4000)
+    grown = {phase: (short[phase], calls) for phase, calls in long.items() if calls > 1.5 * short[phase] + 1000}
+    assert not grown, "calls in a step, for 1,000 chunks and for 4,000"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,13 @@ import pytest
 pytest.importorskip("vllm")
 torch = pytest.importorskip("torch")
 
+from msgspec.msgpack import encode  # noqa: E402
+from prometheus_client import REGISTRY, Gauge, Histogram  # noqa: E402
+from prometheus_client import Counter as PromCounter  # noqa: E402
 from vllm.config import KVTransferConfig  # noqa: E402
+from vllm.distributed.kv_events import KVEventBatch  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole  # noqa: E402
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
@@ -20,6 +25,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     MambaSpec,
     SlidingWindowSpec,
 )
+from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 
 from async_cache import ConfigError  # noqa: E402
 from async_cache.integrations import vllm as connector  # noqa: E402
@@ -215,3 +221,125 @@ def test_a_salt_that_the_token_may_not_use_is_one_line(server: Served, caplog: p
     finally:
         side.shutdown()
     assert "the token is not for the salt 'other'" in lines(caplog)[0]
+
+
+# What it tells.
+
+
+def telling(caplog: pytest.LogCaptureFixture, server: Served) -> Any:
+    whole = config()
+    whole.kv_transfer_config = KVTransferConfig(
+        kv_connector="AsyncCacheConnector",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={"url": server.url, "chunk_tokens": 256},
+    )
+    whole.kv_events_config = SimpleNamespace(enable_kv_cache_events=True)
+    whole.cache_config = SimpleNamespace(
+        cache_dtype="auto", block_size=128, prefix_match_unit=None, enable_prefix_caching=True
+    )
+    with caplog.at_level(logging.INFO, "async_cache"):
+        return connector.AsyncCacheConnector(whole, KVConnectorRole.SCHEDULER, cached(FULL))
+
+
+def test_events_of_the_server_are_those_of_the_engines_blocks(server: Served, caplog: pytest.LogCaptureFixture) -> None:
+    side = telling(caplog, server)
+    try:
+        asked_for = asked(block_hashes=[bytes([n]) * 32 for n in range(4)])
+        assert list(side.take_events()) == []
+        side.on_new_request(asked_for)
+        until(lambda: side.get_num_new_matched_tokens(asked_for, 0)[0] is not None)
+        where = side._geometry.layout
+        store(server, where, asked_for)
+        seen: list[Any] = []
+        until(lambda: seen.extend(side.take_events()) or len(seen) >= 4)
+        first, second = [event for event in seen if event.medium == "CPU"]
+        hashes = list(map(maybe_convert_block_hash, asked_for.block_hashes))
+        assert [event.medium for event in seen].count("STORAGE") == 2
+        assert first.block_hashes == hashes[:2] and first.parent_block_hash is None
+        assert second.block_hashes == hashes[2:] and second.parent_block_hash == hashes[1]
+        assert second.token_ids == list(range(256, 512)) and second.block_size == 128
+        assert (second.lora_id, second.lora_name, second.group_idx) == (None, None, 0)
+        assert msgspec_of(seen)
+        side.reset_cache()
+        removed: list[Any] = []
+        until(lambda: removed.extend(side.take_events()) or len(removed) >= 4)
+        assert {(type(event).__name__, event.medium) for event in removed} == {
+            ("BlockRemoved", "CPU"),
+            ("BlockRemoved", "STORAGE"),
+        }
+    finally:
+        side.shutdown()
+
+
+def msgspec_of(events: list[Any]) -> bytes:
+    """As vLLM publishes them."""
+    return encode(KVEventBatch(ts=0.0, events=events))
+
+
+def store(server: Served, layout: Any, asked_for: Any) -> None:
+    async def fill(cache: Any) -> None:
+        async with cache.store(layout.prompt(asked_for.all_token_ids, **connector.identity(asked_for))) as writer:
+            for chunk in writer:
+                chunk.commit()
+        await cache.flush()
+
+    server.run(fill)
+
+
+def test_without_events_in_vllms_configuration_there_are_none(server: Served, caplog: pytest.LogCaptureFixture) -> None:
+    side = made(caplog, KVConnectorRole.SCHEDULER, url=server.url)
+    try:
+        assert side.take_events() == () and side._events is None
+    finally:
+        side.shutdown()
+
+
+def test_what_was_hit_where_is_told_and_counted(server: Served, caplog: pytest.LogCaptureFixture) -> None:
+    side = made(caplog, KVConnectorRole.SCHEDULER, url=server.url)
+    try:
+        asked_for = asked()
+        store(server, side._geometry.layout, asked_for)
+        server.run(lambda cache: cache.clear("l1"))
+        first = request(**vars(asked_for) | {"request_id": "b", "all_token_ids": list(range(257)), "num_tokens": 257})
+        for each in (first, asked_for):  # the second finds a chunk in memory, and one in storage
+            side.on_new_request(each)
+            until(lambda each=each: side.get_num_new_matched_tokens(each, 0)[0])
+        tokens, _ = side.get_num_new_matched_tokens(asked_for, 0)
+        side.update_state_after_alloc(asked_for, SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4],)), tokens)
+        assert side.get_external_cache_hit_sources(asked_for, tokens) == {
+            CacheHitSource.HOST: 256,
+            CacheHitSource.DISK: 256,
+        }
+        assert side.get_external_cache_hit_sources(asked_for, 0) == {}
+        until(lambda: len(side._scheduler.tally._counts.load_seconds) == 2)
+        stats = side.get_kv_connector_stats()
+        again = connector.AsyncCacheConnector.build_kv_connector_stats(stats.to_dict())
+        assert again.data["lookups"] == 2 and again.data["asked_tokens"] == 256 + 599
+        assert (again.data["l1_tokens"], again.data["l2_tokens"]) == (256, 512)
+        assert side.get_kv_connector_stats() is None
+        both = again.aggregate(connector.AsyncCacheConnector.build_kv_connector_stats(stats.to_dict()))
+        assert both.data["lookups"] == 4 and len(both.data["load_seconds"]) == 4 and not both.is_empty()
+        assert both.reduce()["hit rate (%)"] == round(100 * 1536 / (2 * 855), 1)
+        both.reset()
+        assert both.is_empty() and both.reduce()["async_cache lookups"] == 0
+    finally:
+        side.shutdown()
+
+
+def test_the_metrics_are_beside_vllms_own() -> None:
+    whole = config()
+    whole.kv_transfer_config = None
+    kinds = {Gauge: Gauge, PromCounter: PromCounter, Histogram: Histogram}
+    metrics = connector.AsyncCacheConnector.build_prom_metrics(whole, kinds, ["engine"], {0: ["0"], 1: ["1"]})
+    data = {"lookups": 1, "asked_tokens": 9, "l1_tokens": 4, "l2_tokens": 2, "missed": {"capacity": 3}}
+    metrics.observe(data | {"shortfalls": {"gone": 1}, "load_seconds": [0.02]}, 1)
+    for name, labels, value in (
+        ("asked_tokens_total", {}, 9),
+        ("hit_tokens_total", {"tier": "l1"}, 4),
+        ("hit_tokens_total", {"tier": "l2"}, 2),
+        ("missed_total", {"reason": "capacity"}, 3),
+        ("shortfalls_total", {"reason": "gone"}, 1),
+        ("load_seconds_count", {}, 1),
+    ):
+        assert REGISTRY.get_sample_value(f"vllm:async_cache_{name}", {"engine": "1", **labels}) == value

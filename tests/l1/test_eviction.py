@@ -249,7 +249,7 @@ class L1Machine(RuleBasedStateMachine):
             elif use == "touch":
                 self.l1.touch([entry.chunk_hash])
             else:
-                self.l1.remove(entry)
+                self.l1.remove((entry,))
 
     @rule(data=st.data())
     def let_go(self, data: st.DataObject) -> None:
@@ -270,7 +270,7 @@ class L1Machine(RuleBasedStateMachine):
         for reservation in self.reserved:
             self.l1.discard((reservation,))
         for entry in list(self.l1.index.values()):
-            self.l1.remove(entry)
+            self.l1.remove((entry,))
         self.l1.check_integrity()
         assert len(self.l1.reserve(make_layout(self.PAGES), [(b"all", 0)])) == 1  # all of it is free, in one piece
         self.l1.arena.close()

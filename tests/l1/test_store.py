@@ -171,7 +171,7 @@ def test_a_removed_chunk_keeps_its_memory_until_it_is_released(l1):
     put(l1, ONE, "a")
     entry = l1.index[b"a"]
     l1.lease([entry])
-    l1.remove(entry)
+    l1.remove((entry,))
     assert not l1.index
     assert put(l1, ONE, "a") == 1
     l1.check_integrity()
@@ -213,5 +213,5 @@ def test_a_long_churn_of_mixed_sizes_neither_leaks_nor_collapses():
     l1.check_integrity()
     assert sum(used) / len(used) > 0.9
     for entry in list(l1.index.values()):
-        l1.remove(entry)
+        l1.remove((entry,))
     assert len(l1.reserve(make_layout(512), [(b"all", 0)])) == 1

@@ -27,6 +27,12 @@ PARTS = (messages.Group, messages.Layout, *typing.get_args(messages.WirePrompt))
 REQUESTS, ANSWERS = typing.get_args(messages.Request), typing.get_args(messages.Answer)
 VALUES = (
     values.LookupHits,
+    values.Missed,
+    values.Explanation,
+    values.Span,
+    values.Elsewhere,
+    values.Stored,
+    values.Skipped,
     values.LoadResult,
     values.Deleted,
     values.FlushResult,
@@ -87,7 +93,7 @@ def written(kind: Any) -> str:
         return f"{written(base)} {bounds(meta)}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join("nil" if argument is types.NoneType else written(argument) for argument in arguments)
-    if origin is list:
+    if origin is list or arguments[-1:] == (...,):
         return f"[{written(arguments[0])}]"
     if origin is tuple:
         return f"({', '.join(map(written, arguments))})"
@@ -123,6 +129,11 @@ def test_the_document_has_every_message_with_its_fields_in_order(kind: type[Stru
     assert [row[:3] for row in rows(kind.__name__)] == code
 
 
+def test_the_document_has_the_event_that_is_called_as_a_message() -> None:
+    code = [[field.name, written(field.type), default(field)] for field in msgspec.structs.fields(values.Removed)]
+    assert [row[:3] for row in rows("Removed, the event")] == code
+
+
 def test_the_document_has_no_message_that_there_is_not() -> None:
     known = {kind.__name__ for kind in (*GREETING, *PARTS, *REQUESTS, *ANSWERS, *VALUES)}
     assert set(re.findall(r"^### (\w+)$", DOCUMENT, re.MULTILINE)) == known
@@ -148,8 +159,9 @@ def test_the_document_has_the_limits_and_the_version() -> None:
     assert f"This is version {VERSION}." in re.sub(r"\s+", " ", DOCUMENT)
 
 
-def test_the_document_has_every_shortfall() -> None:
-    assert all(f"`{shortfall.value}`" in section("Values") for shortfall in values.Shortfall)
+def test_the_document_has_every_shortfall_state_and_removal() -> None:
+    told = (*values.Shortfall, *values.ChunkState, *values.Removal)
+    assert all(f"`{value}`" in section("Values") for value in told)
 
 
 def test_the_document_has_every_error_with_its_exception() -> None:

@@ -28,6 +28,8 @@ REQUESTS = list(typing.get_args(m.Request))
 PROMPTS = list(typing.get_args(m.WirePrompt))
 _POOL = [bytes([n]) * 32 for n in range(24)]
 _TEXTS = [
+    f"00-{'a' * 32}-{'b' * 16}-01",
+    "x" * 55,
     "",
     "r",
     "s",

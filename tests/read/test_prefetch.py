@@ -14,10 +14,12 @@ from async_cache.l2.memory import MemoryBackend
 from async_cache.observe import Observer, Observers
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
+from async_cache.read.decision import Decider
 from async_cache.read.loads import Loader
 from async_cache.read.lookup import Found
 from async_cache.read.plan import Planner
 from async_cache.read.prefetch import PrefetchController
+from async_cache.read.search import Search
 from async_cache.testing.backends import GatedBackend, WrappedBackend
 
 # Two objects a chunk, so that a chunk can be in L1 in part; a window, so that a part is not needed.
@@ -40,7 +42,10 @@ STEPS: list[tuple[Any, str]] = [
     (Loader, "expected_seconds"),
     (Loader, "add"),
     (Loader, "begin_soon"),
-    (PrefetchController, "_missing"),
+    (Planner, "reserve"),
+    (Search, "ask"),
+    (Decider, "_missing"),
+    (Decider, "_promised"),
     (PrefetchController, "_say_hits"),
 ]
 

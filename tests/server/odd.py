@@ -1,10 +1,13 @@
 """Servers with odd backends, as a program: `python -m server.odd KIND serve ...`, which takes the flags of `serve`.
 
-KIND: lookup, load or store, of which all calls wait for ever; or stuck, of which each load and store is a thread that
-nothing ends.
+KIND: lookup, load or store, of which all calls wait for ever; stuck, of which each load and store is a thread that
+nothing ends; or slow, which takes 2 ms for 16 bytes. A slow server stops (SIGSTOP) when it has only to exit still.
 """
 
 import asyncio
+import atexit
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -13,7 +16,7 @@ from async_cache import AsyncCache, CacheConfig, cli
 from async_cache.l2 import Backend
 from async_cache.l2.urls.registry import from_url
 from async_cache.server import process
-from async_cache.testing.backends import GatedBackend, WrappedBackend
+from async_cache.testing.backends import GatedBackend, ThrottledBackend, WrappedBackend
 
 
 class StuckBackend(WrappedBackend):
@@ -33,11 +36,15 @@ KINDS: dict[str, Callable[[Backend], Backend]] = {
     "load": lambda inner: GatedBackend(inner, "load"),
     "store": lambda inner: GatedBackend(inner, "store"),
     "stuck": StuckBackend,
+    "slow": lambda inner: ThrottledBackend(inner, bytes_per_second=16 / 0.002),
 }
 
 
 def main() -> None:
-    make = KINDS[sys.argv.pop(1)]
+    kind = sys.argv.pop(1)
+    make = KINDS[kind]
+    if kind == "slow":
+        atexit.register(os.kill, os.getpid(), signal.SIGSTOP)
 
     def odd_cache(config: CacheConfig) -> AsyncCache:
         return AsyncCache(config, [make(from_url(url)) for url in config.l2])

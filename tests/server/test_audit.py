@@ -57,6 +57,12 @@ async def use_all(cache, number):
     await cache.end_request(prefetch.request_id)
     cache.prefetch(poisoned).cancel()
     await cache.delete(poisoned)
+    await cache.explain(prompt)
+    async with cache.events() as events:
+        await cache.delete(prompt)
+        await anext(events)
+    await fill(cache, prompt)
+    await cache.flush()
     await cache.stats()
     await cache.ping()
     return prompt

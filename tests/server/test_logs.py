@@ -1,20 +1,25 @@
 """The log: who comes, who is refused and why, and that nobody who reads it holds up the server."""
 
+import asyncio
+import errno
 import fcntl
 import logging
 import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from contextlib import suppress
 
 import pytest
 
-from async_cache import AccessDeniedError, BlockingClient, connect
+from async_cache import AccessDeniedError, AsyncCache, BlockingClient, CacheConfig, ServerConfig, connect
 from async_cache.protocol import messages
 from async_cache.protocol.frames import frame
 from async_cache.protocol.messages import VERSION, Hello, encode
+from async_cache.server import Server
+from async_cache.server import server as server_module
 from async_cache.server.logs import ThreadedLog
 
 from .programs import END_SECONDS, TESTS, environment, serve_command, server, socket_in
@@ -148,6 +153,40 @@ def test_who_hangs_or_is_gone_where_it_says_that_it_serves_does_not_hold_up_the_
         finally:
             child.kill()
             os.close(reading)
+
+
+@pytest.mark.parametrize("output", [full_pipe, pipe_that_nobody_reads])
+def test_who_hangs_or_is_gone_where_an_error_is_told_does_not_hold_up_the_command(output):
+    reading, writing = output()
+    command = [sys.executable, "-m", "async_cache", "serve", "--l2", "nosuch://"]
+    with subprocess.Popen(command, cwd=TESTS, env=environment(), stderr=writing) as child:
+        os.close(writing)
+        try:
+            assert child.wait(END_SECONDS) == 1
+        finally:
+            child.kill()
+            os.close(reading)
+
+
+async def test_connections_that_cannot_be_accepted_have_one_line_for_all(tmp_path, caplog, monkeypatch):
+    loop, left = asyncio.get_running_loop(), [OSError(errno.EMFILE, "Too many open files")] * 20
+    accept = loop.sock_accept
+
+    async def refused(sock):
+        if left:
+            raise left.pop()
+        return await accept(sock)
+
+    monkeypatch.setattr(loop, "sock_accept", refused)
+    monkeypatch.setattr(server_module, "_RETRY_SECONDS", 0)
+    async with (
+        AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache,
+        Server(cache, ServerConfig(listen=[socket_in(tmp_path)])),
+        connect(socket_in(tmp_path)) as client,
+    ):
+        await client.ping()
+    lines = [record.getMessage() for record in caplog.records if "could not be accepted" in record.getMessage()]
+    assert not left and lines == ["a connection could not be accepted: Too many open files"]
 
 
 def test_what_there_is_no_room_for_is_dropped_and_counted():

@@ -23,6 +23,7 @@ from .support import MIB, wait_until
 SHUTDOWN_SECONDS = 5
 LAYOUT = make_layout(ObjectGroup((512 * 1024,), "uint8"), ObjectGroup((100,), "uint8"))
 CHUNKS = 4
+SMALL_PROMPTS = [make_prompt(50, number) for number in range(3)]
 PROMPTS = [make_prompt(CHUNKS, number, LAYOUT) for number in range(40)]
 
 
@@ -145,6 +146,28 @@ async def test_what_was_committed_before_is_in_storage_afterwards(tmp_path):
         async with connect(served.url) as cache:
             for prompt in PROMPTS[:8]:
                 assert await count_hits(cache, prompt) == CHUNKS
+
+
+@pytest.mark.parametrize("then", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+async def test_further_signals_change_nothing_while_it_flushes_or_ends(tmp_path, first, then):
+    """They come after its event loop has ended as well."""
+    with server(tmp_path, l2=[f"fs://{tmp_path}/l2"], via=["server.odd", "slow"]) as served:
+        async with connect(served.url) as cache:
+            for prompt in SMALL_PROMPTS:
+                await fill(cache, prompt)
+            os.kill(served.pid, first)
+            sent = 0
+            while psutil.Process(served.pid).status() != psutil.STATUS_STOPPED:
+                os.kill(served.pid, then)
+                sent += 1
+                await asyncio.sleep(0.001)
+            os.kill(served.pid, signal.SIGCONT)
+            assert served.child.wait(SHUTDOWN_SECONDS) == 0 and sent > 10
+            assert served.log.count("shutting down") == 1
+    with server(tmp_path, l2=[f"fs://{tmp_path}/l2"]) as served:
+        async with connect(served.url) as cache:
+            assert [await count_hits(cache, prompt) for prompt in SMALL_PROMPTS] == [50] * len(SMALL_PROMPTS)
 
 
 WAITS = {

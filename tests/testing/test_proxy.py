@@ -169,3 +169,19 @@ async def test_closing_ends_all_connections_and_tasks(proxy: Proxy, state: str) 
     await writer.wait_closed()
     left = {task for task in asyncio.all_tasks() - before if "Echo" not in repr(task)}
     assert left == set()
+
+
+async def test_closing_ends_a_connection_whose_task_was_cancelled_before_it_began(echo: Echo) -> None:
+    class Struck(Proxy):
+        def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            super()._accept(reader, writer)
+            for task in self._tasks:
+                task.cancel()
+            struck.set()
+
+    struck = asyncio.Event()
+    async with Struck("127.0.0.1", echo.port) as proxy:  # type: ignore[attr-defined]
+        reader, writer = await dial(proxy)
+        await soon(struck.wait())
+    assert await soon(reader.read()) == b""
+    writer.close()

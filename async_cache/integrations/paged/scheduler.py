@@ -11,6 +11,7 @@ from async_cache.errors import AsyncCacheError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged.orders import Complaint, Geometry, LoadOrder, Orders, SaveOrder, Tables
 from async_cache.integrations.paged.records import EngineRequest, Record, Stage
+from async_cache.integrations.paged.reports import Tally
 from async_cache.integrations.paged.resets import Resets
 from async_cache.integrations.paged.saves import SavesUnderWay
 from async_cache.prompt.layout import Prompt
@@ -38,6 +39,7 @@ class PagedScheduler:
     """The scheduler's side of one engine. No call waits but `reset`: each looks at futures, or leaves work to a thread.
 
     `threshold_seconds`: a load that is expected to end within it gets its blocks before it has ended.
+    `known` is told of the prompt of a request, as far as it is looked up or saved.
     `free_blocks`: how many the engine has now. A request that is offered a place and does not fit delays all behind it.
     """
 
@@ -50,6 +52,7 @@ class PagedScheduler:
         saves: bool = True,
         threshold_seconds: float = 0.1,
         free_blocks: Callable[[], float] = lambda: math.inf,
+        known: Callable[[Any, Prompt], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._client = client
@@ -59,6 +62,9 @@ class PagedScheduler:
         self._loads, self._saves = loads, saves
         self._threshold_seconds = threshold_seconds
         self._free_blocks = free_blocks
+        self._known = known
+        self.tally = Tally()
+        """What lookups and loads came to."""
         self._clock = clock
         self._records: dict[str, Record] = {}
         self._arriving: dict[Record, int] = {}  # placed and not computed yet, with the blocks that they will need
@@ -137,9 +143,15 @@ class PagedScheduler:
             record.fresh_seconds = min(_FRESH_SECONDS, client.result_ttl_seconds / 2)
             record.prefetch = client.prefetch(prompt, skip_tokens=computed_tokens)
             record.stage = Stage.LOOKING
+            self.tally.follow(record.prefetch, prompt.tokens - computed_tokens)
+            self._tell_known(record, prompt)
         except (AsyncCacheError, ValueError) as error:
             self._complaint.log(error)
         record.asked_at, record.give_up_at = self._clock(), None
+
+    def _tell_known(self, record: Record, prompt: Prompt) -> None:
+        if self._known is not None:
+            self._known(record.request, prompt)
 
     def match(self, request: EngineRequest, computed_tokens: int) -> Answer:
         """What can be loaded beyond `computed_tokens`; to be asked in every step until the request is placed."""
@@ -258,6 +270,16 @@ class PagedScheduler:
             LoadOrder(request.request_id, record.prefetch.request_id, first_token, end_token, tables())
         )
 
+    def from_l2(self, request_id: str, tokens: int) -> int:
+        """How many of the tokens that are being loaded for a request were not in the server's memory."""
+        record = self._records.get(request_id)
+        found = None if record is None else record.result or record.hits
+        return min(tokens, found.l2_chunks * self._chunk_tokens) if found is not None else tokens
+
+    def client(self) -> BlockingClient | None:
+        """The client, if there is a server."""
+        return self._opened()
+
     def loaded(self, request_ids: Iterable[str]) -> None:
         """Note what the workers have read, or failed to: the rest is computed, and not looked for again."""
         for request_id in request_ids:
@@ -335,6 +357,7 @@ class PagedScheduler:
         except ValueError as error:
             self._complaint.log(error)
             return
+        self._tell_known(record, prompt)
         if start_chunk is None:
             start_chunk = self._first_chunk(prompt, record.request.num_computed_tokens // self._chunk_tokens)
         if start_chunk < end_chunk:

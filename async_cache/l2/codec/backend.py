@@ -15,12 +15,13 @@ from threading import Event
 from typing import Any
 
 from async_cache.errors import BackendError, ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
+from async_cache.l2.backend import Backend, LoadOutcome, Room, check_lengths
 from async_cache.l2.codec.codec import Codec
-from async_cache.l2.codec.scratch import Scratch, lots
+from async_cache.l2.codec.header import HEADER_BYTES, Header
+from async_cache.l2.codec.scratch import MemoryFile, Scratch, lots
 from async_cache.l2.workers import DaemonExecutor, settle
 from async_cache.prompt.keys import ObjectKey
-from async_cache.values import BackendUsage
+from async_cache.values import BackendUsage, Removal
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,12 @@ CLOSE_SECONDS = 2.0
 SLABS = 2  # for loads, and as many for stores: while one lot is encoded or decoded, another one is on its way
 THREADS = min(cpu_count() or 1, 4)
 
+_MOST_ROTTEN = 65_536  # what is forgotten is found again, and again not decoded
+_MOST_BYTES = 2**32  # of an object: what says that it is longer is none
+
 _Work = Iterator[tuple[int, ObjectKey, memoryview, memoryview]]
+_Place = Callable[[int, memoryview], memoryview | LoadOutcome]
+"""Where the object of this number goes that is encoded in these bytes, or what is wrong with it."""
 
 
 class CodecBackend(Backend):
@@ -39,37 +45,54 @@ class CodecBackend(Backend):
     Raises ConfigError for a backend that has no `load_sized`.
     """
 
-    lists_sizes = False  # but those of what is stored
-
     def __init__(self, inner: Backend, codec: Codec, *, threads: int = THREADS):
         if type(inner).load_sized is Backend.load_sized:
             raise ConfigError(f"codec: {type(inner).__name__} loads only what it is told the size of (no load_sized)")
         self.inner, self.codec = inner, codec
         self.name = inner.name
         self.limits = inner.limits
-        self.placement, self.shared = inner.placement, inner.shared
+        self.placement, self.shared, self.ttl_seconds = inner.placement, inner.shared, inner.ttl_seconds
         self._names, *self._older = codec.names
         self._found_older: Counter[ObjectKey] = Counter()  # pins of objects under older keys, by their names
+        self._rotten: set[ObjectKey] = set()  # names of what cannot be decoded, and could not be removed
         self._threads = threads
         self._executors: tuple[DaemonExecutor, ...] = ()
+        self._memory: MemoryFile | None = None
+
+    @property
+    def on_removed(self) -> Callable[[bytes, Removal], None]:
+        """Whom the inner backend tells: the names of its objects have the chunk hashes of ours."""
+        return self.inner.on_removed
+
+    @on_removed.setter
+    def on_removed(self, told: Callable[[bytes, Removal], None]) -> None:
+        self.inner.on_removed = told
 
     async def open(self) -> None:
-        await self.inner.open()
+        self._memory = memory = MemoryFile(2 * SLABS)
+        self.inner.register(memory.fd, memory.view)
+        try:
+            await self.inner.open()
+        except BaseException:
+            self._memory = None
+            memory.close()
+            raise
         self._given_up = asyncio.get_running_loop().create_future()
         self._encoders = DaemonExecutor(self._threads, f"{self.name} encode")
         self._decoders = DaemonExecutor(self._threads, f"{self.name} decode")
         self._executors = (self._encoders, self._decoders)
-        self._store_scratch, self._load_scratch = Scratch(SLABS), Scratch(SLABS)
+        slabs = memory.slabs()
+        self._store_scratch, self._load_scratch = Scratch(slabs[:SLABS]), Scratch(slabs[SLABS:])
 
     # What is there.
 
     def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
         found = self.inner.lookup_nowait(chunk_hashes, self._names.objects(objects))
-        if found is None or not self._older or all(found):
+        if found is None or (not self._rotten and (not self._older or all(found))):
             return found
         there = [chunk_hash for chunk_hash, is_there in zip(chunk_hashes, found, strict=True) if is_there]
         self.inner.unpin([self._names.name(ObjectKey(chunk_hash, *o)) for chunk_hash in there for o in objects])
-        return None  # the older names have to be asked for
+        return None  # there may be others under older names, or such that are not to be found
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         found = await self.inner.lookup(list(map(self._names.name, keys)))
@@ -83,6 +106,10 @@ class CodecBackend(Backend):
             for n, is_there in zip(missing, older, strict=True):
                 found[n] = is_there
                 self._found_older.update([names.name(keys[n])] if is_there else [])
+        for n, key in enumerate(keys if self._rotten else ()):
+            if found[n] and key in self._rotten:
+                self.unpin([key])
+                found[n] = False
         return found
 
     def pin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
@@ -111,7 +138,9 @@ class CodecBackend(Backend):
         return self._names.name(key)
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
-        return await self.inner.delete([names.name(key) for names in self.codec.names for key in keys])
+        deleted = await self.inner.delete([names.name(key) for names in self.codec.names for key in keys])
+        self._rotten.difference_update(keys)
+        return deleted
 
     async def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
         async for name, size_bytes in self.inner.keys():
@@ -127,45 +156,70 @@ class CodecBackend(Backend):
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
         check_lengths(keys, buffers)
         bounds = [self.codec.bound_bytes(len(buffer)) for buffer in buffers]
-        calls = [self._load(keys[lot], buffers[lot], bounds[lot]) for lot in lots(bounds)]
+        loaded = await self._load_all(keys, bounds, lambda n, encoded: buffers[n])
+        return [found if isinstance(found, LoadOutcome) else LoadOutcome.LOADED for found in loaded]
+
+    async def load_listed(
+        self, keys: Sequence[ObjectKey], sizes: Sequence[int], room: Room
+    ) -> list[memoryview | LoadOutcome]:
+        # What is stored under another key, or at another level, than what was listed may be longer.
+        return await self._load_all(keys, [2 * size for size in sizes], lambda n, encoded: _room(encoded, room))
+
+    async def _load_all(
+        self, keys: Sequence[ObjectKey], bounds: Sequence[int], place: _Place
+    ) -> list[memoryview | LoadOutcome]:
+        """Load objects that are encoded in so many bytes at most, in lots, and decode each to its place."""
+        calls = [self._load(lot, keys[lot], bounds[lot], place) for lot in lots(bounds)]
         if len(calls) == 1:
             told = [await calls[0]]
         else:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(call, name=f"{self.name} load") for call in calls]
             told = [task.result() for task in tasks]
-        outcomes = list(chain.from_iterable(outcomes for outcomes, _ in told))
+        loaded = list(chain.from_iterable(of_lot for of_lot, _ in told))
         faults = [fault for _, fault in told if fault is not None]
-        if faults and outcomes.count(LoadOutcome.FAILED) == len(outcomes):
+        if faults and loaded.count(LoadOutcome.FAILED) == len(loaded):
             raise faults[0]
-        return outcomes
+        return loaded
 
     async def _load(
-        self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], bounds: Sequence[int]
-    ) -> tuple[list[LoadOutcome], BackendError | None]:
-        """The outcomes of one lot, and why nothing was brought where that is so."""
-        names = list(map(self._name, keys))
+        self, lot: slice, keys: Sequence[ObjectKey], bounds: Sequence[int], place: _Place
+    ) -> tuple[list[memoryview | LoadOutcome], BackendError | None]:
+        """What became of the objects of one lot, and why nothing was brought where that is so."""
+        loaded: list[memoryview | LoadOutcome] = [LoadOutcome.FAILED] * len(keys)
+        whole: list[bool | None] = [None] * len(keys)
         async with self._load_scratch.borrow(bounds) as scratch:
             try:
-                sizes = await self.inner.load_sized(names, scratch)
+                sizes = await self.inner.load_sized(list(map(self._name, keys)), scratch)
+                todo = []
+                for n, size in enumerate(sizes):
+                    if isinstance(size, LoadOutcome):
+                        loaded[n] = size
+                        continue
+                    encoded = scratch[n][:size]
+                    body = loaded[n] = place(lot.start + n, encoded)
+                    if isinstance(body, memoryview):
+                        todo.append((n, keys[n], encoded, body))
+                    elif body is LoadOutcome.CORRUPT:
+                        whole[n] = False
+                await self._in_threads(self._decoders, self.codec.decode, todo, whole)
             except BackendError as error:
                 return [LoadOutcome.FAILED] * len(keys), error
-            todo = [
-                (n, key, scratch[n][:size], buffers[n])
-                for n, (key, size) in enumerate(zip(keys, sizes, strict=True))
-                if isinstance(size, int)
-            ]
-            whole: list[bool | None] = [None] * len(keys)
-            await self._in_threads(self._decoders, self.codec.decode, todo, whole)
-        corrupt = [name for name, is_whole in zip(names, whole, strict=True) if is_whole is False]
+        corrupt = [n for n, is_whole in enumerate(whole) if is_whole is False]
+        for n in corrupt:
+            loaded[n] = LoadOutcome.CORRUPT
         if corrupt:
             logger.warning("%s: %d objects cannot be decoded: they are damaged, or forged", self.name, len(corrupt))
-            with suppress(BackendError):  # then it is found again, and removed the next time
-                await self.inner.delete(corrupt)
-        return [
-            size if isinstance(size, LoadOutcome) else LoadOutcome.LOADED if is_whole else LoadOutcome.CORRUPT
-            for size, is_whole in zip(sizes, whole, strict=True)
-        ], None
+            await self._remove_rotten([keys[n] for n in corrupt])
+        return loaded, None
+
+    async def _remove_rotten(self, keys: Sequence[ObjectKey]) -> None:
+        """Remove what cannot be decoded; where that fails, lookups do not find it, until it is stored anew."""
+        if len(self._rotten) > _MOST_ROTTEN:
+            self._rotten.clear()
+        self._rotten.update(keys)
+        with suppress(BackendError):
+            await self.delete(keys)
 
     # Stores.
 
@@ -176,6 +230,8 @@ class CodecBackend(Backend):
         stored: list[bool] = []
         self.inner.pin_prefix(chunk_hashes)  # none of them makes room for another lot
         try:
+            if rotten := [key for key in keys if key in self._rotten]:
+                await self._remove_rotten(rotten)  # else it would count as stored
             for lot in lots(bounds):
                 stored += await self._store(keys[lot], buffers[lot], bounds[lot])
         except BackendError:
@@ -183,7 +239,8 @@ class CodecBackend(Backend):
                 raise
         finally:
             self.inner.unpin_prefix(chunk_hashes)
-        return stored + [False] * (len(keys) - len(stored))
+        stored += [False] * (len(keys) - len(stored))
+        return [is_stored and key not in self._rotten for key, is_stored in zip(keys, stored, strict=True)]
 
     async def _store(
         self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], bounds: Sequence[int]
@@ -207,8 +264,10 @@ class CodecBackend(Backend):
     ) -> None:
         """Let threads take a step for each object, and put what it returns into the results.
 
-        However it ends, no thread touches any of the memory then.
+        However it ends, no thread touches any of the memory then. Raises BackendError where it was closed meanwhile.
         """
+        if not self._executors:
+            raise BackendError(f"{self.name} is closed")
         stop, work = Event(), iter(todo)
         futures = [executor.submit(_work, step, work, results, stop) for _ in range(min(self._threads, len(todo)))]
         await settle(futures, stop, self._given_up)
@@ -224,6 +283,9 @@ class CodecBackend(Backend):
                 self._given_up.set_result(None)
                 self._found_older.clear()
         await self.inner.close()
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.close()
 
     def check_integrity(self) -> None:
         """Assert that what was unpinned is forgotten."""
@@ -237,3 +299,14 @@ def _work(
     with suppress(InterruptedError):
         for n, key, source, target in work:
             results[n] = step(key, source, target, stop)
+
+
+def _room(encoded: memoryview, room: Room) -> memoryview | LoadOutcome:
+    """Memory for an object of the size that its header says."""
+    header = Header.parse(bytes(encoded[:HEADER_BYTES]))
+    if header is None or header.size_bytes > _MOST_BYTES:
+        return LoadOutcome.CORRUPT
+    try:
+        return room([header.size_bytes])[0]
+    except OSError:  # there is none now
+        return LoadOutcome.FAILED

@@ -113,7 +113,7 @@ class FileSystemBackend(Backend):
         self.name = f"fs://{self.path if self.path.isprintable() else quote(os.fsencode(self.path))}"
         self.capacity_bytes, self._segment_bytes = capacity_bytes, segment_bytes
         self._fsync, self._direct, self._threads = durability == "fsync", direct, threads
-        self._catalog = Catalog(policy)
+        self._catalog = Catalog(policy, lambda *removed: self.on_removed(*removed))
         self._index = self._catalog.index
         self._faults = Faults()
         self._writes: list[Write] = []
@@ -141,6 +141,7 @@ class FileSystemBackend(Backend):
             direct=one_of(true=True, false=False),
             threads=whole_number(most=9999),
         )
+        path = "/" + "/".join(part for part in path.split("/") if part not in ("", "."))  # one name for one directory
         capacity_bytes = parameters.pop("capacity", CAPACITY_BYTES)
         return cls(path, capacity_bytes=capacity_bytes, **parameters)
 
@@ -209,7 +210,7 @@ class FileSystemBackend(Backend):
             return [True] * len(chunk_hashes)
         if not self._knows_all():
             return None
-        return self._index.pin_some(chunk_hashes, objects)
+        return self._index.pin_whole(chunk_hashes, objects)
 
     def _knows_all(self) -> bool:
         """Whether what is not known is not there: nobody else is here, or was a moment ago."""

@@ -3,7 +3,7 @@
 Records come from several index files and in any order: a place of which a DROP was read once is never believed again.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from struct import Struct as Packed
 
 from msgspec import Struct
@@ -51,8 +51,8 @@ class Segment(Struct, eq=False, gc=False):
 class Catalog:
     """The index of the objects, whose places name segments, and the segments."""
 
-    def __init__(self, policy: EvictionPolicy[Chunk] | None = None):
-        self.index = Index(policy, unit_bytes=PAGE_BYTES)
+    def __init__(self, policy: EvictionPolicy[Chunk] | None, on_removed: Callable[[bytes, Removal], None]):
+        self.index = Index(policy, on_removed, unit_bytes=PAGE_BYTES)
         self._current: Segment | None = None  # what is being written to
         self._next = 0
         self._by_name: dict[tuple[int, int], Segment] = {}

@@ -11,20 +11,20 @@ from msgspec import Struct
 
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
-from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.backend import Backend, LoadOutcome, Room, nobody_listens
 from async_cache.l2.guard.breaker import Breaker, BreakerState
 from async_cache.l2.guard.meter import Meter
+from async_cache.ledger.ledger import Ledger
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout
-from async_cache.values import BackendState, BackendUsage
+from async_cache.values import BackendState, BackendUsage, Removal
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 _MAX_DOUBTFUL = 65_536  # objects
-
-
+_LOSSES = {LoadOutcome.GONE: Removal.LOST, LoadOutcome.CORRUPT: Removal.DAMAGED}
 _CLOSED, _OPEN, _HALF_OPEN = BreakerState  # each access to a member by its enum is a call, in Python 3.11
 
 
@@ -98,6 +98,7 @@ class Call(Generic[T]):
             self._count_failure(self._guard.failed, why)
             task.cancel()
             raise CallTimeoutError(f"{self._guard.name} {why}")
+        self._ended(task)  # counted before it is told: who makes the next call finds the breaker as it is by now
         if task.cancelled():
             raise BackendError(f"the call to {self._guard.name} was cancelled")
         error = self._error()
@@ -138,7 +139,9 @@ class Call(Generic[T]):
 class Guard:
     """A backend with its timeouts, its breaker, its meter, and the calls that are out."""
 
-    def __init__(self, backend: Backend, breaker: Breaker, timeouts: Timeouts | None = None):
+    def __init__(
+        self, backend: Backend, breaker: Breaker, timeouts: Timeouts | None = None, ledger: Ledger | None = None
+    ):
         self.backend = backend
         self.breaker = breaker
         self.timeouts = timeouts if timeouts is not None else Timeouts()
@@ -152,9 +155,11 @@ class Guard:
         self._storing: dict[Call[list[bool]], Sequence[ObjectKey]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
+        self._ledger = ledger if ledger is not None else Ledger()
+        self._hears = backend.on_removed = partial(self._ledger.left, backend.name)
 
     @classmethod
-    def of(cls, backend: Backend, config: CacheConfig) -> Self:
+    def of(cls, backend: Backend, config: CacheConfig, ledger: Ledger | None = None) -> Self:
         """The guard of a backend: what the backend itself says of its limits comes before the cache's settings."""
         limits = backend.limits
         breaker = Breaker(
@@ -166,7 +171,7 @@ class Guard:
             limits.load_timeout_seconds or config.load_timeout_seconds,
             limits.store_timeout_seconds or config.store_timeout_seconds,
         )
-        return cls(backend, breaker, timeouts)
+        return cls(backend, breaker, timeouts, ledger)
 
     @property
     def name(self) -> str:
@@ -181,15 +186,37 @@ class Guard:
 
     def begin_load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> Call[list[LoadOutcome]] | None:
         """Begin to load objects; None where the backend is left alone."""
-        return self._begin(self.timeouts.load_seconds, len(keys), self.backend.load, keys, buffers)
+        call = self._begin(self.timeouts.load_seconds, len(keys), self.backend.load, keys, buffers)
+        if call is not None:
+            call.when_ended(partial(self._note_losses, call, keys))
+        return call
+
+    def _note_losses(self, call: Call[list[LoadOutcome]], keys: Sequence[ObjectKey]) -> None:
+        outcomes = call.returned()
+        if isinstance(outcomes, list) and outcomes.count(LoadOutcome.LOADED) < len(outcomes):
+            for key, outcome in zip(keys, outcomes, strict=False):
+                if outcome in _LOSSES:
+                    self._ledger.left(self.name, key.chunk_hash, _LOSSES[outcome])
+
+    def begin_load_listed(
+        self, keys: Sequence[ObjectKey], sizes: Sequence[int], room: Room
+    ) -> Call[list[memoryview | LoadOutcome]] | None:
+        """Begin to load objects of which one knows what was listed; None where the backend is left alone."""
+        return self._begin(self.timeouts.load_seconds, len(keys), self.backend.load_listed, keys, sizes, room)
 
     def begin_store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> Call[list[bool]] | None:
         """Begin to store objects; None where the backend is left alone."""
         call = self._begin(self.timeouts.store_seconds, len(keys), self.backend.store, keys, buffers)
         if call is not None:
             self._storing[call] = keys
-            call.when_ended(partial(self._storing.pop, call))
+            call.when_ended(partial(self._stored, call))
         return call
+
+    def _stored(self, call: Call[list[bool]]) -> None:
+        keys, stored = self._storing.pop(call), call.returned()
+        if isinstance(stored, list):
+            for chunk_hash in {key.chunk_hash for key in _those_found(keys, stored)}:
+                self._ledger.stored(self.name, chunk_hash, self.backend.ttl_seconds)
 
     async def stores_ended(self, chunk_hashes: Collection[bytes] | None) -> bool:
         """Whether the stores that run now, of these chunks or of any, ended before `store_timeout`."""
@@ -273,6 +300,8 @@ class Guard:
         deleted = await self._carried_out(self.backend.delete, keys)
         if not isinstance(deleted, int):
             raise BackendError(f"{self.name} did not say how much it deleted")
+        for chunk_hash in dict.fromkeys([key.chunk_hash for key in keys]):
+            self._ledger.left(self.name, chunk_hash, Removal.DELETED)
         return deleted
 
     async def next_keys(self, listing: Listing, count: int) -> list[tuple[ObjectKey, int]]:
@@ -372,6 +401,8 @@ class Guard:
 
     async def close(self, timeout_seconds: float) -> None:
         """Cancel the calls that are out, and wait for them and for the backend, but not for ever."""
+        if self.backend.on_removed is self._hears:  # else another cache uses it by now
+            self.backend.on_removed = nobody_listens
         tasks = set(self._tasks)
         for task in tasks:
             task.cancel()

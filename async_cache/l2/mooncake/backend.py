@@ -70,7 +70,7 @@ class MooncakeBackend(Backend):
             master, metrics_port, namespace, host, metadata, segment_bytes, protocol, devices, replicas, threads
         )
         self._arena: tuple[int, int, int] | None = None  # its descriptor, where it begins here, and its size
-        self._known = Index()
+        self._known = Index(on_removed=lambda *removed: self.on_removed(*removed))
         self._doubtful: set[ObjectKey] = set()
         self._helper: HelperProcess | None = None
         self._connecting: asyncio.Task[HelperProcess] | None = None

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import msgspec
 
+from async_cache.aio.ending import to_its_end
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.mooncake.calls import LENGTH, Answer, Call, Close, Request
 
@@ -83,16 +84,7 @@ class HelperProcess:
         frame = msgspec.msgpack.encode(Request(number, call))
         self._writer.write(LENGTH.pack(len(frame)) + frame)
         future = self._calls[number] = asyncio.get_running_loop().create_future()
-        cancelled: asyncio.CancelledError | None = None
-        while not future.done():
-            try:
-                await asyncio.wait((future,))
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            future.exception()  # looked at: nobody else does
-            raise cancelled
-        return future.result()
+        return (await to_its_end(future)).result()
 
     async def _read(self) -> None:
         try:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+from async_cache.aio.ending import to_its_end
 from async_cache.errors import BackendError
 
 T = TypeVar("T")
@@ -84,18 +85,7 @@ class Requests:
 
     async def to_its_end(self, future: "asyncio.Future[T]") -> T:
         """Wait until it has ended, cancelled or not, however often. Raises BackendError if that outlasts `close`."""
-        self.own(future)
-        cancelled: asyncio.CancelledError | None = None
-        while not future.done():
-            try:
-                await asyncio.wait((future,))
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            if not future.cancelled():
-                future.exception()  # looked at: nobody else does
-            raise cancelled
-        if future.cancelled():
+        if (await to_its_end(self.own(future))).cancelled():
             raise BackendError("closed")
         return future.result()
 

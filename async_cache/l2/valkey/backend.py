@@ -47,6 +47,7 @@ class ValkeyBackend(Backend):
         self.name = settings.name
         self._settings = settings
         self._names = Names(settings.namespace)
+        self.ttl_seconds = settings.ttl_seconds
         self._ttl = None if settings.ttl_seconds is None else max(1, round(settings.ttl_seconds * 1000))
         self._usage = Usage()
         self._doubtful: set[ObjectKey] = set()  # could not be read: to be replaced

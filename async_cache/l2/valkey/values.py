@@ -81,6 +81,7 @@ class Values:
             self._asked.append(item)
             self._asked_bytes += len(item.buffer)
         if commands:
+            self._wire.expect(WINDOW_BYTES)
             self._wire.send((b"".join(commands),))
         elif not self._asked:
             self.done.set_result(None)

@@ -86,6 +86,17 @@ class Wire(asyncio.BufferedProtocol):
             for part in parts:
                 self._transport.write(part)
 
+    def expect(self, size_bytes: int) -> None:
+        """Say how much may be on its way to us at most: what a sender of values has to be told.
+
+        The kernel would find a window by itself, of up to 32 MiB, and a reader that hashes never comes near half of it.
+        Then it acknowledges late, and a sender waits for that: a third of a load. It forgets what it is told here.
+        """
+        if self._transport is not None and self._error is None:
+            sock = self._transport.get_extra_info("socket")
+            if sock is not None and sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, size_bytes)
+
     async def drained(self) -> None:
         """Wait until the other end has taken most of what was sent. Raises BackendError."""
         if self._resumed is not None:

@@ -303,7 +303,68 @@ async def test_who_waits_for_memory_can_be_cancelled() -> None:
         assert await asyncio.gather(*tasks) == [[content(1, 5000)]] * 4
 
 
+async def test_objects_of_a_storage_that_is_silent_do_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "PATIENCE_SECONDS", 0.02)
+
+    class Silent(MemoryBackend):
+        """Of which one object never comes."""
+
+        async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
+            if names.name(key(1)) in keys:
+                await asyncio.Event().wait()
+            return await super().load_sized(keys, buffers)
+
+    codec = CODECS["zstd"]()
+    names = codec.names[0]
+    async with opened(Silent(), codec) as backend:
+        await put(backend, [1, 2], 5000)
+        silent = [asyncio.create_task(get(backend, [1], 5000)) for _ in range(codec_backend.SLABS + 3)]
+        for _ in range(2 * scratch.MOST_MORE):  # what was lent is given back
+            assert await get(backend, [2], 5000) == [content(2, 5000)]
+        for task in silent:
+            task.cancel()
+        await asyncio.wait(silent)
+        assert backend._load_scratch._more == 0 and backend._load_scratch._free.qsize() == codec_backend.SLABS
+
+
 # The inner backend.
+
+
+async def test_what_cannot_be_decoded_and_not_be_removed_is_not_found_until_it_is_stored_anew() -> None:
+    failing = FailingBackend(MemoryBackend(), "delete", times=2)
+    async with opened(failing, CODECS["zstd"]()) as backend:
+        assert isinstance(failing.inner, MemoryBackend)
+        await put(backend, [1, 2], 5000)
+        name = backend.codec.names[0].name(key(1))
+        await failing.inner.delete([name])
+        await failing.inner.store([name], [memoryview(b"nothing that could be decoded")])
+        assert await get(backend, [1, 2], 5000) == [CORRUPT, content(2, 5000)]
+        assert await find(backend, [1, 2]) == [False, True]
+        assert backend.lookup_nowait([key(1).chunk_hash], [(0, 0)]) is None
+        assert failing.inner.pins == 0
+        assert await put(backend, [1, 3], 5000) == [False, True]  # it cannot be replaced yet
+        assert await find(backend, [1, 3]) == [False, True]
+        assert await put(backend, [1], 5000) == [True]
+        assert await find(backend, [1]) == [True]
+        assert await get(backend, [1], 5000) == [content(1, 5000)]
+
+
+async def test_a_load_of_several_lots_that_is_stuck_at_the_close_is_a_fault_of_the_storage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scratch, "SLAB_BYTES", 3 * MIB)
+    monkeypatch.setattr(codec_backend, "CLOSE_SECONDS", 0.05)
+    codec = Held()
+    async with opened(MemoryBackend(), codec) as backend:
+        codec.go.set()
+        await put(backend, range(6), MIB)
+        codec.go.clear()
+        codec.entered.clear()
+        task = asyncio.create_task(get(backend, range(6), MIB))
+        await codec.reached()
+    with pytest.raises(BackendError, match="closed"):
+        await task
+    codec.go.set()
 
 
 async def test_a_storage_that_fails_is_told_as_without_a_codec(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from faults.disk import places
 
-from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup
+from async_cache import AsyncCache, BackendState, CacheConfig, ModelLayout, ObjectGroup
 
 from .codecs import KEY, OTHER_KEY, kv
 
@@ -87,3 +87,17 @@ async def test_a_cache_without_the_codec_shares_the_directory_and_touches_nothin
     for config in (zstd, plain, zstd):
         async with AsyncCache(config) as cache:
             assert await found(cache, "one") == 4
+
+
+async def test_what_is_drained_of_a_backend_is_decoded_and_encoded_anew_where_it_goes(tmp_path: Path) -> None:
+    near, far = f"fs://{tmp_path}/near", f"fs://{tmp_path}/far"
+    first = f"{near}?codec=zstd,aes&key_file={key_file(tmp_path, KEY)}"
+    async with AsyncCache(CacheConfig(l1_bytes=2**20, l2=[first])) as cache:
+        await write(cache, "one")
+        await cache.add_backend(f"{far}?codec=zstd")
+        status = await cache.drain_backend(near)
+        assert status.state is BackendState.DRAINED and status.copied is not None and status.copied.copied == 2 * 4
+        await cache.remove_backend(near)
+        await cache.clear("l1")
+        assert await found(cache, "one") == 4
+    assert len(places(tmp_path / "far")) == 2 * 4

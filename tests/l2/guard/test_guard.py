@@ -549,3 +549,13 @@ async def test_what_is_known_of_objects_that_could_not_be_read_is_bounded() -> N
     for begin in range(0, 200_000, 1000):
         guard.doubt(key(n) for n in range(begin, begin + 1000))
         assert 0 < len(guard.doubtful) <= 67_000
+
+
+async def test_a_backend_tells_the_cache_that_uses_it_and_after_that_nobody():
+    backend = MemoryBackend()
+    first, second = (Guard(backend, Counted(), TIMEOUTS) for _ in range(2))
+    hears = backend.on_removed
+    await first.close(1)  # not the one that it tells
+    assert backend.on_removed is hears
+    await second.close(1)
+    assert backend.on_removed is not hears

@@ -18,7 +18,7 @@ from async_cache.l2.codec.backend import CodecBackend
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.placement import Placement, Placing
-from async_cache.l2.urls.registry import from_url
+from async_cache.l2.urls.registry import from_url, from_urls
 from async_cache.l2.urls.schemes import OWN
 from async_cache.l2.urls.url import BackendURL
 
@@ -77,6 +77,12 @@ def test_a_directory_is_bounded_to_10_gib_unless_the_url_says_otherwise(tmp_path
     assert unbounded.usage().capacity_bytes is None
 
 
+@pytest.mark.parametrize("path", ["/kv/a", "/kv/a/", "//kv//a", "/kv/./a/."])
+def test_one_directory_is_one_backend_however_its_path_is_written(path: str) -> None:
+    with pytest.raises(ConfigError, match="2 backends have the same name"):
+        from_urls(["fs:///kv/a", f"fs://{path}"])
+
+
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
@@ -121,6 +127,11 @@ def test_a_password_is_not_shown(scheme: str) -> None:
         from_url(f"{scheme}://user:secret@host/0")
     assert "secret" not in str(caught.value)
     assert "host" in str(caught.value)
+
+
+def test_memory_has_no_password_that_would_be_its_name() -> None:
+    with pytest.raises(ConfigError, match="no user and no password, only a name"):
+        from_url("memory://user:secret@name")
 
 
 # The URL, as it is given to what makes a backend.
@@ -328,7 +339,7 @@ def test_what_a_codec_needs_is_told_where_it_is_not_installed(codec: str, missin
 import sys
 sys.modules[{missing!r}] = None
 import async_cache
-from async_cache.l2.urls.registry import from_url
+from async_cache.l2.urls.registry import from_url, from_urls
 from_url("memory://")
 try:
     from_url({url!r})

@@ -1,5 +1,6 @@
 """What lies under the name of an object is not it: truncated, another's, too long, of another type, or foreign."""
 
+import socket
 from collections.abc import AsyncIterator
 from typing import cast
 
@@ -9,6 +10,8 @@ import pytest_asyncio
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.valkey.backend import ValkeyBackend
 from async_cache.l2.valkey.names import Names
+from async_cache.l2.valkey.values import WINDOW_BYTES
+from async_cache.l2.valkey.wire import Wire
 from async_cache.testing.conformance import MIB, content, find, get, key, put
 
 from .servers import Server, running
@@ -181,3 +184,22 @@ async def test_thousands_of_small_objects_are_found_loaded_and_deleted(tcp: Serv
         assert len({entry async for entry in backend.keys()}) == 3000
         assert await backend.delete([key(n) for n in range(3500)]) == 3000
         assert backend.usage().objects == 0
+
+
+async def test_a_server_is_told_each_time_how_much_is_asked_for(
+    backend: ValkeyBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel widens its window to many times as much again, and acknowledges late then."""
+    windows = []
+
+    def expect(wire: Wire, size_bytes: int) -> None:
+        honest(wire, size_bytes)
+        assert wire._transport is not None
+        sock = wire._transport.get_extra_info("socket")
+        windows.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP))
+
+    honest = Wire.expect
+    monkeypatch.setattr(Wire, "expect", expect)
+    assert await put(backend, range(10, 14), 4 * MIB) == [True] * 4
+    assert await get(backend, range(10, 14), 4 * MIB) == [content(n, 4 * MIB) for n in range(10, 14)]
+    assert windows == [WINDOW_BYTES] * 3  # two objects at first, and one more as each of these has come

@@ -1,0 +1,65 @@
+"""Work on very many items that need not be done at once: so much of it in each turn of the loop."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+FEW = 256  # items are worked on at once, whatever waits in this turn
+
+
+class Backlog:
+    """What is still to be done, in the order in which it was given: the first `at_once` items of a turn without delay.
+
+    Whoever cannot wait for it does some of it, or all, himself.
+    """
+
+    def __init__(self, at_once: int):
+        self._at_once = self._left = at_once  # items in this turn
+        self._waiting: deque[tuple[Callable[[Sequence[Any]], object], Sequence[Any], int]] = deque()
+        self._comes_again = False  # in the loop's next turn
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def do(self, work: Callable[[Sequence[Any]], object], items: Sequence[Any]) -> None:
+        """Do work on items, in slices if they are many. It must not raise."""
+        if len(items) <= FEW and not self._waiting:
+            work(items)
+            return
+        self._waiting.append((work, items, 0))
+        while self._waiting and self._left > 0:
+            self._left -= self.do_some(self._left)
+        self._come_again()
+
+    def do_some(self, count: int) -> int:
+        """Do work on up to so many of the items that wait, and say how many these were."""
+        work, items, begin = self._waiting.popleft()
+        end = min(begin + count, len(items))
+        if end < len(items):
+            self._waiting.appendleft((work, items, end))
+        work(items[begin:end])
+        return end - begin
+
+    def do_all(self) -> None:
+        """Do all that waits."""
+        while self._waiting:
+            self.do_some(self._at_once)
+
+    async def done(self) -> None:
+        """Return when nothing waits any more."""
+        while self._waiting:  # noqa: ASYNC110 (each turn does some of it)
+            await asyncio.sleep(0)
+
+    def _come_again(self) -> None:
+        if not self._comes_again:
+            self._comes_again = True
+            asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._comes_again = False
+        self._left = self._at_once
+        while self._waiting and self._left > 0:
+            self._left -= self.do_some(self._left)
+        if self._waiting:
+            self._come_again()

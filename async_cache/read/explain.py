@@ -1,0 +1,182 @@
+"""Where the chunks of a prompt are, and why they are not: for those who ask, and not on the way of any request.
+
+Nothing is leased or loaded, and what a backend pins to say what it has is unpinned at once. A prompt is looked at in
+slices, between which the loop has its turn, so that its length holds up nobody.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
+
+from async_cache.aio.worker import Worker
+from async_cache.errors import CacheClosedError
+from async_cache.l1.entry import Entry
+from async_cache.l1.store import L1Store
+from async_cache.l2.guard.guards import Guards
+from async_cache.l2.tombstones import Tombstones
+from async_cache.ledger.ledger import Left
+from async_cache.ledger.roots import Root, Roots, differences
+from async_cache.prompt.layout import ModelLayout, Prompt
+from async_cache.read.load import ChunkLoad
+from async_cache.read.loads import Loader
+from async_cache.read.lookup import Asked, Found, ask
+from async_cache.read.misses import Misses
+from async_cache.values import ChunkState, Elsewhere, Explanation, Removal, Span
+
+_OBJECTS_AT_ONCE = 1024  # in a millisecond or so
+_TOGETHER_SECONDS = 1.0  # chunks that left within this are one span
+_MOST_ELSEWHERE = 64  # roots that are tried
+
+Told = tuple[ChunkState, str | None, float | None, Removal | None]
+"""What is to be said of a chunk: its state, which backend, for how many seconds it has been gone, and why."""
+_L2 = ChunkState.L2
+_IN_L1: Told = (ChunkState.L1, None, None, None)
+_IN_L2: Told = (_L2, None, None, None)
+_THERE = (ChunkState.L1, ChunkState.L2, ChunkState.LOADING)
+
+
+class Explainer:
+    """Explains prompts, from what the tiers have and the ledger remembers."""
+
+    def __init__(
+        self,
+        l1: L1Store,
+        guards: Guards,
+        loader: Loader,
+        tombstones: Tombstones,
+        hashing: Worker,
+        misses: Misses,
+        roots: Roots,
+    ):
+        self._l1 = l1
+        self._guards = guards
+        self._loader = loader
+        self._tombstones = tombstones
+        self._hashing = hashing
+        self._misses = misses
+        self._roots = roots
+
+    async def explain(self, prompt: Prompt) -> Explanation:
+        """Say of every chunk of a prompt where it is, or why it is not there. Raises CacheClosedError."""
+        if not prompt.hashed:
+            await self._hashing.run(prompt.hash)
+        told = [chunk async for part in self._parts(prompt) for chunk in part]
+        missing = next((n for n, (state, *_) in enumerate(told) if state not in _THERE), None)
+        missed = None
+        if missing is not None:
+            unknown = told[missing][0] is ChunkState.UNKNOWN
+            missed = self._misses.missed(prompt.chunk_hashes, missing, failed=unknown)
+        return Explanation(
+            chunks=len(told),
+            tokens=len(told) * prompt.layout.chunk_tokens,
+            spans=tuple(spans(told)),
+            elsewhere=tuple([found async for found in self._elsewhere(prompt)]),
+            missed=missed,
+        )
+
+    async def _parts(self, prompt: Prompt) -> AsyncIterator[list[Told]]:
+        hashes, objects = prompt.chunk_hashes, prompt.layout.objects
+        step = max(1, _OBJECTS_AT_ONCE // objects.full_mask.bit_count())
+        for begin in range(0, len(hashes), step):
+            if begin:
+                await asyncio.sleep(0)
+            yield await self._part(prompt.layout, hashes[begin : begin + step])
+
+    async def _part(self, layout: ModelLayout, hashes: Sequence[bytes]) -> list[Told]:
+        full, guards = layout.objects.full_mask, self._guards.current
+        entries, loads = self._here(hashes)
+        here = [
+            (entry.present if entry is not None else 0) | (load.wanted if load is not None else 0)
+            for entry, load in zip(entries, loads, strict=True)
+        ]
+        lacking = {n: full & ~mask for n, mask in enumerate(here) if mask != full}
+        asked = Asked(layout, hashes, lacking)
+        found = Found(asked, [(guard, {}) for guard in guards])
+        if found.ask_more(lacking) is None:
+            found = await ask(guards, asked, self._tombstones)
+            entries, loads = self._here(hashes)  # as they are now
+        elif self._tombstones:
+            found.leave_out(self._tombstones, lacking)
+        with found:
+            if self._l1.closed:
+                raise CacheClosedError("the cache was closed")
+            masks = found.masks()
+            told = list(map(partial(_where, layout), entries, loads, map(masks.get, range(len(hashes)))))
+            for guard, part in found.sources(masks):
+                in_l2 = _L2, guard.name, None, None
+                for n, mask in part.items():
+                    if mask and told[n] is _IN_L2:
+                        told[n] = in_l2
+            missing = [h for h, where in zip(hashes, told, strict=True) if where is None]
+            why_not = iter(self._misses.states(missing, failed=found.failed))
+            return [where or _left(*next(why_not)) for where in told]
+
+    def _here(self, hashes: Sequence[bytes]) -> tuple[list[Entry | None], list[ChunkLoad | None]]:
+        """What L1 has of each chunk, and what is on its way."""
+        return list(map(self._l1.find, hashes)), list(map(self._loader.in_flight().get, hashes))
+
+    # The same tokens elsewhere.
+
+    async def _elsewhere(self, prompt: Prompt) -> AsyncIterator[Elsewhere]:
+        for root in self._roots.beside(prompt)[:_MOST_ELSEWHERE]:
+            if await self._count(prompt, root, most_chunks=1):
+                chunks = await self._count(prompt, root)
+                layout = root.layout
+                yield Elsewhere(layout.model, layout.revision, root.adapter, differences(prompt, root), chunks)
+
+    async def _count(self, prompt: Prompt, root: Root, most_chunks: int | None = None) -> int:
+        """How many chunks of the same tokens are there under another root, from the first one on."""
+        other = prompt.under(root.layout, root.adapter, most_chunks)
+        if other is None or other.root != root.digest:
+            return 0
+        if not other.hashed:
+            await self._hashing.run(other.hash)
+        count = 0
+        async for part in self._parts(other):
+            there = next((n for n, (state, *_) in enumerate(part) if state not in _THERE), len(part))
+            count += there
+            if there < len(part):
+                break
+        return count
+
+
+def _where(layout: ModelLayout, entry: Entry | None, load: ChunkLoad | None, found: int | None) -> Told | None:
+    """Where a chunk is of which L1 has an entry, and backends have the objects that were found; None: not there."""
+    objects = layout.objects
+    full = objects.full_mask
+    if entry is None and load is None and (not found or found == full):
+        return _IN_L2 if found else None
+    have = entry.present if entry is not None else 0
+    loading = load.wanted & ~have if load is not None else 0
+    for need in (full, objects.prefix_mask):  # in front of a window, a chunk may do without a part
+        if need and not need & ~have:
+            return _IN_L1
+        if need and not need & ~(have | loading | (found or 0)):
+            if loading and load is not None:
+                return ChunkState.LOADING, load.batches[-1].guard.name if load.batches else None, None, None
+            return _IN_L2
+    return None
+
+
+def _left(state: ChunkState, left: Left | None) -> Told:
+    if left is None:
+        return state, None, None, None
+    return state, left.backend, left.seconds_ago, left.removal
+
+
+def spans(told: Sequence[Told]) -> Iterator[Span]:
+    """Chunks of which the same is to be said, together. Those that were removed left at about the same time."""
+    number = 0
+    for (state, backend, removal), alike in groupby(told, itemgetter(0, 1, 3)):
+        run = list(alike)
+        begin = 0
+        while begin < len(run):
+            seconds = run[begin][2]
+            end = len(run)
+            if seconds is not None:
+                end = next((n for n in range(begin, end) if abs((run[n][2] or 0.0) - seconds) > _TOGETHER_SECONDS), end)
+            yield Span(number + begin, end - begin, state, backend, seconds, removal)
+            begin = end
+        number += len(run)

@@ -1,0 +1,28 @@
+"""What must not be left behind is waited for, cancelled or not."""
+
+import asyncio
+
+import pytest
+
+from async_cache.aio.ending import to_its_end
+
+
+@pytest.mark.parametrize("cancels", [0, 1, 3])
+@pytest.mark.parametrize("end", ["result", "error", "cancel"])
+async def test_a_wait_ends_with_its_future_and_a_cancel_is_raised_then(cancels: int, end: str) -> None:
+    future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    waiting = asyncio.create_task(to_its_end(future))
+    await asyncio.sleep(0)
+    for _ in range(cancels):
+        waiting.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    {"result": lambda: future.set_result(1), "error": lambda: future.set_exception(OSError()), "cancel": future.cancel}[
+        end
+    ]()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled() == bool(cancels)
+    if not cancels:
+        assert waiting.result() is future
+        assert end != "error" or future.exception()
