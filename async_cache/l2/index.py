@@ -167,6 +167,10 @@ class Index:
                 found.append((sizes[rank, group], places[number * width : number * width + width]))
         return found
 
+    def place_of(self, key: ObjectKey) -> tuple[int, bytes] | None:
+        """The size and the place of an object; None if it is not there."""
+        return self.placed((key,))[0] if key.chunk_hash in self._chunks else None
+
     def put(self, key: ObjectKey, size_bytes: int, place: bytes = b"") -> None:
         """Add an object; its chunk becomes the most recently used."""
         self._policy.use(self._add(key, size_bytes, place))

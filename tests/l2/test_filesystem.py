@@ -941,6 +941,27 @@ async def test_who_lives_answers_for_what_the_dead_have_left(start, directory, m
     assert await get(again, range(10), 1000) == [content(n, 1000) for n in range(10)]
 
 
+async def test_an_index_that_was_taken_for_a_dead_ones_before_its_lock_is_made_anew(start, directory, monkeypatch):
+    real, taken = fcntl.flock, []
+
+    def flock(fd, how):
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        if name.endswith(".idx") and len(taken) < 2:
+            taken.append(os.open(name, os.O_RDWR))
+            real(taken[-1], how)
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    backend = await start()
+    assert await put(backend, [1], 1000) == [True]
+    assert len(taken) == 2
+    assert len(list(directory.glob("*.idx"))) == 3
+    for fd in taken:
+        os.close(fd)
+    await backend.close()
+    assert set(await listing(await start())) == {key(1)}
+
+
 @pytest.mark.parametrize("locks", ["of descriptions", "none"])
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 async def test_a_file_system_without_flock_stores_all_the_same(start, directory, monkeypatch, caplog, locks, code):

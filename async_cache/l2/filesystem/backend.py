@@ -120,7 +120,7 @@ class FileSystemBackend(Backend):
         self._look: Look | None = None
         self._looked_at = -SEEN_SECONDS
         self._adopted_at = 0.0
-        self._rewriting = self._used = False
+        self._rewriting = self._used = self._over = False
         self._knows: Directory | None = None  # of which all records have been read
         self._tasks: set[asyncio.Task[None]] = set()
         self._executors: tuple[DaemonExecutor, ...] = ()
@@ -192,10 +192,12 @@ class FileSystemBackend(Backend):
             with suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await self._put_in_order()
+            self._over = True
             _shutdown(executors)
             if all(await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))):
                 self._directory.release()
         finally:  # also where the caller waits no longer: who waits for a thread that is stuck would do so for ever
+            self._over = True
             _shutdown(executors)
             self._given_up.set_result(None)
         while self._index.clear(SLICE):  # noqa: ASYNC110 (nothing is waited for)
@@ -371,18 +373,18 @@ class FileSystemBackend(Backend):
                 outcome = LoadOutcome.GONE
             told.append(outcome)
         for lost, removal in ((LoadOutcome.GONE, Removal.LOST), (LoadOutcome.CORRUPT, Removal.DAMAGED)):
-            self._give_up_as_read(keys, placed, [outcome is lost for outcome in told], removal)
+            await self._give_up_as_read(keys, placed, [outcome is lost for outcome in told], removal)
         failed = [key for key, outcome in zip(keys, told, strict=True) if outcome is LoadOutcome.FAILED]
         faults = [outcome for outcome in outcomes if isinstance(outcome, OSError)]
         unreadable = set(self._faults.failed(failed, beside_others=len(failed) < len(keys)))
-        self._give_up_as_read(keys, placed, [key in unreadable for key in keys], Removal.DAMAGED)
+        await self._give_up_as_read(keys, placed, [key in unreadable for key in keys], Removal.DAMAGED)
         if unreadable:
             logger.warning("%s: %d objects cannot be read: %s", self.name, len(unreadable), faults[0])
         elif failed and len(failed) == len(keys):
             raise BackendError(f"{self.name}: {faults[0]}") from faults[0]
         return told
 
-    def _give_up_as_read(
+    async def _give_up_as_read(
         self,
         keys: Sequence[ObjectKey],
         placed: list[tuple[int, bytes] | None],
@@ -391,9 +393,12 @@ class FileSystemBackend(Backend):
     ) -> None:
         """Take those objects out that still lie where they were read."""
         lost = [(key, found) for key, found, there in zip(keys, placed, which, strict=True) if there and found]
-        now = self._index.placed([key for key, _ in lost])
-        still = [key for (key, found), at in zip(lost, now, strict=True) if at == found]
-        self._clear(self._catalog.give_up(still, removal))
+        for begin in range(0, len(lost), SLICE):
+            batch = lost[begin : begin + SLICE]
+            now = self._index.placed([key for key, _ in batch])
+            still = [key for (key, found), at in zip(batch, now, strict=True) if at == found]
+            self._clear(self._catalog.give_up(still, removal))
+            await asyncio.sleep(0)
 
     # Stores.
 
@@ -475,7 +480,7 @@ class FileSystemBackend(Backend):
 
     def _publish(self, write: Write, future: "Future[None]") -> None:
         """Have records written of the bodies that were; they are indexed then, whoever still waits for it."""
-        if not future.done():
+        if not future.done() or self._over:
             return  # given up: it is never known
         fault = InterruptedError(errno.EINTR, "it was not written") if future.cancelled() else future.exception()
         for body, _ in write.bodies:
@@ -554,7 +559,7 @@ class FileSystemBackend(Backend):
     def _clear(self, holes: list[Hole]) -> "asyncio.Future[None] | None":
         """Record what was given up, and give its room back, after the changes that were submitted before."""
         emptied = self._catalog.emptied()
-        if not holes and not emptied:
+        if self._over or not (holes or emptied):
             return None
         future = self._in(self._changes, self._directory.drop, holes, emptied)
         future.add_done_callback(self._cleared)

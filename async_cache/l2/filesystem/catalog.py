@@ -16,6 +16,8 @@ from async_cache.prompt.keys import ObjectKey
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import Removal
 
+_PUT, _DROP = int(Kind.PUT), int(Kind.DROP)  # by name it would cost a tenth of a microsecond for each
+
 PLACE = Packed("<IIQ")
 """A place in the index: the number of the segment here, the page, and the checksum of the body."""
 
@@ -111,13 +113,14 @@ class Catalog:
             if segment is None or segment.number != number or segment.writer != writer:
                 segment = self.segment(writer, number)
             key = ObjectKey(chunk_hash, rank, group)
-            if kind == Kind.PUT:
+            if kind == _PUT:
                 segment.owner = journal
-                if segment.end < page + pages(size_bytes):
-                    segment.end = page + pages(size_bytes)
+                end = page + pages(size_bytes)
+                if segment.end < end:
+                    segment.end = end
                 if segment.dropped is None or not segment.is_dropped(page):
                     place = PLACE.pack(segment.here, page, checksum)
-                    known = index.placed([key])[0]
+                    known = index.place_of(key)
                     if known is None:
                         self._add(segment, size_bytes)
                         if latest:
@@ -126,10 +129,10 @@ class Catalog:
                             index.put_oldest(key, size_bytes, place)
                     elif known[1] != place:
                         holes += self._choose(key, known, (size_bytes, place))
-            elif kind == Kind.DROP:
+            elif kind == _DROP:
                 if not segment.is_dropped(page):
                     segment.drop(page)
-                    (known,) = index.placed([key])
+                    known = index.place_of(key)
                     if known is not None and PLACE.unpack(known[1])[:2] == (segment.here, page):
                         index.drop(key, Removal.LOST)
                         self._leave(segment, known[0])

@@ -77,11 +77,13 @@ class Directory:
         self._check_marker()
         self.files = Files(self._fd)
         self.bodies = Bodies(self.files, direct=direct)
-        self.writer = randbits(64)
-        self.journal = Journal.create(self._fd, self.writer, 0)
+        while (journal := Journal.create(self._fd, randbits(64), 0)) is None:
+            pass
+        self.journal, self.writer = journal, journal.writer
         self.journal.probe(self.bodies.puncher)
         self.journals: dict[str, Journal] = {self.journal.name: self.journal}
         self._listed_at = -1
+        self._unremoved: set[str] = set()
         self.waiting: deque[Commit] = deque()
         self._named: set[str] = set()  # segments whose names survive a power failure
         self.find_journals(adopt=True)
@@ -248,9 +250,7 @@ class Directory:
         self._clear(holes, emptied)
 
     def _clear(self, holes: Sequence[Hole], emptied: Collection[str]) -> None:
-        fault = None
-        for name in emptied:
-            self.remove(name)
+        fault = self._remove_all(emptied)
         left = sorted(
             [(hole.segment, hole.page, hole.end) for hole in holes if hole.segment not in emptied], reverse=True
         )
@@ -264,6 +264,18 @@ class Directory:
                 fault = error
         if fault is not None:
             raise fault
+
+    def _remove_all(self, names: Collection[str]) -> OSError | None:
+        """Remove segments, and those that could not be removed before; why not, if not all were."""
+        fault = None
+        self._unremoved |= set(names)
+        for name in list(self._unremoved):
+            try:
+                self.remove(name)
+                self._unremoved.discard(name)
+            except OSError as error:
+                fault = error
+        return fault
 
     def remove(self, name: str) -> None:
         """Remove a file, and its room even where others have it open."""
@@ -284,7 +296,10 @@ class Directory:
     def rewrite(self) -> None:
         """Append to a new index file from now on; the old ones stay until `end_rewrite`."""
         self._retired = [journal for journal in self.journals.values() if journal.owned and journal.known]
-        self.journal = Journal.create(self._fd, self.writer, self.journal.generation + 1)
+        generation = self.journal.generation + 1
+        while (journal := Journal.create(self._fd, self.writer, generation)) is None:
+            generation += 1
+        self.journal = journal
         self.journals = {**self.journals, self.journal.name: self.journal}
 
     def append(self, records: bytes) -> None:
@@ -294,8 +309,9 @@ class Directory:
     def end_rewrite(self) -> None:
         """Remove the old index files of ours: the new one has all that they had."""
         self.journal.sync()
-        for journal in self._retired:
-            self._remove_journal(journal)
+        if not self._unremoved:  # of whose writers an index must tell that they are ours
+            for journal in self._retired:
+                self._remove_journal(journal)
 
     def _remove_journal(self, journal: Journal) -> None:
         with suppress(FileNotFoundError):
@@ -350,8 +366,7 @@ class Directory:
 
     def close(self, *, emptied: Collection[str], keeps: bool) -> None:
         """Remove segments that are empty, and the index files of ours if there is nothing that they tell."""
-        for name in emptied:
-            self.remove(name)
+        keeps |= self._remove_all(emptied) is not None
         for journal in [each for each in self.journals.values() if each.owned and each.known]:
             if not keeps or journal.size_bytes <= RECORD_BYTES:
                 self._remove_journal(journal)

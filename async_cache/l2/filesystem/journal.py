@@ -38,12 +38,15 @@ class Journal:
         self.changed_ns = status.st_mtime_ns
 
     @classmethod
-    def create(cls, directory: int, writer: int, generation: int) -> "Journal":
-        """A new index file, which is ours. Raises OSError."""
+    def create(cls, directory: int, writer: int, generation: int) -> "Journal | None":
+        """A new index file, which is ours; None if another process took it for a dead writer's. Raises OSError."""
         name = index_name(writer, generation)
         file = open_file(directory, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        if lock(file.fd) is None:
+        locked = lock(file.fd)
+        if locked is None:
             logger.warning("the file system has no locks: what dead writers left is kept, and their files stay")
+        elif not locked or not _is_there(directory, name, file):
+            return None
         journal = cls(file, name, writer, generation, owned=True)
         journal.append(header(writer))
         journal.begun_at = journal.size_bytes
@@ -57,7 +60,7 @@ class Journal:
         try:
             file = open_file(directory, name)
             locked = adopt and lock(file.fd) is True
-            if locked and not os.path.samestat(os.fstat(file.fd), os.stat(name, dir_fd=directory)):
+            if locked and not _is_there(directory, name, file):
                 return None  # whoever had it has removed it
         except FileNotFoundError:
             return None
@@ -146,6 +149,14 @@ class Journal:
                 break
             block += more
         return block
+
+
+def _is_there(directory: int, name: str, file: OpenFile) -> bool:
+    """Whether a name still means the file that was opened by it."""
+    try:
+        return os.path.samestat(os.fstat(file.fd), os.stat(name, dir_fd=directory))
+    except FileNotFoundError:
+        return False
 
 
 def _whole(size_bytes: int) -> int:
