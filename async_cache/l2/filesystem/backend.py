@@ -270,14 +270,26 @@ class FileSystemBackend(Backend):
             while (step := await self._in(self._searches, look.step, news)) is not None:
                 await self._learn(*step, latest=True)
             self._looked_at = began
-            adopted = [journal for journal in directory.journals.values() if journal.owned and not journal.known]
-            if adopted and self._knows is directory:
-                for journal in adopted:
-                    journal.known = True
-                    self._catalog.writers.add(journal.writer)
-                self._spawn(self._sweep(directory))
+            if self._knows is directory:
+                await self._take_over(directory)
         except Moved:
             await self._open_anew(directory)
+
+    async def _take_over(self, directory: Directory) -> None:
+        """Answer for what index files tell that were adopted: they are read once more, as ours."""
+        adopted = [journal for journal in directory.journals.values() if journal.owned and not journal.known]
+        for journal in adopted:
+            self._catalog.writers.add(journal.writer)
+            await self._learn_all(journal)
+            journal.known = True
+        if adopted:
+            self._spawn(self._sweep(directory))
+
+    async def _learn_all(self, journal: Journal) -> None:
+        """Take over all that an index file says, the latest first."""
+        steps = journal.backward()
+        while (records := await self._in(self._scans, next, steps, None)) is not None:
+            await self._learn(journal, records, latest=False)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
@@ -598,9 +610,7 @@ class FileSystemBackend(Backend):
         """Learn what is in the directory, the latest first, as older than all that was used since the start."""
         try:
             for journal in sorted(directory.journals.values(), key=lambda each: each.changed_ns, reverse=True):
-                steps = journal.backward()
-                while (records := await self._in(self._scans, next, steps, None)) is not None:
-                    await self._learn(journal, records, latest=False)
+                await self._learn_all(journal)
                 journal.known = journal.owned
             self._knows = directory
             await self._sweep(directory)

@@ -114,7 +114,8 @@ class Catalog:
                 segment = self.segment(writer, number)
             key = ObjectKey(chunk_hash, rank, group)
             if kind == _PUT:
-                segment.owner = journal
+                if journal.owned or segment.owner is None or not segment.owner.owned:
+                    segment.owner = journal  # what one of ours tells of is ours, whoever else tells of it
                 end = page + pages(size_bytes)
                 if segment.end < end:
                     segment.end = end

@@ -69,6 +69,7 @@ class Journal:
     def adopt(self) -> bool:
         """Whether its writer is dead, and it is ours now."""
         self.owned, self.known = lock(self._file.fd) is True, False
+        self.begun_at = self.size_bytes
         return self.owned
 
     def close(self) -> None:
