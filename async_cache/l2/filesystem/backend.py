@@ -54,6 +54,7 @@ _NOTHING = memoryview(b"")
 
 
 _LOADED = LoadOutcome.LOADED
+_REMOVALS = {LoadOutcome.GONE: Removal.LOST, LoadOutcome.CORRUPT: Removal.DAMAGED}
 
 
 class Look:
@@ -173,7 +174,7 @@ class FileSystemBackend(Backend):
 
     def _start(self) -> None:
         """Begin with a directory that was just opened."""
-        self._catalog.writers = {journal.writer for journal in self._directory.journals.values() if journal.owned}
+        self._catalog.writers = {self._directory.writer}
         self._recovery = asyncio.create_task(self._recover(self._directory), name=f"{self.name} recovery")
 
     def _in(self, executor: DaemonExecutor, function: Callable[..., T], *arguments: Any) -> "asyncio.Future[T]":
@@ -279,9 +280,9 @@ class FileSystemBackend(Backend):
         """Answer for what index files tell that were adopted: they are read once more, as ours."""
         adopted = [journal for journal in directory.journals.values() if journal.owned and not journal.known]
         for journal in adopted:
-            self._catalog.writers.add(journal.writer)
             await self._learn_all(journal)
             journal.known = True
+            self._catalog.writers.add(journal.writer)
         if adopted:
             self._spawn(self._sweep(directory))
 
@@ -378,33 +379,33 @@ class FileSystemBackend(Backend):
             with suppress(OSError):
                 await self._look_for_news()
         told: list[LoadOutcome] = []
-        for found, outcome in zip(placed, outcomes, strict=True):
+        lost: dict[Removal, list[tuple[ObjectKey, tuple[int, bytes]]]] = {Removal.LOST: [], Removal.DAMAGED: []}
+        for number, (key, found, outcome) in enumerate(zip(keys, placed, outcomes, strict=True)):
             if isinstance(outcome, OSError):
                 outcome = LoadOutcome.FAILED
             if outcome is not _LOADED and (found is None or self._catalog.is_dropped(found[1])):
                 outcome = LoadOutcome.GONE
+            if outcome in _REMOVALS and found is not None:
+                lost[_REMOVALS[outcome]].append((key, found))
             told.append(outcome)
-        for lost, removal in ((LoadOutcome.GONE, Removal.LOST), (LoadOutcome.CORRUPT, Removal.DAMAGED)):
-            await self._give_up_as_read(keys, placed, [outcome is lost for outcome in told], removal)
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
         failed = [key for key, outcome in zip(keys, told, strict=True) if outcome is LoadOutcome.FAILED]
         faults = [outcome for outcome in outcomes if isinstance(outcome, OSError)]
         unreadable = set(self._faults.failed(failed, beside_others=len(failed) < len(keys)))
-        await self._give_up_as_read(keys, placed, [key in unreadable for key in keys], Removal.DAMAGED)
         if unreadable:
+            lost[Removal.DAMAGED] += [
+                (key, at) for key, at in zip(keys, placed, strict=True) if at and key in unreadable
+            ]
             logger.warning("%s: %d objects cannot be read: %s", self.name, len(unreadable), faults[0])
-        elif failed and len(failed) == len(keys):
+        for removal, objects in lost.items():
+            await self._give_up_as_read(objects, removal)
+        if failed and not unreadable and len(failed) == len(keys):
             raise BackendError(f"{self.name}: {faults[0]}") from faults[0]
         return told
 
-    async def _give_up_as_read(
-        self,
-        keys: Sequence[ObjectKey],
-        placed: list[tuple[int, bytes] | None],
-        which: list[bool],
-        removal: Removal,
-    ) -> None:
+    async def _give_up_as_read(self, lost: list[tuple[ObjectKey, tuple[int, bytes]]], removal: Removal) -> None:
         """Take those objects out that still lie where they were read."""
-        lost = [(key, found) for key, found, there in zip(keys, placed, which, strict=True) if there and found]
         for begin in range(0, len(lost), SLICE):
             batch = lost[begin : begin + SLICE]
             now = self._index.placed([key for key, _ in batch])
@@ -611,7 +612,10 @@ class FileSystemBackend(Backend):
         try:
             for journal in sorted(directory.journals.values(), key=lambda each: each.changed_ns, reverse=True):
                 await self._learn_all(journal)
-                journal.known = journal.owned
+            for journal in directory.journals.values():
+                if journal.owned:
+                    journal.known = True
+                    self._catalog.writers.add(journal.writer)
             self._knows = directory
             await self._sweep(directory)
             self._looked_at = self._loop.time() - SEEN_SECONDS
@@ -669,8 +673,9 @@ class FileSystemBackend(Backend):
         try:
             self._make_room(directory.rewriting_bytes(self._catalog.count_owned()))
             await self._in(self._changes, directory.rewrite)
+            self._catalog.forget_drops(set(await self._in(self._changes, directory.names)))
             chunks = list(self._index.in_order()) if self._index.objects <= ORDERED_OBJECTS else self._index.chunks()
-            data = self._catalog.records(chunks, directory.journal)
+            data = self._catalog.records(chunks)
             while batch := list(islice(data, SLICE)):
                 await self._in(self._changes, directory.append, b"".join(batch))
             await self._in(self._changes, directory.end_rewrite)
@@ -684,9 +689,10 @@ class FileSystemBackend(Backend):
         knows_all = self._knows is self._directory
         if self._index.objects <= ORDERED_OBJECTS and self._used and knows_all:
             await self._rewrite(self._directory)
-        emptied = self._catalog.emptied()
-        keeps = not knows_all or self._catalog.count_owned() > 0
         try:
+            tells = self._catalog.forget_drops(set(await self._in(self._changes, self._directory.names)))
+            keeps = tells or not knows_all or self._catalog.count_owned() > 0
+            emptied = self._catalog.emptied()
             await self._in(self._changes, partial(self._directory.close, emptied=emptied, keeps=keeps))
         except OSError as error:
             logger.warning("%s: cannot be left in order: %s", self.name, error)

@@ -227,13 +227,24 @@ class Bodies:
         latest = time.monotonic() + _QUICK_SECONDS
         for tries in range(_MORE_TRIES + 1):
             try:
-                return _LOADED if self._read_blocks(wanted, buffer, stop) else _CORRUPT
+                if self._read_blocks(wanted, buffer, stop):
+                    return _LOADED
+                return _GONE if self._is_hole(wanted) else _CORRUPT
             except OSError as error:
                 fault = error.with_traceback(None)  # whose frames hold the buffer
             if fault.errno in NO_FILE or tries == _MORE_TRIES or stop.is_set() or time.monotonic() > latest:
                 break
             self._files.forget(wanted.segment)
         return _GONE if fault.errno in NO_FILE else fault
+
+    def _is_hole(self, wanted: Wanted) -> bool:
+        """Whether nothing is allocated there: it was given up, by one whose record of that we have never seen."""
+        file = self._files.get(wanted.segment)
+        begin = wanted.page * PAGE_BYTES
+        try:
+            return os.lseek(file.fd, begin, os.SEEK_DATA) >= begin + wanted.size_bytes
+        except OSError as error:
+            return error.errno == errno.ENXIO  # there is nothing behind it either
 
     def _read_blocks(self, wanted: Wanted, buffer: memoryview, stop: Event) -> bool:
         digest = xxh3_64()

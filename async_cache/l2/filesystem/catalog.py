@@ -3,7 +3,7 @@
 Records come from several index files and in any order: a place of which a DROP was read once is never believed again.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from struct import Struct as Packed
 
 from msgspec import Struct
@@ -151,8 +151,7 @@ class Catalog:
         segment = self._here[PLACE.unpack(loser[1])[0]]
         if self._is_ours(segment):
             return [self._give_up(key, *loser)]
-        segment.drop(PLACE.unpack(loser[1])[1])
-        self._leave(segment, loser[0])
+        self._leave(segment, loser[0])  # its owner gives it up, and says so
         return []
 
     def _rank(self, placed: tuple[int, bytes]) -> tuple[int, int, int]:
@@ -258,23 +257,31 @@ class Catalog:
 
     # All of it.
 
-    def records(self, chunks: Iterable[Chunk], journal: Journal) -> Iterator[bytes]:
+    def forget_drops(self, existing: Collection[str]) -> bool:
+        """Forget those drops of ours that nobody needs to be told of any more; whether there are others."""
+        left = False
+        for segment in self._by_name.values():
+            if segment.foreign_drops:
+                if segment.name not in existing or self._is_ours(segment):
+                    segment.foreign_drops = None
+                else:
+                    left = True
+        return left
+
+    def records(self, chunks: Iterable[Chunk]) -> Iterator[bytes]:
         """What an index file of ours is to have: those objects of these chunks that we answer for, and drops.
 
         Each step looks at what is there at that time.
         """
         for segment in list(self._by_name.values()):
-            if segment.foreign_drops and segment.owner is not None and not segment.owner.owned:
+            if segment.foreign_drops:
                 yield b"".join(segment.foreign_drops)
-            else:
-                segment.foreign_drops = None
         for chunk in chunks:
             data = b""
             for which, size, place in placed_of(chunk):
                 here, page, checksum = PLACE.unpack(place)
                 segment = self._here[here]
                 if self._is_ours(segment):
-                    segment.owner = journal
                     data += self.written(ObjectKey(chunk.chunk_hash, *which), size, segment, page, checksum)
             yield data
 
@@ -305,7 +312,8 @@ class Catalog:
                 self._current = None
 
     def _is_ours(self, segment: Segment) -> bool:
-        return segment.owner.owned if segment.owner is not None else segment.writer in self.writers
+        owner = segment.owner
+        return (owner.owned and owner.known) if owner is not None else segment.writer in self.writers
 
     def check_integrity(self, being_written: int) -> None:
         """Assert that the totals are those of the objects, beside so many that are being written."""

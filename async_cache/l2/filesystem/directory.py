@@ -15,7 +15,7 @@ from threading import Event, Lock
 from msgspec import Struct
 
 from async_cache.l2.filesystem.bodies import Bodies, Body
-from async_cache.l2.filesystem.files import NO_FILE, Files, OpenFile, open_file
+from async_cache.l2.filesystem.files import NO_FILE, Files, OpenFile, lock, open_file
 from async_cache.l2.filesystem.format import (
     MARKER,
     MARKER_LINE,
@@ -23,10 +23,12 @@ from async_cache.l2.filesystem.format import (
     RECORD_BYTES,
     VERSION,
     Record,
+    is_unfinished,
     marker_version,
     pages,
     parse_index,
     parse_segment,
+    unfinished_name,
 )
 from async_cache.l2.filesystem.journal import GROWTH_BYTES, Journal
 
@@ -84,6 +86,7 @@ class Directory:
         self.journals: dict[str, Journal] = {self.journal.name: self.journal}
         self._listed_at = -1
         self._unremoved: set[str] = set()
+        self._fresh: list[Journal] = []  # an index file that is being written anew
         self.waiting: deque[Commit] = deque()
         self._named: set[str] = set()  # segments whose names survive a power failure
         self.find_journals(adopt=True)
@@ -145,7 +148,7 @@ class Directory:
     def find_journals(self, *, adopt: bool) -> None:
         """Index files that are new here; those of dead writers are ours from now on, if they are to be adopted."""
         self._listed_at = os.fstat(self._fd).st_mtime_ns
-        names = set(self.names())
+        names = self._latest(self.names(), remove=adopt)
         for name in sorted(names - self.journals.keys()):
             if (parsed := parse_index(name)) is not None:
                 try:
@@ -158,6 +161,26 @@ class Directory:
                         journal.size_bytes = 0  # all of it is news
                     self.journals = {**self.journals, name: journal}
         self.journals = {name: journal for name, journal in self.journals.items() if name in names or journal.owned}
+
+    def _latest(self, names: list[str], *, remove: bool) -> set[str]:
+        """The index files that count: the youngest of each writer. Others, and unfinished ones, are rests."""
+        youngest: dict[int, tuple[int, str]] = {}
+        rests = [name for name in names if is_unfinished(name)]
+        for name in names:
+            if (parsed := parse_index(name)) is not None:
+                writer, generation = parsed
+                older = youngest.get(writer)
+                if older is None or generation > older[0]:
+                    youngest[writer] = generation, name
+                    rests += [older[1]] if older is not None else []
+                else:
+                    rests.append(name)
+        for name in rests if remove else ():
+            with suppress(OSError):
+                file = open_file(self._fd, name)
+                if lock(file.fd):
+                    os.unlink(name, dir_fd=self._fd)
+        return {name for _, name in youngest.values()}
 
     def look(self, *, adopt: bool) -> Iterator[tuple[Journal, list[Record]]]:
         """What others have recorded since it was looked for last, in steps; what dead ones left is ours on demand."""
@@ -200,7 +223,8 @@ class Directory:
     @property
     def room_bytes(self) -> int:
         """The room on the disk of all that is no body: index files, with a page to spare, and the marker."""
-        return PAGE_BYTES * (2 + sum(pages(journal.allocated_bytes) for journal in self.journals.values()))
+        journals = [*self.journals.values(), *self._fresh]
+        return PAGE_BYTES * (2 + sum(pages(journal.allocated_bytes) for journal in journals))
 
     # What is recorded.
 
@@ -291,26 +315,35 @@ class Directory:
     @staticmethod
     def rewriting_bytes(count: int) -> int:
         """The room that a new index file of so many objects takes beside the old ones."""
-        return count * RECORD_BYTES + 2 * GROWTH_BYTES
+        return count * RECORD_BYTES + 3 * GROWTH_BYTES
 
     def rewrite(self) -> None:
-        """Append to a new index file from now on; the old ones stay until `end_rewrite`."""
-        self._retired = [journal for journal in self.journals.values() if journal.owned and journal.known]
+        """Begin an index file that is to take the place of all of ours: `append` fills it."""
         generation = self.journal.generation + 1
-        while (journal := Journal.create(self._fd, self.writer, generation)) is None:
+        while (journal := Journal.create(self._fd, self.writer, generation, finished=False)) is None:
             generation += 1
-        self.journal = journal
-        self.journals = {**self.journals, self.journal.name: self.journal}
+        self._fresh, self._begun_at = [journal], self.journal.size_bytes
 
     def append(self, records: bytes) -> None:
-        """Record again what the new index file is to have of the old ones."""
-        self.journal.append(records)
+        """Record in the new index file what is there."""
+        (fresh,) = self._fresh
+        fresh.append(records)
 
     def end_rewrite(self) -> None:
-        """Remove the old index files of ours: the new one has all that they had."""
-        self.journal.sync()
-        if not self._unremoved:  # of whose writers an index must tell that they are ours
-            for journal in self._retired:
+        """Put the new index file in the place of the others, with what was recorded since it was begun."""
+        (fresh,) = self._fresh
+        retired = [each for each in self.journals.values() if each.owned and each.known]
+        fresh.append(self.journal.behind(self._begun_at))
+        fresh.sync()
+        temporary = unfinished_name(fresh.writer, fresh.generation)
+        os.rename(temporary, fresh.name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        self.journal = fresh
+        self.journals = {**self.journals, fresh.name: fresh}
+        self._fresh = []
+        if self._fsync:
+            os.fsync(self._fd)
+        for journal in retired:
+            if journal.writer == self.writer or not self._unremoved:  # whose writer an index must tell to be ours
                 self._remove_journal(journal)
 
     def _remove_journal(self, journal: Journal) -> None:
@@ -329,21 +362,28 @@ class Directory:
         """
         segments = {name: parsed for name in self.names() if (parsed := parse_segment(name)) is not None}
         indexes = {parsed[0] for _ in range(2) for name in self.names() if (parsed := parse_index(name)) is not None}
-        ours = {journal.writer for journal in self.journals.values() if journal.owned} - {self.writer}
+        ours = {each.writer for each in self.journals.values() if each.owned and each.known} - {self.writer}
         for journal in self.journals.values():
-            if journal.owned and journal.writer != self.writer:
+            if journal.owned and journal.known and journal.writer != self.writer:
                 journal.cut()
         allocated = []
         for name, (writer, _) in segments.items():
             if name in used:
                 if self._cut(name, *used[name]):
                     allocated.append(name)
-            elif writer in ours and not known.get(name):
+            elif (writer in ours or (writer not in indexes and self._is_empty(name, known))) and not known.get(name):
                 self.remove(name)  # it was being written, or all of it was given up
             elif writer not in indexes and name not in known:
                 os.rename(name, f"{name}.bad", src_dir_fd=self._fd, dst_dir_fd=self._fd)
                 logger.warning("%s: no index tells what is in %s: set aside as %s.bad", self.path, name, name)
         return allocated
+
+    def _is_empty(self, name: str, known: Mapping[str, int]) -> bool:
+        """Whether all of a segment was given up, or nothing is in it."""
+        try:
+            return name in known or not os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_blocks
+        except OSError:
+            return False
 
     def _cut(self, name: str, end_page: int, count: int) -> bool:
         """Cut off what was written behind the last body; whether more is allocated than the bodies need."""
@@ -353,7 +393,8 @@ class Directory:
                 os.truncate(file.fd, end_page * PAGE_BYTES)
             return os.fstat(file.fd).st_blocks * 512 > count * PAGE_BYTES
         except OSError as error:
-            logger.warning("%s: the segment %s cannot be looked at: %s", self.path, name, error)
+            if error.errno not in NO_FILE:
+                logger.warning("%s: the segment %s cannot be looked at: %s", self.path, name, error)
             return False
 
     def clear_gaps(self, name: str, bodies: list[tuple[int, int]]) -> None:
@@ -378,4 +419,5 @@ class Directory:
         for journal in self.journals.values():
             journal.close()
         self.journals = {}
+        self._fresh = []
         del self.journal, self.files, self.bodies, self._file

@@ -25,6 +25,7 @@ _HEADER = Struct("<8sIIQ56x")
 _MAGIC = b"akvindex"
 _CHECKSUM = Struct("<Q")
 
+_UNFINISHED = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{8})\.idx\.tmp")
 _INDEX = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{8})\.idx")
 _SEGMENT = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{8})\.seg")
 _MARKER = re.compile(rb"async_cache log of segments, version ([0-9]{1,9})\n")
@@ -48,6 +49,16 @@ made it and a number. The size, in bytes, and the checksum (XXH3-64) are of the 
 def index_name(writer: int, generation: int) -> str:
     """The name of the index file of a writer; each time that it is written anew it is a generation younger."""
     return f"{writer:016x}.{generation:08x}.idx"
+
+
+def unfinished_name(writer: int, generation: int) -> str:
+    """The name of an index file that is being written anew."""
+    return index_name(writer, generation) + ".tmp"
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file of this name is an index file that was being written anew."""
+    return _UNFINISHED.fullmatch(name) is not None
 
 
 def segment_name(writer: int, number: int) -> str:

@@ -16,6 +16,7 @@ from async_cache.l2.filesystem.format import (
     index_name,
     is_whole,
     records,
+    unfinished_name,
 )
 
 logger = logging.getLogger(__name__)
@@ -38,16 +39,16 @@ class Journal:
         self.changed_ns = status.st_mtime_ns
 
     @classmethod
-    def create(cls, directory: int, writer: int, generation: int) -> "Journal | None":
+    def create(cls, directory: int, writer: int, generation: int, *, finished: bool = True) -> "Journal | None":
         """A new index file, which is ours; None if another process took it for a dead writer's. Raises OSError."""
-        name = index_name(writer, generation)
+        name = index_name(writer, generation) if finished else unfinished_name(writer, generation)
         file = open_file(directory, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         locked = lock(file.fd)
         if locked is None:
             logger.warning("the file system has no locks: what dead writers left is kept, and their files stay")
         elif not locked or not _is_there(directory, name, file):
             return None
-        journal = cls(file, name, writer, generation, owned=True)
+        journal = cls(file, index_name(writer, generation), writer, generation, owned=True)
         journal.append(header(writer))
         journal.begun_at = journal.size_bytes
         journal.known = True
@@ -90,6 +91,10 @@ class Journal:
             raise
         self.size_bytes += len(data)
         self.allocated_bytes = max(self.allocated_bytes, self.size_bytes)
+
+    def behind(self, offset: int) -> bytes:
+        """All records from an offset on. Raises OSError."""
+        return self._read(offset, self.size_bytes - offset)
 
     def reserve(self, count: int) -> None:
         """Have room on the disk for so many records, and for as many drops, which make room. Raises OSError."""
