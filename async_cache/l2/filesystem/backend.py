@@ -460,7 +460,7 @@ class FileSystemBackend(Backend):
         """Write and index objects as far as there is room; for each None, or why it could not be written."""
         directory = self._directory
         write = Write(directory, [], self._loop.create_future(), set())
-        growth_bytes = directory.journal.growth_bytes(len(keys))
+        growth_bytes = directory.journal.growth_bytes(2 * len(keys))  # and as many leave, perhaps
         whole = self._make_room(sum(map(self._index.room_bytes, map(len, buffers))) + growth_bytes)
         numbers = []
         for number, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
@@ -529,6 +529,8 @@ class FileSystemBackend(Backend):
                 self._catalog.put(body.key, body.size_bytes, segment, body.page, body.checksum)
         if write.directory is self._directory:
             self._clear(holes)
+            if not self._over:
+                self._make_room(0)  # for what the index has grown by
         write.done.set_result(None)
         self._rewrite_if_long()
 

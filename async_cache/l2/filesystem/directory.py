@@ -320,6 +320,9 @@ class Directory:
     def rewrite(self) -> None:
         """Begin an index file that is to take the place of all of ours: `append` fills it."""
         generation = self.journal.generation + 1
+        for unfinished in self._fresh:  # it was given up
+            with suppress(FileNotFoundError):
+                os.unlink(unfinished_name(self.writer, unfinished.generation), dir_fd=self._fd)
         while (journal := Journal.create(self._fd, self.writer, generation, finished=False)) is None:
             generation += 1
         self._fresh, self._begun_at = [journal], self.journal.size_bytes
