@@ -22,8 +22,8 @@ demo: $(INSTALLED) $(MODEL) ## a real model answers a long prompt twice, the sec
 serve: $(INSTALLED) ## serve a cache to all processes of this machine, with the defaults
 	$(BIN)/async-cache serve
 
-fleet: $(INSTALLED) ## two servers that share a Valkey, and what each finds of the other's; STORE=directory, or a URL: another store
-	$(BIN)/python examples/fleet/fleet.py $(if $(STORE),--store '$(STORE)')
+fleet: $(INSTALLED) ## two servers that share a Valkey, and what each finds of the other's; STORE=s3, directory, a URL: another store
+	$(BIN)/python examples/fleet/fleet.py $(foreach store,$(STORE),--store '$(store)')
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/pytest

@@ -20,6 +20,7 @@ The rooms, in the order the data flows. Which of them knows which is in `docs/de
 - `server`: one cache for all the processes of a machine
 - `client`: `CacheClient` and `BlockingClient`, the same cache from another process
 - `integrations`: serving engines that use it
+- `replay`: recorded requests through the real index, to see what a policy would keep
 - `config`, `cli`, `__main__`: the settings, and the command line
 - `values`, `errors`: what callers get
 - `testing`: for the tests of those who use it

@@ -17,6 +17,7 @@ from async_cache.errors import BackendError, ConfigError
 from async_cache.prompt.keys import check_label
 from async_cache.prompt.objects import PAGE_BYTES
 from async_cache.protocol.address import Address, default_url
+from async_cache.retention.policies import NAMES
 
 ENVIRONMENT_PREFIX = "ASYNC_CACHE_"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -96,6 +97,9 @@ Count = Annotated[int, Meta(gt=0, le=_LARGEST, title="a whole number", descripti
 Remembered = Annotated[int, Meta(gt=0, le=2**26, title="a whole number", description="from 1 to 2**26")]
 Traces = Annotated[str, Meta(pattern="^(otel)?$", title="a text", description='"otel", or "" for none')]
 Bytes = Annotated[Count, Meta(examples=["10GiB"])]  # may be written with a unit
+Policy = Annotated[
+    str, Meta(pattern=f"^({'|'.join(NAMES)})$", title="a name", description=f"one of {', '.join(NAMES)}")
+]
 URLs = Sequence[str]
 
 
@@ -208,6 +212,8 @@ class CacheConfig(Settings, frozen=True, kw_only=True):
     """Size of L1, the arena in shared memory; rounded down to whole pages."""
     l2: URLs = field(default_factory=default_l2)
     """One URL for each storage backend, the fastest first; empty for a cache in memory only."""
+    policy: Policy = "lru"
+    """What leaves L1 first when it is full; docs/eviction.md tells the names."""
     lookup_timeout_seconds: Seconds = 1.0
     """How long a lookup waits for a backend before it goes on without it."""
     load_timeout_seconds: Seconds = 30.0

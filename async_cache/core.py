@@ -23,7 +23,7 @@ from async_cache.read.hits import count_hits
 from async_cache.read.loads import Loader
 from async_cache.read.misses import Misses
 from async_cache.read.prefetch import PrefetchController
-from async_cache.retention.lru import LeastRecentlyUsed
+from async_cache.retention.policies import make_policy
 from async_cache.tracing import Tracing
 from async_cache.values import CacheStats, LookupHits
 from async_cache.write.backends import Backends
@@ -46,7 +46,11 @@ class Core:
         self.roots = Roots()
         self.guards = Guards([Guard.of(backend, config, self.ledger) for backend in backends])
         self.l1 = L1Store(
-            arena, LeastRecentlyUsed(), lambda entry: self.writeback.evicted(entry), self.observers, self.ledger
+            arena,
+            make_policy(config.policy, asyncio.get_running_loop().time),
+            lambda entry: self.writeback.evicted(entry),
+            self.observers,
+            self.ledger,
         )
         self.writeback = Writeback(self.l1, self.guards, self.observers, config)
         self.tombstones = tombstones = Tombstones()

@@ -473,3 +473,25 @@ async def test_to_clear_storage_lists_no_more_than_it_deletes_next() -> None:
         assert (await cache.clear("all")).chunks == 3000
         assert backend.usage().objects == 0
         assert backend.most_ahead <= 256
+
+
+class Circling(MemoryBackend):
+    """Lists so many objects again and again."""
+
+    length = 1
+
+    async def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
+        while True:
+            for number in range(self.length):
+                yield ObjectKey(number.to_bytes(32, "little"), 0, 0), 8
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 255, 256, 257, 1000, 5000])
+async def test_to_clear_storage_whose_listing_goes_in_a_circle_ends(length: int) -> None:
+    backend = Circling()
+    backend.length = length
+    async with AsyncCache(CacheConfig(l1_bytes=2**20), [backend]) as cache:
+        with pytest.raises(BackendError, match="lists the same objects again and again"):
+            await asyncio.wait_for(cache.clear("all"), 20)
+        assert (await cache.lookup(PROMPT)).chunks == 0

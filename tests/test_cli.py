@@ -34,6 +34,17 @@ FLAGS = {
     "backend remove": ["--url", "--token-file", "--help"],
     "backend list": ["--url", "--token-file", "--json", "--help"],
     "copy": ["--json", "--help"],
+    "replay": [
+        "--capacity",
+        "--policy",
+        "--bytes-per-token",
+        "--measured",
+        "--outputs",
+        "--no-outputs",
+        "--plot",
+        "--json",
+        "--help",
+    ],
 }
 COMMANDS = list(dict.fromkeys(command.split()[0] for command in FLAGS))
 

@@ -48,11 +48,14 @@ def start_example(*arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True)
 
 
-@pytest.mark.parametrize(("store", "steps"), [("valkey", 17), ("directory", 11)])
-def test_the_example_finds_what_it_must(store: str, steps: int) -> None:
-    with start_example("--store", store) as child:
+@pytest.mark.parametrize(
+    ("stores", "steps"), [(["valkey"], 18), (["directory"], 12), (["s3"], 18), (["valkey", "s3"], 14)]
+)
+def test_the_example_finds_what_it_must(stores: list[str], steps: int) -> None:
+    with start_example(*(word for store in stores for word in ("--store", store))) as child:
         told, errors = child.communicate(timeout=50)
     assert child.returncode == 0, told + errors
+    assert ("the first store is killed" in told) is (len(stores) > 1)
     assert len(told.splitlines()) == 1 + steps
     assert " b  " in next(line for line in told.splitlines() if line.startswith("what a stored"))
 

@@ -26,9 +26,9 @@ MAY_KNOW = {
     "memory": "errors prompt",
     "aio": "",
     "handles": "aio errors memory prompt values",
-    "retention": "values",
+    "retention": "errors values",
     "protocol": "errors prompt values",
-    "config": "errors prompt protocol",
+    "config": "errors prompt protocol retention",
     "observe": "handles values",
     "ledger": "observe prompt values",
     # the tiers, and the ways through them
@@ -43,13 +43,18 @@ MAY_KNOW = {
     # the same from other processes
     "server": "cache config errors handles memory observe prompt protocol values",
     "client": "aio errors handles memory prompt protocol values",
-    "integrations": "cache client errors handles prompt values",
-    "cli": "client config errors l2 memory protocol server values",
+    "integrations": "aio cache client errors handles prompt values",
+    "replay": "errors l1 memory prompt retention values",
+    "cli": "client config errors l2 memory protocol replay retention server values",
     "__main__": "cli",
     "testing": "errors l2 prompt values",
 }
 """Each room (a folder, or a module beside the folders), and the rooms that it may import: all that it does import."""
-LAZY = {("async_cache.memory.tensors", "torch"), ("async_cache.tracing", "opentelemetry")}
+LAZY = {
+    ("async_cache.memory.tensors", "torch"),
+    ("async_cache.tracing", "opentelemetry"),
+    ("async_cache.replay.plot", "matplotlib.figure"),
+}
 """What is imported in a function, and where: an extra that most have no use for."""
 ENTRY_POINTS = {
     ("async_cache.l2.urls.registry", "importlib.metadata"),

@@ -1,8 +1,11 @@
 """Waiting for what must not be left behind, however often whoever waits is cancelled."""
 
 import asyncio
-from typing import TypeVar
+from collections.abc import Callable
+from functools import partial
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -17,5 +20,17 @@ async def to_its_end(future: "asyncio.Future[T]") -> "asyncio.Future[T]":
     if cancelled is not None:
         if not future.cancelled():
             future.exception()  # looked at: nobody else does
-        raise cancelled
+        try:
+            raise cancelled
+        finally:
+            del cancelled  # it knows this frame: if the frame knew it, both would wait for the garbage collector
     return future
+
+
+async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """What a function returns, called in a thread of the loop's own. A cancel is raised when it has ended.
+
+    Only then is what it touches the caller's again.
+    """
+    call = partial(function, *args, **kwargs)
+    return (await to_its_end(asyncio.get_running_loop().run_in_executor(None, call))).result()

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from async_cache import __version__
 from async_cache.cli.backends import backend_app, copy
+from async_cache.cli.replay import replay
 from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_client
 from async_cache.client.client import CacheClient
 from async_cache.config import CacheConfig, Given, ServerConfig, hide_password, told_where
@@ -172,6 +173,7 @@ def show_config(config: ConfigFile = None, listen: Listen = None, l1_bytes: L1By
 
 
 app.command()(copy)
+app.command()(replay)
 
 
 def given(

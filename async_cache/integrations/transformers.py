@@ -23,6 +23,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from async_cache.aio.ending import in_thread
 from async_cache.cache import AsyncCache
 from async_cache.client import CacheClient
 from async_cache.errors import AsyncCacheError, ConnectionLostError
@@ -178,7 +179,7 @@ class CachedPrefix:
         try:
             await prefetch.load_done  # an error of its own says more than that there is nothing to read
             async with self._cache.read(request_id) as lease:
-                kv = await _to_its_end(self._rebuild, [chunk.tensors() for chunk in lease])
+                kv = await in_thread(self._rebuild, [chunk.tensors() for chunk in lease])
                 if not lease.held:
                     raise ConnectionLostError("the connection was lost while the KV was copied")
                 self._warned.pop(_READ, None)
@@ -238,7 +239,7 @@ class CachedPrefix:
             raise ValueError(f"kv has {begin} tokens of a prompt of {len(ids)}: nothing is left to be computed")
         while begin < len(ids):
             end = min(begin - begin % chunk + chunk, len(ids))
-            logits = await _to_its_end(_compute, self._model, ids[begin:end], kv)
+            logits = await in_thread(_compute, self._model, ids[begin:end], kv)
             begin = end
         return logits
 
@@ -257,8 +258,8 @@ class CachedPrefix:
         try:
             async with self._cache.store(prompt) as writer:
                 for chunk in writer:
-                    copy = _round_chunk if self._fp8 else _copy_chunk
-                    await _to_its_end(copy, layers, chunk.index, *chunk.tensors())
+                    copy: Callable[..., None] = _round_chunk if self._fp8 else _copy_chunk
+                    await in_thread(copy, layers, chunk.index, *chunk.tensors())
                     chunk.commit()
                     taken += 1
             self._warned.pop(_STORED, None)
@@ -337,15 +338,3 @@ def _round_chunk(
     for number, parts in enumerate(layers):
         for part, exact in enumerate(parts):
             to_fp8(exact[0, :, span], scales[part, number], chunk[part, number])
-
-
-async def _to_its_end(work: Callable[..., T], *args: Any) -> T:
-    """Run in a thread. A cancel waits for its end: what it touches is leased, reserved or the caller's only so long."""
-    running = asyncio.get_running_loop().run_in_executor(None, work, *args)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        while not running.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait((running,))
-        raise

@@ -4,6 +4,7 @@ Both are msgspec structs outside the garbage collector: there may be millions, a
 """
 
 from enum import Enum
+from typing import Any
 
 from msgspec import Struct
 
@@ -43,7 +44,8 @@ class Entry(Struct, gc=False, eq=False):
     parent: bytes | None = None  # the chunk before it in a prompt, as far as that is known
     child: bytes | None = None  # one that was built on it
     forked: bool = False  # another one was, too
-    older: "Entry | None" = None  # for the eviction policy
+    node: Any = None  # what the eviction policy knows of it
+    older: "Entry | None" = None  # for the eviction policy, too
     newer: "Entry | None" = None
 
     def offset(self, rank: int) -> int:

@@ -12,7 +12,7 @@ from async_cache.ledger.ledger import Ledger
 from async_cache.memory.arena import Arena
 from async_cache.memory.extents import Extents, Gaps
 from async_cache.observe import Observers, notify
-from async_cache.prompt.layout import ModelLayout
+from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.values import Removal
 
@@ -138,6 +138,10 @@ class L1Store:
             else:
                 self.evictable_bytes += entry.room_bytes
 
+    def asked(self, prompt: Prompt) -> None:
+        """Note that a request asked for all chunks of a prompt, there or not."""
+        self._policy.asked(prompt.chunk_hashes, prompt.tokens, prompt.layout.chunk_tokens)
+
     def touch(self, chunk_hashes: Iterable[bytes]) -> None:
         """Mark chunks as used just now, the last one most recently."""
         for chunk_hash in chunk_hashes:
@@ -208,7 +212,7 @@ class L1Store:
             elif after is not None:
                 self._ledger.built_on(after, chunk_hash)
             self.index[chunk_hash] = entry
-            self._policy.use(entry, before if before is not None and not before.leases else None)
+            self._policy.enter(entry, before, kept=before is not None and before.leases > 0)
         else:
             entry.present |= mask
             entry.place(rank, reservation.offset)

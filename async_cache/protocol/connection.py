@@ -74,6 +74,7 @@ class Connection(asyncio.Protocol):
         self._pauses: set[Pause] = set()
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
+        self._is_taking = False
         self._writable: asyncio.Event | None = None  # set again when the peer has read; None while it does
         self._giving_up: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -99,7 +100,7 @@ class Connection(asyncio.Protocol):
     def send(self, message: Message) -> None:
         """Send a message with the others of this step of the loop; nothing if the connection is not open."""
         if self._state is _OPEN:
-            if not self._out:
+            if not (self._out or self._is_taking):
                 self._loop.call_soon(self.flush)
             self._out.append(frame(encode(message)))
 
@@ -189,6 +190,7 @@ class Connection(asyncio.Protocol):
     def _take(self) -> None:
         """Hand on what has arrived: so much at a time that other connections have their turn."""
         left = _MESSAGES_AT_ONCE
+        self._is_taking = True  # what is sent meanwhile goes out at its end, and not a turn later
         try:
             while self._state is _OPEN and not self._pauses:
                 if not left:
@@ -211,6 +213,9 @@ class Connection(asyncio.Protocol):
         except Exception as error:
             log.exception("a message could not be handled")
             self.fail(error)
+        finally:
+            self._is_taking = False
+            self.flush()
 
     def _keep_partial(self) -> None:
         """Tell of what there is of a frame that is not complete."""

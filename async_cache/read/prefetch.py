@@ -97,6 +97,7 @@ class PrefetchController:
         """Decide what is promised, in this step if that needs no waiting."""
         try:
             if request.prompt.hashed and self._decider.is_all_in_l1(request):
+                self._l1.asked(request.prompt)
                 self._say_hits(request, Promised(request.length))
                 self._finish(request)
                 return
@@ -138,6 +139,7 @@ class PrefetchController:
     def _promise(self, request: Request, promised: Promised) -> None:
         try:
             self._close_search(request)
+            self._l1.asked(request.prompt)
             self._say_hits(request, promised)
             self._loader.begin_soon()
             if not request.loads:

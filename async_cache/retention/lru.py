@@ -1,6 +1,6 @@
-"""Least recently used first: the default policy."""
+"""Least recently used first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from async_cache.retention.ring import Linked, Ring
@@ -12,6 +12,13 @@ T = TypeVar("T", bound=Linked)
 class LeastRecentlyUsed(Ring[T]):
     """A policy that evicts what was not used for the longest time: its order is that of the ring."""
 
+    def asked(self, path: Sequence[bytes], tokens: int, chunk_tokens: int, output_tokens: int | None = None) -> None:
+        """Nothing: what is used is told by `use`."""
+
+    def enter(self, item: T, parent: T | None, kept: bool = False) -> None:
+        """Place the item right before the one that it builds on: that is used again at the end of its lease."""
+        self.use(item, None if kept else parent)
+
     def suspend(self, item: T) -> None:
         """Leave the item out until its next use."""
         self.discard(item)
@@ -19,6 +26,10 @@ class LeastRecentlyUsed(Ring[T]):
     def left(self, item: T, removal: Removal) -> None:
         """Take the item out of the order, whatever it left for."""
         self.discard(item)
+
+    def admits(self, chunk_hash: bytes) -> bool:
+        """Yes: it is used just now."""
+        return True
 
     def victims(self) -> Iterator[T]:
         """All items, the least recently used first."""

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import compress, islice
+from contextlib import ExitStack, contextmanager
+from itertools import compress, count, islice
 
 from async_cache.aio.worker import Worker
 from async_cache.errors import BackendError, CacheClosedError
@@ -11,13 +12,15 @@ from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard, Listing
 from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
+from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import Prompt
 from async_cache.read.loads import Loader
-from async_cache.values import Deleted
+from async_cache.values import BackendState, Deleted
 from async_cache.write.carrier import Carrier
 from async_cache.write.writeback import Writeback
 
 _AT_ONCE = 256  # chunks, then the loop gets its turn; and objects in a call to a backend
+_CIRCLES = 8  # so often no well-made listing has the same object
 _LOOKED_UP_AT_ONCE = 4096  # objects
 
 
@@ -51,8 +54,9 @@ class Remover:
             if self._l1.closed:
                 raise CacheClosedError("the cache was closed")
         removed = _Removed()
+        removal = self._carrier.begin(self._delete(prompt, removed))  # before a backend that leaves is let go
         self._remove(prompt.chunk_hashes[:_AT_ONCE], removed)
-        return await self._carrier.carry_out(self._delete(prompt, removed))
+        return await self._carrier.wait(removal)
 
     async def clear(self, tier: str) -> Deleted:
         """Remove everything from both tiers ("all"), or from L1 what L2 has ("l1").
@@ -62,8 +66,9 @@ class Remover:
         if tier == "l1":
             return await self._carrier.carry_out(self._clear_written())
         self._tombstones.bury(None)
+        removal = self._carrier.begin(self._clear_all())
         self._loader.delete(list(islice(self._loader.in_flight(), _AT_ONCE)))
-        return await self._carrier.carry_out(self._clear_all())
+        return await self._carrier.wait(removal)
 
     async def empty_l1(self) -> None:
         """Remove everything from L1; what somebody still reads keeps its memory."""
@@ -79,11 +84,12 @@ class Remover:
         """Remove the rest of a long prompt, its head is gone, and then all of it from L2."""
         hashes, buried = prompt.chunk_hashes, _AT_ONCE
         try:
-            for part in _parts(hashes[buried:]):
-                await asyncio.sleep(0)
-                self._remove(part, removed)
-                buried += len(part)
-            await self._delete_everywhere(prompt, removed)
+            with self._all_kept():
+                for part in _parts(hashes[buried:]):
+                    await asyncio.sleep(0)
+                    self._remove(part, removed)
+                    buried += len(part)
+                await self._delete_everywhere(prompt, removed)
             return Deleted(len(removed.chunks), removed.leased)
         finally:
             for part in _parts(hashes[:buried]):
@@ -99,11 +105,12 @@ class Remover:
     async def _clear_all(self) -> Deleted:
         removed = _Removed()
         try:
-            while loads := list(islice(self._loader.in_flight(), _AT_ONCE)):
-                self._loader.delete(loads)
-                await asyncio.sleep(0)
-            await self._clear_l1(removed, keep_needed=False)
-            await self._delete_everywhere(None, removed)
+            with self._all_kept():
+                while loads := list(islice(self._loader.in_flight(), _AT_ONCE)):
+                    self._loader.delete(loads)
+                    await asyncio.sleep(0)
+                await self._clear_l1(removed, keep_needed=False)
+                await self._delete_everywhere(None, removed)
             return Deleted(len(removed.chunks), removed.leased)
         finally:
             self._tombstones.lift(None)
@@ -150,19 +157,27 @@ class Remover:
     # L2.
 
     async def _delete_everywhere(self, prompt: Prompt | None, removed: "_Removed") -> None:
-        """Delete all objects of a prompt, or all if None, from every backend, also one that is added meanwhile.
+        """Delete all objects of a prompt, or all if None, from every backend, also one that comes or leaves meanwhile.
 
-        Raises BackendError once all backends have ended, if one failed.
+        Raises BackendError once all backends have ended, if one failed that is still there.
         """
-        asked: set[Guard] = set()
+        asked: list[Guard] = []
         outcomes: list[BaseException | None] = []
-        while guards := [guard for guard in self._guards.current if guard not in asked]:
-            asked.update(guards)
+        while guards := [guard for guard in self._guards if guard not in asked]:
+            asked += guards
             deletions = [self._delete_from(guard, prompt, removed) for guard in guards]
             outcomes += await asyncio.gather(*deletions, return_exceptions=True)
-        for outcome in outcomes:
-            if outcome is not None:
+        for guard, outcome in zip(asked, outcomes, strict=True):
+            if outcome is not None and guard.state is not BackendState.LEAVING:
                 raise outcome
+
+    @contextmanager
+    def _all_kept(self) -> Iterator[None]:
+        """Have every backend stay open, also one that leaves now."""
+        with ExitStack() as kept:
+            for guard in self._guards:
+                kept.enter_context(guard.kept())
+            yield
 
     async def _delete_from(self, guard: Guard, prompt: Prompt | None, removed: "_Removed") -> None:
         hashes = set(prompt.chunk_hashes) if prompt is not None else None
@@ -203,11 +218,22 @@ async def _delete_found(guard: Guard, prompt: Prompt, removed: _Removed) -> None
 
 
 async def _delete_all(guard: Guard, removed: _Removed) -> None:
-    """Delete all that a backend has, as it is listed."""
+    """Delete all that a backend has, as it is listed. Raises BackendError, also for a listing that goes in a circle.
+
+    Of the keys, one is remembered, another one each time that twice as much was listed: in a circle, it comes again and
+    again, however long that is. What changes while it is listed may be listed twice.
+    """
     listing: Listing = []
+    remembered: ObjectKey | None = None
+    again = 0
     try:
-        while True:
+        for part in count(1):
             keys = [key for key, _ in await guard.next_keys(listing, _AT_ONCE)]
+            again += sum(key == remembered for key in keys)
+            if again >= _CIRCLES:
+                raise BackendError(f"{guard.name} lists the same objects again and again")
+            if keys and not part & part - 1:
+                remembered, again = keys[0], 0
             if keys:
                 await guard.delete(keys)
                 removed.chunks.update([key.chunk_hash for key in keys])

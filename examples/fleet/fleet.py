@@ -4,6 +4,8 @@ Each server has an L1 of its own, as on a host of its own, and both have the sam
 
     python examples/fleet/fleet.py                                   # a Valkey, which is started, and killed in the end
     python examples/fleet/fleet.py --store directory                 # a directory
+    python examples/fleet/fleet.py --store s3                        # a bucket, of moto's server, which is started
+    python examples/fleet/fleet.py --store valkey --store s3         # one behind the other: the first one is killed
     python examples/fleet/fleet.py --store s3://bucket/prefix        # whatever URL `l2` may have; it is left running
     python examples/fleet/fleet.py --connect unix:///a/s unix:///b/s # servers that run already; they are left running
 
@@ -14,16 +16,18 @@ was started is ended, each process by its own id, also on Ctrl-C and SIGTERM.
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -33,8 +37,20 @@ from async_cache import AsyncCacheError, CacheClient, ModelLayout, ObjectGroup, 
 START_SECONDS = 20.0
 LOOKUP_TIMEOUT_SECONDS = 0.5  # of the store: a miss that it does not answer ends after that
 BOUND_SECONDS = 3.0  # within which a request ends whatever has died; wide, for a busy machine
+BUCKET_TIMEOUT_SECONDS = 2.0  # a lookup in a bucket is a request for each object
 CHUNKS = 16
 LAYOUT = ModelLayout(f"fleet {token_hex(4)}", (ObjectGroup((16, 4096), "uint8"),), chunk_tokens=16)  # 64 KiB a chunk
+
+BUCKET_SERVER = """
+import signal, urllib.request
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+port = server.get_host_and_port()[1]
+urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/fleet", method="PUT")).close()
+print("serving at", port, flush=True)
+signal.pause()
+"""
 
 
 def make_prompt(number: int) -> Prompt:
@@ -43,6 +59,14 @@ def make_prompt(number: int) -> Prompt:
 
 
 # What runs.
+
+
+class Store(NamedTuple):
+    """The URL of a store, its process where it is one that was started here, and the time of a lookup in it."""
+
+    url: str
+    process: Process | None = None
+    lookup_timeout_seconds: float = LOOKUP_TIMEOUT_SECONDS
 
 
 @asynccontextmanager
@@ -62,14 +86,15 @@ async def running(*command: str, log: Path) -> AsyncIterator[Process]:
             await process.wait()
 
 
-async def until_it_says(process: Process, words: str, log: Path) -> None:
-    """Wait for a line of a process's output; what it says later is read by nobody, and there is little of it."""
+async def until_it_says(process: Process, words: str, log: Path) -> str:
+    """Wait for a line of a process's output, and return it; what it says later is read by nobody, and is little."""
     assert process.stdout is not None
     async with asyncio.timeout(START_SECONDS):
         while words not in (line := (await process.stdout.readline()).decode()):
             if not line:
                 why = await asyncio.to_thread(log.read_text)
                 raise SystemExit(f"{log.stem} ended at its start: {why.strip()}")
+    return line
 
 
 async def start_valkey(stack: AsyncExitStack, folder: Path) -> tuple[str, Process]:
@@ -85,11 +110,35 @@ async def start_valkey(stack: AsyncExitStack, folder: Path) -> tuple[str, Proces
     return f"valkey+unix://{socket}", process
 
 
-async def start_server(stack: AsyncExitStack, folder: Path, name: str, l2: str) -> tuple[CacheClient, Process]:
+async def start_bucket(stack: AsyncExitStack, folder: Path) -> tuple[str, Process]:
+    """A bucket in the memory of moto's server of S3; its URL, and the server's process."""
+    if find_spec("moto") is None:
+        raise SystemExit("the store s3 needs moto: pip install 'moto[server]'")
+    log = folder / "moto.log"
+    process = await stack.enter_async_context(running(sys.executable, "-c", BUCKET_SERVER, log=log))
+    port = (await until_it_says(process, "serving at", log)).split()[-1]
+    os.environ |= {"AWS_ACCESS_KEY_ID": "fleet", "AWS_SECRET_ACCESS_KEY": "fleet"}  # it wants any, and no others
+    return f"s3://fleet?endpoint=http://127.0.0.1:{port}&allow_http=true&region=us-east-1", process
+
+
+async def start_store(stack: AsyncExitStack, folder: Path, store: str) -> Store:
+    """What `--store` names: something that is started here, or a URL."""
+    if store == "valkey":
+        return Store(*await start_valkey(stack, folder))
+    if store == "s3":
+        return Store(*await start_bucket(stack, folder), BUCKET_TIMEOUT_SECONDS)
+    return Store(f"fs://{folder}/store" if store == "directory" else store)
+
+
+async def start_server(
+    stack: AsyncExitStack, folder: Path, name: str, stores: Sequence[Store]
+) -> tuple[CacheClient, Process]:
     """An `async-cache serve`, and a client of it."""
     url, log = f"unix://{folder}/{name}.sock", folder / f"{name}.log"
-    l2 += f"{'&' if '?' in l2 else '?'}lookup_timeout={LOOKUP_TIMEOUT_SECONDS}"
-    command = [sys.executable, "-m", "async_cache", "serve", "--listen", url, "--l1-bytes", "64MiB", "--l2", l2]
+    command = [sys.executable, "-m", "async_cache", "serve", "--listen", url, "--l1-bytes", "64MiB"]
+    for store in stores:
+        separator = "&" if "?" in store.url else "?"
+        command += ["--l2", f"{store.url}{separator}lookup_timeout={store.lookup_timeout_seconds}"]
     process = await stack.enter_async_context(running(*command, log=log))
     await until_it_says(process, "serving at", log)
     return await stack.enter_async_context(connect(url)), process
@@ -163,15 +212,22 @@ async def find_each_other(report: Report, a: CacheClient, b: CacheClient) -> Non
 
 
 async def lose_each_other(
-    report: Report, a: CacheClient, b: CacheClient, server_a: Process, store: Process | None
+    report: Report, a: CacheClient, b: CacheClient, server_a: Process, stores: Sequence[Store]
 ) -> None:
-    """One goes on without the other, and then without the store."""
-    prompt, unknown = make_prompt(1), make_prompt(2)
+    """One goes on without the other, and then without the store, or without the first of several."""
+    prompt, unknown, other = make_prompt(1), make_prompt(2), make_prompt(3)
     await report.store("a", a, prompt)
+    await report.store("a", a, other)
     server_a.kill()
     await server_a.wait()
     await report.find("a is killed", "b", b, prompt, l1=0, l2=CHUNKS)
-    if store is not None:
+    store = stores[0].process
+    if store is not None and len(stores) > 1:
+        store.kill()
+        await store.wait()
+        await report.find("the first store is killed", "b", b, other, l1=0, l2=CHUNKS)
+        await report.find("a miss after that", "b", b, unknown, l1=0, l2=0)
+    elif store is not None:
         store.send_signal(signal.SIGSTOP)
         await report.find("the store is silent", "b", b, prompt, l1=CHUNKS, l2=0)
         await report.find("a miss meanwhile", "b", b, unknown, l1=0, l2=0)
@@ -182,23 +238,20 @@ async def lose_each_other(
             await report.find(step, "b", b, unknown, l1=0, l2=0)
 
 
-async def drive(report: Report, folder: Path, l2: str) -> None:
+async def drive(report: Report, folder: Path, names: Sequence[str]) -> None:
     """Start everything, and do everything."""
     async with AsyncExitStack() as stack:
-        store = None
-        if l2 == "valkey":
-            l2, store = await start_valkey(stack, folder)
-        elif l2 == "directory":
-            l2 = f"fs://{folder}/store"
-        a, server_a = await start_server(stack, folder, "a", l2)
-        b, _ = await start_server(stack, folder, "b", l2)
+        stores = [await start_store(stack, folder, name) for name in names]
+        a, server_a = await start_server(stack, folder, "a", stores)
+        b, _ = await start_server(stack, folder, "b", stores)
         await find_each_other(report, a, b)
-        await lose_each_other(report, a, b, server_a, store)
+        await lose_each_other(report, a, b, server_a, stores)
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description="Two servers and one store.")
-    parser.add_argument("--store", metavar="URL", default="valkey", help="valkey, directory, or any URL of a backend")
+    parser = argparse.ArgumentParser(description="Two servers and one store, or several, the fastest first.")
+    what = "valkey, s3, directory, or any URL of a backend; may be given more than once"
+    parser.add_argument("--store", metavar="URL", action="append", help=what)
     parser.add_argument("--connect", metavar="URL", nargs=2, help="two servers that run already; none is ended")
     arguments = parser.parse_args()
     task = asyncio.current_task()
@@ -211,7 +264,7 @@ async def main() -> None:
                 await find_each_other(report, a, b)
         else:
             with TemporaryDirectory(prefix="fleet-") as folder:
-                await drive(report, Path(folder), arguments.store)
+                await drive(report, Path(folder), arguments.store or ["valkey"])
     finally:
         if report.table.row_count:
             Console(width=120).print(report.table)

@@ -1,5 +1,6 @@
 """The suite that admits a backend, and what a user of it does."""
 
+import asyncio
 import sqlite3
 import threading
 from pathlib import Path
@@ -25,7 +26,7 @@ class TestSQLite(BackendSuite):
             body[bit // 8] ^= 1 << bit % 8
             backend._db.execute(update, (body, record.file_name(key)))
 
-        await backend._run(flip)
+        await asyncio.to_thread(flip)
 
 
 async def test_it_is_found_by_its_scheme(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """What must not be left behind is waited for, cancelled or not."""
 
 import asyncio
+import threading
 
 import pytest
 
-from async_cache.aio.ending import to_its_end
+from async_cache.aio.ending import in_thread, to_its_end
 
 
 @pytest.mark.parametrize("cancels", [0, 1, 3])
@@ -26,3 +27,28 @@ async def test_a_wait_ends_with_its_future_and_a_cancel_is_raised_then(cancels: 
     if not cancels:
         assert waiting.result() is future
         assert end != "error" or future.exception()
+
+
+def test_a_thread_has_ended_when_its_caller_goes_on() -> None:
+    began, end, ended = threading.Event(), threading.Event(), []
+
+    def work(value: int, *, more: int) -> int:
+        began.set()
+        assert end.wait(20)
+        ended.append(value + more)
+        return value + more
+
+    async def main() -> None:
+        task = asyncio.create_task(in_thread(work, 1, more=2))
+        await asyncio.to_thread(began.wait, 20)
+        task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not task.done() and not ended
+        end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended == [3]
+        assert await in_thread(work, 3, more=4) == 7
+
+    asyncio.run(main())

@@ -635,6 +635,50 @@ async def test_what_is_deleted_is_deleted_from_a_backend_that_is_added_meanwhile
 
 
 @pytest.mark.embedded
+@pytest.mark.parametrize("how", ["delete", "clear"])
+async def test_what_is_deleted_while_a_backend_leaves_is_not_found_when_it_is_added_again(how: str) -> None:
+    memory = MemoryBackend("near")
+    gate = GatedBackend(memory, "load")
+    prompt = make_prompt(5)
+    await seed(memory, prompt)
+    async with open_cache(gate) as cache:
+        prefetch = cache.prefetch(prompt, request_id="r")
+        await prefetch.lookup_done
+        removing = asyncio.create_task(cache.remove_backend("near"))
+        await settle()
+        deleting = asyncio.create_task(cache.delete(prompt) if how == "delete" else cache.clear("all"))
+        await settle()
+        gate.release()
+        await deleting
+        await prefetch.load_done
+        await cache.end_request("r")
+        await removing
+        await cache.add_backend(memory)
+        assert await count_hits(cache, prompt) == 0
+        await assert_nothing_held(cache)
+
+
+@pytest.mark.embedded
+async def test_a_deletion_does_not_fail_with_a_backend_that_leaves() -> None:
+    failing, far = FailingBackend(MemoryBackend("near"), "delete", times=None), MemoryBackend("far")
+    gate = GatedBackend(failing, "load")
+    prompt = make_prompt(5)
+    await seed(failing.inner, prompt)
+    await seed(far, prompt)
+    async with open_cache(gate, far) as cache:
+        prefetch = cache.prefetch(prompt, request_id="r")
+        await prefetch.lookup_done
+        removing = asyncio.create_task(cache.remove_backend("near"))
+        await settle()
+        assert (await cache.delete(prompt)).chunks == 5
+        gate.release()
+        await prefetch.load_done
+        await cache.end_request("r")
+        await removing
+        assert await keys_of(far) == set()
+
+
+@pytest.mark.embedded
 async def test_what_another_backend_cannot_read_is_copied_to_it() -> None:
     near, far = Scripted(MemoryBackend("near")), Scripted(MemoryBackend("far"))
     prompt = make_prompt(3)

@@ -19,6 +19,7 @@ from async_cache.l2.backend import Backend, LoadOutcome, Room, check_lengths
 from async_cache.l2.codec.codec import Codec
 from async_cache.l2.codec.header import HEADER_BYTES, Header
 from async_cache.l2.codec.scratch import MemoryFile, Scratch, lots
+from async_cache.l2.record import TRAILER_BYTES
 from async_cache.l2.workers import DaemonExecutor, settle
 from async_cache.prompt.keys import ObjectKey
 from async_cache.values import BackendUsage, Removal
@@ -155,7 +156,8 @@ class CodecBackend(Backend):
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
         check_lengths(keys, buffers)
-        bounds = [self.codec.bound_bytes(len(buffer)) for buffer in buffers]
+        # With room for what a store keeps behind an object, which it may read along with it.
+        bounds = [self.codec.bound_bytes(len(buffer)) + TRAILER_BYTES for buffer in buffers]
         loaded = await self._load_all(keys, bounds, lambda n, encoded: buffers[n])
         return [found if isinstance(found, LoadOutcome) else LoadOutcome.LOADED for found in loaded]
 

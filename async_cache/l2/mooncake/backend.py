@@ -4,7 +4,7 @@ import asyncio
 import logging
 import mmap
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Self
@@ -13,7 +13,7 @@ from async_cache.config import parse_bytes
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.index import Index
-from async_cache.l2.mooncake.calls import Find, ListAll, Load, Measure, Place, Remove, Setup, Store
+from async_cache.l2.mooncake.calls import Find, ListAll, Load, Page, Place, Remove, Setup, Store
 from async_cache.l2.mooncake.process import HelperProcess
 from async_cache.l2.mooncake.views import address
 from async_cache.l2.urls.url import BackendURL, one_of, whole_number
@@ -29,11 +29,13 @@ STEP_BYTES = 2**20  # copied in one step of the loop
 SETUP_SECONDS = 20.0  # registering a large L1 takes some; what hangs is killed, and started again
 SLICE = 256  # objects whose sizes are asked for at a time
 _MOST_KNOWN = 1_000_000  # objects that usage counts
-_MOST_DOUBTFUL = 65_536  # objects: beyond, it costs no more than that they are not replaced
+_MOST_FAILED = 65_536  # what is forgotten is found again, and fails again
+LOAD_BYTES = 64 * 2**20  # asked of the helper at a time: if it dies, what came before has come
 _STAGING, _ARENA = 0, 1  # the files of a Place
 
 # Of Mooncake's `ErrorCode`: what is said of an object, and not of the master or the network.
 _NO_ROOM = -200
+_NOT_FOUND = -704
 _FIRST_FAULT = -800  # transfer failed; -900 and below: no answer of the master
 
 
@@ -71,7 +73,7 @@ class MooncakeBackend(Backend):
         )
         self._arena: tuple[int, int, int] | None = None  # its descriptor, where it begins here, and its size
         self._known = Index(on_removed=lambda *removed: self.on_removed(*removed))
-        self._doubtful: set[ObjectKey] = set()
+        self._failed: dict[ObjectKey, bool] = {}  # could not be read; whether a lookup is not to find it any more
         self._helper: HelperProcess | None = None
         self._connecting: asyncio.Task[HelperProcess] | None = None
         self._mapped: list[bool] = []  # empty until the helper is a client of the pool
@@ -180,41 +182,64 @@ class MooncakeBackend(Backend):
         if codes and max(codes) < 0:
             raise BackendError(f"{self.name}: the master does not answer (code {codes[0]})")
         self._drop([key for key, code in zip(keys, codes, strict=True) if code == 0], Removal.LOST)
-        return [code == 1 for code in codes]
+        return [code == 1 and not self._failed.get(key, False) for key, code in zip(keys, codes, strict=True)]
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Nothing: a lease ends by its time."""
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
-        check_lengths(keys, buffers)
-        helper = await self._connected() if keys else None
-        outcomes = [LoadOutcome.FAILED] * len(keys)
-        places = [self._place(buffer) for buffer in buffers]
-        direct = [n for n, place in enumerate(places) if place is not None]
-        if direct and helper is not None:
-            told = await helper.ask(Load([keys[n] for n in direct], [place for place in places if place is not None]))
-            for n, value in zip(direct, told, strict=True):
-                outcomes[n] = LoadOutcome(value)
-        for n, place in enumerate(places):
-            if place is None and helper is not None and len(buffers[n]) <= STAGING_BYTES:
-                outcomes[n] = await self._load_staged(helper, keys[n], buffers[n])
-        self._note(keys, buffers, outcomes)
-        if keys and all(outcome is LoadOutcome.FAILED for outcome in outcomes):
-            raise BackendError(f"{self.name}: nothing could be read")
-        return outcomes
+        told = await self._load_all(keys, buffers, may_be_shorter=False)
+        return [found if isinstance(found, LoadOutcome) else LoadOutcome.LOADED for found in told]
 
-    def _note(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], outcomes: Sequence[LoadOutcome]) -> None:
-        for key, buffer, outcome in zip(keys, buffers, outcomes, strict=True):
-            if outcome is LoadOutcome.LOADED:
-                self._put(key, len(buffer))
-                self._doubtful.discard(key)
-            elif outcome is LoadOutcome.FAILED:
-                if len(self._doubtful) >= _MOST_DOUBTFUL:
-                    self._doubtful.clear()
-                self._doubtful.add(key)
+    async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
+        return await self._load_all(keys, buffers, may_be_shorter=True)
+
+    async def _load_all(
+        self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], *, may_be_shorter: bool
+    ) -> list[int | LoadOutcome]:
+        """The bytes of each object, or what became of it."""
+        check_lengths(keys, buffers)
+        if not keys:
+            return []
+        helper = await self._connected()
+        told: list[int | LoadOutcome] = [LoadOutcome.FAILED] * len(keys)
+        places = [self._place(buffer) for buffer in buffers]
+        try:
+            for piece in _pieces(places):
+                call = Load([keys[n] for n in piece], list(piece.values()), may_be_shorter)
+                for n, value in zip(piece, await helper.ask(call), strict=True):
+                    told[n] = _parse(value)
+            for n, place in enumerate(places):
+                if place is None and len(buffers[n]) <= STAGING_BYTES:
+                    told[n] = await self._load_staged(helper, keys[n], buffers[n], may_be_shorter)
+        except BackendError:  # the helper has ended
+            if told.count(LoadOutcome.FAILED) == len(told):
+                raise
+        self._note(keys, told)
+        await self._remove_rotten([key for key, found in zip(keys, told, strict=True) if found is LoadOutcome.CORRUPT])
+        if told.count(LoadOutcome.FAILED) == len(told):
+            raise BackendError(f"{self.name}: nothing could be read")
+        return told
+
+    def _note(self, keys: Sequence[ObjectKey], told: Sequence[int | LoadOutcome]) -> None:
+        if len(self._failed) > _MOST_FAILED:
+            self._failed.clear()
+        for key, found in zip(keys, told, strict=True):
+            if isinstance(found, int):
+                self._put(key, found)
+                self._failed.pop(key, None)
+            elif found is LoadOutcome.FAILED:
+                self._failed.setdefault(key, False)
             else:
-                gone = outcome is LoadOutcome.GONE
-                self._drop([key], Removal.LOST if gone else Removal.DAMAGED)
+                self._drop([key], Removal.LOST if found is LoadOutcome.GONE else Removal.DAMAGED)
+
+    async def _remove_rotten(self, keys: Sequence[ObjectKey]) -> None:
+        """Remove damaged objects; what cannot be removed is not found by us, until it is stored anew."""
+        self._failed.update(dict.fromkeys(keys, True))
+        with suppress(BackendError):
+            for key, code in zip(keys, await self._ask(Remove(list(keys))), strict=True):
+                if code in (0, _NOT_FOUND):
+                    self._failed.pop(key, None)
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         check_lengths(keys, buffers)
@@ -235,7 +260,7 @@ class MooncakeBackend(Backend):
         for key, buffer, code in zip(keys, buffers, codes, strict=True):
             if code == 0:
                 self._put(key, len(buffer))
-                self._doubtful.discard(key)
+                self._failed.pop(key, None)
         if codes and max(codes) <= _FIRST_FAULT:
             raise BackendError(f"{self.name}: nothing could be stored (code {codes[0]})")
         return [code == 0 for code in codes]
@@ -249,12 +274,10 @@ class MooncakeBackend(Backend):
 
     async def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
         """All objects, as the master's HTTP server lists them, each with its size. Raises BackendError."""
-        listed = [ObjectKey(*fields) for fields in await self._ask(ListAll())]
-        for begin in range(0, len(listed), SLICE):
-            part = listed[begin : begin + SLICE]
-            for key, size_bytes in zip(part, await self._ask(Measure(part)), strict=True):
-                if size_bytes >= 0:
-                    yield key, size_bytes
+        number, count = await self._ask(ListAll())
+        for begin in range(0, count, SLICE):
+            for *fields, size_bytes in await self._ask(Page(number, begin, SLICE)):
+                yield ObjectKey(*fields), size_bytes
 
     def usage(self) -> BackendUsage:
         """What this process stored or loaded, and has not seen to be gone: the pool tells nobody what it evicts."""
@@ -277,14 +300,16 @@ class MooncakeBackend(Backend):
         inside = 0 <= offset <= self._arena[2] - len(buffer)
         return Place(_ARENA, offset, len(buffer)) if inside else None
 
-    async def _load_staged(self, helper: HelperProcess, key: ObjectKey, buffer: memoryview) -> LoadOutcome:
+    async def _load_staged(
+        self, helper: HelperProcess, key: ObjectKey, buffer: memoryview, may_be_shorter: bool
+    ) -> int | LoadOutcome:
         async with self._turn:
-            (value,) = await helper.ask(Load([key], [Place(_STAGING, 0, len(buffer))]))
-            outcome = LoadOutcome(value)
-            if outcome is LoadOutcome.LOADED:
-                with self._staged(buffer) as staged:
-                    await _copy(buffer, staged)
-            return outcome
+            (value,) = await helper.ask(Load([key], [Place(_STAGING, 0, len(buffer))], may_be_shorter))
+            told = _parse(value)
+            if isinstance(told, int):
+                with self._staged(buffer[:told]) as staged:
+                    await _copy(buffer[:told], staged)
+            return told
 
     async def _store_staged(self, helper: HelperProcess, key: ObjectKey, buffer: memoryview) -> int:
         async with self._turn:
@@ -302,7 +327,7 @@ class MooncakeBackend(Backend):
     # What is known.
 
     def _doubted(self, keys: Sequence[ObjectKey]) -> list[ObjectKey]:
-        return [key for key in keys if key in self._doubtful] if self._doubtful else []
+        return [key for key in keys if key in self._failed] if self._failed else []
 
     def _put(self, key: ObjectKey, size_bytes: int) -> None:
         self._known.put(key, size_bytes)
@@ -312,6 +337,26 @@ class MooncakeBackend(Backend):
     def _drop(self, keys: Sequence[ObjectKey], removal: Removal) -> None:
         for key in keys:
             self._known.drop(key, removal)
+
+
+def _parse(value: int | str) -> int | LoadOutcome:
+    """What the helper says of an object that it loaded."""
+    return value if isinstance(value, int) else LoadOutcome(value)
+
+
+def _pieces(places: Sequence[Place | None]) -> Iterator[dict[int, Place]]:
+    """The places that there are, by their numbers: LOAD_BYTES together, or one that is longer."""
+    piece: dict[int, Place] = {}
+    left_bytes = LOAD_BYTES
+    for n, place in enumerate(places):
+        if place is not None:
+            if piece and place.size_bytes > left_bytes:
+                yield piece
+                piece, left_bytes = {}, LOAD_BYTES
+            piece[n] = place
+            left_bytes -= place.size_bytes
+    if piece:
+        yield piece
 
 
 async def _copy(target: memoryview, source: memoryview) -> None:

@@ -41,10 +41,14 @@ class Find(Struct, frozen=True, tag=True):
 
 
 class Load(Struct, frozen=True, tag=True):
-    """Read objects to these places, verified. Answered by the value of a LoadOutcome for each."""
+    """Read objects to these places, verified. Answered by the bytes of each, or the value of another LoadOutcome.
+
+    An object has to be as long as its place, unless it may be shorter.
+    """
 
     keys: list[ObjectKey]
     places: list[Place]
+    may_be_shorter: bool = False
 
 
 class Store(Struct, frozen=True, tag=True):
@@ -62,20 +66,25 @@ class Remove(Struct, frozen=True, tag=True):
 
 
 class ListAll(Struct, frozen=True, tag=True):
-    """Which objects does the namespace have? Answered by their keys."""
+    """Which objects does the namespace have? Answered by the number of a listing, and of how many objects it is."""
 
 
-class Measure(Struct, frozen=True, tag=True):
-    """How large are the bodies of these objects? Answered by bytes, or a negative number where it is not there."""
+class Page(Struct, frozen=True, tag=True):
+    """Which are these objects of a listing? Answered by (chunk hash, rank, group, bytes of the body) for each.
 
-    keys: list[ObjectKey]
+    What has left the pool meanwhile is left out. The listing ends with its last objects.
+    """
+
+    listing: int
+    begin: int
+    count: int
 
 
 class Close(Struct, frozen=True, tag=True):
     """The last call: leave the pool, and end."""
 
 
-Call = Setup | Find | Load | Store | Remove | ListAll | Measure | Close
+Call = Setup | Find | Load | Store | Remove | ListAll | Page | Close
 
 
 class Request(Struct, frozen=True, array_like=True):

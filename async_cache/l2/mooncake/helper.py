@@ -23,7 +23,7 @@ from async_cache.l2.mooncake.calls import (
     Find,
     ListAll,
     Load,
-    Measure,
+    Page,
     Remove,
     Request,
     Setup,
@@ -67,7 +67,9 @@ class Helper:
             elif isinstance(call, Find):
                 self._finds.submit(self._answer, request.number, self._pool.find, call.keys)
             elif isinstance(call, Load):
-                self._loads.submit(self._answer, request.number, self._pool.load, call.keys, call.places)
+                self._loads.submit(
+                    self._answer, request.number, self._pool.load, call.keys, call.places, call.may_be_shorter
+                )
             elif isinstance(call, Store):
                 self._changes.submit(
                     self._answer, request.number, self._pool.store, call.keys, call.places, call.replaced
@@ -76,8 +78,10 @@ class Helper:
                 self._changes.submit(self._answer, request.number, self._pool.remove, call.keys)
             elif isinstance(call, ListAll):
                 self._listings.submit(self._answer, request.number, self._pool.list_all, self._url)
-            elif isinstance(call, Measure):
-                self._listings.submit(self._answer, request.number, self._pool.measure, call.keys)
+            elif isinstance(call, Page):
+                self._listings.submit(
+                    self._answer, request.number, self._pool.page, call.listing, call.begin, call.count
+                )
 
     def _next(self) -> Request | None:
         length = self._reader.read(LENGTH.size)

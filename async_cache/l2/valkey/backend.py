@@ -26,6 +26,7 @@ from async_cache.values import BackendUsage
 log = logging.getLogger(__name__)
 
 FIRST_COUNT_SECONDS = 0.25  # that opening waits for: what holds little is known at once
+PAGE_SECONDS = 5.0  # for a page of a count; what is silent for longer is counted when it is back
 SLICE_KEYS = 1024  # asked about in one round trip: to make more questions would hold the loop
 STREAM_BYTES = 2**20  # for which one more connection is worth its while
 MAX_VALUE_BYTES = 512 * 2**20  # that a server takes
@@ -287,7 +288,7 @@ class ValkeyBackend(Backend):
             self._recount.clear()
             try:
                 await self._count(router)
-            except BackendError as error:
+            except (BackendError, TimeoutError) as error:  # the latter of a server that is silent
                 self._was_away = True
                 log.debug("%s: what it holds could not be counted: %s", self.name, error)
             except Exception:  # the root of a task
@@ -301,10 +302,12 @@ class ValkeyBackend(Backend):
         self._usage.begin_count()
         complete = False
         try:
-            for node in await router.masters():
-                async for page in list_node(node, self._names):
-                    for key, size_bytes in page:
-                        self._usage.see(key, size_bytes + TRAILER_BYTES)
+            async with asyncio.timeout(PAGE_SECONDS) as patience:
+                for node in await router.masters():
+                    async for page in list_node(node, self._names):
+                        for key, size_bytes in page:
+                            self._usage.see(key, size_bytes + TRAILER_BYTES)
+                        patience.reschedule(asyncio.get_running_loop().time() + PAGE_SECONDS)
             complete = True
         finally:
             self._usage.end_count(complete=complete)

@@ -7,16 +7,22 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.codec.backend import CodecBackend
+from async_cache.l2.mooncake import backend as mooncake_backend
+from async_cache.l2.mooncake.backend import MooncakeBackend
+from async_cache.l2.mooncake.calls import Remove
 from async_cache.l2.record import file_name
 from async_cache.l2.urls.registry import from_url
 from async_cache.prompt.keys import ObjectKey
-from async_cache.testing.conformance import MIB, BackendSuite, content, find, get, key, put
+from async_cache.testing.conformance import MIB, BackendSuite, content, find, get, key, put, views
 
+from ..codec.codecs import kv
 from .support import Bare, Master
 
 LOADED, GONE, CORRUPT, FAILED = LoadOutcome
@@ -185,6 +191,85 @@ async def _stored(backend: Backend) -> list[bool]:
         return await put(backend, range(3), 5000)
     except BackendError:
         return [False]
+
+
+# Sizes that nobody knows, lots, and listings.
+
+
+@pytest.mark.parametrize("codec", ["zstd", "aes"])
+async def test_what_is_encoded_goes_to_the_pool_and_back_without_a_copy(
+    master: Master, holder: Bare, namespace: str, tmp_path: Path, codec: str
+) -> None:
+    (tmp_path / "keys").write_bytes(bytes(range(100, 132)))
+    (tmp_path / "keys").chmod(0o600)
+    key_file = f"&key_file={tmp_path}/keys" if codec == "aes" else ""
+    backend = from_url(f"{master.url(namespace)}&codec={codec}{key_file}")
+    assert isinstance(backend, CodecBackend) and isinstance(backend.inner, MooncakeBackend)
+    await backend.open()
+    try:
+        sizes = [100, MIB, 5 * MIB, 0, 40 * MIB]  # the last one is longer than the memory of a codec
+        blobs = [kv(size, seed) for seed, size in enumerate(sizes)]
+        keys = [key(n) for n in range(len(sizes))]
+        assert await backend.store(keys, views(blobs)) == [True] * len(sizes)
+        staged = memoryview(backend.inner._staging[1])[:64]  # type: ignore[index]
+        staged[:] = bytes(64)
+        buffers = [bytearray(size) for size in sizes]
+        assert await backend.load(keys[:-1], views(buffers[:-1])) == [LOADED] * (len(sizes) - 1)
+        assert bytes(staged) == bytes(64)  # nothing went that way
+        assert await backend.load(keys, views(buffers)) == [LOADED] * len(sizes)
+        assert buffers == blobs
+        name = f"{namespace}/{file_name(backend.codec.names[0].name(key(1)))}"
+        value = bytearray(holder.get(name))
+        value[200] ^= 1
+        holder.put(name, bytes(value))
+        assert (await backend.load(keys, views(buffers)))[:3] == [LOADED, CORRUPT, LOADED]
+        assert await find(backend, [0, 1, 2]) == [True, False, True]
+        staged.release()
+    finally:
+        await backend.close()
+
+
+async def test_objects_that_are_listed_come_page_by_page(
+    backend: Backend, master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mooncake_backend, "SLICE", 7)
+    assert all(await put(backend, range(20), 100))
+    assert sorted([item async for item in backend.keys()]) == sorted((key(n), 100) for n in range(20))
+    one, other = aiter(backend.keys()), aiter(backend.keys())
+    listed = [await anext(one), await anext(other)]
+    await backend.delete([key(n) for n in range(20)])
+    listed += [item async for item in one] + [item async for item in other]
+    assert len(listed) == 2 * 7  # what has left meanwhile is left out
+    left = [aiter(backend.keys()) for _ in range(12)]
+    assert all(await put(backend, range(20), 100))
+    for listing in left:
+        await anext(listing)
+    with pytest.raises(BackendError, match="too many listings"):
+        assert [item async for item in left[0]]
+    assert len([item async for item in left[-1]]) == 19
+
+
+async def test_what_is_damaged_and_cannot_be_removed_is_not_found_until_it_is_stored_anew(
+    backend: MooncakeBackend, holder: Bare, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(await put(backend, range(2), 5000))
+    holder.put(f"{namespace}/{file_name(key(1))}", bytes(5064))
+    helper = backend._helper
+    assert helper is not None
+    real, refused = helper.ask, True
+
+    async def ask(call: Any) -> Any:
+        if isinstance(call, Remove) and refused:
+            return [-900] * len(call.keys)
+        return await real(call)
+
+    monkeypatch.setattr(helper, "ask", ask)
+    assert await get(backend, range(2), 5000) == [content(0, 5000), CORRUPT]
+    assert await find(backend, range(2)) == [True, False]
+    refused = False
+    assert await put(backend, [1], 5000) == [True]
+    assert await find(backend, range(2)) == [True, True]
+    assert await get(backend, range(2), 5000) == [content(n, 5000) for n in range(2)]
 
 
 # What a user may get wrong.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from mmap import mmap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from contract.support import LAYOUT, assert_nothing_held, fill, fill_l2, make_prompt, open_cache, read_back
@@ -15,10 +16,13 @@ from soak import rounds
 
 from async_cache import AsyncCache, ObjectGroup
 from async_cache.errors import BackendError
+from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.guard.breaker import BreakerState
+from async_cache.l2.mooncake import backend as mooncake_backend
 from async_cache.l2.mooncake.backend import MooncakeBackend
 from async_cache.l2.urls.registry import from_url
-from async_cache.testing.conformance import MIB, content, find, get, put
+from async_cache.memory.arena import Arena
+from async_cache.testing.conformance import MIB, content, find, get, key, put
 
 from .support import Bare, Master
 
@@ -161,6 +165,37 @@ async def test_calls_that_are_out_end_with_the_helper(pool: Master) -> None:
         assert await get(backend, [1], MIB) == [content(1, MIB)]
     finally:
         await backend.close()
+
+
+async def test_what_had_come_before_the_helper_died_has_come(pool: Master, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mooncake_backend, "LOAD_BYTES", 2 * MIB)
+    arena = Arena(8 * MIB)
+    buffers = [arena.view[n * MIB : (n + 1) * MIB] for n in range(6)]
+    backend = make(pool)
+    backend.register(arena.fd, arena.view)
+    await backend.open()
+    try:
+        assert await put(backend, range(6), MIB) == [True] * 6
+        helper = backend._helper
+        assert helper is not None
+        real, asked = helper.ask, 0
+
+        async def ask(call: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            if asked == 2:
+                os.kill(helper_of(backend), signal.SIGKILL)
+            return await real(call)
+
+        monkeypatch.setattr(helper, "ask", ask)
+        outcomes = await backend.load([key(n) for n in range(6)], buffers)
+        assert outcomes == [LoadOutcome.LOADED] * 2 + [LoadOutcome.FAILED] * 4
+        assert buffers[:2] == [content(n, MIB) for n in range(2)]
+    finally:
+        await backend.close()
+        for buffer in buffers:
+            buffer.release()
+        arena.close()
 
 
 async def test_what_a_terminal_or_a_supervisor_signals_to_the_group_does_not_end_the_helper(pool: Master) -> None:

@@ -9,13 +9,15 @@ import pytest_asyncio
 
 from async_cache.errors import BackendError
 from async_cache.l2.backend import LoadOutcome
+from async_cache.l2.valkey import backend as valkey_backend
 from async_cache.l2.valkey.backend import ValkeyBackend
-from async_cache.l2.valkey.node import Node
+from async_cache.l2.valkey.names import Names
+from async_cache.l2.valkey.node import COMMAND_CONNECTIONS, Node
 from async_cache.testing import Proxy
 from async_cache.testing.conformance import CANARY, MIB, content, find, get, key, put, views
 
 from .servers import Server
-from .support import opened, until_it_answers
+from .support import eventually, opened, until_it_answers
 
 LOADED, GONE, CORRUPT, FAILED = LoadOutcome
 
@@ -166,9 +168,14 @@ async def test_a_distant_server_costs_a_lookup_one_round_trip(backend: ValkeyBac
     await find(backend, range(256))
     proxy.delay_seconds = 0.1
     loop = asyncio.get_running_loop()
-    begin = loop.time()
-    assert await find(backend, range(300)) == [True] * 256 + [False] * 44
-    assert 0.2 <= loop.time() - begin < 0.4
+    for _ in range(5):  # a busy machine spoils one, a second round trip all
+        begin = loop.time()
+        assert await find(backend, range(300)) == [True] * 256 + [False] * 44
+        took = loop.time() - begin
+        assert took >= 0.2
+        if took < 0.4:
+            return
+    pytest.fail("it took two round trips")
 
 
 async def test_a_server_that_refuses_is_answered_for_at_once_and_found_within_a_second(
@@ -240,3 +247,22 @@ async def test_closing_ends_calls_that_wait_for_a_dead_server(proxy: Proxy) -> N
         with pytest.raises(BackendError, match="not open"):
             await find(backend, [1])
         proxy.resume()
+
+
+async def test_a_count_that_meets_a_silent_server_ends_and_is_made_anew(
+    tcp: Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(valkey_backend, "PAGE_SECONDS", 0.2)
+    async with opened(f"valkey://127.0.0.1:{proxy.port}") as backend:
+        assert backend.usage().objects == 0
+        proxy.stall()
+        for number in range(5):
+            await tcp.say("SET", Names("akv").of(key(number)), b"x" * 1000)  # of another host
+        assert backend._router is not None and backend._router.only is not None
+        commands = backend._router.only.commands
+        backend._recount.set()
+        await eventually(lambda: commands.free < COMMAND_CONNECTIONS)
+        await eventually(lambda: commands.free == COMMAND_CONNECTIONS)
+        proxy.resume()
+        await until_it_answers(backend)
+        await eventually(lambda: backend.usage().objects == 5)
