@@ -154,6 +154,9 @@ class FileSystemBackend(Backend):
         self._searches = DaemonExecutor(1, f"{self.name} search")
         self._scans = DaemonExecutor(1, f"{self.name} scan")
         executors = (self._loads, self._changes, self._searches, self._scans)
+        self._rewriting = self._used = self._over = False  # it may have been closed before
+        self._look, self._looked_at = None, -SEEN_SECONDS
+        self._writes.clear()
         self._loop = asyncio.get_running_loop()
         self._given_up = self._loop.create_future()
         try:
