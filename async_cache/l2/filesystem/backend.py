@@ -26,7 +26,7 @@ from async_cache.l2.filesystem.bodies import Body, Groups, Wanted, grouped
 from async_cache.l2.filesystem.catalog import Catalog, Segment
 from async_cache.l2.filesystem.directory import FULL, Commit, Directory, Foreign, Hole, Moved
 from async_cache.l2.filesystem.faults import Faults
-from async_cache.l2.filesystem.format import PAGE_BYTES, RECORD_BYTES, Record, pages
+from async_cache.l2.filesystem.format import PAGE_BYTES, RECORD_BYTES, Record
 from async_cache.l2.filesystem.journal import Journal
 from async_cache.l2.index import Chunk
 from async_cache.l2.urls.url import BackendURL, capacity, one_of, whole_number
@@ -519,14 +519,16 @@ class FileSystemBackend(Backend):
         self._used = True
         holes = []
         for body, segment in reversed(write.bodies):
-            if isinstance(fault, OSError) and body.fault is None:
+            recorded = body.fault is None  # or perhaps, if the commit failed
+            if recorded and isinstance(fault, OSError):
                 body.fault = fault
-                holes.append(Hole(body.segment, body.page, body.page + pages(body.size_bytes), b""))
             if write.directory is not self._directory:
                 continue  # it is in a directory that was removed
-            if body.fault is not None:
+            if body.segment in write.directory.doubtful:
+                self._catalog.turn_from(segment)
+            if not recorded:
                 self._catalog.unreserve(body.size_bytes, segment)
-            elif body.key in write.removed or self._index.present([body.key])[0]:
+            elif body.fault is not None or body.key in write.removed or self._index.present([body.key])[0]:
                 holes.append(self._catalog.hole(body.key, body.size_bytes, segment, body.page, body.checksum))
             else:
                 self._catalog.put(body.key, body.size_bytes, segment, body.page, body.checksum)

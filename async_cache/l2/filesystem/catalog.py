@@ -168,9 +168,8 @@ class Catalog:
         count = pages(size_bytes)
         segment = self._current
         if segment is None or (segment.end + count) * PAGE_BYTES > segment_bytes:
-            self._current = None
-            if segment is not None and not segment.objects:
-                self._emptied.append(segment)
+            if segment is not None:
+                self.turn_from(segment)
             segment = self._current = self.segment(writer, self._next)
             segment.owner = journal
             self._next += 1
@@ -178,6 +177,13 @@ class Catalog:
         segment.end += count
         self._add(segment, size_bytes)
         return segment, page
+
+    def turn_from(self, segment: Segment) -> None:
+        """Write to another segment from now on."""
+        if segment is self._current:
+            self._current = None
+            if not segment.objects:
+                self._emptied.append(segment)
 
     def written(self, key: ObjectKey, size_bytes: int, segment: Segment, page: int, checksum: int) -> bytes:
         """The record of an object that lies at a reserved place."""

@@ -89,6 +89,7 @@ class Directory:
         self._fresh: list[Journal] = []  # an index file that is being written anew
         self.waiting: deque[Commit] = deque()
         self._named: set[str] = set()  # segments whose names survive a power failure
+        self.doubtful: set[str] = set()  # segments of which a sync has failed: nothing more is recorded of them
         self.find_journals(adopt=True)
         if fsync:
             os.fsync(self._fd)
@@ -111,25 +112,33 @@ class Directory:
             )
 
     def _found(self) -> None:
-        """Make a store of an empty directory."""
+        """Make a store of an empty directory, or of one that lost its marker and has nothing but our files."""
         names = [name for name in self.names() if not name.startswith(".") and name not in _FOREIGN_AND_HARMLESS]
+        names = [name for name in names if parse_index(name) is None and parse_segment(name) is None]
         if any(name.endswith(".kv") for name in names):
             raise Foreign(
                 "it holds files of version 1, *.kv, which are not read any more: remove them, or name another"
             )
         if names:
             raise Foreign(f"it is not empty, and no store: it holds {min(names)!r}")
+        if self._fsync:
+            self._sync_parent()
         temporary = f".{MARKER}.{randbits(64):016x}"
         file = open_file(self._fd, temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             os.write(file.fd, MARKER_LINE % VERSION)
-            if self._fsync:
-                os.fsync(file.fd)
+            os.fsync(file.fd)
             os.rename(temporary, MARKER, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            os.fsync(self._fd)  # whatever else survives a power failure, it does not without the marker
         except OSError:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=self._fd)
             raise
+
+    def _sync_parent(self) -> None:
+        """Have the directory itself survive a power failure."""
+        parent = OpenFile(os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd))
+        os.fsync(parent.fd)
 
     def names(self) -> list[str]:
         """What is in the directory."""
@@ -253,13 +262,24 @@ class Directory:
     def _commit(self, segments: set[str], batch: list[Commit]) -> None:
         if self._fsync:
             for segment in segments:
-                self.bodies.sync(segment)
+                self._sync(segment)
             if segments - self._named:
                 os.fsync(self._fd)
                 self._named |= segments
         self.journal.append(b"".join([each.records for each in batch]))
         if self._fsync:
             self.journal.sync()
+
+    def _sync(self, segment: str) -> None:
+        """Have a segment survive a power failure. Where that failed once, no later try tells anything: the kernel takes
+        for written what it could not write."""
+        if segment in self.doubtful:
+            raise OSError(errno.EIO, "a sync of its segment failed", segment)
+        try:
+            self.bodies.sync(segment)
+        except OSError:
+            self.doubtful.add(segment)
+            raise
 
     def drop(self, holes: Sequence[Hole], emptied: Collection[str]) -> None:
         """Record that bodies are there no more, clear them, and remove segments that are empty. Raises OSError."""
