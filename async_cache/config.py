@@ -109,6 +109,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     SECTION: ClassVar[str] = ""
     """Its table in the file; the settings of the cache itself stand before all tables."""
 
+    AT_START: ClassVar[frozenset[str]] = frozenset()
+    """The settings that are used when a server starts, and not taken over when one that runs reads them anew."""
+
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             msgspec.structs.force_setattr(self, name, self.check(name, getattr(self, name)))
@@ -208,6 +211,8 @@ class CacheConfig(Settings, frozen=True, kw_only=True):
     Raises ConfigError for a value that cannot be used. Its `repr` hides the passwords of URLs.
     """
 
+    AT_START: ClassVar[frozenset[str]] = frozenset(("l1_bytes", "close_timeout_seconds", "explain_chunks", "traces"))
+
     l1_bytes: Bytes = 2**30
     """Size of L1, the arena in shared memory; rounded down to whole pages."""
     l2: URLs = field(default_factory=default_l2)
@@ -255,6 +260,9 @@ class CacheConfig(Settings, frozen=True, kw_only=True):
         return hide_password(super().__repr__())
 
 
+_CHOICES = {"log_level": ("debug", "info", "warning", "error"), "log_format": ("text", "json")}
+
+
 class TenantConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who may connect with one of these tokens, and which salts it may use; None is all."""
 
@@ -272,6 +280,7 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
     """
 
     SECTION: ClassVar[str] = "server"
+    AT_START: ClassVar[frozenset[str]] = frozenset(("listen", "http", "shutdown_timeout_seconds", "log_format"))
 
     listen: URLs = field(default_factory=lambda: (default_url(),))
     """Where to listen: URLs of Unix sockets, and of TCP ports."""
@@ -285,6 +294,12 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
     """How long a client may not read what it is sent."""
     shutdown_timeout_seconds: Seconds = 5.0
     """How long a shutdown may take."""
+    http: str = "127.0.0.1:9600"
+    """Where to answer HTTP, as host:port; empty for nowhere."""
+    log_level: str = "info"
+    """What is logged: debug, info, warning or error, and what is worse."""
+    log_format: str = "text"
+    """How it is logged: text, or json, an object in each line."""
     tenants: dict[str, TenantConfig] = {}
     """By name: their tokens, and their salts. A port beyond loopback needs one."""
 
@@ -293,16 +308,38 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
         for address in map(Address.parse, self.listen):
             if not address.is_local and not self.tenants:
                 raise ConfigError(f"listen: {address} can be reached from other machines: it needs tenants with tokens")
+        if self.http and not http_address(self.http).is_local and not self.tenants:
+            raise ConfigError(f"http: {self.http} can be reached from other machines: it needs tenants with tokens")
 
     @classmethod
     def check(cls, name: str, value: Any) -> Any:
         """The value, if the setting may have it. Raises ConfigError, which tells no token."""
         if name == "tenants":
             return _check_tenants(value)
+        if name in _CHOICES:
+            if not isinstance(value, str) or value.lower() not in _CHOICES[name]:
+                raise ConfigError(
+                    f"{name} must be {', '.join(_CHOICES[name][:-1])} or {_CHOICES[name][-1]}, not {value!r}"
+                )
+            return value.lower()
+        if name == "http":
+            if not isinstance(value, str):
+                raise ConfigError(f"http must be host:port, not {value!r}")
+            if value:
+                http_address(value)
+            return value
         value = super().check(name, value)
         if name == "listen":
             _check_addresses(value)
         return value
+
+
+def http_address(text: str) -> Address:
+    """The address that `http` says. Raises ConfigError."""
+    try:
+        return Address.parse(f"tcp://{text}")
+    except ConfigError as error:
+        raise ConfigError(f"http must be host:port, not {text!r}") from error
 
 
 def _check_addresses(urls: Sequence[str]) -> None:

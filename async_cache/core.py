@@ -20,6 +20,7 @@ from async_cache.observe import Observers
 from async_cache.prompt.layout import Prompt
 from async_cache.read.explain import Explainer
 from async_cache.read.hits import count_hits
+from async_cache.read.listing import Listing
 from async_cache.read.loads import Loader
 from async_cache.read.misses import Misses
 from async_cache.read.prefetch import PrefetchController
@@ -64,6 +65,7 @@ class Core:
             self.writeback.promote,
         )
         self.sweeper = Sweeper()
+        self.listing = Listing(self.l1, self.roots)
         self.writing = Writing(self.l1, self.writeback, self.sweeper, self.hashing, config, self.roots)
         self.misses = Misses(self.l1, self.ledger, tombstones, self.writing.filling)
         self.controller = PrefetchController(
@@ -83,6 +85,12 @@ class Core:
         self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones, self.hashing)
         self.backends = Backends(self.guards, self.writeback, tombstones, config, self.ledger, self.loader.forget)
         self.sweeping = asyncio.create_task(self.sweeper.run())
+
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Go by other settings from now on: by those of them that are live."""
+        self.config = config
+        for part in (self.controller, self.loader, self.writing, self.writeback, self.backends, *self.guards):
+            part.reconfigure(config)
 
     async def close(self) -> None:
         """Close, in this order: no more requests, what is pending written, no more tasks, the tiers."""

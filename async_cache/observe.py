@@ -80,6 +80,9 @@ class Observers:
     """
 
     def __init__(self) -> None:
+        self.counting: tuple[Callable[[Prefetch, LoadResult], None], ...] = ()
+        """Those who only count what has loaded: called within the step, since to tell them later costs as much as to
+        count. They raise nothing, and call nothing of the cache."""
         self.promised: Listeners[Callable[[Prefetch, LookupHits], None]] = Listeners()
         self.loaded: Listeners[Callable[[Prefetch, LoadResult], None]] = Listeners()
         self.over: Listeners[Callable[[Prefetch], None]] = Listeners()
@@ -103,7 +106,7 @@ class Observers:
                 listeners.remove(callback)
 
     def _lists(self) -> list[tuple[str, list[Any]]]:
-        return [(event, getattr(self, event)) for event in vars(self)]
+        return [(event, listeners) for event, listeners in vars(self).items() if isinstance(listeners, list)]
 
 
 def notify(listeners: Listeners[Any], *event: Any) -> None:

@@ -117,6 +117,17 @@ class Elsewhere(Struct, frozen=True, array_like=True):
     chunks: int
 
 
+class ListedChunk(Struct, frozen=True, array_like=True):
+    """A chunk in L1: whose it is, the memory it takes, the requests that keep it, and the backends that lack it."""
+
+    chunk_hash: bytes
+    model: str
+    salt: str
+    room_bytes: int
+    leases: int
+    unwritten: int
+
+
 class Explanation(Struct, frozen=True, array_like=True):
     """Where the chunks of a prompt are, or why they are not there, as it was when each was looked at.
 

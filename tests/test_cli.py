@@ -25,10 +25,11 @@ SECONDS = 30
 TOKENS = ["token-of-operations", "token-of-acme-number-one", "token-of-acme-number-two"]
 
 FLAGS = {
-    "serve": ["--config", "-c", "--listen", "--l1-bytes", "--l2", "--log-level", "--help"],
+    "serve": ["--config", "-c", "--listen", "--l1-bytes", "--l2", "--log-level", "--log-format", "--help"],
     "ping": ["--url", "--token-file", "--count", "-n", "--help"],
     "status": ["--url", "--token-file", "--json", "--help"],
-    "config": ["--config", "-c", "--listen", "--l1-bytes", "--l2", "--help"],
+    "config": ["--config", "-c", "--listen", "--l1-bytes", "--l2", "--json", "--help"],
+    "reload": ["--url", "--token-file", "--json", "--help"],
     "backend add": ["--position", "--url", "--token-file", "--help"],
     "backend drain": ["--url", "--token-file", "--json", "--help"],
     "backend remove": ["--url", "--token-file", "--help"],
@@ -45,6 +46,17 @@ FLAGS = {
         "--json",
         "--help",
     ],
+    "explain": ["--model", "--layout", "--salt", "--adapter", "--url", "--token-file", "--json", "--help"],
+    "prefetch": ["--model", "--layout", "--salt", "--adapter", "--url", "--token-file", "--json", "--help"],
+    "list": ["--model", "--salt", "--chunks", "--after", "--limit", "-n", "--url", "--token-file", "--json", "--help"],
+    "delete": ["--model", "--layout", "--salt", "--adapter", "--url", "--token-file", "--json", "--help"],
+    "clear": ["--all", "--yes", "--url", "--token-file", "--json", "--help"],
+    "bench": [
+        *("--url", "--token-file", "--seconds", "--clients", "--prompts", "--chunks", "--chunk-bytes", "--hits"),
+        *("--seed", "--json", "--help"),
+    ],
+    "doctor": ["--config", "-c", "--listen", "--l1-bytes", "--l2", "--json", "--help"],
+    "top": ["--http", "--token-file", "--json", "--every", "--help"],
 }
 COMMANDS = list(dict.fromkeys(command.split()[0] for command in FLAGS))
 
@@ -74,7 +86,7 @@ def start(directory: Path, *arguments: str, **variables: str) -> subprocess.Pope
     return subprocess.Popen(
         [*COMMAND, *arguments],
         cwd=directory,
-        env=environment(directory, **variables),
+        env=environment(directory, **({"ASYNC_CACHE_SERVER_HTTP": ""} if "serve" in arguments else {}) | variables),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -140,11 +152,11 @@ def server(shared: Path) -> Iterator[Path]:
 def settings(text: str) -> dict[str, tuple[str, str]]:
     """What `config` prints: value and origin by setting. A value of several lines has them joined by a space."""
     first, *lines = text.splitlines()
-    begins = [first.index(title) for title in ("setting", "value", "from")]
+    begins = [first.index(title) for title in ("setting", "value", "from", "live")]
     found: dict[str, tuple[str, str]] = {}
     name = ""
     for line in lines:
-        setting, value, origin = (line[b:e].strip() for b, e in zip(begins, [*begins[1:], None], strict=True))
+        setting, value, origin, _ = (line[b:e].strip() for b, e in zip(begins, [*begins[1:], None], strict=True))
         if setting:
             name = setting
             found[name] = (value, origin)
@@ -728,3 +740,9 @@ def test_a_reader_that_leaves_early_is_no_error(server: Path) -> None:
     assert process.stderr is not None
     with process.stderr as stderr:
         assert "Traceback" not in stderr.read()
+
+
+def test_config_says_which_settings_are_live(shared: Path) -> None:
+    told = {it["setting"]: it for it in json.loads(printed(shared, "config", "--json", "--l1-bytes", "1MiB"))}
+    assert (told["l1_bytes"]["from"], told["l1_bytes"]["live"]) == ("--l1-bytes", False)
+    assert told["result_ttl_seconds"]["live"] and told["server.tenants"]["live"] and not told["server.listen"]["live"]

@@ -41,11 +41,12 @@ MAY_KNOW = {
     "core": "aio config errors events l1 l2 ledger memory observe prompt read retention tracing values write",
     "cache": "aio config core errors handles l2 memory prompt tracing values",
     # the same from other processes
-    "server": "cache config errors handles memory observe prompt protocol values",
+    "metrics": "aio core handles l2 read values",
+    "server": "cache config core errors handles l2 memory metrics observe prompt protocol read values",
     "client": "aio errors handles memory prompt protocol values",
     "integrations": "aio cache client errors handles prompt values",
     "replay": "errors l1 memory prompt retention values",
-    "cli": "client config errors l2 memory protocol replay retention server values",
+    "cli": "client config errors l2 memory prompt protocol replay retention server values",
     "__main__": "cli",
     "testing": "errors l2 prompt values",
 }
@@ -58,6 +59,7 @@ LAZY = {
 """What is imported in a function, and where: an extra that most have no use for."""
 ENTRY_POINTS = {
     ("async_cache.l2.urls.registry", "importlib.metadata"),
+    ("async_cache.cli.doctor", "importlib.metadata"),  # which versions are there
     ("async_cache.l2.mooncake.backend", "importlib.util"),  # to see whether an extra is there, which a helper imports
 }
 """Who finds what other packages give: nothing else is imported by a name that is made up while it runs."""

@@ -13,10 +13,11 @@ class Promise(Generic[T]):
     Every waiter has a future of its own, so that one who is cancelled cancels nothing for the others.
     """
 
-    __slots__ = ("_error", "_told", "_value", "_waiters")
+    __slots__ = ("_error", "_told", "_waiters", "value")
 
     def __init__(self) -> None:
-        self._value: T | None = None
+        self.value: T | None = None
+        """The value, None where there is none yet; not to be set from outside."""
         self._error: Exception | None = None
         self._waiters: list[asyncio.Future[T]] = []
         self._told: list[Callable[[T], None]] = []
@@ -24,13 +25,13 @@ class Promise(Generic[T]):
     @property
     def pending(self) -> bool:
         """Whether there is neither a value nor an error yet."""
-        return self._value is None and self._error is None
+        return self.value is None and self._error is None
 
     def resolve(self, value: T) -> bool:
         """Give the value to all who wait, and to all who ask later; whether it is the promise's outcome."""
         if not self.pending:
             return False
-        self._value = value
+        self.value = value
         told, self._told = self._told, []
         for callback in told:
             asyncio.get_running_loop().call_soon(callback, value)
@@ -51,8 +52,8 @@ class Promise(Generic[T]):
 
         So whatever it does or raises comes after the step that resolved the promise, and before its waiters go on.
         """
-        if self._value is not None:
-            callback(self._value)
+        if self.value is not None:
+            callback(self.value)
         elif self._error is None:
             self._told.append(callback)
 
@@ -64,8 +65,8 @@ class Promise(Generic[T]):
     def future(self) -> "asyncio.Future[T]":
         """A new future of the outcome, which is its caller's own."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        if self._value is not None:
-            future.set_result(self._value)
+        if self.value is not None:
+            future.set_result(self.value)
         elif self._error is not None:
             self._fail(future, self._error)
         else:
@@ -75,7 +76,7 @@ class Promise(Generic[T]):
 
     async def wait(self) -> T:
         """Return the value as soon as it is there; raises the error if the promise breaks."""
-        return self._value if self._value is not None else await self.future()
+        return self.value if self.value is not None else await self.future()
 
     def _take_waiters(self) -> "list[asyncio.Future[T]]":
         waiters, self._waiters = self._waiters, []

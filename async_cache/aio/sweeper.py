@@ -40,6 +40,13 @@ class Expiry(Generic[T]):
         if first:
             self._wake()
 
+    def live_for(self, ttl_seconds: float) -> None:
+        """Let items live for another time from now on, also those that are there, as if it had always been so."""
+        more, self._ttl_seconds = ttl_seconds - self._ttl_seconds, ttl_seconds
+        for item in self._deadlines:
+            self._deadlines[item] += more
+        self._wake()
+
     def discard(self, item: T) -> None:
         """Let an item not expire any more. It may be known or not."""
         self._deadlines.pop(item, None)

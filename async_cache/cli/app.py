@@ -15,11 +15,16 @@ from rich.table import Table
 
 from async_cache import __version__
 from async_cache.cli.backends import backend_app, copy
+from async_cache.cli.bench import bench
+from async_cache.cli.doctor import examine
+from async_cache.cli.doctor import show as show_findings
+from async_cache.cli.prompts import clear, delete, explain, list_chunks, prefetch
 from async_cache.cli.replay import replay
 from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_client
+from async_cache.cli.top import top
 from async_cache.client.client import CacheClient
 from async_cache.config import CacheConfig, Given, ServerConfig, hide_password, told_where
-from async_cache.errors import AsyncCacheError
+from async_cache.errors import AsyncCacheError, ConfigError
 from async_cache.l2.urls.registry import from_urls
 from async_cache.memory.room import check_limits
 from async_cache.protocol.address import Address
@@ -30,7 +35,6 @@ from async_cache.values import CacheStats
 app = typer.Typer(
     help="A KV cache for language-model servers, shared by the processes of a machine.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(backend_app, name="backend")
@@ -103,12 +107,31 @@ def serve(
     listen: Listen = None,
     l1_bytes: L1Bytes = None,
     l2: L2 = None,
-    log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = "info",
+    log_level: Annotated[
+        str | None, typer.Option(metavar="LEVEL", help="The least that is logged: debug, info, warning or error.")
+    ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="How it is logged: text, or json, an object in each line.")
+    ] = None,
 ) -> None:
-    """Serve a cache until SIGTERM, SIGINT or SIGHUP. A flag comes before the environment, and that before the file."""
-    if log_level.lower() not in ("debug", "info", "warning", "error"):
-        raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
-    cache_given, server_given = given(config, listen, l1_bytes, l2)
+    """Serve a cache until SIGTERM or SIGINT. A flag comes before the environment, and that before the file.
+
+    SIGHUP has the file of --config read anew; without one, it ends the server, too.
+    """
+    for flag, name, value in (("--log-level", "log_level", log_level), ("--log-format", "log_format", log_format)):
+        if value is not None:
+            try:
+                ServerConfig.check(name, value)
+            except ConfigError as error:
+                raise typer.BadParameter(str(error), param_hint=flag) from error
+
+    def read_given() -> tuple[dict[str, Given], dict[str, Given]]:
+        return given(config, listen, l1_bytes, l2, log_level=log_level, log_format=log_format)
+
+    def read() -> tuple[CacheConfig, ServerConfig]:
+        return checked(*read_given())
+
+    cache_given, server_given = read_given()
     cache_config, server_config = checked(cache_given, server_given)
     size, where = show_bytes(cache_config.l1_bytes), hide_password(" ".join(cache_config.l2)) or "no storage"
 
@@ -116,8 +139,9 @@ def serve(
         said = f"async-cache with {size} of memory and {where}\nserving at {' '.join(map(str, addresses))}\n"
         say(_STANDARD_OUTPUT, said.encode(sys.stdout.encoding, "backslashreplace"))
 
-    with log_to(_STANDARD_ERROR, log_level.upper()), told_where(cache_given):
-        uvloop.run(serve_until_signal(cache_config, server_config, ready))
+    log_as = server_config.log_level.upper(), server_config.log_format
+    with log_to(_STANDARD_ERROR, *log_as), told_where(cache_given):
+        uvloop.run(serve_until_signal(cache_config, server_config, ready, read if config is not None else None))
 
 
 @app.command()
@@ -157,27 +181,98 @@ def status(
     with_client(url, token_file, show)
 
 
+@app.command("reload")
+def reload_settings(
+    url: Url = "",
+    token_file: TokenFile = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
+) -> None:
+    """Have a running server read the file of its settings anew, and say what has changed. As SIGHUP does."""
+
+    async def ask(client: CacheClient) -> None:
+        changed, waiting = await client.reload()
+        if json:
+            sys.stdout.write(msgspec.json.encode({"changed": changed, "waiting": waiting}).decode() + "\n")
+            return
+        console.print(f"changed: {', '.join(changed) or 'nothing'}")
+        if waiting:
+            console.print(f"wait for a restart: {', '.join(waiting)}")
+
+    with_client(url, token_file, ask)
+
+
 @app.command("config")
-def show_config(config: ConfigFile = None, listen: Listen = None, l1_bytes: L1Bytes = None, l2: L2 = None) -> None:
-    """Show the settings that `serve` would use with the same flags, and where each comes from."""
+def show_config(
+    config: ConfigFile = None,
+    listen: Listen = None,
+    l1_bytes: L1Bytes = None,
+    l2: L2 = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
+) -> None:
+    """Show the settings that `serve` would use with the same flags, and where each comes from.
+
+    A server that runs takes over those that are live when it reads its file anew: by SIGHUP, or `async-cache reload`.
+    """
     cache_given, server_given = given(config, listen, l1_bytes, l2)
-    table = Table("setting", "value", "from", box=None, pad_edge=False)
+    if json:
+        settings = [
+            {"setting": label, "value": value, "from": origin, "live": live}
+            for label, value, origin, live in _shown(cache_given, server_given)
+        ]
+        sys.stdout.write(msgspec.json.encode(settings).decode() + "\n")
+        return
+    table = Table("setting", "value", "from", "live", box=None, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"
+    for label, value, origin, live in _shown(cache_given, server_given):
+        table.add_row(label, value, origin, "yes" if live else "")
+    console.print(table)
+
+
+def _shown(cache_given: Mapping[str, Given], server_given: Mapping[str, Given]) -> Iterator[tuple[str, str, str, bool]]:
+    """Each setting, its value, where it comes from, and whether a server that runs takes it over."""
     for made, origins in zip(checked(cache_given, server_given), (cache_given, server_given), strict=True):
         for name in made.__struct_fields__:
             label = f"{made.SECTION}.{name}" if made.SECTION else name
             origin = origins[name].origin if name in origins else "default"
-            table.add_row(label, show_value(name, getattr(made, name)), origin)
-    console.print(table)
+            yield label, show_value(name, getattr(made, name)), origin, name not in made.AT_START
 
 
 app.command()(copy)
 app.command()(replay)
+app.command()(top)
+app.command()(explain)
+app.command()(prefetch)
+app.command("list")(list_chunks)
+app.command()(delete)
+app.command()(clear)
+app.command()(bench)
+
+
+@app.command()
+def doctor(
+    config: ConfigFile = None,
+    listen: Listen = None,
+    l1_bytes: L1Bytes = None,
+    l2: L2 = None,
+    json: Annotated[bool, typer.Option("--json", help="Print what was found as one JSON value.")] = False,
+) -> None:
+    """Look whether this machine can do what the settings want: memory, limits, disks, sockets; say what to change.
+
+    It takes the flags of `serve`. The exit code is 1 where something would not work.
+    """
+    cache_given, server_given = given(config, listen, l1_bytes, l2)
+    cache_config, server_config = CacheConfig.of(cache_given), ServerConfig.of(server_given)
+    if not show_findings(list(examine(cache_config, server_config)), json=json):
+        raise typer.Exit(1)
 
 
 def given(
-    path: Path | None, listen: Sequence[str] | None, l1_bytes: str | None, l2: Sequence[str] | None
+    path: Path | None,
+    listen: Sequence[str] | None,
+    l1_bytes: str | None,
+    l2: Sequence[str] | None,
+    **others: str | None,
 ) -> tuple[dict[str, Given], dict[str, Given]]:
     """What the file, the environment and the flags say, each before the one before it."""
     cache, server = CacheConfig.given(path), ServerConfig.given(path)
@@ -187,6 +282,9 @@ def given(
         cache["l2"] = Given(tuple(l2), "--l2")
     if listen:
         server["listen"] = Given(tuple(listen), "--listen")
+    for name, value in others.items():
+        if value is not None:
+            server[name] = Given(value, f"--{name.replace('_', '-')}")
     return cache, server
 
 

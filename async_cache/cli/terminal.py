@@ -27,22 +27,30 @@ TokenFile = Annotated[
 ]
 
 
-def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], Awaitable[None]]) -> None:
-    """Connect, and use the client."""
-    token = None
-    if token_file is not None:
-        try:
-            token = token_file.read_bytes().decode("utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the token in {token_file}: {error}") from error
+def read_token(path: Path | None) -> str | None:
+    """The token in a file, None without one. Raises ConfigError."""
+    if path is None:
+        return None
+    try:
+        return path.read_bytes().decode("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the token in {path}: {error}") from error
 
+
+def connected(url: str, token_file: Path | None) -> CacheClient:
+    """A client of the server, to enter. Raises ConfigError."""
+    token = read_token(token_file)
     if url:
         with prefixed("--url"):
             Address.parse(url)
-    where = url or ServerConfig.load().listen[0]
+    return connect(url or ServerConfig.load().listen[0], token=token, heartbeat_seconds=HEARTBEAT_SECONDS)
+
+
+def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], Awaitable[None]]) -> None:
+    """Connect, and use the client."""
 
     async def run() -> None:
-        async with connect(where, token=token, heartbeat_seconds=HEARTBEAT_SECONDS) as client:
+        async with connected(url, token_file) as client:
             await use(client)
 
     uvloop.run(run())

@@ -30,11 +30,21 @@ from async_cache.prompt.arguments import (
     start_of,
 )
 from async_cache.prompt.keys import check_label
-from async_cache.prompt.layout import Prompt, check_index
+from async_cache.prompt.layout import ModelLayout, Prompt, check_index
 from async_cache.protocol import messages
 from async_cache.protocol.address import Address, default_url
 from async_cache.protocol.messages import MAX_URL, VERSION, Hello
-from async_cache.values import BackendStatus, CacheStats, Deleted, Explanation, FlushResult, LoadResult, LookupHits
+from async_cache.protocol.prompts import layout_of
+from async_cache.values import (
+    BackendStatus,
+    CacheStats,
+    Deleted,
+    Explanation,
+    FlushResult,
+    ListedChunk,
+    LoadResult,
+    LookupHits,
+)
 
 MAX_REQUEST_ID = 256
 CONNECT_TIMEOUT_SECONDS = 2.0
@@ -374,6 +384,34 @@ class CacheClient:
             stream.break_with(self._links.error)
             return stream
         return link.events(capacity)
+
+    async def reload(self) -> tuple[list[str], list[str]]:
+        """Have the server read its settings anew: the names of those that changed, and those that wait for a restart.
+
+        Raises ConfigError for settings that cannot be used, which changes nothing, BackendError for a backend that does
+        not open, and AccessDeniedError for a token that is bound to salts.
+        """
+        reloaded = await self._ask(messages.Reloaded, messages.Reload)
+        return reloaded.changed, reloaded.waiting
+
+    async def roots(self) -> list[tuple[ModelLayout, str, str, int]]:
+        """Of which prompts there are chunks: the layout, adapter and salt, and how many are in the server's memory.
+
+        Those that were stored or loaded of late, the newest first, of the salts of this client's token.
+        """
+        listed = await self._ask(messages.RootsListed, messages.ListRoots)
+        return [(layout_of(root.layout), root.adapter, root.salt, root.chunks) for root in listed.roots]
+
+    async def chunks(
+        self, *, model: str | None = None, salt: str | None = None, after: bytes | None = None, limit: int = 1000
+    ) -> list[ListedChunk]:
+        """Chunks in the server's memory, up to 1000 by their hashes, those after `after`; of a model and salt, or any.
+
+        Fewer than `limit` are the last. Only those of the salts of this client's token are told.
+        """
+        check_index("limit", limit - 1, 1000)
+        ask = partial(messages.ListChunks, model=model, salt=salt, after=after, limit=limit)
+        return (await self._ask(messages.ChunksListed, ask)).chunks
 
     async def stats(self) -> CacheStats:
         """A snapshot of what the server's cache holds, and counters since it was opened."""

@@ -53,6 +53,8 @@ class L1Store:
         self.evictable_bytes = 0
         self.reserved_bytes = 0
         self.quarantined_bytes = 0
+        self.left = dict.fromkeys(Removal, 0)
+        """Chunks that left, by the reason."""
 
     @property
     def used_bytes(self) -> int:
@@ -285,6 +287,7 @@ class L1Store:
         if self._entry_at is not None:
             for offset, _ in blocks:
                 del self._entry_at[offset]
+        self.left[removal] += 1
         self._policy.left(entry, removal)
         self._ledger.left_l1(entry.chunk_hash, entry.owner, entry.child, entry.forked, removal)
         if entry.leases or entry.pins:

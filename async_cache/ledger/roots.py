@@ -1,6 +1,7 @@
 """Under which roots there are chunks: where the same tokens may be cached as something else."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from msgspec import Struct
 
@@ -24,6 +25,10 @@ class Roots:
     def __init__(self, most: int = MOST_ROOTS) -> None:
         self._roots: OrderedDict[bytes, Root] = OrderedDict()
         self._most = most
+
+    def __iter__(self) -> Iterator[Root]:
+        """The newest one first."""
+        return iter(list(reversed(self._roots.values())))
 
     def note(self, prompt: Prompt) -> None:
         """Know the root of a prompt, as the newest one."""

@@ -31,6 +31,7 @@ from async_cache.values import (
     Event,
     Explanation,
     FlushResult,
+    ListedChunk,
     LoadResult,
     LookupHits,
     Shortfall,
@@ -364,6 +365,28 @@ class ListBackends(Message):
     number: Number
 
 
+class Reload(Message):
+    """Have the server read its settings anew. Answered by Reloaded."""
+
+    number: Number
+
+
+class ListRoots(Message):
+    """Ask of which models and salts there are chunks. Answered by RootsListed."""
+
+    number: Number
+
+
+class ListChunks(Message):
+    """Ask for chunks in L1, by their hashes, those after `after`. Answered by ChunksListed."""
+
+    number: Number
+    model: Name | None = None
+    salt: Label | None = None
+    after: Digest | None = None
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 1000
+
+
 class Ping(Message):
     """Ask whether the server is there. Answered by Done."""
 
@@ -396,6 +419,9 @@ Request = (
     | DrainBackend
     | RemoveBackend
     | ListBackends
+    | Reload
+    | ListRoots
+    | ListChunks
     | Ping
 )
 
@@ -554,6 +580,37 @@ class BackendsListed(Extensible):
     backends: list[BackendStatus]
 
 
+class Reloaded(Extensible):
+    """The names of settings that have changed and are used from now on, and of those that wait for a restart."""
+
+    number: int
+    changed: list[str]
+    waiting: list[str]
+
+
+class Root(Message):
+    """What chunks of a model have in common beside their tokens, and how many there are in L1."""
+
+    layout: Layout
+    adapter: str
+    salt: str
+    chunks: int
+
+
+class RootsListed(Extensible):
+    """The roots of prompts that were stored or loaded of late, the newest first."""
+
+    number: int
+    roots: list[Root]
+
+
+class ChunksListed(Extensible):
+    """Chunks in L1, in the order of their hashes; fewer than were asked for at the end."""
+
+    number: int
+    chunks: list[ListedChunk]
+
+
 # A bound of the type would refuse what is not a number, and that is answered.
 _TIMED = frozenset((Prefetch, Flush, DrainBackend))
 
@@ -578,6 +635,9 @@ Answer = (
     | Happened
     | BackendTold
     | BackendsListed
+    | Reloaded
+    | RootsListed
+    | ChunksListed
 )
 
 _encoder = msgspec.msgpack.Encoder()

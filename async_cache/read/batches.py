@@ -78,7 +78,8 @@ class Batches:
         self.objects = 0
         """Objects that were asked of backends so far."""
         self._memory = memory
-        self._inflight_bytes = inflight_bytes
+        self.inflight_bytes = inflight_bytes
+        """What is asked of one backend at a time."""
         self._transferred, self._failed, self._call_ended = transferred, failed, call_ended
         self._queues: dict[Guard, deque[Batch]] = {}
         self._running_bytes: dict[Guard, int] = {}
@@ -145,7 +146,7 @@ class Batches:
 
     def _pump(self, guard: Guard) -> None:
         queue = self._queues[guard]
-        while queue and self._running_bytes[guard] < self._inflight_bytes:
+        while queue and self._running_bytes[guard] < self.inflight_bytes:
             batch = queue.popleft()
             batch.state = BatchState.RUNNING
             self._running_bytes[guard] += batch.size_bytes

@@ -155,6 +155,10 @@ class Loader:
         self.in_flight()
         return expected_load_seconds([(guard.meter, size) for guard, size in more_bytes.items()])
 
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Ask as much of a backend at a time as the settings say now."""
+        self._batches.inflight_bytes = config.load_inflight_bytes
+
     def forget(self, guard: Guard) -> None:
         """Forget a backend that nobody uses any more."""
         self._batches.forget(guard)

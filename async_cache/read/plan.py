@@ -54,7 +54,11 @@ class Planner:
     def __init__(self, l1: L1Store, loader: Loader, config: CacheConfig):
         self._l1 = l1
         self._loader = loader
-        self._share_bytes = int(l1.arena.size_bytes * config.prefetch_share)
+        self.reconfigure(config)
+
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Give loads in flight the share of L1 that the settings say."""
+        self._share_bytes = int(self._l1.arena.size_bytes * config.prefetch_share)
 
     def plan(self, request: Request, found: Found) -> Plan:
         """Plan the longest prefix for which L1 can make room; releases the leases beyond it."""

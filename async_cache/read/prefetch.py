@@ -5,6 +5,7 @@ import logging
 from collections.abc import Generator, Sequence
 from functools import partial
 
+from async_cache.aio.clock import precise_clock
 from async_cache.aio.sweeper import Sweeper
 from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
@@ -50,8 +51,10 @@ class PrefetchController:
         self._l1 = l1
         self._loader = loader
         self._observers = observers
-        self._decider = Decider(l1, guards, loader, tombstones, Planner(l1, loader, config), hashing, misses, roots)
+        self._planner = Planner(l1, loader, config)
+        self._decider = Decider(l1, guards, loader, tombstones, self._planner, hashing, misses, roots)
         self._loop = asyncio.get_running_loop()
+        self._clock = precise_clock(self._loop)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(
@@ -72,7 +75,7 @@ class PrefetchController:
             request_id = requests.new_id()
         elif (known := requests.same(request_id, prompt, start_chunk, ranks)) is not None:
             return known.prefetch
-        request = Request(request_id, prompt, start_chunk, ranks, self._loop.time())
+        request = Request(request_id, prompt, start_chunk, ranks, self._clock())
         request.traceparent = traceparent
         request.prefetch = prefetch = Prefetch(request, partial(self.cancel, request))
         requests.add(request)
@@ -80,6 +83,11 @@ class PrefetchController:
         if deadline_seconds is not None and request.pending:
             request.deadline = self._loop.call_later(deadline_seconds, self._deadline_passed, request)
         return prefetch
+
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Go by the settings as they are now."""
+        self._planner.reconfigure(config)
+        self.requests.reconfigure(config)
 
     def cancel(self, request: Request) -> None:
         """Give up what is pending of a request; what has loaded stays."""
@@ -148,7 +156,7 @@ class PrefetchController:
             self._fail(request)
 
     def _fail(self, request: Request) -> None:
-        log.exception("request %r failed", request.request_id)
+        log.exception("request %r failed", request.request_id, extra={"request_id": request.request_id})
         self._give_up(request, Shortfall.BACKEND_ERROR)
 
     def _close_search(self, request: Request) -> None:
@@ -214,6 +222,7 @@ class PrefetchController:
     def _say_hits(self, request: Request, promised: Promised) -> None:
         length, from_l2 = request.length, len(request.from_l2)
         request.state = LOADING
+        request.promised_at = self._clock()
         hits = LookupHits(
             request_id=request.request_id,
             start_chunk=request.start_chunk,
@@ -244,10 +253,13 @@ class PrefetchController:
             l1_chunks=length - from_l2,
             l2_chunks=from_l2,
             shortfall=shortfall,
-            seconds=self._loop.time() - request.began,
+            seconds=self._clock() - request.began,
         )
-        if request.result.resolve(result) and self._observers.loaded:
-            notify(self._observers.loaded, request.prefetch, result)
+        if request.result.resolve(result):
+            for count in self._observers.counting:
+                count(request.prefetch, result)
+            if self._observers.loaded:
+                notify(self._observers.loaded, request.prefetch, result)
 
     # What ends a request before it has loaded.
 

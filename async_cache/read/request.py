@@ -46,6 +46,7 @@ class Request:
         "local_mask",
         "needed",
         "prefetch",
+        "promised_at",
         "prompt",
         "ranks",
         "readers",
@@ -71,7 +72,7 @@ class Request:
         self.local_mask = prompt.layout.objects.mask_of_ranks(ranks)  # the objects to load here
         self._hashes: list[bytes] = []
         # Where it is.
-        self.began = began
+        self.began = self.promised_at = began  # by the precise clock
         self.traceparent: str | None = None  # the span that it belongs to, in the form of W3C
         self.state = LOOKING_UP
         self.task: asyncio.Task[None] | None = None  # while it waits for L2

@@ -55,6 +55,16 @@ class Requests:
         return iter(self._requests.values())
 
     @property
+    def pending(self) -> int:
+        """Requests that are not loaded yet."""
+        return len(self._requests) - len(self._results) - len(self._uses)
+
+    @property
+    def unclaimed(self) -> int:
+        """Requests that are loaded, and that nobody has claimed or read yet."""
+        return len(self._results)
+
+    @property
     def swept_results(self) -> int:
         """Requests that nobody claimed or read in time."""
         return self._results.swept
@@ -63,6 +73,11 @@ class Requests:
     def swept_leases(self) -> int:
         """Requests that were claimed or read, and not released in time."""
         return self._uses.swept
+
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Let results and leases live for as long as the settings say now."""
+        self._results.live_for(config.result_ttl_seconds)
+        self._uses.live_for(config.lease_ttl_seconds)
 
     def find(self, request_id: str) -> Request | None:
         """The request of an id, or None."""

@@ -26,15 +26,24 @@ class Tenant:
         """Whether it may see and name all that is cached."""
         return self.salts is None
 
+    def may_use(self, salt: str) -> bool:
+        """Whether a salt is its own."""
+        return self.salts is None or salt in self.salts
+
     def check_salt(self, salt: str) -> None:
         """Check that a salt is its own. Raises AccessDeniedError."""
-        if self.salts is not None and salt not in self.salts:
+        if not self.may_use(salt):
             raise AccessDeniedError(f"the token is not for the salt {salt!r}")
 
     def check_trusted(self, what: str) -> None:
         """Check that it may do what touches all tenants. Raises AccessDeniedError."""
         if not self.trusted:
             raise AccessDeniedError(f"the token is bound to salts: it is not for {what}")
+
+
+def tenant_of(request_id: str) -> str:
+    """The name of the tenant whose request the cache knows by this id."""
+    return request_id.partition("\0")[0]
 
 
 class Scope:

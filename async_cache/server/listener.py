@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 from async_cache.errors import ConfigError
 from async_cache.protocol.address import MAX_PATH_BYTES, Address
@@ -15,6 +16,7 @@ from async_cache.protocol.address import MAX_PATH_BYTES, Address
 _BACKLOG = 1024
 _ALONE_SECONDS = 2.0  # how long others may keep a directory to themselves: one that starts needs a millisecond
 _LOOK_SECONDS = 0.01
+_FIRST_GIVEN = 3
 
 
 class Listener:
@@ -32,6 +34,17 @@ class Listener:
         except OSError as error:
             raise ConfigError(f"cannot listen at {address}: {error.strerror or error}") from error
         self.address = address
+
+    @classmethod
+    def given(cls, sock: socket.socket) -> Self:
+        """One at a socket that listens already, and whose name is somebody else's."""
+        made = cls.__new__(cls)
+        made.socket, made._inode = sock, 0
+        sock.setblocking(False)
+        name = sock.getsockname()
+        is_unix = sock.family == socket.AF_UNIX
+        made.address = Address(path=os.fsdecode(name)) if is_unix else Address(host=name[0], port=name[1])
+        return made
 
     def _bind_unix(self, path: Path) -> socket.socket:
         """Bind under the name that it keeps: who sweeps the directory learns from the system that it is in use."""
@@ -68,12 +81,25 @@ class Listener:
     def close(self) -> None:
         """Stop listening, and remove the Unix socket, unless another one has taken its place."""
         path = self.address.path
-        if path:
+        if path and self._inode:
             # While it listens nobody replaces it, and its number means no other file.
             with suppress(OSError), _alone_in(Path(path).parent):
                 if os.stat(path).st_ino == self._inode:
                     os.unlink(path)
         self.socket.close()
+
+
+def sockets_given() -> list[tuple[str, socket.socket]]:
+    """The sockets that a service manager has passed on to this process, with their names, as in sd_listen_fds(3)."""
+    environ = os.environ
+    if environ.pop("LISTEN_PID", "") != str(os.getpid()):
+        return []
+    count, names = int(environ.pop("LISTEN_FDS", "0")), environ.pop("LISTEN_FDNAMES", "").split(":")
+    names += [""] * (count - len(names))
+    descriptors = range(_FIRST_GIVEN, _FIRST_GIVEN + count)
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    return [(name, socket.socket(fileno=descriptor)) for name, descriptor in zip(names, descriptors, strict=False)]
 
 
 @contextmanager

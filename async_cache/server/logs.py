@@ -9,10 +9,34 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
+
+from async_cache.config import hide_password
+
 _LINES = 10_000
 _FLUSH_SECONDS = 1.0
 _TELL_SECONDS = 0.2
+_ABOUT = ("request_id", "tenant", "namespace", "backend")
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class JSONFormatter(logging.Formatter):
+    """An object in each line: time, level, logger, message, and what the event is about, if that is known."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without the passwords of URLs."""
+        told = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": hide_password(record.getMessage().replace("\0", "/")),
+        }
+        about = {name: getattr(record, name) for name in _ABOUT if hasattr(record, name)}
+        if "\0" in about.get("request_id", ""):  # as the cache of a server knows it
+            about["tenant"], about["namespace"], about["request_id"] = about["request_id"].split("\0", 2)
+        if record.exc_info:
+            about["exception"] = hide_password(self.formatException(record.exc_info))
+        return msgspec.json.encode(told | about).decode()
 
 
 class ThreadedLog(logging.Handler):
@@ -79,10 +103,10 @@ def tell(text: str) -> bool:
 
 
 @contextmanager
-def log_to(descriptor: int, level: str) -> Iterator[None]:
-    """Have all that is logged, from this level on, written to a descriptor."""
+def log_to(descriptor: int, level: str, form: str = "text") -> Iterator[None]:
+    """Have all that is logged, from this level on, written to a descriptor, as text or as "json"."""
     handler = ThreadedLog(descriptor)
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(JSONFormatter() if form == "json" else logging.Formatter(_FORMAT))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(level)

@@ -1,10 +1,11 @@
 """`Server`: accepts connections, and ends them."""
 
 import asyncio
+import dataclasses
 import logging
 import os
 import socket
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from enum import Enum
@@ -13,7 +14,14 @@ from typing import Any, Self
 
 from async_cache.cache import AsyncCache
 from async_cache.config import ServerConfig
-from async_cache.errors import AsyncCacheError, CacheClosedError, ConnectionLostError, LimitError, ProtocolError
+from async_cache.errors import (
+    AsyncCacheError,
+    CacheClosedError,
+    ConfigError,
+    ConnectionLostError,
+    LimitError,
+    ProtocolError,
+)
 from async_cache.prompt.keys import check_label
 from async_cache.protocol.address import Address
 from async_cache.protocol.greeting import check_byte_order, peer_process, receive_hello, send
@@ -44,9 +52,12 @@ class ServerState(Enum):
 
 
 class Server:
-    """A server of a cache that is open, by `async with`, or by `open` and `close`; its states are in `ServerState`."""
+    """A server of a cache that is open, by `async with`, or by `open` and `close`; its states are in `ServerState`.
 
-    def __init__(self, cache: AsyncCache, config: ServerConfig):
+    It listens where its settings say, or where it is `given` sockets, there.
+    """
+
+    def __init__(self, cache: AsyncCache, config: ServerConfig, given: Sequence[Listener] = ()):
         self._state = ServerState.NEW
         self._cache = cache
         self._config = config
@@ -58,18 +69,48 @@ class Server:
             SharedLayouts(),
             ThreadPoolExecutor(_COPIERS, thread_name_prefix="copy"),
             Partials(config.stall_timeout_seconds),
+            self._reload,
         )
         self._listeners: list[Listener] = []
+        self._given = given
         self._sessions: set[Session] = set()
         self._greeting = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._readable = os.open(f"/proc/self/fd/{cache.core.arena.fd}", os.O_RDONLY | os.O_CLOEXEC)
         self._closing: asyncio.Task[None] | None = None
+        self.reload: Callable[[], Awaitable[tuple[list[str], list[str]]]] | None = None
+        """Reads the settings anew, where there is somebody who knows how: which are changed, and which wait."""
+
+    @property
+    def access(self) -> Access:
+        """Who may connect, and so may ask by another way, too."""
+        return self._access
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether clients can connect."""
+        return self._state is ServerState.LISTENING
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected."""
+        return len(self._sessions)
 
     @property
     def addresses(self) -> list[Address]:
         """The addresses that it listens at; a port 0 has become a real one."""
         return [listener.address for listener in self._listeners]
+
+    def reconfigure(self, config: ServerConfig) -> None:
+        """Go by other settings from now on, as far as they are live. Who is connected keeps its rights and limits."""
+        self._config = config
+        self._access = Access(config.tenants)
+        self._shared = dataclasses.replace(self._shared, config=config)
+
+    async def _reload(self) -> tuple[list[str], list[str]]:
+        if self.reload is None:
+            raise ConfigError("this server was started without a file that its settings could be read from anew")
+        return await self.reload()
 
     async def open(self) -> Self:
         """Listen at all addresses, or none. Raises ConfigError; a server is opened once, or raises CacheClosedError."""
@@ -78,8 +119,11 @@ class Server:
         check_byte_order()
         self._state = ServerState.LISTENING
         try:
-            for url in self._config.listen:
-                self._listeners.append(Listener(Address.parse(url)))
+            if self._given:
+                self._listeners += self._given
+            else:
+                for url in self._config.listen:
+                    self._listeners.append(Listener(Address.parse(url)))
         except BaseException:
             await self.close()
             raise
@@ -166,7 +210,7 @@ class Server:
             session = self.session(tenant, hello.namespace, segment, mapped=mapped, peer=peer)
             segment = None  # it is the session's now
             await session.connection.take(sock)
-            log.info("%s is let in", session.name)
+            log.info("%s is let in", session.name, extra=session.about)
         except ConnectionLostError as error:
             log.debug("%s did not introduce itself: %s", peer, error)
             sock.close()

@@ -7,7 +7,7 @@ it.
 import asyncio
 import logging
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.messages import Decoder, Message, failed
 from async_cache.protocol.partials import Partials
+from async_cache.protocol.prompts import describe
 from async_cache.server.access import Scope, Tenant
 from async_cache.server.events import MAX_STREAMS, HeldEvents
 from async_cache.server.held import Held, Wait
@@ -45,6 +46,7 @@ class Shared:
     layouts: SharedLayouts
     copiers: Executor
     partials: Partials
+    reload: Callable[[], Awaitable[tuple[list[str], list[str]]]]
 
 
 class Session:
@@ -67,6 +69,8 @@ class Session:
         config, cache = shared.config, shared.cache
         self.held: dict[int, Held] = {}
         self.name = name
+        self.about = {"tenant": tenant.name, "namespace": namespace}
+        """For the log: whose it is."""
         self.connection = Connection(
             _decoder,
             self._handle,
@@ -76,6 +80,7 @@ class Session:
             name=name,
         )
         self._cache = cache
+        self._reload_settings = shared.reload
         self._max_requests = config.max_requests
         self._tenant = tenant
         self._closed = closed
@@ -132,7 +137,8 @@ class Session:
 
     def _fail(self, message: Any, error: Exception) -> None:
         if not isinstance(error, AsyncCacheError | ValueError | TypeError):
-            log.error("%s failed", type(message).__name__, exc_info=error)
+            about = self.about | {"request_id": getattr(message, "request_id", "")}
+            log.error("%s failed", type(message).__name__, exc_info=error, extra=about)
         answer = failed(message.number, error)
         answer.message = self._scope.hide(answer.message)
         self.connection.send(answer)
@@ -280,11 +286,25 @@ class Session:
         self._tenant.check_trusted("listing backends")
         return messages.BackendsListed(message.number, await self._cache.backends())
 
+    async def _reload(self, message: messages.Reload) -> Message:
+        self._tenant.check_trusted("changing settings")
+        return messages.Reloaded(message.number, *await self._reload_settings())
+
+    async def _list_roots(self, message: messages.ListRoots) -> Message:
+        roots = await self._cache.core.listing.roots(self._tenant.may_use)
+        told = [messages.Root(describe(root.layout), root.adapter, root.salt, chunks) for root, chunks in roots]
+        return messages.RootsListed(message.number, told)
+
+    async def _list_chunks(self, message: messages.ListChunks) -> Message:
+        which = message.model, message.salt, message.after or b"", message.limit
+        chunks = await self._cache.core.listing.chunks(self._tenant.may_use, *which)
+        return messages.ChunksListed(message.number, chunks)
+
     # The end.
 
     def _lost(self, error: Exception | None) -> None:
         """Release all that the connection holds."""
-        log.info("%s is gone%s", self.name, f": {error}" if error is not None else "")
+        log.info("%s is gone%s", self.name, f": {error}" if error is not None else "", extra=self.about)
         try:
             for held in list(self.held.values()):
                 held.release()
@@ -332,4 +352,7 @@ _WAITING: dict[type[Message], _Waits] = {
     messages.DrainBackend: Session._drain_backend,
     messages.RemoveBackend: Session._remove_backend,
     messages.ListBackends: Session._list_backends,
+    messages.ListRoots: Session._list_roots,
+    messages.Reload: Session._reload,
+    messages.ListChunks: Session._list_chunks,
 }

@@ -2,10 +2,11 @@
 
     backends     backends that wait at a gate, run at a set speed, fail the Nth call, or flip a bit
     conformance  the suite that admits a backend: subclass `BackendSuite`
+    plugin       for pytest: the fixture `virtual_time`
     proxy        a TCP proxy that delays, throttles, stalls, cuts and resets
     virtual      `run_virtual` runs a coroutine on a clock that jumps
 
-The backends and the proxy are exported here. The other two need the extra `async-kv-cache[testing]`, so they are
+The backends and the proxy are exported here. The others need the extra `async-kv-cache[testing]`, so they are
 imported from their own modules.
 """
 

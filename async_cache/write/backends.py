@@ -50,6 +50,10 @@ class Backends:
         self._removals: dict[Guard, asyncio.Task[None]] = {}
         self._carrier = Carrier()
 
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Open and close what comes and goes as the settings say now."""
+        self._config = config
+
     def statuses(self) -> list[BackendStatus]:
         """All backends that are not closed, the fastest first."""
         return [self._status(guard) for guard in self._guards]

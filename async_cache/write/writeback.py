@@ -93,6 +93,14 @@ class Writeback:
             self._admission = None
         if self._admission is not None:
             self._admission.thresholds = thresholds
+        self._share()
+
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Give writes in flight the share of L1 that the settings say now."""
+        self._share_bytes = int(config.l1_bytes * config.writeback_share)
+        self._share()
+
+    def _share(self) -> None:
         for queue in self._queues.values():
             queue.share_bytes = max(1, self._share_bytes // len(self._queues))
 

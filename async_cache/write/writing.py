@@ -65,6 +65,10 @@ class Writing:
         self._unseen: deque[Reservation] = deque()  # rooms whose last view has gone, in whatever thread
         self._woken = False  # a `reclaim` is on its way
 
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Let writers be idle for as long as the settings say now."""
+        self._open.live_for(config.reservation_ttl_seconds)
+
     @property
     def swept(self) -> int:
         """How many writers have expired."""

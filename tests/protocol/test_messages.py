@@ -23,7 +23,7 @@ from async_cache.protocol.messages import ERROR_CODES, VERSION, Decoder, encode,
 
 DOCUMENT = (Path(__file__).parent.parent.parent / "docs" / "protocol.md").read_text()
 GREETING = (messages.Hello, messages.Welcome)
-PARTS = (messages.Group, messages.Layout, *typing.get_args(messages.WirePrompt))
+PARTS = (messages.Group, messages.Layout, messages.Root, *typing.get_args(messages.WirePrompt))
 REQUESTS, ANSWERS = typing.get_args(messages.Request), typing.get_args(messages.Answer)
 VALUES = (
     values.LookupHits,
@@ -31,6 +31,7 @@ VALUES = (
     values.Explanation,
     values.Span,
     values.Elsewhere,
+    values.ListedChunk,
     values.Stored,
     values.Skipped,
     values.LoadResult,

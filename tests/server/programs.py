@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ class ServerProcess:
 def environment(**settings: Any) -> dict[str, str]:
     """This process's own, with these settings of a server instead of those that it has."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ASYNC_CACHE_")}
+    settings = {"server_http": ""} | settings  # else all would want the same port
     return inherited | {f"ASYNC_CACHE_{name.upper()}": str(value) for name, value in settings.items()}
 
 
@@ -95,6 +97,11 @@ def server(
         finally:
             child.kill()
     assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def program_output(command: Sequence[str]) -> str:
+    """What a command prints that ends well."""
+    return subprocess.run(command, env=environment(), stdout=PIPE, text=True, timeout=END_SECONDS, check=True).stdout
 
 
 def socket_in(directory: Path) -> str:

@@ -29,7 +29,8 @@ class Breaker:
         self.retry_at = 0.0
         """When the next trial may begin, by the loop's clock, unless it is CLOSED."""
         self.reset_seconds = reset_seconds
-        self._limit = failures
+        self.limit = failures
+        """Failures in a row after which it opens."""
         self._failures = 0
 
     def allows(self, now: float) -> bool:
@@ -56,7 +57,7 @@ class Breaker:
     def failed(self, now: float) -> None:
         """Count a call that failed, or did not end in time."""
         self._failures += 1
-        if self._failures >= self._limit:  # and so they remain until a success: a trial that fails opens it again
+        if self._failures >= self.limit:  # and so they remain until a success: a trial that fails opens it again
             self.state = _OPEN
             self.retry_at = now + self.reset_seconds
 
@@ -67,4 +68,4 @@ class Breaker:
             self.retry_at = now
 
     def __repr__(self) -> str:
-        return f"<Breaker {self.state.value}, {self._failures} failures in a row of {self._limit}>"
+        return f"<Breaker {self.state.value}, {self._failures} failures in a row of {self.limit}>"

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import compress
 from typing import Any, Generic, Self, TypeVar
 
 from msgspec import Struct
@@ -50,10 +52,11 @@ class Call(Generic[T]):
     Its outcome is counted once, by whichever comes first: its end, its timeout, or that it is cancelled.
     """
 
-    __slots__ = ("_answers", "_counted", "_guard", "_is_trial", "_task", "_timeout_seconds")
+    __slots__ = ("_answers", "_counted", "_guard", "_is_trial", "_task", "_timeout_seconds", "_verb")
 
-    def __init__(self, guard: "Guard", task: "asyncio.Task[T]", timeout_seconds: float, answers: int | None):
+    def __init__(self, guard: "Guard", verb: str, task: "asyncio.Task[T]", timeout_seconds: float, answers: int | None):
         self._guard = guard
+        self._verb = verb
         self._task = task
         self._timeout_seconds = timeout_seconds
         self._answers = answers
@@ -126,14 +129,15 @@ class Call(Generic[T]):
 
     def _count_failure(self, outcome: Callable[..., None], *arguments: str) -> None:
         """Count it, unless another call is the trial now, of which one that began before says nothing."""
-        if self._is_trial or self._guard.breaker.state is not _HALF_OPEN:
-            self._count(outcome, *arguments)
-        self._counted = True
+        says_something = self._is_trial or self._guard.breaker.state is not _HALF_OPEN
+        self._count(outcome, *arguments, says_something=says_something)
 
-    def _count(self, outcome: Callable[..., None], *arguments: str) -> None:
+    def _count(self, outcome: Callable[..., None], *arguments: str, says_something: bool = True) -> None:
         if not self._counted:
             self._counted = True
-            outcome(*arguments)
+            self._guard.calls[self._verb, outcome.__name__] += 1
+            if says_something:
+                outcome(*arguments)
 
 
 class Guard:
@@ -149,6 +153,11 @@ class Guard:
         self.state = BackendState.ACTIVE
         self.doubtful: set[ObjectKey] = set()
         """Objects that could not be read: though a lookup may find them, they are to be stored anew."""
+        self.calls: Counter[tuple[str, str]] = Counter()
+        """How many calls there were, by what was asked and how it ended: succeeded, failed, abandoned."""
+        self.answered_at_once = 0
+        """Lookups that needed no call."""
+        self.stored_bytes = 0
         self.uses = 0
         """Pins that are held, and those who need the backend to stay: it is not closed before they are gone."""
         self._unused: asyncio.Event | None = None  # while somebody waits for that
@@ -161,17 +170,20 @@ class Guard:
     @classmethod
     def of(cls, backend: Backend, config: CacheConfig, ledger: Ledger | None = None) -> Self:
         """The guard of a backend: what the backend itself says of its limits comes before the cache's settings."""
-        limits = backend.limits
-        breaker = Breaker(
-            limits.breaker_failures or config.breaker_failures,
-            limits.breaker_reset_seconds or config.breaker_reset_seconds,
-        )
-        timeouts = Timeouts(
+        guard = cls(backend, Breaker(config.breaker_failures, config.breaker_reset_seconds), None, ledger)
+        guard.reconfigure(config)
+        return guard
+
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Take the limits of the settings, where the backend itself has no others. Calls that are out keep theirs."""
+        limits = self.backend.limits
+        self.breaker.limit = limits.breaker_failures or config.breaker_failures
+        self.breaker.reset_seconds = limits.breaker_reset_seconds or config.breaker_reset_seconds
+        self.timeouts = Timeouts(
             limits.lookup_timeout_seconds or config.lookup_timeout_seconds,
             limits.load_timeout_seconds or config.load_timeout_seconds,
             limits.store_timeout_seconds or config.store_timeout_seconds,
         )
-        return cls(backend, breaker, timeouts, ledger)
 
     @property
     def name(self) -> str:
@@ -209,12 +221,13 @@ class Guard:
         call = self._begin(self.timeouts.store_seconds, len(keys), self.backend.store, keys, buffers)
         if call is not None:
             self._storing[call] = keys
-            call.when_ended(partial(self._stored, call))
+            call.when_ended(partial(self._store_ended, call, list(map(len, buffers))))
         return call
 
-    def _stored(self, call: Call[list[bool]]) -> None:
+    def _store_ended(self, call: Call[list[bool]], sizes: Sequence[int]) -> None:
         keys, stored = self._storing.pop(call), call.returned()
         if isinstance(stored, list):
+            self.stored_bytes += sum(compress(sizes, stored))
             for chunk_hash in {key.chunk_hash for key in _those_found(keys, stored)}:
                 self._ledger.stored(self.name, chunk_hash, self.backend.ttl_seconds)
 
@@ -235,7 +248,8 @@ class Guard:
     ) -> Call[T] | None:
         if not self.breaker.begin(self._loop.time()):
             return None
-        return Call(self, self._start(verb, *arguments), timeout_seconds, answers)
+        name = getattr(verb, "__name__", "call").lstrip("_")
+        return Call(self, name, self._start(verb, *arguments), timeout_seconds, answers)
 
     def _start(self, verb: Callable[..., Awaitable[T]], *arguments: Any) -> "asyncio.Task[T]":
         """A task of its own, owned here until it ends."""
@@ -256,6 +270,7 @@ class Guard:
         if found is None:
             return None
         if isinstance(found, list) and len(found) == len(chunk_hashes):
+            self.answered_at_once += 1
             self.uses += _count(found) * mask.bit_count()
             return found
         log.error("backend %s did not answer at once with a list of %d", self.name, len(chunk_hashes))

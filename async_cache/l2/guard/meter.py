@@ -12,6 +12,8 @@ class Meter:
     def __init__(self) -> None:
         self.queued_bytes = 0
         """Loads that were asked for and have not ended."""
+        self.loaded_bytes = 0
+        """Loads that have ended with their bytes, since the beginning."""
         self._bytes = self._seconds = 0.0
         self._measured_at = 0.0
         self._fastest_call_seconds: float | None = None  # of late: no load takes less
@@ -35,6 +37,7 @@ class Meter:
         now = self._loop.time()
         self.queued_bytes -= size_bytes
         if call_seconds is not None:
+            self.loaded_bytes += size_bytes
             fastest = self._fastest_call_seconds
             self._fastest_call_seconds = min(call_seconds, fastest * _GROWTH) if fastest is not None else call_seconds
             self._bytes = self._bytes * _DECAY + size_bytes

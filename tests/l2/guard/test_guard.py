@@ -463,7 +463,7 @@ async def test_each_limit_comes_alone() -> None:
         backend.limits = Limits(**{name: 5})
         guard = Guard.of(backend, ROW)
         found = [*(getattr(guard.timeouts, f"{verb}_seconds") for verb in ("lookup", "load", "store"))]
-        found += [guard.breaker._limit, guard.breaker.reset_seconds]
+        found += [guard.breaker.limit, guard.breaker.reset_seconds]
         assert found == [5 if name == each else getattr(ROW, each) for each in Limits.__struct_fields__]
 
 

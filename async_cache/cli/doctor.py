@@ -1,0 +1,192 @@
+"""`async-cache doctor`: whether a machine and its settings can do what they should, and what to change."""
+
+import os
+import platform
+import resource
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+from msgspec import Struct
+from rich.table import Table
+from rich.text import Text
+
+from async_cache.cli.terminal import console, show_bytes
+from async_cache.config import CacheConfig, ServerConfig, http_address
+from async_cache.errors import AsyncCacheError
+from async_cache.memory.room import check_limits
+from async_cache.protocol.address import Address
+from async_cache.server.listener import Listener
+
+_DESCRIPTORS = 4096
+_NETWORKED = ("nfs", "nfs4", "cifs", "lustre", "ceph", "fuse.sshfs", "9p")
+_PACKAGES = ("uvloop", "msgspec", "blake3", "xxhash", "torch", "obstore")
+_MARKS = {"ok": ("ok", "green"), "look": ("look", "yellow"), "bad": ("bad", "bold red")}
+
+
+class Finding(Struct, frozen=True):
+    """What was looked at, how it is (ok, look, bad), what was found, and what to change."""
+
+    about: str
+    state: str
+    found: str
+    change: str = ""
+
+
+def examine(cache: CacheConfig, server: ServerConfig) -> Iterator[Finding]:
+    """Look at everything. Nothing is changed, and no backend opened."""
+    yield from _system()
+    yield from _memory(cache)
+    yield from _limits(server)
+    for url in cache.l2:
+        yield from _backend(url)
+    yield from _addresses(server)
+    yield from _packages()
+
+
+def _system() -> Iterator[Finding]:
+    linux = platform.system() == "Linux"
+    found = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    yield Finding("system", "ok" if linux else "bad", found, "" if linux else "It runs on Linux.")
+
+
+def _memory(cache: CacheConfig) -> Iterator[Finding]:
+    wanted = show_bytes(cache.l1_bytes)
+    try:
+        check_limits(cache.l1_bytes)
+    except AsyncCacheError as error:
+        yield Finding("memory", "bad", str(error), "Make l1_bytes smaller, or the limit of the control group larger.")
+    else:
+        yield Finding("memory", "ok", f"{wanted} for L1 fit into what is free")
+    swap = _number("/proc/meminfo", "SwapTotal") or 0
+    swappiness = _number("/proc/sys/vm/swappiness", "") or 0
+    if swap and swappiness > 10:
+        yield Finding(
+            "swap",
+            "look",
+            f"{show_bytes(swap * 1024)}, swappiness {swappiness}",
+            "sysctl vm.swappiness=1: L1 that is swapped out is slower than L2.",
+        )
+    else:
+        yield Finding("swap", "ok", "none is in the way")
+
+
+def _number(path: str, name: str) -> int | None:
+    """The number behind a name in a file of /proc, or the first one."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    line = next((line for line in lines if line.startswith(name)), "0")
+    return int(next((word for word in line.split() if word.isdigit()), "0"))
+
+
+def _limits(server: ServerConfig) -> Iterator[Finding]:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * server.max_connections + _DESCRIPTORS // 16
+    enough = most == resource.RLIM_INFINITY or most >= wanted
+    found = f"{most:,} may be open; {server.max_connections:,} connections take two each"
+    change = "" if enough else f"LimitNOFILE={wanted} in the unit, or ulimit -Hn; or fewer max_connections."
+    yield Finding("descriptors", "ok" if enough else "look", found, change)
+
+
+def _backend(url: str) -> Iterator[Finding]:
+    parts = urlsplit(url)
+    if parts.scheme != "fs":
+        if parts.hostname and parts.port:
+            yield _reachable(parts.scheme, parts.hostname, parts.port)
+        return
+    path = Path(unquote(parts.path))
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    name = f"fs://{path}"
+    if not os.access(there, os.W_OK | os.X_OK):
+        yield Finding(name, "bad", f"{there} cannot be written to", f"chown it to the user {os.getuid()}.")
+        return
+    kind, options = _mount(there)
+    if kind in _NETWORKED:
+        yield Finding(name, "look", f"{there} is on {kind}, shared by machines", "docs/deployment.md says what to set.")
+    elif kind == "tmpfs":
+        yield Finding(name, "look", f"{there} is memory (tmpfs)", "L1 is memory already: put it on a disk.")
+    else:
+        yield Finding(name, "ok", f"{there} is on {kind}{', noatime' if 'noatime' in options else ''}")
+    capacity = dict(part.partition("=")[::2] for part in parts.query.split("&")).get("capacity", "10GiB")
+    free = shutil.disk_usage(there).free
+    if capacity != "none" and not path.exists():
+        wanted = msgspec.convert(CacheConfig.parse("l1_bytes", capacity), int)
+        if wanted > free:
+            yield Finding(
+                name, "bad", f"{show_bytes(free)} are free, and capacity is {capacity}", "Make capacity smaller."
+            )
+    with tempfile.TemporaryFile(dir=there) as file:
+        try:
+            os.close(os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_DIRECT))
+        except OSError:
+            if "direct=true" in parts.query:
+                yield Finding(name, "bad", f"{kind} cannot read past the page cache", "Leave direct=true out.")
+
+
+def _reachable(scheme: str, host: str, port: int) -> Finding:
+    name = f"{scheme}://{host}:{port}"
+    try:
+        with socket.create_connection((host, port), timeout=2):
+            return Finding(name, "ok", "somebody listens there")
+    except OSError as error:
+        return Finding(name, "bad", f"cannot be reached: {error}", "Start it, or look at the network between.")
+
+
+def _mount(path: Path) -> tuple[str, str]:
+    """The kind of file system that a path is on, and its options."""
+    real, best = str(path.resolve()), ("", "unknown", "")
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, where, kind, options, *_ = line.split()
+        inside = real == where or real.startswith(where.rstrip("/") + "/")
+        if inside and len(where) >= len(best[0]):
+            best = (where, kind, options)
+    return best[1], best[2]
+
+
+def _addresses(server: ServerConfig) -> Iterator[Finding]:
+    addresses: Mapping[str, Address] = {url: Address.parse(url) for url in server.listen}
+    if server.http:
+        addresses = {**addresses, f"http://{server.http}": http_address(server.http)}
+    for name, address in addresses.items():
+        try:
+            Listener(address).close()
+        except AsyncCacheError as error:
+            yield Finding(name, "look", str(error), "A server may be running already: async-cache ping.")
+        else:
+            yield Finding(name, "ok", "is free")
+    if address_of_tmp := next((a.path for a in addresses.values() if a.path.startswith(tempfile.gettempdir())), ""):
+        change = "Set XDG_RUNTIME_DIR, or listen in /run: what sweeps /tmp may remove it."
+        yield Finding("socket", "look", f"{address_of_tmp} is in the directory for temporary files", change)
+
+
+def _packages() -> Iterator[Finding]:
+    found = []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    yield Finding("packages", "ok", ", ".join(found))
+
+
+def show(findings: list[Finding], *, json: bool) -> bool:
+    """Print what was found; whether nothing is bad."""
+    if json:
+        told: list[Any] = [{name: getattr(it, name) for name in it.__struct_fields__} for it in findings]
+        sys.stdout.write(msgspec.json.encode(told).decode() + "\n")
+    else:
+        table = Table.grid(padding=(0, 2))
+        for it in findings:
+            text = Text(it.found) if not it.change else Text.assemble(it.found, "\n", (f"-> {it.change}", "bold"))
+            table.add_row(Text(*_MARKS[it.state]), it.about, text)
+        console.print(table)
+    return all(it.state != "bad" for it in findings)

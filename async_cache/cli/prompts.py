@@ -1,0 +1,305 @@
+"""Commands about prompts and chunks: why one is not cached, what there is, and to fetch or remove it."""
+
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from operator import itemgetter
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from async_cache.cli.drawing import count, seconds
+from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_client
+from async_cache.client.client import CacheClient
+from async_cache.errors import ConfigError
+from async_cache.prompt.layout import ModelLayout, Prompt
+from async_cache.protocol.prompts import describe
+from async_cache.server.http.explain import Layout, answer
+from async_cache.values import Explanation, ListedChunk, Missed
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+Tokens = Annotated[
+    str, typer.Argument(metavar="TOKENS", help="Token ids with commas or spaces between, or @FILE with them; @- reads.")
+]
+Model = Annotated[
+    str, typer.Option("--model", metavar="NAME", help="Of this model; its layout is that of the newest prompts.")
+]
+LayoutFile = Annotated[
+    Path | None,
+    typer.Option("--layout", metavar="FILE", help="The layout as `list --json` shows it, if the server knows none."),
+]
+Salt = Annotated[str, typer.Option("--salt", help="The salt of the prompt: what keeps tenants apart.")]
+Adapter = Annotated[str, typer.Option("--adapter", help="The adapter (LoRA) of the prompt.")]
+
+
+def explain(
+    tokens: Tokens,
+    model: Model = "",
+    layout: LayoutFile = None,
+    salt: Salt = "",
+    adapter: Adapter = "",
+    url: Url = "",
+    token_file: TokenFile = None,
+    json: Json = False,
+) -> None:
+    """Say where each chunk of a prompt is, or why it is not in the cache. Nothing is loaded, and no token kept."""
+    make = _asked(tokens, model, layout, salt, adapter)
+
+    async def ask(client: CacheClient) -> None:
+        prompt = await make(client)
+        explanation = await client.explain(prompt)
+        if json:
+            _print_json(answer(explanation))
+        else:
+            _print_explanation(explanation)
+
+    with_client(url, token_file, ask)
+
+
+def prefetch(
+    tokens: Tokens,
+    model: Model = "",
+    layout: LayoutFile = None,
+    salt: Salt = "",
+    adapter: Adapter = "",
+    url: Url = "",
+    token_file: TokenFile = None,
+    json: Json = False,
+) -> None:
+    """Load what is cached of a prompt into memory, and let go of it: the next request for it will find it there."""
+    make = _asked(tokens, model, layout, salt, adapter)
+
+    async def ask(client: CacheClient) -> None:
+        prompt = await make(client)
+        begun = client.prefetch(prompt)
+        hits = await begun.lookup_done
+        if not json:
+            found = f"{hits.chunks:,} of {len(prompt):,} chunks are cached, {hits.l1_chunks:,} of them in memory"
+            console.print(found + _why(hits.missed))
+        with _busy(f"loading {show_bytes(hits.load_bytes)}", shown=not json):
+            result = await begun.load_done
+        await client.end_request(begun.request_id)
+        if json:
+            _print_json({"hits": msgspec.to_builtins(_named(hits)), "result": msgspec.to_builtins(_named(result))})
+            return
+        short = f", less than promised: {result.shortfall}" if result.shortfall is not None else ""
+        console.print(f"{result.chunks:,} chunks ({result.tokens:,} tokens) in {seconds(result.seconds)}{short}")
+
+    with_client(url, token_file, ask)
+
+
+def list_chunks(
+    model: Model = "",
+    salt: Annotated[str | None, typer.Option("--salt", help="Of this salt only; '' for none.")] = None,
+    chunks: Annotated[bool, typer.Option("--chunks", help="List chunk by chunk, not only how many there are.")] = False,
+    after: Annotated[str, typer.Option("--after", metavar="HASH", help="Chunks behind this one: the next page.")] = "",
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="Chunks on a page.")] = 50,
+    url: Url = "",
+    token_file: TokenFile = None,
+    json: Json = False,
+) -> None:
+    """List what is in a server's memory: the models and salts, with how many chunks each; or the chunks, in pages."""
+    try:
+        hash_after = bytes.fromhex(after) or None
+    except ValueError as error:
+        raise ConfigError(f"--after: {after!r} is no hash") from error
+
+    async def ask(client: CacheClient) -> None:
+        if not chunks:
+            roots = [r for r in await client.roots() if model in ("", r[0].model) and salt in (None, r[2])]
+            if json:
+                _print_json([_root(*root) for root in roots])
+            else:
+                _print_roots(roots)
+            return
+        page = await client.chunks(model=model or None, salt=salt, after=hash_after, limit=limit)
+        if json:
+            _print_json([_named(chunk) | {"chunk_hash": chunk.chunk_hash.hex()} for chunk in page])
+        else:
+            _print_chunks(page, limit)
+
+    with_client(url, token_file, ask)
+
+
+def delete(
+    tokens: Tokens,
+    model: Model = "",
+    layout: LayoutFile = None,
+    salt: Salt = "",
+    adapter: Adapter = "",
+    url: Url = "",
+    token_file: TokenFile = None,
+    json: Json = False,
+) -> None:
+    """Remove every chunk of a prompt from memory and storage. What builds on it cannot be found any more, either."""
+    make = _asked(tokens, model, layout, salt, adapter)
+
+    async def ask(client: CacheClient) -> None:
+        prompt = await make(client)
+        with _busy("deleting", shown=not json):
+            deleted = await client.delete(prompt)
+        if json:
+            _print_json(_named(deleted))
+        else:
+            _tell_deleted(deleted.chunks, deleted.leased)
+
+    with_client(url, token_file, ask)
+
+
+def clear(
+    everything: Annotated[bool, typer.Option("--all", help="Storage as well: all of it is gone then.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before storage is emptied.")] = False,
+    url: Url = "",
+    token_file: TokenFile = None,
+    json: Json = False,
+) -> None:
+    """Empty a server's memory of what is in storage; with --all, storage too."""
+    if everything and not yes:
+        typer.confirm("All that is cached will be gone, in memory and in storage. Go on?", abort=True, err=True)
+
+    async def ask(client: CacheClient) -> None:
+        with _busy("clearing", shown=not json):
+            deleted = await client.clear("all" if everything else "l1")
+        if json:
+            _print_json(_named(deleted))
+        else:
+            _tell_deleted(deleted.chunks, deleted.leased)
+
+    with_client(url, token_file, ask)
+
+
+# What is asked for.
+
+
+def _asked(
+    tokens: str, model: str, layout: Path | None, salt: str, adapter: str
+) -> Callable[[CacheClient], Awaitable[Prompt]]:
+    """What makes the prompt that the flags say, once there is a server to ask for the layout. Raises ConfigError."""
+    ids = _ids(tokens)
+    given = _read_layout(layout) if layout is not None else None
+
+    async def make(client: CacheClient) -> Prompt:
+        try:
+            return (given or await _known_layout(client, model, salt)).prompt(ids, salt=salt, adapter=adapter)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(str(error)) from error
+
+    return make
+
+
+async def _known_layout(client: CacheClient, model: str, salt: str) -> ModelLayout:
+    """The layout of the newest prompts of a model that the server knows, those of the same salt before others."""
+    roots = await client.roots()
+    models = sorted({layout.model for layout, *_ in roots})
+    if not model and len(models) > 1:
+        raise ConfigError(f"--model: the server has {', '.join(models)}: say which")
+    known = [(its_salt != salt, layout) for layout, _, its_salt, _ in roots if model in ("", layout.model)]
+    if not known:
+        which = f"of {model!r}" if model else "at all"
+        raise ConfigError(f"--model: the server knows no prompts {which}: give the layout with --layout")
+    return min(known, key=itemgetter(0))[1]
+
+
+def _read_layout(path: Path) -> ModelLayout:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Layout).made()
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"--layout: {path}: {error}") from error
+
+
+def _ids(tokens: str) -> list[int]:
+    text = tokens
+    if tokens.startswith("@"):
+        try:
+            text = sys.stdin.read() if tokens == "@-" else Path(tokens[1:]).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{tokens}: {error}") from error
+    try:
+        return [int(word) for word in text.replace(",", " ").replace("[", " ").replace("]", " ").split()]
+    except ValueError as error:
+        raise ConfigError(f"TOKENS: {error}") from error
+
+
+# What is said.
+
+
+def _named(value: msgspec.Struct) -> dict[str, Any]:
+    """The fields of a value by their names."""
+    return {name: getattr(value, name) for name in value.__struct_fields__}
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+
+
+def _root(layout: ModelLayout, adapter: str, salt: str, chunks: int) -> dict[str, Any]:
+    described = describe(layout)
+    told = _named(described) | {"groups": [_named(group) for group in described.groups]}
+    return {"layout": told, "adapter": adapter, "salt": salt, "chunks": chunks}
+
+
+def _print_roots(roots: list[tuple[ModelLayout, str, str, int]]) -> None:
+    table = Table("model", "revision", "adapter", "salt", "chunk", "chunks in memory", box=None, pad_edge=False)
+    for layout, adapter, salt, chunks in roots:
+        size = f"{layout.chunk_tokens} tokens, {show_bytes(sum(layout.block_bytes))}"
+        table.add_row(layout.model, layout.revision, adapter, salt, size, f"{chunks:,}")
+    console.print(table if roots else "no prompt was stored or loaded yet")
+
+
+def _print_chunks(page: list[ListedChunk], limit: int) -> None:
+    table = Table("chunk", "model", "salt", "memory", "leases", "not written", box=None, pad_edge=False)
+    for chunk in page:
+        sizes = show_bytes(chunk.room_bytes), f"{chunk.leases:,}", f"{chunk.unwritten:,}"
+        table.add_row(chunk.chunk_hash.hex(), chunk.model, chunk.salt, *sizes)
+    console.print(table if page else "no chunks")
+    if len(page) == limit:
+        console.print(f"\nmore: --after {page[-1].chunk_hash.hex()}")
+
+
+def _print_explanation(explanation: Explanation) -> None:
+    table = Table("chunks", "tokens", "where", "why", box=None, pad_edge=False)
+    of_one = explanation.tokens // explanation.chunks if explanation.chunks else 0
+    for span in explanation.spans:
+        begin, end = span.start_chunk, span.start_chunk + span.chunks
+        where = f"{span.state.value} {span.backend or ''}".strip()
+        ago = f", {seconds(span.seconds_ago)} ago" if span.seconds_ago is not None else ""
+        why = f"{span.removal.value}{ago}" if span.removal is not None else ""
+        table.add_row(f"{begin:,}-{end - 1:,}", f"{begin * of_one:,}-{end * of_one - 1:,}", where, why)
+    console.print(table if explanation.spans else "the prompt is shorter than a chunk")
+    if explanation.missed is not None:
+        console.print("the first missing chunk" + _why(explanation.missed).removeprefix(";"))
+    for other in explanation.elsewhere:
+        place = f"{other.model} {other.revision} {other.adapter}".strip()
+        console.print(
+            f"{other.chunks:,} chunks of the same tokens are there as {place}: other {', '.join(other.differs)}"
+        )
+
+
+def _why(missed: Missed | None) -> str:
+    if missed is None:
+        return ""
+    if missed.removal is not None:
+        return f"; it was there, and left: {missed.removal.value}"
+    if missed.diverges:
+        return "; what is before it is known, and goes on otherwise"
+    return f"; it is {'not known' if missed.state.value == 'unknown' else missed.state.value}"
+
+
+def _tell_deleted(chunks: int, leased: int) -> None:
+    later = f"; {count(leased)} of them are in use, and leave when they are released" if leased else ""
+    console.print(f"{chunks:,} chunks removed{later}")
+
+
+@contextmanager
+def _busy(what: str, *, shown: bool) -> Iterator[None]:
+    """Say on standard error, if that is a terminal, that something takes its time."""
+    on = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=on, disable=not (shown and on.is_terminal), transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield

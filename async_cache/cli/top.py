@@ -1,0 +1,262 @@
+"""`async-cache top`: the page, in a terminal."""
+
+import asyncio
+import os
+import signal
+import sys
+import termios
+import tty
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+import uvloop
+from rich.console import Console, Group, RenderableType
+from rich.layout import Layout
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from async_cache.cli.drawing import bar, count, percent, seconds, timeline
+from async_cache.cli.terminal import TokenFile, show_bytes
+from async_cache.cli.web import Http, StatusPage
+from async_cache.errors import ServiceError
+from async_cache.server.http.status import BackendView, Flight, Status
+
+_KEPT = 31  # statuses: what lies between the first and the last of them is "lately"
+_SMALL = 100  # columns
+
+
+def top(
+    http: Http = "",
+    token_file: TokenFile = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the status once, as JSON, and exit.")] = False,
+    every: Annotated[float, typer.Option("--every", min=0.2, max=60, metavar="SECONDS", help="Between looks.")] = 2.0,
+) -> None:
+    """Watch a running server: its tiers, hit rate, requests on their way, and what misses. Press q to leave.
+
+    It asks the server's HTTP port. Where the output is no terminal, it prints what there is once.
+    """
+    page = StatusPage(http, token_file)
+    if json:
+        sys.stdout.buffer.write(page.raw())
+    elif sys.stdout.isatty():
+        uvloop.run(_watch(page, every))
+    else:
+        past: Past = deque([page.read()])
+        plain = Console(width=120, markup=False, emoji=False)
+        plain.print(Group(_head(past), _tiles(past), *(part for _, part in _parts(past, 20))))
+
+
+Past = deque[Status]
+"""What was seen before, the last at the end."""
+
+
+async def _watch(page: StatusPage, every: float) -> None:
+    """Look again and again, until somebody presses q."""
+    past: Past = deque([await asyncio.to_thread(page.read)], _KEPT)
+    left = asyncio.Event()
+    with _keys(left), Live(console=Console(markup=False, emoji=False), screen=True, auto_refresh=False) as live:
+        lost = ""
+        while not left.is_set():
+            live.update(_screen(past, lost, live.console.width), refresh=True)
+            try:
+                await asyncio.wait_for(left.wait(), every)
+            except TimeoutError:
+                try:
+                    status = await asyncio.to_thread(page.read)
+                except ServiceError as error:
+                    lost = str(error)
+                    continue
+                lost = ""
+                if status.uptime_seconds < past[-1].uptime_seconds:
+                    past.clear()  # another server
+                past.append(status)
+
+
+@contextmanager
+def _keys(left: asyncio.Event) -> Iterator[None]:
+    """Have single keys read: q, Ctrl-C and the end of the input set the event."""
+    loop, stdin = asyncio.get_running_loop(), sys.stdin.fileno()
+    before = termios.tcgetattr(stdin)
+
+    def pressed() -> None:
+        if os.read(stdin, 64).lower() in (b"q", b"", b"\x03", b"\x1b"):
+            left.set()
+
+    tty.setcbreak(stdin)
+    loop.add_reader(stdin, pressed)
+    loop.add_signal_handler(signal.SIGINT, left.set)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+        loop.remove_reader(stdin)
+        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
+
+
+def _screen(past: Past, lost: str, width: int) -> RenderableType:
+    """All of it, as large as the terminal."""
+    screen, small = Layout(), width < _SMALL
+    head = _head(past, lost)
+    parts = dict(_parts(past, 60, small=small))
+    screen.split_column(
+        Layout(head, size=1 + len(past[-1].problems) + bool(lost)),
+        Layout(_tiles(past), size=4),
+        Layout(Panel(parts["requests"], title="requests", title_align="left"), ratio=3, minimum_size=5),
+        Layout(name="below", ratio=2, minimum_size=6),
+    )
+    tiers = Panel(parts["tiers"], title="tiers", title_align="left")
+    missed = Panel(parts["misses"], title="what misses, and why", title_align="left")
+    tenants = Panel(parts["tenants"], title="tenants and models", title_align="left")
+    below = [Layout(tiers), Layout(missed)] if small else [Layout(tiers), Layout(missed), Layout(tenants)]
+    screen["below"].split_row(*below)
+    return screen
+
+
+def _parts(past: Past, rows: int, *, small: bool = False) -> Sequence[tuple[str, RenderableType]]:
+    status = past[-1]
+    return (
+        ("requests", _requests(status, rows, small=small)),
+        ("tiers", _tiers(past)),
+        ("misses", _misses(status)),
+        ("tenants", _tenants(status)),
+    )
+
+
+def _head(past: Past, lost: str = "") -> RenderableType:
+    status = past[-1]
+    state = Text.assemble(("● no answer", "bold red")) if lost else Text.assemble(("● healthy", "bold green"))
+    if status.problems and not lost:
+        state = Text(f"● {len(status.problems)} problems", "bold red")
+    about = f"  {status.version}, up {seconds(status.uptime_seconds)}, {status.connections:,} clients   q: leave"
+    lines = [Text.assemble(("async_cache  ", "bold"), state, (about, "dim"))]
+    lines += [Text(f"  {problem.detail}", "red") for problem in status.problems]
+    return Group(*lines, *([Text(f"  {lost}", "red")] if lost else []))
+
+
+def _tiles(past: Past) -> RenderableType:
+    status, first = past[-1], past[0]
+    asked = _sum(status, "asked") - _sum(first, "asked")
+    hits = _sum(status, "l1_hits", "l2_hits") - _sum(first, "l1_hits", "l2_hits")
+    if not asked:  # nothing lately: since the beginning
+        asked, hits = _sum(status, "asked"), _sum(status, "l1_hits", "l2_hits")
+    span = status.uptime_seconds - first.uptime_seconds
+    speed = (_sum(status, "requests") - _sum(first, "requests")) / span if span > 0 else 0.0
+    tiles = Table.grid(expand=True, padding=(0, 1))
+    for _ in range(4):
+        tiles.add_column(ratio=1)
+    tiles.add_row(
+        _tile("hit rate", percent(hits, asked), "of tokens"),
+        _tile("requests/s", f"{speed:,.1f}", f"{status.pending:,} on their way"),
+        _tile("until hits known", seconds(status.lookup.median), f"99 %: {seconds(status.lookup.p99)}"),
+        _tile("then, until loaded", seconds(status.gap.median), f"99 %: {seconds(status.gap.p99)}"),
+    )
+    return tiles
+
+
+def _tile(title: str, value: str, note: str = "") -> Panel:
+    text = Text.assemble((value, "bold"), (f"  {note}", "dim"), no_wrap=True, overflow="ellipsis")
+    return Panel(text, title=title, title_align="left")
+
+
+def _sum(status: Status, *names: str) -> int:
+    return sum(getattr(row, name) for row in status.tokens for name in names)
+
+
+def _requests(status: Status, rows: int, *, small: bool) -> RenderableType:
+    """Those on their way, and the last ones, each with its two futures on a scale of powers of ten."""
+    width = 24 if small else 40
+    scale = "1 µs" + " " * (width - 9) + "100 s"
+    table = Table("request", scale, "took", box=None, pad_edge=False, expand=True)
+    if not small:
+        table.add_column("chunks")
+        table.add_column("tenant · model")
+    table.columns[2].justify = "right"
+    for flight in [*status.flights, *status.recent][:rows]:
+        row: list[RenderableType] = [Text(flight.request_id, no_wrap=True, overflow="ellipsis")]
+        took = flight.seconds if flight.seconds is not None else flight.ago_seconds
+        row += [timeline(flight, width), flight.shortfall or seconds(took)]
+        row += [] if small else [_chunks(flight), Text(_whose(flight.tenant, flight.model), no_wrap=True)]
+        table.add_row(*row)
+    return table
+
+
+def _chunks(flight: Flight) -> Text:
+    missing = max(0, flight.asked_chunks - flight.l1_chunks - flight.l2_chunks)
+    return bar([(flight.l1_chunks, "blue"), (flight.l2_chunks, "yellow"), (missing, "bright_black")], 12)
+
+
+def _tiers(past: Past) -> RenderableType:
+    stats = past[-1].stats
+    capacity, leased, reserved = stats.l1_capacity_bytes, stats.leased_bytes, stats.reserved_bytes
+    aside = stats.quarantined_bytes
+    idle = max(0, stats.l1_used_bytes - leased - reserved - aside)
+    free = capacity - stats.l1_used_bytes
+    parts = [(leased, "blue"), (idle, "bright_blue"), (reserved, "magenta"), (aside, "red"), (free, "bright_black")]
+    legend = Text.assemble(
+        *(("■ ", "blue"), f"leased {show_bytes(leased)} "),
+        *(("■ ", "bright_blue"), f"idle {show_bytes(idle)} "),
+        *((("■ ", "red"), f"set aside {show_bytes(aside)} ") if aside else ()),
+        *(("■ ", "bright_black"), f"free {show_bytes(free)}"),
+    )
+    lines: list[RenderableType] = [
+        Text.assemble(("memory ", "bold"), f"{show_bytes(capacity)}, {stats.l1_chunks:,} chunks"),
+        bar(parts, 30),
+        legend,
+    ]
+    before = {view.status.name: view for view in past[0].backends}
+    span = past[-1].uptime_seconds - past[0].uptime_seconds
+    for view in past[-1].backends:
+        lines += _backend(view, before.get(view.status.name, view), span)
+    return Group(*lines)
+
+
+def _backend(view: BackendView, before: BackendView, span: float) -> Iterator[RenderableType]:
+    status, usage = view.status, view.status.usage
+    well = status.breaker == "closed"
+    state = (f" {status.state.value}", "dim") if well else (f" left alone ({status.breaker})", "bold red")
+    yield Text.assemble("\n", (status.name, "bold"), state)
+    if usage is not None and usage.capacity_bytes:
+        free = max(0, usage.capacity_bytes - usage.used_bytes)
+        yield bar([(usage.used_bytes, "yellow"), (free, "bright_black")], 30)
+    held = f"{show_bytes(usage.used_bytes)}, {usage.objects:,} objects" if usage is not None else "cannot say"
+    loads, stores = (
+        f"{show_bytes(int((now - then) / span))}/s" if span > 0 else "-"
+        for now, then in ((view.loaded_bytes, before.loaded_bytes), (view.stored_bytes, before.stored_bytes))
+    )
+    yield Text.assemble(held, (f"  loads {loads}  stores {stores}", "dim"))
+
+
+def _misses(status: Status) -> RenderableType:
+    groups = (
+        ("first missing chunk", status.missed, "bright_black"),
+        ("promised less", status.trimmed, "yellow"),
+        ("promises broken", status.broken, "red"),
+        ("chunks left memory", status.removed, "blue"),
+    )
+    table = Table.grid(padding=(0, 1))
+    for title, counts, color in groups:
+        found = sorted(((n, word) for word, n in counts.items() if n), reverse=True)
+        if found:
+            table.add_row(Text(title, "dim"))
+        for n, word in found:
+            table.add_row(f"  {word.replace('_', ' ')}", bar([(n, color), (found[0][0] - n, "")], 12), count(n))
+    return table if table.rows else Text("nothing yet", "dim")
+
+
+def _tenants(status: Status) -> RenderableType:
+    table = Table("tenant · model", "found", "hits", "tokens", box=None, pad_edge=False, expand=True)
+    for row in status.tokens:
+        missed = max(0, row.asked - row.l1_hits - row.l2_hits)
+        parts = bar([(row.l1_hits, "blue"), (row.l2_hits, "yellow"), (missed, "bright_black")], 12)
+        hits = percent(row.l1_hits + row.l2_hits, row.asked)
+        table.add_row(Text(_whose(row.tenant, row.model), no_wrap=True), parts, hits, count(row.asked))
+    return table
+
+
+def _whose(tenant: str, model: str) -> str:
+    return " · ".join(filter(None, (tenant, model)))

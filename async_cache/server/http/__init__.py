@@ -1,0 +1,13 @@
+"""The same server to browsers and monitors, over HTTP.
+
+serving   uvicorn in the server's own loop
+site      what is answered, and to whom
+health    what is wrong, if something is
+explain   why a prompt is not cached
+status    what the page and `async-cache top` show, as one value
+page.html the page: one file, as it is
+"""
+
+from async_cache.server.http.serving import HTTPServer
+
+__all__ = ["HTTPServer"]
