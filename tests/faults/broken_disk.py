@@ -4,10 +4,12 @@ Run as a program, it serves the directory. A line `read eio` on its standard inp
 when the input ends, it unmounts and exits: so it outlives no test, even one that is killed.
 """
 
+import ctypes
 import errno
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -16,12 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mfusepy
 import pytest
 
 from .disk import process, say
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 SLOW_SECONDS = 0.02
 STUCK_SECONDS = 15  # for ever, to those who wait; but a test that fails has an end
@@ -32,7 +36,8 @@ SOMETIMES = 0.05  # of the calls
 class BrokenDisk:
     """The disk, as a test sees it: a `path` on it that is its own, and the `source` where that really is."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, kind: Literal["plain", "flushing"] = "plain"):
+        self._kind = kind
         self._source, self._mount = directory / "source", directory / "broken"
         self._paths = 0
 
@@ -46,7 +51,7 @@ class BrokenDisk:
         self._source.mkdir()
         self._mount.mkdir()
         try:
-            with process(__name__, self._source, self._mount) as self.child:
+            with process(__name__, self._source, self._mount, self._kind) as self.child:
                 if self.child.stdout.readline() != "mounted\n":
                     pytest.skip("cannot mount a FUSE file system")
                 yield self
@@ -55,10 +60,11 @@ class BrokenDisk:
 
     @contextmanager
     def broken(self, verb: str, fault: str) -> Iterator[None]:
-        """For a while, calls of this verb of `Passthrough`, or of "any", raise "eio", or are "slow" or "stuck".
+        """For a while, calls of this verb of `Passthrough`, or of "any", raise "eio" or "erofs", are "slow" or "stuck".
 
         They may raise "sometimes eio", one in twenty. With the verb "bad", what has the fault in its name cannot be
-        read. A read may also be "short", be told of an "early end", or get a wrong "bit".
+        read. A read may also be "short", be told of an "early end", or get a wrong "bit"; a `getattr` may tell that
+        files have "no links".
         """
         self._say(verb, fault)
         try:
@@ -79,6 +85,7 @@ class BrokenDisk:
     def stopped(self) -> Iterator[None]:
         """For a while nothing is answered."""
         self.child.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.child.pid, os.WSTOPPED)  # its threads answer until then
         try:
             yield
         finally:
@@ -93,8 +100,9 @@ def breakable(method: Callable[..., Any]) -> Callable[..., Any]:
         match self.faults.get(method.__name__, self.faults.get("any")):
             case "sometimes eio" if self.chance.random() < SOMETIMES:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            case "eio":
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            case "eio" | "erofs" as name:
+                number = getattr(errno, name.upper())
+                raise OSError(number, os.strerror(number))
             case "slow":
                 time.sleep(SLOW_SECONDS)
             case "stuck":
@@ -145,6 +153,12 @@ class Passthrough(mfusepy.Operations):
     @breakable
     def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
         status = os.lstat(self._at(path)) if fh is None else os.fstat(fh)
+        if self.faults.get("getattr") == "no links" and not stat.S_ISDIR(status.st_mode):
+            return self._fields(status) | {"st_nlink": 0}
+        return self._fields(status)
+
+    @staticmethod
+    def _fields(status: os.stat_result) -> dict[str, Any]:
         names = ("st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks")
         times = {name: getattr(status, f"{name}_ns") for name in ("st_atime", "st_mtime", "st_ctime")}
         return {name: getattr(status, name) for name in names} | times
@@ -198,6 +212,11 @@ class Passthrough(mfusepy.Operations):
         os.truncate(self._at(path) if fh is None else fh, length)
 
     @breakable
+    def fallocate(self, path: str, mode: int, offset: int, size: int, fh: int) -> None:
+        if _libc.fallocate(fh, mode, ctypes.c_int64(offset), ctypes.c_int64(size)):
+            raise OSError(ctypes.get_errno(), "fallocate")
+
+    @breakable
     def fsync(self, path: str, datasync: int, fh: int) -> None:
         os.fsync(fh)
 
@@ -209,8 +228,16 @@ class Passthrough(mfusepy.Operations):
         os.close(fh)
 
 
-def serve(source: str, mountpoint: str) -> None:
-    operations = Passthrough(source)
+class Flushing(Passthrough):
+    """Is asked at each close of a file, too."""
+
+    @breakable
+    def flush(self, path: str, fh: int) -> None:
+        pass
+
+
+def serve(source: str, mountpoint: str, kind: str) -> None:
+    operations = {"flushing": Flushing, "plain": Passthrough}[kind](source)
     threading.Thread(target=operations.obey, args=(mountpoint,), daemon=True).start()
     cached = dict.fromkeys(("attr_timeout", "entry_timeout"), 0)  # every call reaches us
     mfusepy.FUSE(operations, mountpoint, foreground=True, direct_io=True, hard_remove=True, **cached)

@@ -1,0 +1,210 @@
+"""File systems that lack something, are full, may only be read, or are taken away under a store."""
+
+import errno
+import shutil
+import subprocess
+from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
+
+import pytest
+
+from async_cache import BackendError, ConfigError
+from async_cache.l2.backend import LoadOutcome
+from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.testing.conformance import key
+
+from .story import ONE_FILE_EACH, SLACK_BYTES, disk_bytes, found, load, store
+from .strikes import LACKS, strike
+
+LOADED = LoadOutcome.LOADED
+MANY = range(60)
+GROUPS = [MANY[begin : begin + 6] for begin in range(0, len(MANY), 6)]
+
+
+@asynccontextmanager
+async def opened(directory, **options):
+    backend = FileSystemBackend(directory, **options)
+    await backend.open()
+    try:
+        yield backend
+        backend.check_integrity()
+        assert backend.pins == 0
+    finally:
+        await backend.close()
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A small file system of its own."""
+    mount(tmp_path, "size=8m")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], capture_output=True)
+
+
+def mount(path, options):
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A directory behind FUSE."""
+    broken_disk = pytest.importorskip("faults.broken_disk", exc_type=OSError)
+    with broken_disk.BrokenDisk(tmp_path, "flushing").mounted() as disk:
+        disk.start_anew()
+        yield disk
+
+
+# What a file system need not have.
+
+
+@pytest.mark.parametrize("durability", ["none", "fsync"])
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param(which, marks=pytest.mark.xfail(ONE_FILE_EACH and "lock" in which, reason="it needs flock"))
+        for which in LACKS
+    ],
+)
+def test_a_file_system_without(tmp_path, which, durability):
+    struck = strike("lack", tmp_path / "kv", durability, which)
+    assert ONE_FILE_EACH or which == "times" or struck
+
+
+# Room.
+
+
+@pytest.mark.xfail(ONE_FILE_EACH, reason="it does not make room for what the disk has none for")
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("durability", ["none", "fsync"])
+def test_a_disk_smaller_than_the_capacity_takes_what_is_new(tmp_path, durability, error):
+    directory = tmp_path / "kv"
+    directory.mkdir()
+    assert sum(strike("overfill", directory, durability, error).values())
+
+
+async def test_a_directory_larger_than_its_new_capacity_shrinks_at_the_start(tmp_path):
+    """What was used last stays; before anything is stored."""
+    async with opened(tmp_path, capacity_bytes=None) as backend:
+        for group in GROUPS:
+            assert all(await store(backend, group))
+    before = disk_bytes(tmp_path)
+    capacity_bytes = before // 3
+    async with opened(tmp_path, capacity_bytes=capacity_bytes) as backend:
+        assert [each async for each in backend.keys()]
+        there = await found(backend, MANY)
+        assert set((await load(backend, there)).values()) == {LOADED}
+        assert set(GROUPS[-1]) <= set(there)
+        assert GROUPS[0][-1] not in there
+    assert disk_bytes(tmp_path) <= capacity_bytes + SLACK_BYTES < before
+
+
+# What may only be read.
+
+
+async def test_a_file_system_that_is_made_read_only_is_read(disk):
+    """As the kernel does after a fault: what is there is served."""
+    async with opened(disk.path) as backend:
+        assert all(await store(backend, MANY))
+        with ExitStack() as stack:
+            for verb in ("create", "write", "truncate", "fallocate", "rename", "unlink", "mkdir"):
+                stack.enter_context(disk.broken(verb, "erofs"))
+            for _ in range(2):
+                assert await found(backend, MANY) == list(MANY)
+                assert set((await load(backend, MANY)).values()) == {LOADED}
+                with pytest.raises(BackendError):
+                    await store(backend, [1000, 1001])
+        assert all(await store(backend, [1000, 1001, *MANY]))
+        assert set((await load(backend, [1000, 1001, *MANY])).values()) == {LOADED}
+
+
+async def test_a_read_only_file_system_is_told_at_the_start(mounted):
+    directory = mounted / "kv"
+    async with opened(directory) as backend:
+        assert all(await store(backend, MANY))
+    subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)  # noqa: ASYNC221
+    with pytest.raises(ConfigError, match=r"cannot be used: .*(Read-only|Permission)"):
+        await FileSystemBackend(directory).open()
+
+
+# What is taken away.
+
+
+def removed(directory):
+    shutil.rmtree(directory)
+
+
+def removed_and_made_anew(directory):
+    shutil.rmtree(directory)
+    directory.mkdir()
+
+
+def moved_away(directory):
+    directory.rename(directory.with_name("elsewhere"))
+
+
+def another_in_its_place(directory):
+    directory.rename(directory.with_name("elsewhere"))
+    directory.mkdir()
+
+
+def unmounted(directory):
+    subprocess.run(["umount", "--lazy", directory.parent], check=True)
+
+
+def emptied(directory):
+    for path in directory.iterdir():
+        path.unlink()
+
+
+@pytest.mark.xfail(ONE_FILE_EACH, reason="it is dead until it is opened anew")
+@pytest.mark.parametrize(
+    "vanish", [removed, removed_and_made_anew, moved_away, another_in_its_place, unmounted, emptied]
+)
+async def test_a_directory_that_vanishes_is_made_anew(mounted, vanish):
+    """What is stored from then on is in the place where the path is, and not into nothing."""
+    directory = mounted / "kv"
+    async with opened(directory) as backend:
+        assert all(await store(backend, MANY))
+        vanish(directory)
+        await load(backend, MANY)  # is right, or a miss
+        for _ in range(3):
+            with suppress(BackendError):
+                if all(await store(backend, [100, 101])):
+                    break
+        assert await found(backend, [100, 101]) == [100, 101]
+        async with opened(directory) as other:
+            assert await found(other, [100, 101]) == [100, 101]
+            assert set((await load(other, [100, 101])).values()) == {LOADED}
+        assert set((await load(backend, [100, 101])).values()) == {LOADED}
+        assert all(await store(backend, MANY))
+        assert await found(backend, MANY) == list(MANY)
+        assert set((await load(backend, MANY)).values()) == {LOADED}
+
+
+# What does not say the truth, or says it late.
+
+
+@pytest.mark.parametrize(
+    ("verb", "fault"),
+    [
+        pytest.param("getattr", "no links", marks=pytest.mark.xfail(ONE_FILE_EACH, run=False, reason="it never ends")),
+        pytest.param("flush", "eio", marks=pytest.mark.xfail(ONE_FILE_EACH, reason="it loses what it has stored")),
+        ("fallocate", "eio"),
+        ("fsync", "slow"),
+    ],
+)
+async def test_a_disk_with_a_quirk_stores_and_loads(disk, verb, fault):
+    """Files that have no name though they do, an error when a file is closed, one when room is given back."""
+    with disk.broken(verb, fault):
+        for _ in range(3):
+            async with opened(disk.path, durability="fsync") as backend:
+                for group in GROUPS:
+                    assert all(await store(backend, group))
+                assert set((await load(backend, MANY)).values()) == {LOADED}
+                with suppress(BackendError) if verb == "fallocate" else nullcontext():
+                    assert await backend.delete([key(number) for number in MANY[10:20]]) == 10
+                assert not await found(backend, MANY[10:20])
+        assert len(list(disk.source.iterdir())) <= len(MANY) + 10
+    async with opened(disk.path) as backend:
+        assert set(await found(backend, MANY)) == set(MANY) - set(MANY[10:20])
