@@ -188,15 +188,13 @@ class FileSystemBackend(Backend):
         executors, self._executors = self._executors, ()
         if not executors:
             return
-        ending = {self._recovery, *self._tasks}
-        for task in ending:
-            task.cancel()
-        await asyncio.wait(ending)
+        await self._end_tasks()
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await self._put_in_order()
             self._over = True
+            await self._end_tasks()
             _shutdown(executors)
             if all(await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))):
                 self._directory.release()
@@ -207,6 +205,13 @@ class FileSystemBackend(Backend):
         while self._index.clear(SLICE):  # noqa: ASYNC110 (nothing is waited for)
             await asyncio.sleep(0)
         self._catalog.forget()
+
+    async def _end_tasks(self) -> None:
+        ending = {self._recovery, *self._tasks}
+        for task in ending:
+            task.cancel()
+        await asyncio.wait(ending)
+        self._look = None
 
     # Lookups.
 
@@ -249,24 +254,31 @@ class FileSystemBackend(Backend):
 
     async def _catch_up(self) -> None:
         """Hear of what others stored, and wait a little for recovery. Raises OSError."""
+        await self._wait_for_recovery()
+        await self._look_for_news()
+
+    async def _wait_for_recovery(self) -> None:
         if not self._recovery.done():
             await asyncio.wait([self._recovery], timeout=RECOVERY_SECONDS)
-        await self._look_for_news()
 
     async def _look_for_news(self) -> None:
         """Hear of all that others have recorded by now. Raises OSError."""
         look = self._look
         if look is None or look.begun:  # one that has begun may have missed it; one that has not serves all who wait
-            look = self._look = Look()
-            look.task = self._spawn(self._run(look))
+            self._look = Look()
+            self._look.task = self._spawn(self._run(self._look, after=look))
+            look = self._look
         await asyncio.wait([look.task])
         if look.task.cancelled():
             raise OSError(errno.ESHUTDOWN, "it was closed")
         look.task.result()
 
-    async def _run(self, look: "Look") -> None:
+    async def _run(self, look: "Look", *, after: "Look | None") -> None:
+        if after is not None and not after.task.done():
+            await asyncio.wait([after.task])  # what it has read and not told yet is no news
         directory, began = self._directory, self._loop.time()
-        adopt = self._knows is directory and began - self._adopted_at > ADOPT_SECONDS
+        is_open, knows_all = bool(self._executors), self._knows is directory
+        adopt = is_open and knows_all and began - self._adopted_at > ADOPT_SECONDS
         if adopt:
             self._adopted_at = began
         news = directory.look(adopt=adopt)
@@ -274,10 +286,19 @@ class FileSystemBackend(Backend):
             while (step := await self._in(self._searches, look.step, news)) is not None:
                 await self._learn(*step, latest=True)
             self._looked_at = began
-            if self._knows is directory:
+            if knows_all:
                 await self._take_over(directory)
+                await self._choose(self._catalog.doubles())
         except Moved:
+            if not is_open:
+                raise FileNotFoundError(errno.ENOENT, "it was removed", self.path) from None
             await self._open_anew(directory)
+
+    async def _choose(self, keys: list[ObjectKey]) -> None:
+        """Give up what others have, too, in slices."""
+        for begin in range(0, len(keys), SLICE):
+            self._clear(self._catalog.choose(keys[begin : begin + SLICE]))
+            await asyncio.sleep(0)
 
     async def _take_over(self, directory: Directory) -> None:
         """Answer for what index files tell that were adopted: they are read once more, as ours."""
@@ -309,9 +330,7 @@ class FileSystemBackend(Backend):
     async def _learn(self, journal: Journal, records: list[Record], *, latest: bool) -> None:
         """Take over what an index file says, in slices."""
         for begin in range(0, len(records), SLICE):
-            gone, holes = self._catalog.learn(journal, records[begin : begin + SLICE], latest=latest)
-            self._faults.over(gone)
-            self._clear(holes)
+            self._faults.over(self._catalog.learn(journal, records[begin : begin + SLICE], latest=latest))
             self._make_room(0)
             await asyncio.sleep(0)
 
@@ -423,9 +442,11 @@ class FileSystemBackend(Backend):
         chunk_hashes = [key.chunk_hash for key in keys]
         self._index.pin_prefix(chunk_hashes)  # none of them makes room for another one
         try:
-            if not self._knows_all() and not all(self._index.present(keys)):
+            if not self._knows_all():
                 with suppress(OSError):  # it is written, then, and one of the two is given up later
-                    await self._catch_up()
+                    if not all(self._index.present(keys)):
+                        await self._wait_for_recovery()
+                    await self._look_for_news()  # also of what was deleted and is to be stored anew
             self._clear(self._catalog.give_up([key for key in keys if key in self._faults], Removal.DAMAGED))
             bodies = dict(zip(keys, buffers, strict=True))
             missing = [key for key, there in zip(bodies, self._index.present(list(bodies)), strict=True) if not there]
@@ -528,11 +549,13 @@ class FileSystemBackend(Backend):
                 self._catalog.turn_from(segment)
             if not recorded:
                 self._catalog.unreserve(body.size_bytes, segment)
-            elif body.fault is not None or body.key in write.removed or self._index.present([body.key])[0]:
+            elif body.fault is not None or body.key in write.removed:
                 holes.append(self._catalog.hole(body.key, body.size_bytes, segment, body.page, body.checksum))
             else:
                 self._catalog.put(body.key, body.size_bytes, segment, body.page, body.checksum)
         if write.directory is self._directory:
+            if self._knows is self._directory:
+                holes += self._catalog.choose([body.key for body, _ in write.bodies])
             self._clear(holes)
             if not self._over:
                 self._make_room(0)  # for what the index has grown by
@@ -624,6 +647,8 @@ class FileSystemBackend(Backend):
                     journal.known = True
                     self._catalog.writers.add(journal.writer)
             self._knows = directory
+            with suppress(OSError):
+                await self._look_for_news()
             await self._sweep(directory)
             self._looked_at = self._loop.time() - SEEN_SECONDS
         except Exception:  # the root of a task; what is not indexed is stored anew
@@ -632,6 +657,7 @@ class FileSystemBackend(Backend):
     async def _sweep(self, directory: Directory) -> None:
         """Have cleared away what dead writers left, when all that they recorded is known."""
         catalog = self._catalog
+        known = [journal for journal in directory.journals.values() if journal.owned and journal.known]
         used = catalog.left_by_the_dead(directory.writer)
         allocated = await self._in(self._scans, directory.sweep, used, catalog.names())
         if allocated:
@@ -645,6 +671,8 @@ class FileSystemBackend(Backend):
                 await asyncio.sleep(0)
             for name in allocated:
                 await self._in(self._scans, directory.clear_gaps, name, sorted(bodies[name]))
+        for journal in known:
+            journal.swept = True
 
     async def _open_anew(self, directory: Directory) -> None:
         """Go on in the directory that has the path now, unless another task has seen to it. Raises OSError."""
@@ -680,7 +708,7 @@ class FileSystemBackend(Backend):
         try:
             self._make_room(directory.rewriting_bytes(self._catalog.count_owned()))
             await self._in(self._changes, directory.rewrite)
-            self._catalog.forget_drops(set(await self._in(self._changes, directory.names)))
+            await self._forget_drops(directory)
             chunks = list(self._index.in_order()) if self._index.objects <= ORDERED_OBJECTS else self._index.chunks()
             data = self._catalog.records(chunks)
             while batch := list(islice(data, SLICE)):
@@ -691,13 +719,21 @@ class FileSystemBackend(Backend):
         finally:
             self._rewriting = False
 
+    async def _forget_drops(self, directory: Directory) -> bool:
+        """Forget the drops that no other index file needs any more; whether there are some that one needs."""
+        existing = set(await self._in(self._changes, directory.names))
+        await self._look_for_news()  # so that what is told by those that exist is known
+        return self._catalog.forget_drops(existing)
+
     async def _put_in_order(self) -> None:
         """Have the order of use survive, and leave nothing behind that says nothing."""
         knows_all = self._knows is self._directory
-        if self._index.objects <= ORDERED_OBJECTS and self._used and knows_all:
-            await self._rewrite(self._directory)
         try:
-            tells = self._catalog.forget_drops(set(await self._in(self._changes, self._directory.names)))
+            if knows_all and not all(each.swept for each in self._directory.journals.values() if each.owned):
+                await self._sweep(self._directory)
+            if self._index.objects <= ORDERED_OBJECTS and self._used and knows_all:
+                await self._rewrite(self._directory)
+            tells = await self._forget_drops(self._directory)
             keeps = tells or not knows_all or self._catalog.count_owned() > 0
             emptied = self._catalog.emptied()
             await self._in(self._changes, partial(self._directory.close, emptied=emptied, keeps=keeps))

@@ -34,7 +34,8 @@ class Segment(Struct, eq=False, gc=False):
     pages: int = 0
     objects: int = 0
     dropped: bytearray | None = None  # a bit for each page
-    foreign_drops: list[bytes] | None = None  # records of ours, which its owner has perhaps not read yet
+    told_by: list[str] = []  # the index files that have a PUT of one of its objects
+    foreign_drops: dict[int, bytes] | None = None  # records of ours about objects that other index files tell of
 
     def is_dropped(self, page: int) -> bool:
         """Whether the object that begins at this page was given up."""
@@ -60,6 +61,7 @@ class Catalog:
         self._by_name: dict[tuple[int, int], Segment] = {}
         self._here: dict[int, Segment] = {}
         self._count = 0
+        self._doubles: dict[ObjectKey, list[tuple[int, bytes]]] = {}  # other bodies of objects: size and place
         self.pages = 0  # of all that is there, or is being written
         self._emptied: list[Segment] = []
         self.writers: set[int] = set()  # that we are, or answer for
@@ -87,6 +89,7 @@ class Catalog:
         self._by_name.clear()
         self._here.clear()
         self._emptied.clear()
+        self._doubles.clear()
         self._current = None
         self._next = 0
         self.pages = 0
@@ -101,13 +104,9 @@ class Catalog:
 
     # What is read.
 
-    def learn(self, journal: Journal, records: Iterable[Record], *, latest: bool) -> tuple[list[ObjectKey], list[Hole]]:
-        """Take over records, as of the latest use or of the oldest.
-
-        Returns the objects that are there no more, and what of ours is to be cleared since others have it, too.
-        """
+    def learn(self, journal: Journal, records: Iterable[Record], *, latest: bool) -> list[ObjectKey]:
+        """Take over records, as of the latest use or of the oldest. Returns the objects that are there no more."""
         gone: list[ObjectKey] = []
-        holes: list[Hole] = []
         index, segment = self.index, None
         for kind, rank, group, number, writer, page, size_bytes, chunk_hash, checksum, _ in records:
             if segment is None or segment.number != number or segment.writer != writer:
@@ -116,6 +115,8 @@ class Catalog:
             if kind == _PUT:
                 if journal.owned or segment.owner is None or not segment.owner.owned:
                     segment.owner = journal  # what one of ours tells of is ours, whoever else tells of it
+                if journal.name not in segment.told_by:
+                    segment.told_by.append(journal.name)
                 end = page + pages(size_bytes)
                 if segment.end < end:
                     segment.end = end
@@ -129,30 +130,67 @@ class Catalog:
                         else:
                             index.put_oldest(key, size_bytes, place)
                     elif known[1] != place:
-                        holes += self._choose(key, known, (size_bytes, place))
+                        self._add_double(key, size_bytes, place)
             elif kind == _DROP:
                 if not segment.is_dropped(page):
                     segment.drop(page)
-                    known = index.place_of(key)
-                    if known is not None and PLACE.unpack(known[1])[:2] == (segment.here, page):
-                        index.drop(key, Removal.LOST)
-                        self._leave(segment, known[0])
+                    if self._is_gone(key, segment, page):
                         gone.append(key)
-                if journal.owned and not self._is_ours(segment):
-                    self._remember_drop(segment, self._drop_record(key, segment, page, size_bytes, checksum))
-        return gone, holes
+                if journal.owned and segment.writer != journal.writer:  # what tells of the object may outlive this file
+                    self._remember_drop(segment, page, self._drop_record(key, segment, page, size_bytes, checksum))
+        return gone
 
-    def _choose(self, key: ObjectKey, known: tuple[int, bytes], other: tuple[int, bytes]) -> list[Hole]:
-        """Of two bodies of one object keep the one that all processes keep; the other is cleared if it is ours."""
-        self._add(self._here[PLACE.unpack(other[1])[0]], other[0])
-        loser = max(known, other, key=self._rank)
-        if loser is known:
-            self.index.put(key, *other)
-        segment = self._here[PLACE.unpack(loser[1])[0]]
-        if self._is_ours(segment):
-            return [self._give_up(key, *loser)]
-        self._leave(segment, loser[0])  # its owner gives it up, and says so
-        return []
+    def _is_gone(self, key: ObjectKey, segment: Segment, page: int) -> bool:
+        """Whether an object is there no more, when a body of it was given up by others."""
+        known = self.index.place_of(key)
+        if known is None:
+            return False
+        where = segment.here, page
+        others = self._doubles.pop(key, [])
+        if PLACE.unpack(known[1])[:2] == where:
+            self._leave(segment, known[0])
+            if not others:
+                self.index.drop(key, Removal.LOST)
+                return True
+            self.index.put(key, *others.pop())
+        else:
+            for other in [other for other in others if PLACE.unpack(other[1])[:2] == where]:
+                self._leave(segment, other[0])
+                others.remove(other)
+        if others:
+            self._doubles[key] = others
+        return False
+
+    def _add_double(self, key: ObjectKey, size_bytes: int, place: bytes) -> None:
+        others = self._doubles.setdefault(key, [])
+        if (size_bytes, place) not in others:
+            others.append((size_bytes, place))
+            self._add(self._here[PLACE.unpack(place)[0]], size_bytes)
+
+    def doubles(self) -> list[ObjectKey]:
+        """The objects that have several bodies."""
+        return list(self._doubles)
+
+    def choose(self, keys: Iterable[ObjectKey]) -> list[Hole]:
+        """Of several bodies of one object keep the one that all processes keep; what of ours is to be cleared.
+
+        That can be told only when all that was recorded is known: one of them may have been given up long ago. Those
+        that others answer for are given up by them: until they say so, they count.
+        """
+        holes = []
+        for key in keys:
+            known, others = self.index.place_of(key), self._doubles.get(key)
+            if known is None or others is None:
+                continue
+            best, *rest = sorted([known, *others], key=self._rank)
+            if best is not known:
+                self.index.put(key, *best)
+            ours = [each for each in rest if self._is_ours(self._here[PLACE.unpack(each[1])[0]])]
+            holes += [self._give_up(key, *each) for each in ours]
+            self._doubles[key] = [each for each in rest if each not in ours]
+            if not self._doubles[key]:
+                del self._doubles[key]
+        return holes
 
     def _rank(self, placed: tuple[int, bytes]) -> tuple[int, int, int]:
         here, page, _ = PLACE.unpack(placed[1])
@@ -191,7 +229,12 @@ class Catalog:
 
     def put(self, key: ObjectKey, size_bytes: int, segment: Segment, page: int, checksum: int) -> None:
         """Index an object that was recorded at a reserved place."""
-        self.index.put(key, size_bytes, PLACE.pack(segment.here, page, checksum))
+        place = PLACE.pack(segment.here, page, checksum)
+        if self.index.place_of(key) is None:
+            self.index.put(key, size_bytes, place)
+        else:  # another process has stored it meanwhile, or knows that we have: all choose the same one
+            self._leave(segment, size_bytes)
+            self._add_double(key, size_bytes, place)
 
     def unreserve(self, size_bytes: int, segment: Segment) -> None:
         """A reserved place is not used."""
@@ -207,7 +250,11 @@ class Catalog:
             if known is not None and self.index.placed([key])[0] is not None:  # a key may come twice
                 self.index.drop(key, removal)
                 holes.append(self._give_up(key, *known))
+                holes += self._give_up_doubles(key)
         return holes
+
+    def _give_up_doubles(self, key: ObjectKey) -> list[Hole]:
+        return [self._give_up(key, *other) for other in self._doubles.pop(key, ())]
 
     def evict(self, size_bytes: int) -> list[Hole] | None:
         """Take chunks without a pin out to free so many bytes; None, and nothing leaves, if they do not suffice."""
@@ -220,7 +267,11 @@ class Catalog:
             for which, size, place in placed_of(chunk)
         ]
         self.index.remove(victims, Removal.CAPACITY)
-        return [self._give_up(*each) for each in objects]
+        holes = [self._give_up(*each) for each in objects]
+        if self._doubles:
+            for key, _, _ in objects:
+                holes += self._give_up_doubles(key)
+        return holes
 
     def hole(self, key: ObjectKey, size_bytes: int, segment: Segment, page: int, checksum: int) -> Hole:
         """What is to be cleared where an object that was recorded is not wanted."""
@@ -232,8 +283,8 @@ class Catalog:
         segment.drop(page)
         self._leave(segment, size_bytes)
         data = self._drop_record(key, segment, page, size_bytes, checksum)
-        if not self._is_ours(segment):
-            self._remember_drop(segment, data)
+        if segment.told_by:
+            self._remember_drop(segment, page, data)
         return Hole(segment.name, page, page + pages(size_bytes), data)
 
     @staticmethod
@@ -241,10 +292,10 @@ class Catalog:
         return record(Kind.DROP, key, (segment.writer, segment.number, page), size_bytes, checksum)
 
     @staticmethod
-    def _remember_drop(segment: Segment, data: bytes) -> None:
+    def _remember_drop(segment: Segment, page: int, data: bytes) -> None:
         if segment.foreign_drops is None:
-            segment.foreign_drops = []
-        segment.foreign_drops.append(data)
+            segment.foreign_drops = {}
+        segment.foreign_drops[page] = data
 
     def emptied(self) -> list[str]:
         """Segments of ours that have nothing any more, to be removed. They are forgotten."""
@@ -264,14 +315,20 @@ class Catalog:
     # All of it.
 
     def forget_drops(self, existing: Collection[str]) -> bool:
-        """Forget those drops of ours that nobody needs to be told of any more; whether there are others."""
+        """Forget those drops of ours that nobody needs to be told of any more; whether there are others.
+
+        They are needed as long as there is an index file with a PUT, besides our own: `existing` are the files of the
+        directory, of which all that was recorded is known.
+        """
         left = False
         for segment in self._by_name.values():
+            if segment.told_by:
+                segment.told_by = [name for name in segment.told_by if name in existing]
             if segment.foreign_drops:
-                if segment.name not in existing or self._is_ours(segment):
-                    segment.foreign_drops = None
-                else:
+                if segment.told_by:
                     left = True
+                else:
+                    segment.foreign_drops = None
         return left
 
     def records(self, chunks: Iterable[Chunk]) -> Iterator[bytes]:
@@ -281,7 +338,7 @@ class Catalog:
         """
         for segment in list(self._by_name.values()):
             if segment.foreign_drops:
-                yield b"".join(segment.foreign_drops)
+                yield b"".join(segment.foreign_drops.values())
         for chunk in chunks:
             data = b""
             for which, size, place in placed_of(chunk):
@@ -325,7 +382,8 @@ class Catalog:
         """Assert that the totals are those of the objects, beside so many that are being written."""
         self.index.check_integrity()
         segments = self._by_name.values()
-        assert sum(segment.objects for segment in segments) == self.index.objects + being_written
+        doubles = sum(map(len, self._doubles.values()))
+        assert sum(segment.objects for segment in segments) == self.index.objects + doubles + being_written
         assert sum(segment.pages for segment in segments) == self.pages
         rooms = sum(chunk.shape.room_bytes for chunk in self.index.chunks())
-        assert being_written or self.pages * PAGE_BYTES == rooms
+        assert being_written or doubles or self.pages * PAGE_BYTES == rooms

@@ -15,7 +15,7 @@ from threading import Event, Lock
 from msgspec import Struct
 
 from async_cache.l2.filesystem.bodies import Bodies, Body
-from async_cache.l2.filesystem.files import NO_FILE, Files, OpenFile, lock, open_file
+from async_cache.l2.filesystem.files import FULL, NO_FILE, Files, OpenFile, lock, open_file
 from async_cache.l2.filesystem.format import (
     MARKER,
     MARKER_LINE,
@@ -34,7 +34,6 @@ from async_cache.l2.filesystem.journal import GROWTH_BYTES, Journal
 
 logger = logging.getLogger(__name__)
 
-FULL = {errno.ENOSPC, errno.EDQUOT}
 _FOREIGN_AND_HARMLESS = ("lost+found",)
 
 
@@ -85,6 +84,7 @@ class Directory:
         self.journal.probe(self.bodies.puncher)
         self.journals: dict[str, Journal] = {self.journal.name: self.journal}
         self._listed_at = -1
+        self._checked_at = -1
         self._unremoved: set[str] = set()
         self._fresh: list[Journal] = []  # an index file that is being written anew
         self.waiting: deque[Commit] = deque()
@@ -146,11 +146,23 @@ class Directory:
             return os.listdir(self._fd)
 
     def has_moved(self) -> bool:
-        """Whether the path is that of another directory by now, or of none."""
+        """Whether the path is that of another directory by now, or of none, or our index file was removed from it."""
         try:
-            return not os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+            status = os.fstat(self._fd)
+            if not os.path.samestat(os.stat(self.path), status):
+                return True
         except FileNotFoundError:
             return True
+        while status.st_mtime_ns != self._checked_at:
+            journal = self.journal
+            try:
+                os.stat(journal.name, dir_fd=self._fd)
+            except FileNotFoundError:
+                if journal is self.journal:  # else it was written anew
+                    return True
+            else:
+                self._checked_at = status.st_mtime_ns
+        return False
 
     # Who writes in it.
 
@@ -346,6 +358,7 @@ class Directory:
         while (journal := Journal.create(self._fd, self.writer, generation, finished=False)) is None:
             generation += 1
         self._fresh, self._begun_at = [journal], self.journal.size_bytes
+        self._retiring = [each for each in self.journals.values() if each.owned and each.known and each.swept]
 
     def append(self, records: bytes) -> None:
         """Record in the new index file what is there."""
@@ -355,7 +368,6 @@ class Directory:
     def end_rewrite(self) -> None:
         """Put the new index file in the place of the others, with what was recorded since it was begun."""
         (fresh,) = self._fresh
-        retired = [each for each in self.journals.values() if each.owned and each.known]
         fresh.append(self.journal.behind(self._begun_at))
         fresh.sync()
         temporary = unfinished_name(fresh.writer, fresh.generation)
@@ -365,7 +377,7 @@ class Directory:
         self._fresh = []
         if self._fsync:
             os.fsync(self._fd)
-        for journal in retired:
+        for journal in self._retiring:
             if journal.writer == self.writer or not self._unremoved:  # whose writer an index must tell to be ours
                 self._remove_journal(journal)
 
@@ -394,11 +406,15 @@ class Directory:
             if name in used:
                 if self._cut(name, *used[name]):
                     allocated.append(name)
-            elif (writer in ours or (writer not in indexes and self._is_empty(name, known))) and not known.get(name):
-                self.remove(name)  # it was being written, or all of it was given up
-            elif writer not in indexes and name not in known:
-                os.rename(name, f"{name}.bad", src_dir_fd=self._fd, dst_dir_fd=self._fd)
-                logger.warning("%s: no index tells what is in %s: set aside as %s.bad", self.path, name, name)
+                continue
+            try:
+                if (writer in ours or (writer not in indexes and self._is_empty(name, known))) and not known.get(name):
+                    self.remove(name)  # it was being written, or all of it was given up
+                elif writer not in indexes and name not in known:
+                    os.rename(name, f"{name}.bad", src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                    logger.warning("%s: no index tells what is in %s: set aside as %s.bad", self.path, name, name)
+            except OSError as error:
+                logger.warning("%s: the segment %s cannot be cleared away: %s", self.path, name, error)
         return allocated
 
     def _is_empty(self, name: str, known: Mapping[str, int]) -> bool:
@@ -425,13 +441,18 @@ class Directory:
         begin = 0
         for page, end in bodies:
             if begin < page:
-                self.bodies.clear(name, begin, page)
+                try:
+                    self.bodies.clear(name, begin, page)
+                except OSError as error:
+                    logger.warning("%s: the segment %s cannot be cleared: %s", self.path, name, error)
+                    return
             begin = end
 
     def close(self, *, emptied: Collection[str], keeps: bool) -> None:
         """Remove segments that are empty, and the index files of ours if there is nothing that they tell."""
         keeps |= self._remove_all(emptied) is not None
-        for journal in [each for each in self.journals.values() if each.owned and each.known]:
+        ours = [each for each in self.journals.values() if each.owned and each.known and each.swept]
+        for journal in sorted(ours, key=lambda each: each is self.journal):  # which has what the others must be told
             if not keeps or journal.size_bytes <= RECORD_BYTES:
                 self._remove_journal(journal)
             else:

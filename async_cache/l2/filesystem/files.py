@@ -17,6 +17,7 @@ from threading import Lock
 from async_cache.l2.filesystem.format import PAGE_BYTES
 
 OPEN_FILES = 256  # of segments, at a time
+FULL = {errno.ENOSPC, errno.EDQUOT}
 NO_FILE = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO}  # nothing, or a link, a directory ...
 
 _SAFE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe under the name of a file must not block
@@ -129,8 +130,8 @@ def allocate(fd: int, begin: int, size_bytes: int) -> bool:
     if not _fallocate(fd, _KEEP_SIZE, begin, size_bytes):
         return True
     code = ctypes.get_errno()
-    if code in _LACKING or code == errno.EINTR:
-        return False
+    if code not in FULL:
+        return False  # what is written will tell
     raise OSError(code, os.strerror(code))
 
 

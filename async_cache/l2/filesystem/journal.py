@@ -32,6 +32,7 @@ class Journal:
     def __init__(self, file: OpenFile, name: str, writer: int, generation: int, *, owned: bool):
         self.name, self.writer, self.generation, self.owned = name, writer, generation, owned
         self.known = False  # whether all that a dead writer recorded is known: only then may it be written elsewhere
+        self.swept = owned  # whether what its writer left without a record was cleared away: only then may it go
         self._file = file
         status = os.fstat(file.fd)
         self.size_bytes = self.begun_at = _whole(status.st_size)
@@ -65,7 +66,9 @@ class Journal:
                 return None  # whoever had it has removed it
         except FileNotFoundError:
             return None
-        return cls(file, name, writer, generation, owned=bool(locked))
+        journal = cls(file, name, writer, generation, owned=bool(locked))
+        journal.swept = False
+        return journal
 
     def adopt(self) -> bool:
         """Whether its writer is dead, and it is ours now."""
