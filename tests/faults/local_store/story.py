@@ -6,7 +6,6 @@ The bytes of an object follow from its number, so that a wrong byte shows wherev
 import asyncio
 import os
 from collections.abc import Collection, Iterable, Sequence
-from importlib.util import find_spec
 from mmap import PAGESIZE, mmap
 from pathlib import Path
 from typing import Literal
@@ -20,9 +19,6 @@ _SIZES = (1, 100, PAGESIZE, 5000, 3 * PAGESIZE, 20_001)
 CAPACITY_BYTES = 64 * PAGESIZE
 SLACK_BYTES = 32 * PAGESIZE  # of a directory, beside the bodies of its objects in whole pages
 STORED = 16  # objects of one life
-
-ONE_FILE_EACH = find_spec("async_cache.l2.filesystem.bodies") is None
-"""Whether it is the store of before, which keeps a file an object: some of its faults are known."""
 
 Durability = Literal["none", "fsync"]
 

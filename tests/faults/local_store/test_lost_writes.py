@@ -11,7 +11,7 @@ import pytest
 from soak import rounds
 
 from .power import Disk, images, put
-from .story import ONE_FILE_EACH, STORED, Life, check
+from .story import STORED, Life, check
 from .strikes import strike
 
 
@@ -55,10 +55,7 @@ def some(crashes, rng, count):
     return rng.sample(crashes, min(count, len(crashes)))
 
 
-the_directory_may_be_lost = pytest.mark.xfail(ONE_FILE_EACH, reason="what holds its directory is not synced")
-
-
-@pytest.mark.parametrize("durability", ["none", pytest.param("fsync", marks=the_directory_may_be_lost)])
+@pytest.mark.parametrize("durability", ["none", "fsync"])
 async def test_what_was_not_synced_is_lost(tmp_path, durability, record_property):
     rng = random.Random(durability)
     ops, end = record(tmp_path, durability)
@@ -66,7 +63,6 @@ async def test_what_was_not_synced_is_lost(tmp_path, durability, record_property
     record_property("states", await survive(tmp_path, states, durable=durability == "fsync"))
 
 
-@the_directory_may_be_lost
 async def test_a_sync_that_failed_is_no_sync(tmp_path, record_property):
     """Whatever it was for may be lost for ever, even if the next sync of the same file goes well."""
     rng, states = random.Random(0), 0

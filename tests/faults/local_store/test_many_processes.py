@@ -13,7 +13,7 @@ import pytest
 from soak import rounds
 
 from .crowd import CALLS, MOST_OBJECTS, OBJECTS, crowd
-from .story import ONE_FILE_EACH, SLACK_BYTES, disk_bytes, pages_of
+from .story import SLACK_BYTES, disk_bytes, pages_of
 
 LIFE_SECONDS = 1
 ROOMY = 2**30
@@ -25,7 +25,6 @@ IN_FLIGHT_BYTES = CALLS * MOST_OBJECTS * max(map(pages_of, OBJECTS)) * PAGE  # o
 fewer_and_more = pytest.mark.parametrize("members", [2, 8])
 
 
-@pytest.mark.xfail(ONE_FILE_EACH, reason="a store believes that what it knew is there still")
 @fewer_and_more
 def test_each_finds_what_the_others_did(tmp_path, members):
     """One call at a time, by any of them: what it says follows from all calls before."""
@@ -88,7 +87,6 @@ class Sampler(threading.Thread):
         self.join()
 
 
-@pytest.mark.xfail(ONE_FILE_EACH, reason="each bounds what it knows, and counts bodies alone")
 @fewer_and_more
 def test_a_crowd_in_little_room(tmp_path, members, record_property):
     """All at once, and one after the other is killed and replaced."""

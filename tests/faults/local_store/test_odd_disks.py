@@ -12,7 +12,7 @@ from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.filesystem import FileSystemBackend
 from async_cache.testing.conformance import key
 
-from .story import ONE_FILE_EACH, SLACK_BYTES, disk_bytes, found, load, store
+from .story import SLACK_BYTES, disk_bytes, found, load, store
 from .strikes import LACKS, strike
 
 LOADED = LoadOutcome.LOADED
@@ -61,20 +61,16 @@ def disk(tmp_path):
 @pytest.mark.parametrize("durability", ["none", "fsync"])
 @pytest.mark.parametrize(
     "which",
-    [
-        pytest.param(which, marks=pytest.mark.xfail(ONE_FILE_EACH and "lock" in which, reason="it needs flock"))
-        for which in LACKS
-    ],
+    LACKS,
 )
 def test_a_file_system_without(tmp_path, which, durability):
     struck = strike("lack", tmp_path / "kv", durability, which)
-    assert ONE_FILE_EACH or which == "times" or struck
+    assert which == "times" or struck
 
 
 # Room.
 
 
-@pytest.mark.xfail(ONE_FILE_EACH, reason="it does not make room for what the disk has none for")
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("durability", ["none", "fsync"])
 def test_a_disk_smaller_than_the_capacity_takes_what_is_new(tmp_path, durability, error):
@@ -157,7 +153,6 @@ def emptied(directory):
         path.unlink()
 
 
-@pytest.mark.xfail(ONE_FILE_EACH, reason="it is dead until it is opened anew")
 @pytest.mark.parametrize(
     "vanish", [removed, removed_and_made_anew, moved_away, another_in_its_place, unmounted, emptied]
 )
@@ -188,8 +183,8 @@ async def test_a_directory_that_vanishes_is_made_anew(mounted, vanish):
 @pytest.mark.parametrize(
     ("verb", "fault"),
     [
-        pytest.param("getattr", "no links", marks=pytest.mark.xfail(ONE_FILE_EACH, run=False, reason="it never ends")),
-        pytest.param("flush", "eio", marks=pytest.mark.xfail(ONE_FILE_EACH, reason="it loses what it has stored")),
+        ("getattr", "no links"),
+        ("flush", "eio"),
         ("fallocate", "eio"),
         ("fsync", "slow"),
     ],
