@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from faults.disk import allocated, place_of, places
+from xxhash import xxh3_64_intdigest
 
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import LoadOutcome
@@ -23,7 +24,16 @@ from async_cache.l2.filesystem import backend as filesystem
 from async_cache.l2.filesystem import files
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.filesystem.bodies import BLOCK_BYTES
-from async_cache.l2.filesystem.format import index_name, segment_name
+from async_cache.l2.filesystem.format import (
+    MARKER,
+    MARKER_LINE,
+    VERSION,
+    Kind,
+    header,
+    index_name,
+    record,
+    segment_name,
+)
 from async_cache.l2.filesystem.journal import Journal
 from async_cache.l2.index import Index
 from async_cache.prompt.keys import ObjectKey
@@ -1321,3 +1331,41 @@ async def test_an_open_that_is_cancelled_leaves_no_file_open(directory, monkeypa
             break
         await asyncio.sleep(0.001)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_what_was_deleted_stays_so_when_who_deleted_it_has_written_its_index_anew(start, directory, tmp_path):
+    """Its owner, who has heard of it but never said so, is killed then."""
+    owner, other = await start(), await start()
+    await put(owner, range(4), 5000)
+    await put(other, [9], 5000)
+    assert await other.delete([key(n) for n in range(4)]) == 4
+    assert await find(owner, [77]) == [False]  # it hears of it
+    assert await find(owner, [0]) == [False]
+    await owner.delete([])  # waits for the segment to be removed
+    await other.close()
+    shutil.copytree(directory, tmp_path / "killed")
+    after = FileSystemBackend(tmp_path / "killed")
+    await after.open()
+    assert await find(after, [0, 1, 2, 3, 9]) == [False] * 4 + [True]
+    await after.close()
+
+
+@pytest.mark.parametrize("first", [1, 2])
+async def test_what_was_given_up_is_not_chosen_when_it_was_stored_anew(start, directory, first):
+    """In whatever order the index files of dead writers are read: one has the old body, another says that it left."""
+    second = 3 - first
+    directory.mkdir()
+    (directory / MARKER).write_bytes(MARKER_LINE % VERSION)
+    old, new = (
+        record(kind, key(0), (writer, 0, 0), 100, xxh3_64_intdigest(content(0, 100)))
+        for kind, writer in ((Kind.PUT, first), (Kind.PUT, second))
+    )
+    drop = record(Kind.DROP, key(0), (first, 0, 0), 100, xxh3_64_intdigest(content(0, 100)))
+    (directory / index_name(first, 0)).write_bytes(header(first) + old)
+    (directory / index_name(second, 0)).write_bytes(header(second) + drop + new)
+    (directory / segment_name(first, 0)).touch()
+    (directory / segment_name(second, 0)).write_bytes(content(0, 100))
+    for _ in range(2):
+        backend = await start()
+        assert await get(backend, [0], 100) == [content(0, 100)]
+        await backend.close()
