@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.filesystem import backend as filesystem
-from async_cache.l2.filesystem import files
+from async_cache.l2.filesystem import files, journal
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.filesystem.bodies import BLOCK_BYTES
 from async_cache.l2.filesystem.format import (
@@ -1369,3 +1369,52 @@ async def test_what_was_given_up_is_not_chosen_when_it_was_stored_anew(start, di
         backend = await start()
         assert await get(backend, [0], 100) == [content(0, 100)]
         await backend.close()
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    monkeypatch.setattr(journal, "lock", lambda fd: None)
+
+
+@pytest.mark.usefixtures("no_locks")
+async def test_without_locks_who_has_closed_is_followed_up_at_once(start, directory):
+    for number in range(4):
+        backend = await start()
+        assert await put(backend, [number], 5000) == [True]
+        assert await find(backend, range(number + 1)) == [True] * (number + 1)
+        await backend.close()
+    assert len(list(directory.glob("*.idx"))) == 1
+    backend = await start()
+    assert await backend.delete([key(number) for number in range(4)]) == 4
+    await backend.close()
+    assert [path.name for path in directory.iterdir()] == [MARKER]
+
+
+@pytest.mark.usefixtures("no_locks")
+@pytest.mark.parametrize("is_dead", [True, False])
+async def test_without_locks_who_does_not_touch_its_index_is_dead(start, directory, tmp_path, is_dead):
+    killed = await start()
+    await put(killed, range(4), 5000)
+    elsewhere = tmp_path / "killed"
+    shutil.copytree(directory, elsewhere)
+    if is_dead:
+        [index] = elsewhere.glob("*.idx")
+        os.utime(index, (0, 0))
+    for found in (True, False):
+        after = FileSystemBackend(elsewhere)
+        await after.open()
+        assert await find(after, range(4)) == [found] * 3 + [True]
+        await after.delete([key(n) for n in range(3)])
+        assert await find(after, range(4)) == [False] * 3 + [True]
+        await after.close()
+    assert len(list(elsewhere.glob("*.idx"))) == (1 if is_dead else 2)
+
+
+@pytest.mark.usefixtures("no_locks")
+async def test_without_locks_who_lives_touches_its_index(start, directory, monkeypatch):
+    monkeypatch.setattr(filesystem, "BEAT_SECONDS", 0.001)
+    await start()
+    [index] = directory.glob("*.idx")
+    os.utime(index, (0, 0))
+    while index.stat().st_mtime == 0:  # noqa: ASYNC110 (a file has no event)
+        await asyncio.sleep(0.001)

@@ -27,7 +27,7 @@ from async_cache.l2.filesystem.catalog import Catalog, Segment
 from async_cache.l2.filesystem.directory import FULL, Commit, Directory, Foreign, Hole, Moved
 from async_cache.l2.filesystem.faults import Faults
 from async_cache.l2.filesystem.format import PAGE_BYTES, RECORD_BYTES, Record
-from async_cache.l2.filesystem.journal import Journal
+from async_cache.l2.filesystem.journal import BEAT_SECONDS, Journal
 from async_cache.l2.index import Chunk
 from async_cache.l2.urls.url import BackendURL, capacity, one_of, whole_number
 from async_cache.l2.workers import DaemonExecutor, settle
@@ -179,6 +179,15 @@ class FileSystemBackend(Backend):
         """Begin with a directory that was just opened."""
         self._catalog.writers = {self._directory.writer}
         self._recovery = asyncio.create_task(self._recover(self._directory), name=f"{self.name} recovery")
+
+        if self._directory.beats:
+            self._spawn(self._beat(self._directory))
+
+    async def _beat(self, directory: Directory) -> None:
+        while directory is self._directory:
+            await asyncio.sleep(BEAT_SECONDS)
+            with suppress(OSError):
+                await self._in(self._searches, directory.beat)
 
     def _in(self, executor: DaemonExecutor, function: Callable[..., T], *arguments: Any) -> "asyncio.Future[T]":
         """Call a function in a thread. A caller that is cancelled does not keep it from being done."""
@@ -569,6 +578,7 @@ class FileSystemBackend(Backend):
         writing = [write for write in self._writes if any(body.key in keys for body, _ in write.bodies)]
         for write in writing:
             write.removed.update(keys)
+        self._used = True
         deleted, clearing = self._delete(keys)
         await asyncio.wait([self._recovery, *(write.done for write in writing)])  # what they know would come back
         if not self._knows_all():
@@ -706,9 +716,10 @@ class FileSystemBackend(Backend):
 
     async def _rewrite(self, directory: Directory) -> None:
         try:
-            self._make_room(directory.rewriting_bytes(self._catalog.count_owned()))
-            await self._in(self._changes, directory.rewrite)
             await self._forget_drops(directory)
+            directory.promised_bytes = directory.rewriting_bytes(self._catalog.count_owned())
+            self._make_room(0)
+            await self._in(self._changes, directory.rewrite)
             chunks = list(self._index.in_order()) if self._index.objects <= ORDERED_OBJECTS else self._index.chunks()
             data = self._catalog.records(chunks)
             while batch := list(islice(data, SLICE)):
@@ -717,6 +728,7 @@ class FileSystemBackend(Backend):
         except OSError as error:
             logger.warning("%s: the index cannot be written anew: %s", self.name, error)
         finally:
+            directory.promised_bytes = 0
             self._rewriting = False
 
     async def _forget_drops(self, directory: Directory) -> bool:

@@ -15,7 +15,7 @@ from threading import Event, Lock
 from msgspec import Struct
 
 from async_cache.l2.filesystem.bodies import Bodies, Body
-from async_cache.l2.filesystem.files import FULL, NO_FILE, Files, OpenFile, lock, open_file
+from async_cache.l2.filesystem.files import FULL, NO_FILE, Files, OpenFile, open_file
 from async_cache.l2.filesystem.format import (
     MARKER,
     MARKER_LINE,
@@ -30,7 +30,7 @@ from async_cache.l2.filesystem.format import (
     parse_segment,
     unfinished_name,
 )
-from async_cache.l2.filesystem.journal import GROWTH_BYTES, Journal
+from async_cache.l2.filesystem.journal import GROWTH_BYTES, Journal, is_left
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class Directory:
         self._listed_at = -1
         self._checked_at = -1
         self._unremoved: set[str] = set()
+        self.promised_bytes = 0  # of room for an index file that is written anew
         self._fresh: list[Journal] = []  # an index file that is being written anew
         self.waiting: deque[Commit] = deque()
         self._named: set[str] = set()  # segments whose names survive a power failure
@@ -169,21 +170,23 @@ class Directory:
     def find_journals(self, *, adopt: bool) -> None:
         """Index files that are new here; those of dead writers are ours from now on, if they are to be adopted."""
         self._listed_at = os.fstat(self._fd).st_mtime_ns
-        names = self._latest(self.names(), remove=adopt)
+        now_ns = self.journal.touch() if adopt else 0
+        names = self._latest(self.names(), remove=adopt, now_ns=now_ns)
         for name in sorted(names - self.journals.keys()):
             if (parsed := parse_index(name)) is not None:
                 try:
-                    journal = Journal.open(self._fd, name, *parsed, adopt=adopt)
+                    journal = Journal.open(self._fd, name, *parsed)
+                    if journal is None or (adopt and not journal.adopt(self._fd, now_ns)):
+                        continue
                 except OSError as error:
                     logger.warning("%s: the index %s cannot be opened: %s", self.path, name, error)
                     continue
-                if journal is not None:
-                    if not adopt:
-                        journal.size_bytes = 0  # all of it is news
-                    self.journals = {**self.journals, name: journal}
+                if not adopt:
+                    journal.size_bytes = 0  # all of it is news
+                self.journals = {**self.journals, journal.name: journal}
         self.journals = {name: journal for name, journal in self.journals.items() if name in names or journal.owned}
 
-    def _latest(self, names: list[str], *, remove: bool) -> set[str]:
+    def _latest(self, names: list[str], *, remove: bool, now_ns: int) -> set[str]:
         """The index files that count: the youngest of each writer. Others, and unfinished ones, are rests."""
         youngest: dict[int, tuple[int, str]] = {}
         rests = [name for name in names if is_unfinished(name)]
@@ -199,7 +202,7 @@ class Directory:
         for name in rests if remove else ():
             with suppress(OSError):
                 file = open_file(self._fd, name)
-                if lock(file.fd):
+                if is_left(file.fd, now_ns):
                     os.unlink(name, dir_fd=self._fd)
         return {name for _, name in youngest.values()}
 
@@ -208,9 +211,11 @@ class Directory:
         if self.has_moved():
             raise Moved(self.path)
         if adopt:
+            now_ns = self.journal.touch()
             for journal in self.journals.values():
                 if not journal.owned:
-                    journal.adopt()
+                    journal.adopt(self._fd, now_ns)
+            self.journals = {journal.name: journal for journal in self.journals.values()}
         if os.fstat(self._fd).st_mtime_ns != self._listed_at:
             gone = [journal for journal in self.journals.values() if not journal.owned]
             self.find_journals(adopt=False)
@@ -232,6 +237,17 @@ class Directory:
             self._listed_at = -1  # it has gone, over NFS; if it is there still, it is found again
 
     @property
+    def beats(self) -> bool:
+        """Whether our index files are to be touched again and again, by `beat`: the file system has no locks."""
+        return self.journal.beats
+
+    def beat(self) -> None:
+        """Say that we live. Raises OSError."""
+        for journal in self.journals.values():
+            if journal.owned:
+                journal.touch()
+
+    @property
     def has_others(self) -> bool:
         """Whether others use the directory, as far as is known."""
         return any(not journal.owned for journal in self.journals.values())
@@ -244,8 +260,9 @@ class Directory:
     @property
     def room_bytes(self) -> int:
         """The room on the disk of all that is no body: index files, with a page to spare, and the marker."""
-        journals = [*self.journals.values(), *self._fresh]
-        return PAGE_BYTES * (2 + sum(pages(journal.allocated_bytes) for journal in journals))
+        fresh_bytes = sum(journal.allocated_bytes for journal in self._fresh)
+        sizes = [max(fresh_bytes, self.promised_bytes), *(each.allocated_bytes for each in self.journals.values())]
+        return PAGE_BYTES * (1 + sum(map(pages, sizes)))
 
     # What is recorded.
 

@@ -81,9 +81,14 @@ def marker_version(line: bytes) -> int | None:
     return int(match[1]) if (match := _MARKER.fullmatch(line)) else None
 
 
-def header(writer: int) -> bytes:
-    """What an index file begins with: as long as a record."""
-    return _with_checksum(_HEADER.pack(_MAGIC, VERSION, 0, writer))
+def header(writer: int, *, beats: bool = False) -> bytes:
+    """What an index file begins with: as long as a record. A writer who cannot lock it beats: touches it often."""
+    return _with_checksum(_HEADER.pack(_MAGIC, VERSION, beats, writer))
+
+
+def header_beats(block: bytes) -> bool:
+    """Whether a header says that its writer beats."""
+    return is_whole(block) and bool(_HEADER.unpack_from(block)[2])
 
 
 def header_version(block: bytes, writer: int) -> int | None:

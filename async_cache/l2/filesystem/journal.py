@@ -1,18 +1,22 @@
 """Index files: our own, which we append to, and those of others, which we follow. All of it blocks: it is for threads.
 
 Who lives holds a lock on its index file. An index file that can be locked is that of a dead writer: whoever locks it
-answers for it from then on, and for its segments.
+answers for it from then on, and for its segments. Where a file system has no locks, who lives touches its index file
+instead, again and again, and a file that nobody touches any more is that of a dead writer: whoever renames it first
+answers for it.
 """
 
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 from async_cache.l2.filesystem.files import OpenFile, Puncher, allocate, lock, open_file
 from async_cache.l2.filesystem.format import (
     RECORD_BYTES,
     Record,
     header,
+    header_beats,
     index_name,
     is_whole,
     records,
@@ -23,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 STEP_RECORDS = 1024  # in one step of the thread: two milliseconds for which the loop may have to wait
 GROWTH_BYTES = 16_384  # what an index file grows by on the disk
+BEAT_SECONDS = 10.0  # after which who cannot lock its index file touches it
+DEAD_SECONDS = 120.0  # for which it was not touched
 _STEP_BYTES = STEP_RECORDS * RECORD_BYTES
 
 
@@ -32,6 +38,7 @@ class Journal:
     def __init__(self, file: OpenFile, name: str, writer: int, generation: int, *, owned: bool):
         self.name, self.writer, self.generation, self.owned = name, writer, generation, owned
         self.known = False  # whether all that a dead writer recorded is known: only then may it be written elsewhere
+        self.beats = False  # instead of holding a lock
         self.swept = owned  # whether what its writer left without a record was cleared away: only then may it go
         self._file = file
         status = os.fstat(file.fd)
@@ -46,38 +53,57 @@ class Journal:
         file = open_file(directory, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         locked = lock(file.fd)
         if locked is None:
-            logger.warning("the file system has no locks: what dead writers left is kept, and their files stay")
+            logger.warning("the file system has no locks: a writer is taken for dead after %.0f s", DEAD_SECONDS)
         elif not locked or not _is_there(directory, name, file):
             return None
         journal = cls(file, index_name(writer, generation), writer, generation, owned=True)
-        journal.append(header(writer))
+        journal.beats = locked is None
+        journal.append(header(writer, beats=journal.beats))
         journal.begun_at = journal.size_bytes
         journal.known = True
         journal.reserve(1)
         return journal
 
     @classmethod
-    def open(cls, directory: int, name: str, writer: int, generation: int, *, adopt: bool) -> "Journal | None":
-        """One that is there: ours from now on if it is to be adopted and its writer is dead. None if it has gone."""
+    def open(cls, directory: int, name: str, writer: int, generation: int) -> "Journal | None":
+        """One that is there, of another writer. None if it has gone."""
         try:
-            file = open_file(directory, name)
-            locked = adopt and lock(file.fd) is True
-            if locked and not _is_there(directory, name, file):
-                return None  # whoever had it has removed it
+            return cls(open_file(directory, name), name, writer, generation, owned=False)
         except FileNotFoundError:
             return None
-        journal = cls(file, name, writer, generation, owned=bool(locked))
-        journal.swept = False
-        return journal
 
-    def adopt(self) -> bool:
-        """Whether its writer is dead, and it is ours now."""
-        self.owned, self.known = lock(self._file.fd) is True, False
+    def adopt(self, directory: int, now_ns: int) -> bool:
+        """Have it be ours if its writer is dead. False if it has gone: whoever had it has removed it. Raises OSError.
+
+        `now_ns` is a time of the file system.
+        """
+        if not is_left(self._file.fd, now_ns):
+            return True
+        if not _is_there(directory, self.name, self._file):
+            return False
+        if header_beats(self._read(0, RECORD_BYTES)):
+            self.touch()  # such that nobody else takes it
+            name = index_name(self.writer, self.generation + 1)
+            try:
+                os.rename(self.name, name, src_dir_fd=directory, dst_dir_fd=directory)
+            except FileNotFoundError:
+                return False
+            self.name, self.generation, self.beats = name, self.generation + 1, True
+        self.owned, self.known = True, False
         self.begun_at = self.size_bytes
-        return self.owned
+        return True
+
+    def touch(self) -> int:
+        """Say that its writer lives; the time of the file system, in ns."""
+        with suppress(OSError):
+            os.utime(self._file.fd)
+        return os.fstat(self._file.fd).st_mtime_ns
 
     def close(self) -> None:
         """Let go of the file, and of the lock with it. It is not used any more."""
+        if self.owned and self.beats:
+            with suppress(OSError):
+                os.utime(self._file.fd, (0, 0))  # nobody needs to wait
         del self._file
 
     # Our own.
@@ -158,6 +184,16 @@ class Journal:
                 break
             block += more
         return block
+
+
+def is_left(fd: int, now_ns: int) -> bool:
+    """Whether the writer of an index file is dead; it is locked then, if that can be. Raises OSError."""
+    locked = lock(fd)
+    if locked is False:
+        return False
+    if header_beats(os.pread(fd, RECORD_BYTES, 0)):
+        return os.fstat(fd).st_mtime_ns < now_ns - DEAD_SECONDS * 1e9
+    return locked is True
 
 
 def _is_there(directory: int, name: str, file: OpenFile) -> bool:
