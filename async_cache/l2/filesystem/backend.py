@@ -24,10 +24,13 @@ from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
 from async_cache.l2.filesystem.bodies import Body, Groups, Wanted, grouped
 from async_cache.l2.filesystem.catalog import Catalog, Segment
-from async_cache.l2.filesystem.directory import FULL, Commit, Directory, Foreign, Hole, Moved
+from async_cache.l2.filesystem.directory import Commit, Directory, Hole, Moved
 from async_cache.l2.filesystem.faults import Faults
+from async_cache.l2.filesystem.files import FULL
 from async_cache.l2.filesystem.format import PAGE_BYTES, RECORD_BYTES, Record
 from async_cache.l2.filesystem.journal import BEAT_SECONDS, Journal
+from async_cache.l2.filesystem.marker import Foreign
+from async_cache.l2.filesystem.sweep import clear_gaps, sweep
 from async_cache.l2.index import Chunk
 from async_cache.l2.urls.url import BackendURL, capacity, one_of, whole_number
 from async_cache.l2.workers import DaemonExecutor, settle
@@ -669,7 +672,7 @@ class FileSystemBackend(Backend):
         catalog = self._catalog
         known = [journal for journal in directory.journals.values() if journal.owned and journal.known]
         used = catalog.left_by_the_dead(directory.writer)
-        allocated = await self._in(self._scans, directory.sweep, used, catalog.names())
+        allocated = await self._in(self._scans, sweep, directory, used, catalog.names())
         if allocated:
             bodies: dict[str, list[tuple[int, int]]] = {name: [] for name in allocated}
             chunks = self._index.chunks()
@@ -680,7 +683,7 @@ class FileSystemBackend(Backend):
                             bodies[name].append((page, end))
                 await asyncio.sleep(0)
             for name in allocated:
-                await self._in(self._scans, directory.clear_gaps, name, sorted(bodies[name]))
+                await self._in(self._scans, clear_gaps, directory, name, sorted(bodies[name]))
         for journal in known:
             journal.swept = True
 

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from secrets import randbits
 from threading import Event, Lock
@@ -17,28 +17,18 @@ from msgspec import Struct
 from async_cache.l2.filesystem.bodies import Bodies, Body
 from async_cache.l2.filesystem.files import FULL, NO_FILE, Files, OpenFile, open_file
 from async_cache.l2.filesystem.format import (
-    MARKER,
-    MARKER_LINE,
     PAGE_BYTES,
     RECORD_BYTES,
-    VERSION,
     Record,
     is_unfinished,
-    marker_version,
     pages,
     parse_index,
-    parse_segment,
     unfinished_name,
 )
 from async_cache.l2.filesystem.journal import GROWTH_BYTES, Journal, is_left
+from async_cache.l2.filesystem.marker import check_marker
 
 logger = logging.getLogger(__name__)
-
-_FOREIGN_AND_HARMLESS = ("lost+found",)
-
-
-class Foreign(Exception):
-    """The directory is not one of ours, or not of this version: it is left alone."""
 
 
 class Moved(Exception):
@@ -71,14 +61,14 @@ class Directory:
     def __init__(self, path: str, *, fsync: bool, direct: bool):
         self.path, self._fsync = path, fsync
         self._file = OpenFile(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-        self._fd = self._file.fd
+        self.fd = self._file.fd
         if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         self._listing = Lock()  # a directory has one place to list from
-        self._check_marker()
-        self.files = Files(self._fd)
+        check_marker(self.fd, self.names(), fsync=fsync)
+        self.files = Files(self.fd)
         self.bodies = Bodies(self.files, direct=direct)
-        while (journal := Journal.create(self._fd, randbits(64), 0)) is None:
+        while (journal := Journal.create(self.fd, randbits(64), 0)) is None:
             pass
         self.journal, self.writer = journal, journal.writer
         self.journal.probe(self.bodies.puncher)
@@ -93,63 +83,19 @@ class Directory:
         self.doubtful: set[str] = set()  # segments of which a sync has failed: nothing more is recorded of them
         self.find_journals(adopt=True)
         if fsync:
-            os.fsync(self._fd)
+            os.fsync(self.fd)
 
     # What it is.
-
-    def _check_marker(self) -> None:
-        try:
-            file = open_file(self._fd, MARKER, os.O_RDONLY)
-            line = os.pread(file.fd, 100, 0)
-        except FileNotFoundError:
-            self._found()
-            return
-        version = marker_version(line)
-        if version is None:
-            raise Foreign(f"its file {MARKER} is not that of a store")
-        if version != VERSION:
-            raise Foreign(
-                f"it is a store of version {version}, and this is version {VERSION}: it needs another directory"
-            )
-
-    def _found(self) -> None:
-        """Make a store of an empty directory, or of one that lost its marker and has nothing but our files."""
-        names = [name for name in self.names() if not name.startswith(".") and name not in _FOREIGN_AND_HARMLESS]
-        names = [name for name in names if parse_index(name) is None and parse_segment(name) is None]
-        if any(name.endswith(".kv") for name in names):
-            raise Foreign(
-                "it holds files of version 1, *.kv, which are not read any more: remove them, or name another"
-            )
-        if names:
-            raise Foreign(f"it is not empty, and no store: it holds {min(names)!r}")
-        if self._fsync:
-            self._sync_parent()
-        temporary = f".{MARKER}.{randbits(64):016x}"
-        file = open_file(self._fd, temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        try:
-            os.write(file.fd, MARKER_LINE % VERSION)
-            os.fsync(file.fd)
-            os.rename(temporary, MARKER, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-            os.fsync(self._fd)  # whatever else survives a power failure, it does not without the marker
-        except OSError:
-            with suppress(OSError):
-                os.unlink(temporary, dir_fd=self._fd)
-            raise
-
-    def _sync_parent(self) -> None:
-        """Have the directory itself survive a power failure."""
-        parent = OpenFile(os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd))
-        os.fsync(parent.fd)
 
     def names(self) -> list[str]:
         """What is in the directory."""
         with self._listing:
-            return os.listdir(self._fd)
+            return os.listdir(self.fd)
 
     def has_moved(self) -> bool:
         """Whether the path is that of another directory by now, or of none, or our index file was removed from it."""
         try:
-            status = os.fstat(self._fd)
+            status = os.fstat(self.fd)
             if not os.path.samestat(os.stat(self.path), status):
                 return True
         except FileNotFoundError:
@@ -157,7 +103,7 @@ class Directory:
         while status.st_mtime_ns != self._checked_at:
             journal = self.journal
             try:
-                os.stat(journal.name, dir_fd=self._fd)
+                os.stat(journal.name, dir_fd=self.fd)
             except FileNotFoundError:
                 if journal is self.journal:  # else it was written anew
                     return True
@@ -169,14 +115,14 @@ class Directory:
 
     def find_journals(self, *, adopt: bool) -> None:
         """Index files that are new here; those of dead writers are ours from now on, if they are to be adopted."""
-        self._listed_at = os.fstat(self._fd).st_mtime_ns
+        self._listed_at = os.fstat(self.fd).st_mtime_ns
         now_ns = self.journal.touch() if adopt else 0
         names = self._latest(self.names(), remove=adopt, now_ns=now_ns)
         for name in sorted(names - self.journals.keys()):
             if (parsed := parse_index(name)) is not None:
                 try:
-                    journal = Journal.open(self._fd, name, *parsed)
-                    if journal is None or (adopt and not journal.adopt(self._fd, now_ns)):
+                    journal = Journal.open(self.fd, name, *parsed)
+                    if journal is None or (adopt and not journal.adopt(self.fd, now_ns)):
                         continue
                 except OSError as error:
                     logger.warning("%s: the index %s cannot be opened: %s", self.path, name, error)
@@ -201,9 +147,9 @@ class Directory:
                     rests.append(name)
         for name in rests if remove else ():
             with suppress(OSError):
-                file = open_file(self._fd, name)
+                file = open_file(self.fd, name)
                 if is_left(file.fd, now_ns):
-                    os.unlink(name, dir_fd=self._fd)
+                    os.unlink(name, dir_fd=self.fd)
         return {name for _, name in youngest.values()}
 
     def look(self, *, adopt: bool) -> Iterator[tuple[Journal, list[Record]]]:
@@ -214,9 +160,9 @@ class Directory:
             now_ns = self.journal.touch()
             for journal in self.journals.values():
                 if not journal.owned:
-                    journal.adopt(self._fd, now_ns)
+                    journal.adopt(self.fd, now_ns)
             self.journals = {journal.name: journal for journal in self.journals.values()}
-        if os.fstat(self._fd).st_mtime_ns != self._listed_at:
+        if os.fstat(self.fd).st_mtime_ns != self._listed_at:
             gone = [journal for journal in self.journals.values() if not journal.owned]
             self.find_journals(adopt=False)
             for journal in gone:
@@ -293,7 +239,7 @@ class Directory:
             for segment in segments:
                 self._sync(segment)
             if segments - self._named:
-                os.fsync(self._fd)
+                os.fsync(self.fd)
                 self._named |= segments
         self.journal.append(b"".join([each.records for each in batch]))
         if self._fsync:
@@ -353,9 +299,9 @@ class Directory:
     def remove(self, name: str) -> None:
         """Remove a file, and its room even where others have it open."""
         try:
-            file = open_file(self._fd, name)
+            file = open_file(self.fd, name)
             os.truncate(file.fd, 0)
-            os.unlink(name, dir_fd=self._fd)
+            os.unlink(name, dir_fd=self.fd)
         except OSError as error:
             if error.errno not in NO_FILE:  # what is no file is not ours
                 raise
@@ -371,8 +317,8 @@ class Directory:
         generation = self.journal.generation + 1
         for unfinished in self._fresh:  # it was given up
             with suppress(FileNotFoundError):
-                os.unlink(unfinished_name(self.writer, unfinished.generation), dir_fd=self._fd)
-        while (journal := Journal.create(self._fd, self.writer, generation, finished=False)) is None:
+                os.unlink(unfinished_name(self.writer, unfinished.generation), dir_fd=self.fd)
+        while (journal := Journal.create(self.fd, self.writer, generation, finished=False)) is None:
             generation += 1
         self._fresh, self._begun_at = [journal], self.journal.size_bytes
         self._retiring = [each for each in self.journals.values() if each.owned and each.known and each.swept]
@@ -388,82 +334,21 @@ class Directory:
         fresh.append(self.journal.behind(self._begun_at))
         fresh.sync()
         temporary = unfinished_name(fresh.writer, fresh.generation)
-        os.rename(temporary, fresh.name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        os.rename(temporary, fresh.name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         self.journal = fresh
         self.journals = {**self.journals, fresh.name: fresh}
         self._fresh = []
         if self._fsync:
-            os.fsync(self._fd)
+            os.fsync(self.fd)
         for journal in self._retiring:
             if journal.writer == self.writer or not self._unremoved:  # whose writer an index must tell to be ours
                 self._remove_journal(journal)
 
     def _remove_journal(self, journal: Journal) -> None:
         with suppress(FileNotFoundError):
-            os.unlink(journal.name, dir_fd=self._fd)
+            os.unlink(journal.name, dir_fd=self.fd)
         self.journals = {name: each for name, each in self.journals.items() if each is not journal}
         journal.close()
-
-    # What dead writers left.
-
-    def sweep(self, used: Mapping[str, tuple[int, int]], known: Mapping[str, int]) -> list[str]:
-        """Clear away what dead writers left to us, given the end of each of their segments, and how many pages it uses.
-
-        `known` are the segments that an index has heard of, with the number of their objects: what nobody has heard of,
-        nor answers for, is set aside. Returns the names of those in which more is allocated than used.
-        """
-        segments = {name: parsed for name in self.names() if (parsed := parse_segment(name)) is not None}
-        indexes = {parsed[0] for _ in range(2) for name in self.names() if (parsed := parse_index(name)) is not None}
-        ours = {each.writer for each in self.journals.values() if each.owned and each.known} - {self.writer}
-        for journal in self.journals.values():
-            if journal.owned and journal.known and journal.writer != self.writer:
-                journal.cut()
-        allocated = []
-        for name, (writer, _) in segments.items():
-            if name in used:
-                if self._cut(name, *used[name]):
-                    allocated.append(name)
-                continue
-            try:
-                if (writer in ours or (writer not in indexes and self._is_empty(name, known))) and not known.get(name):
-                    self.remove(name)  # it was being written, or all of it was given up
-                elif writer not in indexes and name not in known:
-                    os.rename(name, f"{name}.bad", src_dir_fd=self._fd, dst_dir_fd=self._fd)
-                    logger.warning("%s: no index tells what is in %s: set aside as %s.bad", self.path, name, name)
-            except OSError as error:
-                logger.warning("%s: the segment %s cannot be cleared away: %s", self.path, name, error)
-        return allocated
-
-    def _is_empty(self, name: str, known: Mapping[str, int]) -> bool:
-        """Whether all of a segment was given up, or nothing is in it."""
-        try:
-            return name in known or not os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_blocks
-        except OSError:
-            return False
-
-    def _cut(self, name: str, end_page: int, count: int) -> bool:
-        """Cut off what was written behind the last body; whether more is allocated than the bodies need."""
-        try:
-            file = self.files.get(name)
-            if os.fstat(file.fd).st_size > end_page * PAGE_BYTES:
-                os.truncate(file.fd, end_page * PAGE_BYTES)
-            return os.fstat(file.fd).st_blocks * 512 > count * PAGE_BYTES
-        except OSError as error:
-            if error.errno not in NO_FILE:
-                logger.warning("%s: the segment %s cannot be looked at: %s", self.path, name, error)
-            return False
-
-    def clear_gaps(self, name: str, bodies: list[tuple[int, int]]) -> None:
-        """Clear all pages of a segment but those of these bodies (first page, end), which are in order."""
-        begin = 0
-        for page, end in bodies:
-            if begin < page:
-                try:
-                    self.bodies.clear(name, begin, page)
-                except OSError as error:
-                    logger.warning("%s: the segment %s cannot be cleared: %s", self.path, name, error)
-                    return
-            begin = end
 
     def close(self, *, emptied: Collection[str], keeps: bool) -> None:
         """Remove segments that are empty, and the index files of ours if there is nothing that they tell."""
