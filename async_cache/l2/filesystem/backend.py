@@ -578,13 +578,17 @@ class FileSystemBackend(Backend):
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
         keys = list(dict.fromkeys(keys))
+        if not self._knows_all():
+            with suppress(OSError):
+                await self._look_for_news()  # what others have deleted is not counted
+        recovering = not self._recovery.done()
         writing = [write for write in self._writes if any(body.key in keys for body, _ in write.bodies)]
         for write in writing:
             write.removed.update(keys)
         self._used = True
         deleted, clearing = self._delete(keys)
         await asyncio.wait([self._recovery, *(write.done for write in writing)])  # what they know would come back
-        if not self._knows_all():
+        if recovering:
             with suppress(OSError):
                 await self._look_for_news()
         found, clearing_found = self._delete(keys)
