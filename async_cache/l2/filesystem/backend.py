@@ -578,33 +578,24 @@ class FileSystemBackend(Backend):
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
         keys = list(dict.fromkeys(keys))
-        if not self._knows_all():
-            with suppress(OSError):
-                await self._look_for_news()  # what others have deleted is not counted
-        recovering = not self._recovery.done()
+        self._used = True
         writing = [write for write in self._writes if any(body.key in keys for body, _ in write.bodies)]
         for write in writing:
             write.removed.update(keys)
-        self._used = True
-        deleted, clearing = self._delete(keys)
         await asyncio.wait([self._recovery, *(write.done for write in writing)])  # what they know would come back
-        if recovering:
+        if not self._knows_all():
             with suppress(OSError):
-                await self._look_for_news()
-        found, clearing_found = self._delete(keys)
+                await self._look_for_news()  # what others have deleted is not counted
+        deleted = sum(self._index.present(keys))
+        self._faults.over(keys)
+        clearing = self._clear(self._catalog.give_up(keys, Removal.DELETED))
         try:
-            for each in (clearing, clearing_found, self._in(self._changes, int)):  # after all that was given up before
+            for each in (clearing, self._in(self._changes, int)):  # after all that was given up before
                 if each is not None:
                     await asyncio.shield(each)
         except OSError as error:
             raise BackendError(f"{self.name}: {error}") from error
-        return deleted + found
-
-    def _delete(self, keys: list[ObjectKey]) -> "tuple[int, asyncio.Future[None] | None]":
-        """Give up those that are known: how many, and when they are gone from the disk."""
-        deleted = sum(self._index.present(keys))
-        self._faults.over(keys)
-        return deleted, self._clear(self._catalog.give_up(keys, Removal.DELETED))
+        return deleted
 
     def _make_room(self, size_bytes: int) -> bool:
         """Evict until so many bytes fit; False, and nothing is evicted, if the pins do not allow it."""
