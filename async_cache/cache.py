@@ -246,7 +246,8 @@ class AsyncCache:
         """Release all that a request holds, cancel it if it runs, and free its id. Unknown ids are fine."""
         core = self.core
         core.requests.end(check_request_id(request_id, _MAX_REQUEST_ID))
-        await core.l1.backlog.done()
+        for backlog in core.l1.backlogs:
+            await backlog.done()
 
     # Reading and writing.
 
@@ -339,7 +340,10 @@ class AsyncCache:
 
     async def stats(self) -> CacheStats:
         """Count what the cache holds now, and what it did since it was opened."""
-        return self.core.stats()
+        core = self.core
+        for backlog in core.l1.backlogs:  # what was released before is not held any more
+            await backlog.done()
+        return core.stats()
 
     @property
     def memory(self) -> memoryview:

@@ -18,6 +18,7 @@ class Backlog:
         self._at_once = self._left = at_once  # items in this turn
         self._waiting: deque[tuple[Callable[[Sequence[Any]], object], Sequence[Any], int]] = deque()
         self._comes_again = False  # in the loop's next turn
+        self._given = self._done = 0  # items that had to wait, and those of them that are done
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -28,27 +29,30 @@ class Backlog:
             work(items)
             return
         self._waiting.append((work, items, 0))
+        self._given += len(items)
         while self._waiting and self._left > 0:
             self._left -= self.do_some(self._left)
         self._come_again()
 
-    def do_some(self, count: int) -> int:
-        """Do work on up to so many of the items that wait, and say how many these were."""
+    def do_some(self, count: int | None = None) -> int:
+        """Do work on up to so many of the items that wait, as in a turn if None, and say how many these were."""
         work, items, begin = self._waiting.popleft()
-        end = min(begin + count, len(items))
+        end = min(begin + (count if count is not None else self._at_once), len(items))
         if end < len(items):
             self._waiting.appendleft((work, items, end))
+        self._done += end - begin
         work(items[begin:end])
         return end - begin
 
     def do_all(self) -> None:
         """Do all that waits."""
         while self._waiting:
-            self.do_some(self._at_once)
+            self.do_some()
 
     async def done(self) -> None:
-        """Return when nothing waits any more."""
-        while self._waiting:  # noqa: ASYNC110 (each turn does some of it)
+        """Return when nothing waits any more of what was given before."""
+        given = self._given
+        while self._done < given:  # noqa: ASYNC110 (each turn does some of it)
             await asyncio.sleep(0)
 
     def _come_again(self) -> None:

@@ -22,7 +22,7 @@ KV_BYTES_PER_TOKEN = 327680  # of Llama 3.1 70B in bf16: 80 layers, keys and val
 
 
 def replay(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="JSON lines, also with gzip; see docs/replay.md.")],
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="JSON lines, also with gzip; see docs/eviction.md.")],
     capacity: Annotated[
         str, typer.Option(metavar="SIZES", help="How much memory, such as 64GiB,256GiB.")
     ] = "64GiB,256GiB,1TiB,4TiB",

@@ -47,6 +47,8 @@ class L1Store:
         self._detached: set[Entry] = set()
         self.backlog = Backlog(_AT_ONCE)
         """What is released, touched and discarded soon."""
+        self.backlogs = [self.backlog]
+        """All that gives back room of L1 soon: whoever holds some, and lets go of it in turns, adds his own."""
         self.closed = False
         self.leases = 0
         self.leased_bytes = 0
@@ -121,9 +123,21 @@ class L1Store:
 
     def make_available(self, size_bytes: int) -> int:
         """The bytes that are free or may be evicted: with what is released soon, as far as it takes to have so many."""
-        while size_bytes > self.available_bytes and self.backlog:
-            self.backlog.do_some(_AT_ONCE)
+        while size_bytes > self.available_bytes and self.catch_up():
+            pass
         return self.available_bytes
+
+    def is_behind(self) -> bool:
+        """Whether something is to give back room soon."""
+        return any(self.backlogs)
+
+    def catch_up(self) -> bool:
+        """Do some of what is to give back room soon; False if there is nothing of that."""
+        for backlog in self.backlogs:
+            if backlog:
+                backlog.do_some()
+                return True
+        return False
 
     def pin(self, entry: Entry) -> None:
         """Keep an entry while I/O uses its memory. Its place in the eviction order does not change."""
@@ -334,9 +348,14 @@ class L1Store:
 
     def _evict_for(self, size: int) -> int | None:
         """Evict until a block fits, and take it. None if that cannot be: then nothing is evicted."""
-        if size > self.make_available(size):
-            return None
-        victims = self._oldest_together(size) or self._oldest_and_behind(size)
+        while True:
+            if size > self.make_available(size):
+                return None
+            if free := self._extents.allocate(size, 1):  # by what was to be released soon
+                return free[0]
+            victims = self._oldest_together(size) or self._oldest_and_behind(size)
+            if victims or not self.catch_up():
+                break
         freed: list[tuple[int, int]] = []
         try:
             for entry in victims:

@@ -57,16 +57,21 @@ class _Tally:
 
     def load(self, to_load: Mapping[int, int], sources: Sources, sizes: Mapping[int, int]) -> None:
         """Count what is about to be loaded: what was before is queued by now."""
-        self.loaded.update(to_load)
+        loaded = self.loaded
+        if loaded:  # where the promise became shorter, a chunk may come to be in a window
+            to_load = {number: mask | loaded.get(number, 0) for number, mask in to_load.items()}
+        loaded.update(to_load)
         self.more_bytes = dict.fromkeys(self.more_bytes, 0)
         for guard, masks in sources:
             if masks:
                 self.more_bytes[guard] = sum(map(sizes.__getitem__, masks.values()))
 
-    def drop_from(self, length: int) -> None:
-        """Count nothing from a chunk on."""
-        self.loaded = {number: mask for number, mask in self.loaded.items() if number < length}
-        self.shared = {number: mask for number, mask in self.shared.items() if number < length}
+    def keep(self, needed: Sequence[int]) -> None:
+        """Count only what is needed, by chunk."""
+        self.loaded, self.shared = (
+            {number: need for number, mask in masks.items() if number < len(needed) and (need := mask & needed[number])}
+            for masks in (self.loaded, self.shared)
+        )
 
 
 class Decider:
@@ -256,7 +261,7 @@ class Decider:
         """What is promised, now that all of it is held."""
         if plan.length < tally.length:  # others have taken the room of the rest, or the rest itself
             self._count_shared(request, tally, list(request.loads))
-            tally.drop_from(plan.length)
+            tally.keep(plan.needed)
         request.release(self._l1, plan.needed)
         sizes, shared, loaded = request.prompt.layout.objects.sizes, tally.shared, tally.loaded
         for number in shared.keys() & loaded.keys():

@@ -82,6 +82,8 @@ async def count_hits(
             for guard, masks in found.sources(part):
                 if masks:
                     source_bytes[guard.meter] += sum(map(sizes.__getitem__, masks.values()))
+    while found.letting_go:  # noqa: ASYNC110 (each turn unpins some of it)
+        await asyncio.sleep(0)
     return LookupHits(
         request_id="",
         start_chunk=0,

@@ -70,6 +70,7 @@ class Loader:
         self._reserved_bytes = 0
         self._added: list[tuple[Request, Sequence[bytes], _Rooms, Sources]] = []
         self._backlog = Backlog(_RELEASED_AT_ONCE)
+        l1.backlogs.append(self._backlog)
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -135,7 +136,11 @@ class Loader:
         table, dead = self.in_flight(), []
         for chunk_hash in chunk_hashes:
             load = table.get(chunk_hash)
-            if load is not None and load.shares.pop(request, None) is not None and not load.shares:
+            number = load.shares.get(request) if load is not None else None
+            if load is None or number is None or number in request.loads:  # it may have taken its share again meanwhile
+                continue
+            del load.shares[request]
+            if not load.shares:
                 dead.append(load)
         self._drop(dead)
 
@@ -228,10 +233,11 @@ class Loader:
                 if again is not None:
                     loads[n] = again
                     continue
-                load.waiting &= 0 if load.abandoned else ~to_load[n]
+                if load.state is _WAITING:
+                    load.waiting &= 0 if load.abandoned else ~to_load[n]
+                    if not load.waiting:
+                        self._settle((load,))
                 del to_load[n]
-                if not load.waiting:
-                    self._settle((load,))
             sources = found.sources(to_load)
             found.take(sources)
             for guard, masks in sources:
@@ -243,7 +249,7 @@ class Loader:
             return load
         blocks = [(load.chunk_hash, reservation.rank) for reservation in load.reservations]
         made = self._l1.reserve(load.layout, blocks, load.reservations[0].owner)
-        if len(made) < len(blocks):
+        if len(made) < len(blocks) or load.state is not _WAITING:  # what was to be released gave its room, this one too
             self._l1.discard(made)
             return None
         size = sum(reservation.size_bytes for reservation in made)

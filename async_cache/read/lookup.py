@@ -53,6 +53,7 @@ class Found:
 
     def __init__(self, asked: Asked, holders: Sequence[tuple[Guard, dict[int, int]]], *, failed: bool = False):
         self.failed = failed  # a backend that might have held more could not be asked
+        self.letting_go = 0  # holders of which very many objects are being unpinned, in slices
         self._asked = asked
         self._holders = holders  # the fastest first
         self._in_order_from = _in_order_from(asked.masks)
@@ -162,13 +163,18 @@ class Found:
             left = [(number, mask) for number, mask in masks.items() if mask]
             masks.clear()
             if left:
+                self.letting_go += 1
                 self._unpin(guard, left, 0)
 
     def _unpin(self, guard: Guard, left: Sequence[tuple[int, int]], begin: int) -> None:
         end = begin + max(1, _UNPINNED_AT_ONCE // self._asked.layout.objects.full_mask.bit_count())
-        guard.unpin(self._asked.keys_of(dict(left[begin:end])))
-        if end < len(left):
-            asyncio.get_running_loop().call_soon(self._unpin, guard, left, end)
+        try:
+            guard.unpin(self._asked.keys_of(dict(left[begin:end])))
+        finally:
+            if end < len(left):
+                asyncio.get_running_loop().call_soon(self._unpin, guard, left, end)
+            else:
+                self.letting_go -= 1
 
 
 def _alike(masks: Mapping[int, int]) -> Iterator[tuple[int, Sequence[int]]]:

@@ -1,6 +1,6 @@
 """Which prefix can be promised: what exists of it, what must be loaded, and the room for that."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, islice
 
@@ -83,7 +83,8 @@ class Planner:
         layout, hashes = request.prompt.layout, request.hashes
         part = {number: plan.to_load[number] for number in numbers if number in plan.to_load}
         blocks = self._blocks(request, part)
-        made = self._l1.reserve(layout, [(hashes[n], rank) for n, rank in blocks], request.prompt.salt)
+        share = blocks[: self._count_within_share(layout, [rank for _, rank in blocks])]
+        made = self._l1.reserve(layout, [(hashes[n], rank) for n, rank in share], request.prompt.salt)
         if len(made) < len(blocks):
             self._l1.discard(made)
             self.cut(request, plan, blocks[len(made)][0])
@@ -175,9 +176,22 @@ class Planner:
         if occupied and any(self._is_occupied(request.entries[n], mask) for n, mask in plan.to_load.items()):
             return False
         size = sum(self._room_bytes(request, plan.to_load))
-        if size > self._share_bytes - self._loader.reserved_bytes():
+        if size > self._left_of_share(size):
             return False
         return size <= self._l1.make_available(size) + sum(map(_spare_bytes, request.entries[plan.length :]))
+
+    def _left_of_share(self, size_bytes: int) -> int:
+        """What loads may have of L1 beside those that are on their way, of which as many are released as it takes."""
+        while size_bytes > self._share_bytes - self._loader.reserved_bytes() and self._l1.catch_up():
+            pass
+        return self._share_bytes - self._loader.reserved_bytes()
+
+    def _count_within_share(self, layout: ModelLayout, ranks: Sequence[int]) -> int:
+        """How many blocks of these ranks, from the first one on, the share of loads allows now."""
+        rooms = layout.objects.room_bytes
+        most = len(ranks) * max(rooms)
+        left = self._left_of_share(most)
+        return len(ranks) if most <= left else bisect_right(list(accumulate(map(rooms.__getitem__, ranks))), left)
 
     def _room_bytes(self, request: Request, to_load: Mapping[int, int]) -> Iterable[int]:
         """By chunk, the room that it lacks."""
@@ -209,7 +223,7 @@ class Planner:
         entries, to_load, occupied = request.entries, plan.to_load, self._loader.occupied
         numbers, rooms = list(to_load), [0, *accumulate(self._room_bytes(request, to_load))]
         spare = [0, *accumulate(map(_spare_bytes, reversed(entries)))]  # by how many of the last chunks are not needed
-        available, share = self._l1.make_available(rooms[-1]), self._share_bytes - self._loader.reserved_bytes()
+        available, share = self._l1.make_available(rooms[-1]), self._left_of_share(rooms[-1])
 
         def is_too_long(length: int) -> bool:
             room = rooms[bisect_left(numbers, length)]

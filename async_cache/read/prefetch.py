@@ -198,6 +198,8 @@ class PrefetchController:
                     request.reasons[number] = failure
             elif needed[number] & local & ~(entry.present if entry is not None else 0):
                 request.reasons[number] = failure or Shortfall.GONE
+            elif request.reasons:  # what lacked when a part came that another one had asked for has come, too
+                request.reasons.pop(number, None)
         self._l1.lease(new)
         self._l1.release(old)
         if request.state is LOADING and not request.loads:
@@ -290,8 +292,10 @@ class PrefetchController:
     def _release_loads(self, request: Request) -> None:
         numbers, request.loads = request.loads, set()
         if numbers:
-            hashes = request.hashes
-            self._loader.release(request, [hashes[number] for number in numbers])
+            hashes = (
+                request.hashes
+            )  # the tail first: else each batch of very many would be begun as the one before it ends
+            self._loader.release(request, [hashes[number] for number in sorted(numbers, reverse=True)])
 
     def check_integrity(self) -> None:
         """Assert that the shares of loads are those of the requests."""

@@ -237,7 +237,7 @@ class PrefixPolicy(Generic[T]):
         """An item came, which is right behind another one, if that is there."""
         branch, place = self._branch_for(item.chunk_hash, parent)
         older = branch.deepest
-        while older is not None and branch.place_of(older.chunk_hash) > place:
+        while older is not None and older is not parent and branch.place_of(older.chunk_hash) > place:
             older = older.older
         newer = branch.first if older is None else older.newer
         item.node, item.older, item.newer = branch, older, newer
@@ -254,7 +254,7 @@ class PrefixPolicy(Generic[T]):
             newer.older = item
             return
         branch.deepest = item
-        if branch.entry <= 0 or older is None or branch.run_at(place).begin == place:
+        if branch.entry <= HELD or older is None or branch.run_at(place).begin == place:
             self._push(branch)
 
     def _branch_for(self, chunk_hash: bytes, parent: T | None) -> tuple[Branch, int]:
@@ -262,6 +262,10 @@ class PrefixPolicy(Generic[T]):
         digest = chunk_hash[:_DIGEST_BYTES]
         front: Branch | None = parent.node if parent is not None else None
         begin = front.place_of(parent.chunk_hash) + 1 if front is not None and parent is not None else 0
+        if front is not None:
+            at = (begin - front.begin) * _DIGEST_BYTES
+            if front.digests[at : at + _DIGEST_BYTES] == digest:
+                return front, begin
         known = self._heads.get(digest)
         if known is not None and parent is not None and not known.parent:
             self._root(known, begin, parent.chunk_hash[:_DIGEST_BYTES])
@@ -285,6 +289,7 @@ class PrefixPolicy(Generic[T]):
     def _root(self, branch: Branch, begin: int, parent: bytes) -> None:
         """Note where a branch begins that came with nothing before it."""
         if branch.members:
+            self._unhang(branch.parent)
             self._hang(parent)
         for run in branch.runs:
             run.begin += begin - branch.begin
@@ -327,7 +332,8 @@ class PrefixPolicy(Generic[T]):
         branch = self._last
         if branch is None or (place := branch.place_of(chunk_hash)) < 0:
             return True
-        return self._model.worth(branch.run_at(place).kind, branch.bin) >= self._least_worth()
+        first = self._first()
+        return first is None or self._model.worth(branch.run_at(place).kind, branch.bin) >= self._heap[0][0]
 
     def victims(self) -> Iterator[T]:
         """Iterate over all items in the order in which they should go. Those that came may leave."""
@@ -349,6 +355,11 @@ class PrefixPolicy(Generic[T]):
             shown.append(branch)
             offer(branch, branch.deepest)
 
+        first = self._first()
+        if first is not None:
+            yield first
+            if first.node is None:
+                first = None  # it has left
         try:
             while True:
                 if not self._clean() and not leaves:  # digests that are not chained may hang on one another
@@ -365,7 +376,8 @@ class PrefixPolicy(Generic[T]):
                     continue
                 _, _, branch, item = heappop(leaves)
                 older, parent = item.older, branch.parent
-                yield item
+                if item is not first:
+                    yield item
                 if branch.entry == SUSPENDED:
                     continue
                 if older is not None:
@@ -409,15 +421,16 @@ class PrefixPolicy(Generic[T]):
             heappop(self._heap)
         return bool(self._heap)
 
-    def _least_worth(self) -> float:
-        """What the leaf is worth that would leave first; 0 if there is none."""
+    def _first(self) -> T | None:
+        """The leaf that should leave first, whose entry the heap begins with then; None if there is none."""
         while self._clean():
-            worth, _, branch = self._heap[0]
-            if branch.deepest.chunk_hash[:_DIGEST_BYTES] not in self._hanging:
-                return worth
+            branch = self._heap[0][2]
+            leaf: T = branch.deepest
+            if leaf.chunk_hash[:_DIGEST_BYTES] not in self._hanging:
+                return leaf
             heappop(self._heap)
             self._push(branch)  # others came to hang on it
-        return 0.0
+        return None
 
     def _hang(self, parent: bytes) -> None:
         if parent:
@@ -425,8 +438,8 @@ class PrefixPolicy(Generic[T]):
 
     def _unhang(self, parent: bytes) -> None:
         if parent:
-            left = self._hanging.pop(parent) - 1
-            if left:
+            left = self._hanging.pop(parent, 0) - 1  # none: the digests are not chained
+            if left > 0:
                 self._hanging[parent] = left
             elif (branch := self._held_by(parent)) is not None:
                 self._push(branch)

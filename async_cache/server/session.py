@@ -187,7 +187,15 @@ class Session:
 
     def _end_request(self, message: messages.EndRequest) -> None:
         self._cache.core.requests.end(self._scope.inner(message.request_id))
-        self._send_soon(messages.Done(message.number))
+        done = messages.Done(message.number)
+        self._loop.call_soon(self._send_caught_up, self._cache.core.l1.is_behind, lambda: done)
+
+    def _send_caught_up(self, is_behind: Callable[[], bool], answer: Callable[[], Message]) -> None:
+        """Send what is true when all that was released is given back: of very much, that takes some turns."""
+        if is_behind():
+            self._loop.call_soon(self._send_caught_up, is_behind, answer)
+        else:
+            self.connection.send(answer())
 
     def _release_read(self, message: messages.ReleaseRead) -> None:
         self._reads.release(message.read)
@@ -210,7 +218,8 @@ class Session:
         self._done(message)
 
     def _stats(self, message: messages.Stats) -> None:
-        self.connection.send(messages.Counted(message.number, self._cache.core.stats()))
+        core = self._cache.core
+        self._send_caught_up(core.l1.is_behind, lambda: messages.Counted(message.number, core.stats()))
 
     def _events(self, message: messages.Events) -> None:
         self._check_number(message.number)

@@ -85,9 +85,11 @@ class Remover:
         hashes, buried = prompt.chunk_hashes, _AT_ONCE
         try:
             with self._all_kept():
+                await self._count_leased(removed)
                 for part in _parts(hashes[buried:]):
                     await asyncio.sleep(0)
                     self._remove(part, removed)
+                    await self._count_leased(removed)
                     buried += len(part)
                 await self._delete_everywhere(prompt, removed)
             return Deleted(len(removed.chunks), removed.leased)
@@ -135,6 +137,14 @@ class Remover:
         for part in _parts(list(self._l1.index)):
             self._remove_from_l1(part, removed, keep_needed=keep_needed)
             await asyncio.sleep(0)
+            await self._count_leased(removed)
+
+    async def _count_leased(self, removed: "_Removed") -> None:
+        """Count what is still leased of what has just been removed: what was released before may not be given back."""
+        if removed.held:
+            await self._l1.backlog.done()
+            removed.leased += sum(entry.leases > 0 for entry in removed.held)
+            removed.held.clear()
 
     def _remove_from_l1(self, chunk_hashes: Iterable[bytes], removed: "_Removed", *, keep_needed: bool = False) -> None:
         """Remove these chunks, as far as they are there."""
@@ -144,8 +154,8 @@ class Remover:
             if not (keep_needed and self._is_needed(entry))
         ]
         for entry in entries:
-            removed.leased += entry.leases > 0
             self._writeback.withdraw(entry)
+        removed.held += [entry for entry in entries if entry.leases]
         removed.chunks.update([entry.chunk_hash for entry in entries])
         self._l1.remove(entries)
 
@@ -194,6 +204,7 @@ class _Removed:
     def __init__(self) -> None:
         self.chunks: set[bytes] = set()
         self.leased = 0
+        self.held: list[Entry] = []  # leased when it was removed, and not counted yet
 
 
 def _parts(chunk_hashes: Sequence[bytes]) -> Iterator[Sequence[bytes]]:

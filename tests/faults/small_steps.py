@@ -11,6 +11,7 @@ STEPS = (
     "read.decision._LOOKED_UP_AT_ONCE",
     "read.hits._AT_ONCE",
     "read.loads._RELEASED_AT_ONCE",
+    "read.loads._TOLD_AT_ONCE",
     "read.lookup._TOUCHED_AT_ONCE",
     "read.lookup._UNPINNED_AT_ONCE",
     "read.plan._BLOCKS_AT_ONCE",

@@ -58,6 +58,13 @@ def test_in_whatever_order_callbacks_run_the_cache_keeps_its_word(
         assert not seldom, f"too seldom to prove anything: {seldom}"
 
 
+@pytest.mark.parametrize("seed", [950_426])
+def test_a_schedule_that_found_a_fault_in_small_steps(seed: int) -> None:
+    """What another request had asked for of a chunk came before the rest: `GONE` was told where a deadline passed."""
+    with small_steps():
+        run(seed, lambda loop: Program(loop, Counter()).main())
+
+
 def traced(seed: int) -> list[str]:
     async def main(loop: ShuffledLoop) -> None:
         loop.trace = []

@@ -1,7 +1,9 @@
 """Which chunks leave, in which order, and no more of them than must."""
 
+import asyncio
 import random
 from collections.abc import Iterator, Sequence
+from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
@@ -278,3 +280,15 @@ class L1Machine(RuleBasedStateMachine):
 
 TestL1 = L1Machine.TestCase
 TestL1.settings = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+async def test_a_block_has_what_lies_side_by_side_once_it_is_given_back() -> None:
+    with patch("async_cache.aio.backlog.FEW", 1), patch("async_cache.l1.store._AT_ONCE", 1):
+        l1 = make_store(4)
+        assert put(l1, ONE, "a", 4) == 4
+        l1.release_soon([lease(l1, "a", [number])[0] for number in (0, 2, 1, 3)])
+        await asyncio.sleep(0)
+        assert l1.evictable_bytes == 2 * PAGE_BYTES  # enough, and not side by side
+        assert put(l1, TWO, "b", 1) == 1
+        l1.backlog.do_all()
+        l1.check_integrity()

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from faults.small_steps import small_steps
 
 from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, Shortfall
 from async_cache.l1.store import L1Store
@@ -14,7 +15,7 @@ from async_cache.l2.memory import MemoryBackend
 from async_cache.observe import Observer, Observers
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
-from async_cache.read.decision import Decider
+from async_cache.read.decision import Decider, _join
 from async_cache.read.loads import Loader
 from async_cache.read.lookup import Found
 from async_cache.read.plan import Planner
@@ -268,3 +269,29 @@ async def test_a_hash_that_somebody_made_up_gets_no_room_beside_that_of_another_
         for prefetch in (first, second):
             await cache.end_request(prefetch.request_id)
         assert await nothing_is_held(cache, memory)
+
+
+async def test_a_share_that_is_taken_again_before_its_release_in_parts_has_come_to_it_is_kept() -> None:
+    """As where a window comes to need a chunk that a longer promise did not."""
+    layout = ModelLayout("toy", (ObjectGroup((8,), "uint8"),), chunk_tokens=4)
+    prompt = layout.prompt(range(16))
+    memory = MemoryBackend()
+    await memory.store(layout.objects.keys([(h, 1) for h in prompt.chunk_hashes]), [memoryview(bytes(8))] * 4)
+    gate = GatedBackend(memory)
+    gate.hold("load")
+    with small_steps():
+        async with AsyncCache(CacheConfig(l1_bytes=2**20), [gate]) as cache:
+            prefetches = [cache.prefetch(prompt) for _ in range(2)]
+            for prefetch in prefetches:
+                assert (await prefetch.lookup_done).chunks == 4
+            loader, request = cache.core.loader, cache.core.requests.find(prefetches[0].request_id)
+            assert request is not None
+            request.loads -= {1, 2, 3}
+            loader.release(request, prompt.chunk_hashes[1:])
+            for number in (1, 2, 3):
+                _join(request, number, loader.in_flight()[prompt.chunk_hashes[number]])
+            await asyncio.sleep(0.01)
+            cache.check_integrity()
+            gate.release()
+            async with asyncio.timeout(5):
+                assert [(await prefetch.load_done).chunks for prefetch in prefetches] == [4, 4]
