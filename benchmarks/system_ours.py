@@ -98,7 +98,7 @@ class Ours:
         for chunk_hash in hashes:
             entry = l1.index.get(chunk_hash)
             if entry is not None and not entry.leases:
-                l1.remove(entry)
+                l1.remove([entry])
 
     # Timed.
 
