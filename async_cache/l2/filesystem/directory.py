@@ -6,6 +6,7 @@ Three threads use it, each for its own: one changes (`commit`, `drop`, `rewrite`
 import errno
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -29,6 +30,8 @@ from async_cache.l2.filesystem.journal import GROWTH_BYTES, Journal, is_left
 from async_cache.l2.filesystem.marker import check_marker
 
 logger = logging.getLogger(__name__)
+
+_TICK_NS = 50_000_000  # in which several changes of a directory may have the same time
 
 
 class Moved(Exception):
@@ -115,7 +118,9 @@ class Directory:
 
     def find_journals(self, *, adopt: bool) -> None:
         """Index files that are new here; those of dead writers are ours from now on, if they are to be adopted."""
-        self._listed_at = os.fstat(self.fd).st_mtime_ns
+        changed_ns = os.fstat(self.fd).st_mtime_ns
+        is_settled = time.time_ns() - changed_ns > _TICK_NS  # else the next change may have the same time
+        self._listed_at = changed_ns if is_settled else -1
         now_ns = self.journal.touch() if adopt else 0
         names = self._latest(self.names(), remove=adopt, now_ns=now_ns)
         for name in sorted(names - self.journals.keys()):
