@@ -455,9 +455,8 @@ class FileSystemBackend(Backend):
         self._index.pin_prefix(chunk_hashes)  # none of them makes room for another one
         try:
             if not self._knows_all():
+                await asyncio.wait([self._recovery])  # what is known until then may have been given up long ago
                 with suppress(OSError):  # it is written, then, and one of the two is given up later
-                    if not all(self._index.present(keys)):
-                        await self._wait_for_recovery()
                     await self._look_for_news()  # also of what was deleted and is to be stored anew
             self._clear(self._catalog.give_up([key for key in keys if key in self._faults], Removal.DAMAGED))
             bodies = dict(zip(keys, buffers, strict=True))

@@ -250,7 +250,12 @@ class Catalog:
             if known is not None and self.index.placed([key])[0] is not None:  # a key may come twice
                 self.index.drop(key, removal)
                 holes.append(self._give_up(key, *known))
-                holes += self._give_up_doubles(key)
+                if removal is Removal.DELETED:
+                    holes += self._give_up_doubles(key)
+                elif others := self._doubles.pop(key, None):  # only this body could not be read
+                    self.index.put(key, *others.pop())
+                    if others:
+                        self._doubles[key] = others
         return holes
 
     def _give_up_doubles(self, key: ObjectKey) -> list[Hole]:
