@@ -46,6 +46,7 @@ CAPACITY_BYTES = 10 * 2**30
 SEGMENT_BYTES = 128 * 2**20
 CLOSE_SECONDS = 2.0
 RECOVERY_SECONDS = 0.25  # for which a lookup of what is not known waits for recovery
+STORE_SECONDS = 5.0  # for which a store waits for it
 SEEN_SECONDS = 0.1  # for which nobody is taken to have come to a directory in which we were alone
 ADOPT_SECONDS = 5.0
 THREAD_BYTES = 8 * 2**20  # for which another thread is woken: two that take turns at the interpreter's lock are slower
@@ -455,7 +456,8 @@ class FileSystemBackend(Backend):
         self._index.pin_prefix(chunk_hashes)  # none of them makes room for another one
         try:
             if not self._knows_all():
-                await asyncio.wait([self._recovery])  # what is known until then may have been given up long ago
+                # What is known until then may have been given up long ago; but it must not wait for ever.
+                await asyncio.wait([self._recovery], timeout=STORE_SECONDS)
                 with suppress(OSError):  # it is written, then, and one of the two is given up later
                     await self._look_for_news()  # also of what was deleted and is to be stored anew
             self._clear(self._catalog.give_up([key for key in keys if key in self._faults], Removal.DAMAGED))
