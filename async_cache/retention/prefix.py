@@ -14,91 +14,33 @@ from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
 from random import Random
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Generic, TypeVar
 
-from msgspec import Struct
-
-from async_cache.retention.reuse import BIN_ENDS, NO_GAP, UNKNOWN, Kind, ReuseModel, cut_of, gap_of, kind_of
+from async_cache.retention.branches import (
+    DIGEST_BYTES,
+    HELD,
+    SHOWN,
+    SUSPENDED,
+    Branch,
+    Member,
+    Run,
+    common,
+    extend,
+    judge,
+)
+from async_cache.retention.reuse import BIN_ENDS, NO_GAP, ReuseModel, cut_of, gap_of
 from async_cache.values import Removal
 
 REMEMBERED = 4  # times the chunks that are there: so many that left are remembered,
 MIN_REMEMBERED = 100_000  # or so many
 
-_DIGEST_BYTES = 8
 _LESSON_EVERY = 2  # branches that come through a bin unused: one of so many is a lesson, of that weight
 _LESSON_POWER = 0.3  # of the number of chunks is the weight of a lesson: they are not independent
 _AGED_AT_ONCE = 8  # branches in each bin: what is older than its bin for a while is only judged too well
 _LONGEST_PATH = 8192  # chunks: what lies behind is known, but not as a part of the path
 _STALE = 1024  # entries of the heap beyond those in use
 
-HELD, SUSPENDED, SHOWN = 0, -1, -2
-
-
-class Member(Protocol):
-    """An item that can be in a branch."""
-
-    chunk_hash: bytes
-    older: Self | None  # the member before it
-    newer: Self | None  # the member behind it
-    node: Any
-
-
 T = TypeVar("T", bound=Member)
-
-
-class Run(Struct, gc=False):
-    """Chunks of a branch, side by side, of which the same is known."""
-
-    begin: int  # in chunks from the beginning of the path
-    end: int
-    touches: int  # requests that asked for them
-    gap: int  # between their last two uses, see `gap_of`
-    tail: bool = False  # one chunk, which is shorter than others
-    kind: Kind = UNKNOWN
-
-
-class Branch(Struct, gc=False, eq=False):
-    """What is left of the path of one request: a row of chunks, some of them members, the others remembered.
-
-    The deepest member may leave next. The branch has an entry in the heap then; or it is HELD, since other branches
-    hang on that member, SUSPENDED, or being SHOWN.
-    """
-
-    digests: bytes
-    begin: int  # where they begin, in chunks from the beginning of the path
-    parent: bytes  # the digest of the chunk before; of none, at the root
-    runs: list[Run]
-    used: float  # seconds
-    new_tokens: int
-    output_tokens: int | None
-    turn: int  # requests that this one went on from
-    cut: int = 0  # see `cut_of`
-    bin: int = 0
-    members: int = 0
-    first: Any = None
-    deepest: Any = None
-    entry: int = HELD
-    dropped: bool = False
-
-    def __len__(self) -> int:
-        return len(self.digests) // _DIGEST_BYTES
-
-    def place_of(self, chunk_hash: bytes) -> int:
-        """Where a chunk of it is, in chunks from the beginning of the path; -1: it is none of its chunks."""
-        digest = chunk_hash[:_DIGEST_BYTES]
-        at = (self.members - 1) * _DIGEST_BYTES  # where the deepest is, unless some before it are missing
-        if at < 0 or self.digests[at : at + _DIGEST_BYTES] != digest:
-            at = self.digests.find(digest)
-            while at % _DIGEST_BYTES and at >= 0:
-                at = self.digests.find(digest, at + 1)
-        return self.begin + at // _DIGEST_BYTES if at >= 0 else -1
-
-    def run_at(self, place: int) -> Run:
-        """The run of the chunk that is so far from the beginning of the path."""
-        for run in reversed(self.runs):
-            if run.begin <= place:
-                return run
-        return self.runs[0]  # digests that are not chained may be in two places
 
 
 class PrefixPolicy(Generic[T]):
@@ -137,13 +79,13 @@ class PrefixPolicy(Generic[T]):
         path = path[:_LONGEST_PATH]
         now = self._clock()
         self._age(now)
-        digests = b"".join([chunk_hash[:_DIGEST_BYTES] for chunk_hash in path])
+        digests = b"".join([chunk_hash[:DIGEST_BYTES] for chunk_hash in path])
         branch = Branch(digests, 0, b"", [], now, tokens, output_tokens, 0)
         place = 0
         while place < len(path):
-            owner = self._heads.get(digests[place * _DIGEST_BYTES : (place + 1) * _DIGEST_BYTES])
+            owner = self._heads.get(digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES])
             if owner is None:
-                _extend(branch.runs, place, place + 1, 1, NO_GAP)
+                extend(branch.runs, place, place + 1, 1, NO_GAP)
                 place += 1
             else:
                 place = self._take_over(owner, branch, place)
@@ -152,8 +94,8 @@ class PrefixPolicy(Generic[T]):
             last = branch.runs[-1]
             branch.runs[-1:] = [Run(last.begin, last.end - 1, last.touches, last.gap)] * (last.end - last.begin > 1)
             branch.runs.append(Run(last.end - 1, last.end, last.touches, last.gap, True))
-        _judge(branch)
-        self._heads[digests[:_DIGEST_BYTES]] = branch
+        judge(branch)
+        self._heads[digests[:DIGEST_BYTES]] = branch
         self._remembered += len(path) - branch.members
         self._by_bin[0].append(branch)
         self._by_age.append(branch)
@@ -165,32 +107,32 @@ class PrefixPolicy(Generic[T]):
         """The head of a branch that is on the path of another one becomes a part of that; where it ends."""
         digests = owner.digests
         if owner.begin != begin:
-            self._root(owner, begin, branch.digests[(begin - 1) * _DIGEST_BYTES : begin * _DIGEST_BYTES])
-        common = _common(digests, branch.digests, begin * _DIGEST_BYTES) // _DIGEST_BYTES
-        end, left = begin + common, len(owner) - common
+            self._root(owner, begin, branch.digests[(begin - 1) * DIGEST_BYTES : begin * DIGEST_BYTES])
+        shared = common(digests, branch.digests, begin * DIGEST_BYTES) // DIGEST_BYTES
+        end, left = begin + shared, len(owner) - shared
         gap = gap_of(branch.used - owner.used)
         for run in owner.runs:
             if run.begin >= end:
                 break
             until = min(run.end, end)
             self._model.learn(run.kind, owner.bin, True, (until - run.begin) ** _LESSON_POWER)
-            _extend(branch.runs, run.begin, until, run.touches + 1, gap)
+            extend(branch.runs, run.begin, until, run.touches + 1, gap)
         branch.turn = owner.turn + 1 if left <= 1 else 0
         if left and owner.run_at(end - 1).touches == owner.run_at(end).touches:
             owner.cut = cut_of(left)
         self._behead(owner)
         if owner.members:
             self._unhang(owner.parent)
-        self._remembered -= common - self._move(owner, branch, common)
-        owner.digests = digests[common * _DIGEST_BYTES :]
-        owner.begin, owner.parent = end, digests[(common - 1) * _DIGEST_BYTES : common * _DIGEST_BYTES]
+        self._remembered -= shared - self._move(owner, branch, shared)
+        owner.digests = digests[shared * DIGEST_BYTES :]
+        owner.begin, owner.parent = end, digests[(shared - 1) * DIGEST_BYTES : shared * DIGEST_BYTES]
         if left:
             owner.runs = [run for run in owner.runs if run.end > end]
             owner.runs[0].begin = end
-            self._heads[owner.digests[:_DIGEST_BYTES]] = owner
+            self._heads[owner.digests[:DIGEST_BYTES]] = owner
             if owner.members:
                 self._hang(owner.parent)
-            _judge(owner)
+            judge(owner)
             if owner.entry != SUSPENDED:
                 self._push(owner)
         else:
@@ -199,15 +141,15 @@ class PrefixPolicy(Generic[T]):
 
     def _behead(self, branch: Branch) -> None:
         """Let a branch be found no more by its first chunk, unless another one is."""
-        if self._heads.get(branch.digests[:_DIGEST_BYTES]) is branch:
-            del self._heads[branch.digests[:_DIGEST_BYTES]]
+        if self._heads.get(branch.digests[:DIGEST_BYTES]) is branch:
+            del self._heads[branch.digests[:DIGEST_BYTES]]
 
-    def _move(self, owner: Branch, branch: Branch, common: int) -> int:
+    def _move(self, owner: Branch, branch: Branch, shared: int) -> int:
         """The members among the first chunks of one branch become those of another one; their number."""
         item, last, moved = owner.first, branch.deepest, 0
         whole = owner.members and owner.place_of(owner.deepest.chunk_hash) == owner.begin + owner.members - 1
-        while item is not None and moved < common:
-            if not whole and owner.place_of(item.chunk_hash) >= owner.begin + common:
+        while item is not None and moved < shared:
+            if not whole and owner.place_of(item.chunk_hash) >= owner.begin + shared:
                 break
             item.node, last, item = branch, item, item.newer
             moved += 1
@@ -259,28 +201,28 @@ class PrefixPolicy(Generic[T]):
 
     def _branch_for(self, chunk_hash: bytes, parent: T | None) -> tuple[Branch, int]:
         """The branch that a chunk is in, if need be a new one, and its place there."""
-        digest = chunk_hash[:_DIGEST_BYTES]
+        digest = chunk_hash[:DIGEST_BYTES]
         front: Branch | None = parent.node if parent is not None else None
         begin = front.place_of(parent.chunk_hash) + 1 if front is not None and parent is not None else 0
         if front is not None:
-            at = (begin - front.begin) * _DIGEST_BYTES
-            if front.digests[at : at + _DIGEST_BYTES] == digest:
+            at = (begin - front.begin) * DIGEST_BYTES
+            if front.digests[at : at + DIGEST_BYTES] == digest:
                 return front, begin
         known = self._heads.get(digest)
         if known is not None and parent is not None and not known.parent:
-            self._root(known, begin, parent.chunk_hash[:_DIGEST_BYTES])
+            self._root(known, begin, parent.chunk_hash[:DIGEST_BYTES])
         for branch in (front, known, self._last):
             if branch is not None and (place := branch.place_of(chunk_hash)) >= 0:
                 return branch, place
         self._remembered += 1
         if front is not None and begin == front.begin + len(front):
             front.digests += digest
-            _extend(front.runs, begin, begin + 1, 1, NO_GAP)
-            _judge(front)
+            extend(front.runs, begin, begin + 1, 1, NO_GAP)
+            judge(front)
             return front, begin
-        before = parent.chunk_hash[:_DIGEST_BYTES] if parent is not None else b""
+        before = parent.chunk_hash[:DIGEST_BYTES] if parent is not None else b""
         branch = Branch(digest, begin, before, [Run(begin, begin + 1, 1, NO_GAP)], self._clock(), 0, None, 0)
-        _judge(branch)
+        judge(branch)
         self._heads[digest] = branch
         self._by_bin[0].append(branch)
         self._by_age.append(branch)
@@ -344,7 +286,7 @@ class PrefixPolicy(Generic[T]):
         numbers = count()
 
         def offer(branch: Branch, item: T) -> None:
-            digest = item.chunk_hash[:_DIGEST_BYTES]
+            digest = item.chunk_hash[:DIGEST_BYTES]
             if self._hanging.get(digest, 0) > stayed.get(digest, 0):
                 stuck[digest] = branch, item
             else:
@@ -404,7 +346,7 @@ class PrefixPolicy(Generic[T]):
         branch.entry = HELD
         if branch.deepest is None:
             return
-        digest = branch.deepest.chunk_hash[:_DIGEST_BYTES]
+        digest = branch.deepest.chunk_hash[:DIGEST_BYTES]
         if digest in self._hanging:
             self._held[digest] = branch
             return
@@ -426,7 +368,7 @@ class PrefixPolicy(Generic[T]):
         while self._clean():
             branch = self._heap[0][2]
             leaf: T = branch.deepest
-            if leaf.chunk_hash[:_DIGEST_BYTES] not in self._hanging:
+            if leaf.chunk_hash[:DIGEST_BYTES] not in self._hanging:
                 return leaf
             heappop(self._heap)
             self._push(branch)  # others came to hang on it
@@ -448,7 +390,7 @@ class PrefixPolicy(Generic[T]):
         """The branch that is held since others hang on its deepest member, which this is."""
         branch = self._held.pop(digest, None)
         if branch is not None and branch.entry == HELD and branch.deepest is not None:
-            return branch if branch.deepest.chunk_hash[:_DIGEST_BYTES] == digest else None
+            return branch if branch.deepest.chunk_hash[:DIGEST_BYTES] == digest else None
         return None
 
     # Time.
@@ -486,7 +428,7 @@ class PrefixPolicy(Generic[T]):
                 self._remembered += branch.members
                 kept = max(branch.place_of(branch.deepest.chunk_hash) + 1 - branch.begin, 1)
                 self._remembered += kept - branch.members
-                branch.digests = branch.digests[: kept * _DIGEST_BYTES]
+                branch.digests = branch.digests[: kept * DIGEST_BYTES]
                 branch.runs = [run for run in branch.runs if run.begin < branch.begin + kept]
                 branch.runs[-1].end = branch.begin + kept
                 self._by_age.append(branch)
@@ -509,47 +451,17 @@ class PrefixPolicy(Generic[T]):
             assert (branch.deepest is None) == (not members) and (not members or branch.deepest.newer is None)
             assert [run.begin for run in branch.runs[1:]] == [run.end for run in branch.runs[:-1]]
             assert branch.runs[0].begin == branch.begin and branch.runs[-1].end == branch.begin + len(branch)
-            assert not branch.dropped and branch is self._heads[branch.digests[:_DIGEST_BYTES]]
+            assert not branch.dropped and branch is self._heads[branch.digests[:DIGEST_BYTES]]
             if members and branch.parent:
                 hanging[branch.parent] = hanging.get(branch.parent, 0) + 1
             if members and branch.entry == HELD:
-                digest = branch.deepest.chunk_hash[:_DIGEST_BYTES]
+                digest = branch.deepest.chunk_hash[:DIGEST_BYTES]
                 assert digest in self._hanging and self._held[digest] is branch
         entries = {number: branch for _, number, branch in self._heap}
         assert all(branch.entry <= HELD or entries[branch.entry] is branch for branch in branches)
         assert hanging == self._hanging
         digests = b"".join(branch.digests for branch in branches)
-        each = [digests[at : at + _DIGEST_BYTES] for at in range(0, len(digests), _DIGEST_BYTES)]
+        each = [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
         assert len(set(each)) == len(each)
         assert self._members == sum(branch.members for branch in branches)
         assert self._remembered == len(each) - self._members
-
-
-def _judge(branch: Branch) -> None:
-    """Find out of which kinds the chunks of a branch are."""
-    for run in branch.runs:
-        run.kind = kind_of(
-            run.touches, run.tail, branch.cut, branch.new_tokens, branch.output_tokens, branch.turn, run.gap
-        )
-
-
-def _extend(runs: list[Run], begin: int, end: int, touches: int, gap: int) -> None:
-    """Add chunks to the end of a path."""
-    if runs and (runs[-1].touches, runs[-1].gap) == (touches, gap):
-        runs[-1].end = end
-    else:
-        runs.append(Run(begin, end, touches, gap))
-
-
-def _common(digests: bytes, path: bytes, begin: int) -> int:
-    """How many bytes of a path, from there on, are the same as these from their beginning, in whole digests."""
-    low, high = 0, min(len(digests), len(path) - begin)
-    if digests[:high] == path[begin : begin + high]:
-        return high
-    while high - low > _DIGEST_BYTES:  # the first `low` are the same, and not the first `high`
-        middle = (low + high) // (2 * _DIGEST_BYTES) * _DIGEST_BYTES
-        if digests[low:middle] == path[begin + low : begin + middle]:
-            low = middle
-        else:
-            high = middle
-    return low
