@@ -264,7 +264,9 @@ class PrefixPolicy(Generic[T]):
         if not branch.members:
             branch.entry = HELD
             self._unhang(branch.parent)
-        elif newer is None and (branch.entry == HELD or (branch.entry > 0 and branch.run_at(place).begin == place)):
+        elif newer is None and (
+            branch.entry in (HELD, SUSPENDED) or (branch.entry > HELD and branch.run_at(place).begin == place)
+        ):
             self._push(branch)
 
     # What it is asked.
@@ -283,6 +285,8 @@ class PrefixPolicy(Generic[T]):
         leaves: list[tuple[float, int, Branch, T]] = []  # a heap of what would be leaves if those that came had left
         stuck: dict[bytes, tuple[Branch, T]] = {}  # by its digest, what would be none
         stayed: dict[bytes, int] = {}  # how many of the branches that hang on a digest have come
+        later: list[tuple[Branch, T]] = []  # what lies before an item that is suspended
+        seen: set[int] = set()
         numbers = count()
 
         def offer(branch: Branch, item: T) -> None:
@@ -292,7 +296,11 @@ class PrefixPolicy(Generic[T]):
             else:
                 heappush(leaves, (self._worth(branch, item), next(numbers), branch, item))
 
+        def is_left(branch: Branch) -> bool:
+            return branch.members > 0 and branch.entry in (HELD, SUSPENDED) and id(branch) not in seen
+
         def show(branch: Branch) -> None:
+            seen.add(id(branch))
             branch.entry = SHOWN
             shown.append(branch)
             offer(branch, branch.deepest)
@@ -305,9 +313,10 @@ class PrefixPolicy(Generic[T]):
         try:
             while True:
                 if not self._clean() and not leaves:  # digests that are not chained may hang on one another
-                    held = next((branch for branch in self._by_age if branch.entry == HELD and branch.members), None)
-                    if held is not None:
-                        show(held)
+                    if later:
+                        offer(*later.pop())
+                    elif (left := next(filter(is_left, self._by_age), None)) is not None:
+                        show(left)
                     elif stuck:
                         heappush(leaves, (0.0, next(numbers), *stuck.popitem()[1]))
                     else:
@@ -321,6 +330,8 @@ class PrefixPolicy(Generic[T]):
                 if item is not first:
                     yield item
                 if branch.entry == SUSPENDED:
+                    if older is not None:
+                        later.append((branch, older))
                     continue
                 if older is not None:
                     offer(branch, older)

@@ -112,3 +112,16 @@ def test_a_path_costs_by_the_branches_that_it_crosses_and_not_by_its_chunks() ->
         clock.now += 1.0
         policy.asked(path, 4 * 4096, 4)
     assert policy.lessons < 40
+
+
+def test_what_lies_before_a_suspended_item_may_leave_and_so_may_what_is_left_of_its_branch() -> None:
+    policy, clock = policy_at()
+    tree = Tree(policy, Random(0))
+    path = [chunk_hash(0), chunk_hash(0, 1), chunk_hash(0, 1, 1)]
+    ask(tree, path)
+    deepest = tree.there[path[-1]]
+    policy.suspend(deepest)
+    assert {tree.there[key] for key in path[:-1]} <= set(policy.victims())
+    policy.suspend(deepest)
+    tree.remove(deepest)  # as it may while it is leased: deleted
+    assert [chunk.chunk_hash for chunk in policy.victims()] == path[1::-1]
