@@ -115,7 +115,7 @@ def test_a_path_costs_by_the_branches_that_it_crosses_and_not_by_its_chunks() ->
 
 
 def test_what_lies_before_a_suspended_item_may_leave_and_so_may_what_is_left_of_its_branch() -> None:
-    policy, clock = policy_at()
+    policy, _ = policy_at()
     tree = Tree(policy, Random(0))
     path = [chunk_hash(0), chunk_hash(0, 1), chunk_hash(0, 1, 1)]
     ask(tree, path)
