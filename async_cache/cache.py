@@ -7,7 +7,9 @@ from contextlib import nullcontext
 from enum import Enum
 from functools import partial
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, cast
+
+import msgspec
 
 from async_cache.aio.home import Home
 from async_cache.config import CacheConfig, prefixed
@@ -15,7 +17,8 @@ from async_cache.core import Core
 from async_cache.errors import CacheClosedError, ConfigError
 from async_cache.handles.events import EVENTS_CAPACITY, EventStream
 from async_cache.handles.lease import ReadLease
-from async_cache.handles.prefetch import Prefetch
+from async_cache.handles.prefetch import Prefetch, SegmentPrefetch
+from async_cache.handles.stream import ReadStream
 from async_cache.handles.writer import Writer
 from async_cache.l2.backend import Backend
 from async_cache.l2.opening import open_all
@@ -23,25 +26,41 @@ from async_cache.l2.urls.registry import check_names, from_urls
 from async_cache.memory.arena import Arena
 from async_cache.memory.room import check_free
 from async_cache.prompt.arguments import (
+    MAX_REQUEST_ID,
     check_capacity,
+    check_hint,
     check_prompt,
     check_request_id,
     check_seconds,
     check_tier,
+    check_tokens,
     check_traceparent,
+    check_ttl,
+    parts_of,
     ranks_of,
+    selection_of,
     start_of,
 )
 from async_cache.prompt.layout import Prompt
 from async_cache.prompt.objects import PAGE_BYTES
 from async_cache.tracing import Tracing
-from async_cache.values import BackendStatus, CacheStats, Deleted, Explanation, FlushResult, LoadResult, LookupHits
+from async_cache.values import (
+    BackendStatus,
+    CacheStats,
+    Deleted,
+    DeletedModel,
+    Explanation,
+    FlushResult,
+    LoadResult,
+    LookupHits,
+    Retained,
+    SegmentHits,
+)
 
 log = logging.getLogger(__name__)
 
 _POPULATE_BYTES = 64 * 2**20  # of the arena in one step
 _PROGRESS_SECONDS = 2.0  # between two lines of the log on how far it is
-_MAX_REQUEST_ID = 1024  # a server puts its tenant and namespace before a client's, which has up to 256
 
 
 def _populate_step(arena: Arena, begin: int, end: int) -> None:
@@ -49,6 +68,12 @@ def _populate_step(arena: Arena, begin: int, end: int) -> None:
     if begin:
         check_free(arena.size_bytes - begin)
     arena.populate(begin, end)
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancels the task that runs, and not what it waits for alone."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class CacheState(Enum):
@@ -80,6 +105,7 @@ class AsyncCache:
         self._from_config = backends is None
         self._core: Core | None = None
         self._state = CacheState.NEW
+        self._opening: asyncio.Task[Core] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._home: Home | None = None
 
@@ -94,13 +120,16 @@ class AsyncCache:
         if self._state is not CacheState.NEW:
             raise CacheClosedError("a cache is opened once")
         self._state, self._home = CacheState.OPENING, Home()
+        opening = self._opening = asyncio.create_task(self._open())
         try:
-            core = await self._open()
-        except BaseException:
-            self._state = CacheState.CLOSED
+            core = await opening
+        except BaseException as error:
+            by_close = self._is_closed and isinstance(error, asyncio.CancelledError) and not _is_cancelled()
+            await self.close()  # also of what has opened in the step in which its caller was cancelled
+            if by_close:
+                raise CacheClosedError("the cache was closed") from None
             raise
-        if self._state is CacheState.CLOSED:  # by `close`, meanwhile
-            await core.close()
+        if self._is_closed:
             raise CacheClosedError("the cache was closed")
         self._core, self._state = core, CacheState.OPEN
         return self
@@ -117,7 +146,13 @@ class AsyncCache:
         except BaseException:
             arena.close()
             raise
-        return Core(self._config, arena, self._backends, tracing)
+        core = Core(self._config, arena, self._backends, tracing)
+        try:
+            await core.retentions.recover()
+        except BaseException:
+            await core.close()
+            raise
+        return core
 
     async def _make_arena(self) -> Arena:
         """L1's memory, all of it there. Raises ConfigError where the machine does not have so much."""
@@ -148,14 +183,29 @@ class AsyncCache:
     async def close(self) -> None:
         """End all requests, write back what is pending (for `close_timeout_seconds`), close the backends; idempotent.
 
-        Whoever waits for a future or a query gets CacheClosedError.
+        Whoever waits for a future or a query gets CacheClosedError, and so does who opens it meanwhile. Raises
+        RuntimeError in a loop that is not the one that opened it, or after a fork: nothing is changed then.
         """
-        core, self._core = self._core, None
-        self._state = CacheState.CLOSED
-        if core is not None:
-            self._closing = asyncio.create_task(core.close())
+        if self._home is not None and not self._is_closed and self._home.is_elsewhere():
+            raise self._home.refusal("cache")
+        self._state, self._core = CacheState.CLOSED, None
+        if self._opening is not None:
+            opening, self._opening = self._opening, None  # it would keep the arena
+            self._closing = asyncio.create_task(self._close(opening))
+            del opening
         if self._closing is not None:
             await asyncio.shield(self._closing)  # to the end, also where the caller is cancelled
+
+    @staticmethod
+    async def _close(opening: asyncio.Task[Core]) -> None:
+        opening.cancel()
+        await asyncio.wait([opening])
+        if not opening.cancelled() and opening.exception() is None:
+            await opening.result().close()
+
+    @property
+    def _is_closed(self) -> bool:
+        return self._state is CacheState.CLOSED
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -172,8 +222,9 @@ class AsyncCache:
         Raises CacheClosedError, and RuntimeError in a loop that is not the one that opened it, or after a fork.
         """
         if self._core is None:
-            closed = self._state is CacheState.CLOSED
-            raise CacheClosedError("the cache is closed" if closed else "the cache is not open: use `async with`")
+            raise CacheClosedError(
+                "the cache is closed" if self._is_closed else "the cache is not open: use `async with`"
+            )
         if self._home is not None and self._home.is_elsewhere():
             raise self._home.refusal("cache")
         return self._core
@@ -189,6 +240,7 @@ class AsyncCache:
         ranks: Sequence[int] | None = None,
         deadline_seconds: float | None = None,
         traceparent: str | None = None,
+        wait_for_writers_seconds: float | None = None,
     ) -> Prefetch:
         """Look a prompt up and load what is cached of it; returns at once.
 
@@ -196,24 +248,59 @@ class AsyncCache:
         `ranks`: those to load here, all if None; the others are only checked for existence.
         `deadline_seconds` runs from this call.
         `traceparent`: the span that it belongs to, of the caller if None, where `traces` is set.
+        `wait_for_writers_seconds`: how long the lookup waits for chunks of the prompt that writers have announced, by
+        opening, and not committed or given up yet; it waits for no others, and counts what is there in the end.
         Raises RequestConflictError if the id is in use for something else.
         """
         core = self.core
         check_prompt(prompt)
         if request_id is not None:
-            check_request_id(request_id, _MAX_REQUEST_ID)
+            check_request_id(request_id, MAX_REQUEST_ID)
         check_seconds("deadline_seconds", deadline_seconds)
+        check_seconds("wait_for_writers_seconds", wait_for_writers_seconds)
         check_traceparent(traceparent)
         if traceparent is None and core.tracing is not None:
             traceparent = core.tracing.here()
         start_chunk, here = start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
-        return core.controller.start(prompt, request_id, start_chunk, here, deadline_seconds, traceparent)
+        return core.controller.start(
+            prompt, request_id, start_chunk, here, deadline_seconds, traceparent, wait_for_writers_seconds
+        )
 
     async def lookup(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now, without a lease, a load or a promise."""
         core = self.core
         check_prompt(prompt)
         return await core.count_hits(prompt)
+
+    def prefetch_segments(
+        self,
+        parts: Sequence[Prompt],
+        *,
+        request_id: str | None = None,
+        ranks: Sequence[int] | None = None,
+        deadline_seconds: float | None = None,
+        traceparent: str | None = None,
+    ) -> SegmentPrefetch:
+        """Look up to 256 prompts or segments up, of one layout and salt, and load what is cached of each; one request.
+
+        A prefix of each part is promised, and room goes to earlier parts first. They are claimed, read and ended
+        together; what parts have in common is loaded and kept once. Otherwise as `prefetch`.
+        """
+        core = self.core
+        check_traceparent(traceparent)
+        if traceparent is None and core.tracing is not None:
+            traceparent = core.tracing.here()
+        return core.controller.start_parts(
+            parts_of(parts),
+            request_id=request_id,
+            ranks=ranks,
+            deadline_seconds=deadline_seconds,
+            traceparent=traceparent,
+        )
+
+    async def lookup_segments(self, parts: Sequence[Prompt]) -> SegmentHits:
+        """Count how much of each of up to 256 prompts or segments is cached now, as `lookup` does of one."""
+        return cast(SegmentHits, await self.core.count_hits(parts_of(parts)))
 
     async def explain(self, prompt: Prompt) -> Explanation:
         """Say where each chunk of a prompt is, or why it is not there, and where else its tokens are cached.
@@ -229,25 +316,26 @@ class AsyncCache:
 
         Raises UnknownRequestError if there is no such request, or its result was claimed.
         """
-        return await self.core.requests.query_lookup_hits(check_request_id(request_id, _MAX_REQUEST_ID))
+        return await self.core.requests.query_lookup_hits(check_request_id(request_id, MAX_REQUEST_ID))
 
     async def query_status(self, request_id: str) -> LoadResult:
         """Wait for the load of a request, and claim its result, which is handed out exactly once.
 
         Raises UnknownRequestError if there is no such request, or another caller has claimed it.
         """
-        return await self.core.requests.query_status(check_request_id(request_id, _MAX_REQUEST_ID))
+        return await self.core.requests.query_status(check_request_id(request_id, MAX_REQUEST_ID))
 
     async def renew(self, request_id: str) -> None:
         """Begin the time to live of a request's result or leases anew. Raises UnknownRequestError."""
-        self.core.requests.renew(check_request_id(request_id, _MAX_REQUEST_ID))
+        self.core.requests.renew(check_request_id(request_id, MAX_REQUEST_ID))
 
     async def end_request(self, request_id: str) -> None:
         """Release all that a request holds, cancel it if it runs, and free its id. Unknown ids are fine."""
         core = self.core
-        core.requests.end(check_request_id(request_id, _MAX_REQUEST_ID))
+        core.requests.end(check_request_id(request_id, MAX_REQUEST_ID))
         for backlog in core.l1.backlogs:
-            await backlog.done()
+            if backlog:
+                await backlog.done()
 
     # Reading and writing.
 
@@ -259,7 +347,16 @@ class AsyncCache:
         does not have.
         """
         core = self.core
-        return ReadLease(partial(core.requests.enter, check_request_id(request_id, _MAX_REQUEST_ID), rank, reader))
+        return ReadLease(partial(core.requests.enter, check_request_id(request_id, MAX_REQUEST_ID), rank, reader))
+
+    def stream(self, request_id: str, *, rank: int = 0, reader: int = 0) -> ReadStream:
+        """Read what a request is loading, as `read` does, but chunk by chunk, each as soon as it is in memory.
+
+        Entering waits for the lookup only; it raises as that of `read`. To leave before the load has ended is to leave
+        as a reader does: where all others have left, too, that ends the request, and what is on its way for it.
+        """
+        core = self.core
+        return ReadStream(partial(core.streams.enter, check_request_id(request_id, MAX_REQUEST_ID), rank, reader))
 
     def store(self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0) -> Writer:
         """Write a rank's chunks from `start_chunk` on, those that L1 lacks: `async with` the writer, or `await` it."""
@@ -276,6 +373,60 @@ class AsyncCache:
         check_seconds("deadline_seconds", deadline_seconds)
         return await core.writeback.flush(deadline_seconds)
 
+    # Keeping.
+
+    async def retain(self, prompt: Prompt, *, tokens: int | None = None, ttl_seconds: float = 300.0) -> Retained:
+        """Keep the first `tokens` of a prompt, all if None, for so long, and say how many that will be.
+
+        Whole chunks that are in the cache are kept, wherever they are, as far as the share of the prompt's salt allows:
+        `clipped` says why it is less than was asked for. They are not evicted before their time, nor after a restart
+        where their tier outlives that. A second call for the same prompt renews or changes what the first has kept, and
+        0 seconds end it; so does a deletion.
+        """
+        core = self.core
+        check_prompt(prompt)
+        check_tokens(prompt, tokens)
+        return await core.retentions.retain(prompt, tokens, check_ttl(ttl_seconds))
+
+    async def retained(self) -> list[Retained]:
+        """What is retained now, the first to expire first."""
+        return await self.core.retentions.retained()
+
+    async def warm(self, prompt: Prompt, *, deadline_seconds: float | None = None) -> LoadResult:
+        """Load what is cached of a prompt into L1, and let go of it: the next request for it finds it there.
+
+        Whoever is cancelled while it waits cancels the load, unless others wait for it, too.
+        """
+        prefetch = self.prefetch(prompt, deadline_seconds=deadline_seconds)
+        try:
+            return msgspec.structs.replace(await prefetch.load_done, request_id="")
+        finally:
+            if self._core is not None:
+                self._core.requests.end(prefetch.request_id)
+
+    async def hint(
+        self,
+        prompt: Prompt,
+        *,
+        output_tokens: int | None = None,
+        returns: bool | None = None,
+        within_seconds: float | None = None,
+    ) -> None:
+        """Say what an engine knows of the future of a prompt that it has asked for: the policy may make use of that.
+
+        `output_tokens`: how much was generated behind it. `returns`: whether it will be asked for again (False: the
+        session has ended), and `within_seconds`, how soon (a tool call is pending). It promises nothing.
+        """
+        core = self.core
+        check_prompt(prompt)
+        check_hint(output_tokens, returns, within_seconds)
+        await core.hashed(prompt)
+        core.l1.hint(prompt, output_tokens, returns, within_seconds)
+        for guard in core.guards.current:
+            guard.hint(prompt, output_tokens, returns, within_seconds)
+        for note in core.observers.hinting:
+            note(prompt, output_tokens, returns, within_seconds)
+
     # Removing.
 
     async def delete(self, prompt: Prompt) -> Deleted:
@@ -287,8 +438,23 @@ class AsyncCache:
         check_prompt(prompt)
         return await core.remover.delete(prompt)
 
+    async def delete_model(
+        self, model: str, *, revision: str | None = None, adapter: str | None = None, salt: str | None = None
+    ) -> DeletedModel:
+        """Remove every chunk of a model from both tiers; where these are given, of one revision, adapter or salt only.
+
+        The revision or adapter "" is that of prompts which name none. What is in flight of it does not come back; what
+        is committed after this call is kept. Some backends do not know what their objects are of: of these, what other
+        tiers know is removed, and `unsure` names them. Raises BackendError as `delete` does.
+        """
+        return await self.core.remover.delete_model(selection_of(model, revision, adapter, salt))
+
     async def clear(self, tier: Literal["l1", "all"] = "l1") -> Deleted:
-        """Empty L1 of all that L2 has ("l1"), or both tiers ("all"). Raises BackendError where a backend could not."""
+        """Empty L1 of all that does not wait to be written to L2 ("l1"), or both tiers ("all").
+
+        What no backend takes waits for none: without L2, "l1" removes all that there is. Raises BackendError where a
+        backend could not.
+        """
         check_tier(tier)
         return await self.core.remover.clear(tier)
 

@@ -1,13 +1,18 @@
 """`Core`: the parts of an open cache, wired up."""
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain, filterfalse
+from operator import attrgetter, is_
 
 from async_cache.aio.sweeper import Sweeper
 from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
 from async_cache.errors import CacheClosedError
 from async_cache.events import Events
+from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
 from async_cache.l2.guard import Guard
@@ -18,19 +23,30 @@ from async_cache.ledger.roots import Roots
 from async_cache.memory.arena import Arena
 from async_cache.observe import Observers
 from async_cache.prompt.layout import Prompt
+from async_cache.prompt.parts import Parts
 from async_cache.read.explain import Explainer
+from async_cache.read.filling import Filling
 from async_cache.read.hits import count_hits
 from async_cache.read.listing import Listing
+from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Loader
 from async_cache.read.misses import Misses
 from async_cache.read.prefetch import PrefetchController
+from async_cache.read.streams import Streams
 from async_cache.retention.policies import make_policy
+from async_cache.retention.quotas import Bounds
 from async_cache.tracing import Tracing
 from async_cache.values import CacheStats, LookupHits
 from async_cache.write.backends import Backends
+from async_cache.write.moves import Moves
 from async_cache.write.removal import Remover
+from async_cache.write.retained import Retentions
 from async_cache.write.writeback import Writeback
 from async_cache.write.writing import Writing
+
+log = logging.getLogger(__name__)
+
+_layout_of = attrgetter("layout")
 
 
 class Core:
@@ -52,6 +68,8 @@ class Core:
             lambda entry: self.writeback.evicted(entry),
             self.observers,
             self.ledger,
+            lambda entry: self.writeback.enqueue(entry),
+            Bounds(config.parsed_quotas, lambda quota: quota.l1_bytes),
         )
         self.writeback = Writeback(self.l1, self.guards, self.observers, config)
         self.tombstones = tombstones = Tombstones()
@@ -65,9 +83,10 @@ class Core:
             self.writeback.promote,
         )
         self.sweeper = Sweeper()
-        self.listing = Listing(self.l1, self.roots)
-        self.writing = Writing(self.l1, self.writeback, self.sweeper, self.hashing, config, self.roots)
-        self.misses = Misses(self.l1, self.ledger, tombstones, self.writing.filling)
+        self.listing = Listing(self.l1, self.guards, self.roots)
+        filling = Filling()
+        self.writing = Writing(self.l1, self.writeback, self.sweeper, self.hashing, config, self.roots, filling)
+        self.misses = Misses(self.l1, self.ledger, tombstones, filling)
         self.controller = PrefetchController(
             self.l1,
             self.guards,
@@ -79,18 +98,42 @@ class Core:
             config,
             self.misses,
             self.roots,
+            filling,
         )
         self.requests = self.controller.requests
+        self.streams = Streams(self.requests, self.loader, self.l1)
         self.explainer = Explainer(self.l1, self.guards, self.loader, tombstones, self.hashing, self.misses, self.roots)
-        self.remover = Remover(self.l1, self.guards, self.loader, self.writeback, tombstones, self.hashing)
-        self.backends = Backends(self.guards, self.writeback, tombstones, config, self.ledger, self.loader.forget)
+        self.retentions = Retentions(self.l1, self.guards, self.sweeper, self.hashing, config)
+        self.remover = Remover(
+            self.l1, self.guards, self.loader, self.writeback, tombstones, self.hashing, self.retentions.removed
+        )
+        moves = Moves(self.l1, self.roots, self.ledger, self.observers)
+        self.backends = Backends(
+            self.guards, self.writeback, tombstones, config, self.ledger, moves, self.retentions.join, self._forget
+        )
         self.sweeping = asyncio.create_task(self.sweeper.run())
+
+    def _forget(self, guard: Guard) -> None:
+        self.loader.forget(guard)
+        self.retentions.leave(guard)
 
     def reconfigure(self, config: CacheConfig) -> None:
         """Go by other settings from now on: by those of them that are live."""
         self.config = config
-        for part in (self.controller, self.loader, self.writing, self.writeback, self.backends, *self.guards):
+        parts = self.controller, self.loader, self.writing, self.writeback, self.backends, self.retentions
+        for part in (*parts, *self.guards):
             part.reconfigure(config)
+        self.l1.bound(config.parsed_quotas)
+
+    def divide(self, parts: Mapping[str, tuple[Collection[str], int]], common_bytes: int) -> None:
+        """Tell owners apart, by the names of parts: what each has of L1, and what of its chunks is not written yet.
+
+        Of a part so many bytes are kept from others (see `l1.shares`), and `common_bytes` of those of all others.
+        """
+        clock = asyncio.get_running_loop().time
+        make = partial(make_policy, self.config.policy, clock)
+        self.l1.divide(parts, common_bytes, make)
+        self.writeback.tell_apart(owner for owners, _ in parts.values() for owner in owners)
 
     async def close(self) -> None:
         """Close, in this order: no more requests, what is pending written, no more tasks, the tiers."""
@@ -99,8 +142,9 @@ class Core:
         await self.controller.close()
         await self.remover.close()
         await self.backends.close()
+        await self.retentions.close()
         self.writing.close()
-        await self.writeback.flush(timeout)
+        await self._write_back(timeout)
         await self.writeback.close()
         self.sweeping.cancel()
         self.events.close(CacheClosedError("the cache was closed"))
@@ -111,6 +155,20 @@ class Core:
         await self.remover.empty_l1()
         self.l1.close()
         await asyncio.to_thread(self._close_blocking)
+
+    async def _write_back(self, timeout_seconds: float) -> None:
+        """Write back what is pending; what cannot be is gone with the cache, and said."""
+        dropped = self.writeback.dropped
+        pending = (await self.writeback.flush(timeout_seconds)).pending
+        lost = pending + self.writeback.dropped - dropped
+        if lost:
+            log.warning(
+                "chunks that were committed are not in L2 as the cache closes: %d, %d of them for want of time "
+                "(close_timeout_seconds = %g)",
+                lost,
+                pending,
+                timeout_seconds,
+            )
 
     def _close_blocking(self) -> None:
         """Close what may take its time: to unmap gigabytes does."""
@@ -123,13 +181,22 @@ class Core:
         They do where their hashes were made here. A server asks, to which clients send hashes.
         """
         hashes, coming = prompt.chunk_hashes, self.loader.in_flight()
-        layouts = {id(entry.layout): entry.layout for entry in filter(None, map(self.l1.find, hashes))}
+        there: Iterable[Entry | ChunkLoad] = filter(None, map(self.l1.find, hashes))
         if coming:
-            layouts |= {id(load.layout): load.layout for load in filter(None, map(coming.get, hashes))}
-        return all(layout.same_bytes(prompt.layout) for layout in layouts.values())
+            there = chain(there, filter(None, map(coming.get, hashes)))
+        # Most often all have the very layout of the prompt: no step of Python is taken for those.
+        others = {id(layout): layout for layout in filterfalse(partial(is_, prompt.layout), map(_layout_of, there))}
+        return all(layout.same_bytes(prompt.layout) for layout in others.values())
 
-    async def count_hits(self, prompt: Prompt) -> LookupHits:
-        """Count how much of a prompt is cached now."""
+    async def hashed(self, prompt: Prompt | Parts) -> None:
+        """Have the hashes of a prompt made, in a thread if they are not. Raises CacheClosedError."""
+        if not prompt.hashed:
+            await self.hashing.run(prompt.hash)
+            if self.l1.closed:
+                raise CacheClosedError("the cache was closed")
+
+    async def count_hits(self, prompt: Prompt | Parts) -> LookupHits:
+        """Count how much of a prompt, or of several, is cached now."""
         return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones, self.hashing, self.misses)
 
     def _owner_of(self, chunk_hash: bytes) -> str | None:
@@ -165,3 +232,4 @@ class Core:
         self.loader.check_integrity()
         self.writeback.check_integrity()
         self.controller.check_integrity()
+        self.retentions.check_integrity()

@@ -15,7 +15,7 @@ _Reader = tuple["weakref.ref[EventStream]", frozenset[str] | None]
 class Events(Observer):
     """Observes a cache for its streams, as long as there are any.
 
-    What left a backend whose owner is forgotten is told to those who may hear of all.
+    What concerns a chunk in a backend whose owner is not known any more is told to those who may hear of all.
     """
 
     def __init__(self, observers: Observers, ledger: Ledger):
@@ -66,7 +66,7 @@ class Events(Observer):
         event = Removed(chunk_hash, "l2", backend, removal)
         self._put(event, lambda salts: owner in map(self._ledger.tag, salts))
 
-    def _tell(self, event: Event, owner: str) -> None:
+    def _tell(self, event: Event, owner: str | None) -> None:
         self._put(event, lambda salts: owner in salts)
 
     def _put(self, event: Event, is_of: Callable[[frozenset[str]], bool]) -> None:

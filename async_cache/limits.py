@@ -11,10 +11,11 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 class TenantLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The limits of a tenant, over all of its connections. Beyond one, a call gets `LimitError` with its name, at once.
 
-    `docs/tenants.md` has them in a table. Shares are parts of L1: 1 is no limit.
+    `docs/tenants.md` has them in a table. Shares are parts of L1: 1 is no limit, and None is decided by the number of
+    tenants (see `ServerConfig.tenant_limits`).
     """
 
-    connections: Count = 512
+    connections: Count = 256
     """Connections at a time."""
     requests: Count = 16_384
     """Requests that are known: prefetches that are not over."""
@@ -26,10 +27,14 @@ class TenantLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Calls that wait for an answer."""
     unread_bytes: Count = 16 * 2**20
     """Answers that its clients do not read."""
-    leased_share: Share = 1.0
+    leased_share: Share | None = None
     """Chunks that its requests hold and its reads look at."""
-    reserved_share: Share = 1.0
+    reserved_share: Share | None = None
     """Chunks that its writers have reserved."""
+    kept_share: Share | None = None
+    """What others cannot evict of its chunks."""
+    partial_bytes: Count = 32 * 2**20
+    """What has come of frames that are not complete."""
     stored_bytes_per_second: Count | None = None
     """Bytes that it may reserve room for in a second, on average over some seconds; None is any number."""
 
@@ -41,6 +46,7 @@ UNLIMITED = TenantLimits(
     layout_objects=2**62,
     waiting=2**62,
     unread_bytes=2**62,
+    partial_bytes=2**62,
     leased_share=1.0,
     reserved_share=1.0,
 )

@@ -8,21 +8,23 @@ from typing import Any, TypeVar
 from msgspec import Struct
 
 from async_cache.handles.prefetch import Prefetch
+from async_cache.prompt.layout import Prompt
 from async_cache.values import LoadResult, LookupHits, Removal
 
 log = logging.getLogger(__name__)
 
 
 class ObservedChunk(Struct, frozen=True):
-    """A chunk of L1, as it was when the event happened.
+    """A chunk, as it was when the event happened.
 
     `owner` is the salt that it belongs to, `objects` says which of its objects are published, by bit (see
     `prompt.objects`), `is_whole` whether these are all, and `room_bytes` what it takes of L1. It has so many `tokens`,
-    and `parent` lies before it in its prompt, as far as that is known.
+    and `parent` lies before it in its prompt. Of what is copied between backends and is not in L1, owner and parent are
+    None: they are not known.
     """
 
     chunk_hash: bytes
-    owner: str
+    owner: str | None
     objects: int
     room_bytes: int
     is_whole: bool
@@ -80,9 +82,16 @@ class Observers:
     """
 
     def __init__(self) -> None:
-        self.counting: tuple[Callable[[Prefetch, LoadResult], None], ...] = ()
-        """Those who only count what has loaded: called within the step, since to tell them later costs as much as to
-        count. They raise nothing, and call nothing of the cache."""
+        self.counting: tuple[Callable[[Any, LoadResult], None], ...] = ()
+        """Those who only count what has loaded: called within the step with the record of a request (`read.request`),
+        since to tell them later costs as much as to count. They raise nothing, and call nothing of the cache."""
+        self.asking: tuple[Callable[[Prompt], None], ...] = ()
+        """Those who note each prompt that is asked for, when its hashes are known: within the step, as above."""
+        self.hinting: tuple[Callable[[Prompt, int | None, bool | None, float | None], None], ...] = ()
+        """Those who note what engines know of the future of prompts: see `AsyncCache.hint`; within the step."""
+        self.ending: tuple[Callable[[Prefetch], None], ...] = ()
+        """Those who have to know within the step that a request is over: they raise nothing, and call nothing of the
+        cache."""
         self.promised: Listeners[Callable[[Prefetch, LookupHits], None]] = Listeners()
         self.loaded: Listeners[Callable[[Prefetch, LoadResult], None]] = Listeners()
         self.over: Listeners[Callable[[Prefetch], None]] = Listeners()

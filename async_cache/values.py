@@ -26,6 +26,15 @@ class Removal(StrEnum):
     EXPIRED = "expired"  # its time was over
     DAMAGED = "damaged"  # its bytes failed verification
     LOST = "lost"  # its tier lost it, or was closed
+    REFUSED = "refused"  # it left memory, and a backend had not admitted it
+
+
+class Clipped(StrEnum):
+    """Why less is retained than was asked for."""
+
+    QUOTA = "quota"  # the tenant has used up its share of the tiers that have it
+    MEMORY = "memory"  # these tiers have retained for others what they can, or can promise nothing
+    NOT_STORED = "not_stored"  # the rest is not in the cache
 
 
 class ChunkState(StrEnum):
@@ -39,7 +48,7 @@ class ChunkState(StrEnum):
     UNKNOWN = "unknown"  # it was never seen, or has gone for longer than is remembered
 
 
-class Missed(Struct, frozen=True, array_like=True):
+class Missed(Struct, frozen=True, array_like=True, gc=False):
     """Why the first chunk that is missing of a prompt is.
 
     `removal` is why it left, where that is remembered. `diverges`: what lies before it is known, and goes on otherwise.
@@ -59,8 +68,13 @@ class BackendState(StrEnum):
     LEAVING = "leaving"  # no lookup asks it any more; what was promised of it is still loaded
 
 
-class LookupHits(Struct, frozen=True, kw_only=True, array_like=True):
-    """How much of a prompt can be served. Counts are whole chunks over all ranks and groups, from `start_chunk` on."""
+class LookupHits(Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """How much of a prompt can be served. Counts are whole chunks over all ranks and groups, from `start_chunk` on.
+
+    `recompute_from`: the chunk, counted from the beginning of the prompt, from which on to compute is expected to be
+    faster than to load; None: load all, or nothing is known.
+    `base_tokens`: those of a segment's context, at which the positions of its keys begin.
+    """
 
     request_id: str
     start_chunk: int
@@ -73,10 +87,15 @@ class LookupHits(Struct, frozen=True, kw_only=True, array_like=True):
     load_bytes: int = 0
     expected_load_seconds: float | None = None
     missed: Missed | None = None
+    recompute_from: int | None = None
+    base_tokens: int = 0
 
 
 class LoadResult(Struct, frozen=True, kw_only=True, array_like=True):
-    """How much of a prompt is in memory, leased to the request. `seconds`: from `prefetch` to the end of the load."""
+    """How much of a prompt is in memory, leased to the request. `seconds`: from `prefetch` to the end of the load.
+
+    `base_tokens`: as in `LookupHits`.
+    """
 
     request_id: str
     start_chunk: int
@@ -86,6 +105,39 @@ class LoadResult(Struct, frozen=True, kw_only=True, array_like=True):
     l2_chunks: int
     shortfall: Shortfall | None = None
     seconds: float = 0.0
+    base_tokens: int = 0
+
+
+class SegmentHits(LookupHits, frozen=True, kw_only=True, array_like=True):
+    """How much of several prompts can be served: of each of the `parts` a prefix, and of all together so much.
+
+    `load_bytes` counts once what several parts have in common, and `expected_load_seconds` is for all of them: a part
+    has it, too, if anything of it is to be loaded. `shortfall` and `missed` are those of the first part that has any.
+    """
+
+    parts: tuple[LookupHits, ...] = ()
+
+
+class SegmentResult(LoadResult, frozen=True, kw_only=True, array_like=True):
+    """How much of several prompts is in memory: of each of the `parts`, and of all together."""
+
+    parts: tuple[LoadResult, ...] = ()
+
+
+class Retained(Struct, frozen=True, array_like=True):
+    """What is kept of a prompt until its time is over: so many whole `chunks`, which have so many `tokens`.
+
+    `clipped`: why it is less than was asked for. The names are those of the prompt, in a list.
+    """
+
+    tokens: int
+    chunks: int
+    expires_in_seconds: float
+    clipped: Clipped | None = None
+    model: str = ""
+    revision: str = ""
+    adapter: str = ""
+    salt: str = ""
 
 
 class Span(Struct, frozen=True, array_like=True):
@@ -118,7 +170,10 @@ class Elsewhere(Struct, frozen=True, array_like=True):
 
 
 class ListedChunk(Struct, frozen=True, array_like=True):
-    """A chunk in L1: whose it is, the memory it takes, the requests that keep it, and the backends that lack it."""
+    """A chunk in L1: whose it is, the memory it takes, the requests that keep it, and the backends that lack it.
+
+    Or one in a backend: the bytes it takes there, and whose it is, if L1 has it, too.
+    """
 
     chunk_hash: bytes
     model: str
@@ -183,12 +238,30 @@ class Deleted(Struct, frozen=True, array_like=True):
     leased: int
 
 
+class DeletedModel(Struct, frozen=True, array_like=True):
+    """What a deletion of a model, or of a revision or an adapter of it, found, in chunks; `leased` as in `Deleted`.
+
+    `size_bytes`: what they took, of L1 and of each backend. `unsure` names the backends that may have more of it: those
+    that do not know what their objects are of, all or some of them.
+    """
+
+    chunks: int
+    leased: int
+    size_bytes: int
+    unsure: tuple[str, ...] = ()
+
+
 class FlushResult(Struct, frozen=True, array_like=True):
-    """Chunks that were written back or dropped since the last flush, and those that still wait."""
+    """Chunks that were written back or dropped since the last flush, and those that still wait.
+
+    `refused` counts how often since then a backend did not admit one (`admit`, `write_budget`, or larger than all of
+    it): that is no loss, but is told.
+    """
 
     written: int
     pending: int
     dropped: int
+    refused: int = 0
 
 
 class BackendUsage(Struct, frozen=True):
@@ -221,7 +294,9 @@ class BackendStatus(Struct, frozen=True, kw_only=True):
     `breaker` is "closed" while it is well, and else "open" or "half-open". `usage` is None where it cannot say.
     `pending` counts the chunks that wait to be written to it. `write`, `promote` and `admit` are those of its URL;
     `promoted` counts chunks that were written to it since they were found behind it, `unpromoted` those that were not,
-    for want of room or time. `copied` is what its draining has done so far.
+    for want of room or time. `refused` counts chunks that it did not admit, by the parameter that was against it:
+    `admit`, `capacity` or `write_budget`, of which `budget_left_bytes` are left now. `copied` is what its draining has
+    done so far.
     """
 
     name: str
@@ -234,16 +309,41 @@ class BackendStatus(Struct, frozen=True, kw_only=True):
     admit: int
     promoted: int
     unpromoted: int
+    refused: dict[str, int] = {}
+    write_budget: int | None = None
+    budget_left_bytes: int | None = None
     copied: Copied | None = None
 
 
-class CacheStats(Struct, frozen=True, kw_only=True):
+class LimitUse(Struct, frozen=True):
+    """How much of a limit is used; `most` is None where there is none."""
+
+    used: int
+    most: int | None = None
+
+
+class Hold(Struct, frozen=True):
+    """An event loop did not answer for so long, of which its thread computed for `busy_seconds`; and where it was seen.
+
+    The rest of the time it waited: for other threads and processes, or for something that blocks.
+    """
+
+    seconds: float = 0.0
+    busy_seconds: float = 0.0
+    where: str = ""
+
+
+class CacheStats(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A snapshot of levels, and counters since the cache was opened.
 
     `leases` counts pairs of request and chunk, `leased_bytes` memory once. `l1_used_bytes` is all of L1 that is not
     free: resident, reserved and quarantined. `loads` counts objects read from L2, `shared_loads` those that a request
     did not have to read because another one did. `writebacks_dropped` counts chunks that a backend did not get.
     `backends` lacks those that could not say what they hold.
+
+    `hold` is the longest of the loop of a server, in the last minute; None where nobody looks.
+    A client whose token is bound to salts is told of its own alone: then `limits` are those of its tenant, and what is
+    counted for all together is 0: `quarantined_bytes`, `loads`, `shared_loads`, `swept_*`, and `backends`.
     """
 
     requests: int
@@ -262,3 +362,5 @@ class CacheStats(Struct, frozen=True, kw_only=True):
     writebacks_pending: int
     writebacks_dropped: int
     backends: dict[str, BackendUsage]
+    limits: dict[str, LimitUse] = {}
+    hold: Hold | None = None

@@ -1,5 +1,6 @@
 """The benchmarks run, at sizes that measure nothing: what they call is there."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -18,6 +19,9 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("index", ("timed", "1000")),
         ("index", ("restart", "1000")),
         ("l2/tiers", ("4",)),
+        ("steps", ("4096", "4")),
+        ("streams", ("4",)),
+        ("l2/local_store", ("store_some", "4096", "4", "3")),
     ],
 )
 def test_a_benchmark_runs(script: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
@@ -48,3 +52,22 @@ def test_the_backends_are_measured_and_told_what_was_aimed_at(part: str, tmp_pat
     assert f"## {part}\n\n| " in measured
     told = [line.strip("| ").split(" | ") for line in aims.splitlines() if line.startswith("| ")][1:]
     assert told and all(row[-1] in ("yes", "no") for row in told if "LMCache" not in row[0])  # it is not installed here
+
+
+def test_a_trace_of_passages_is_replayed_both_ways(tmp_path: Path) -> None:
+    one, other = ["passage", 1, 70], ["passage", 2, 96]
+    with gzip.open(tmp_path / "trace.gz", "wt") as file:
+        for parts in ([one, other], [other, one], [["user", 3, 40], one]):
+            file.write(json.dumps({"parts": parts}) + "\n")
+    done = subprocess.run(
+        (sys.executable, BENCHMARKS / "ragpulse.py", tmp_path / "trace.gz", "--l1", "16MiB"),
+        env={"PATH": "", "PYTHONPATH": str(BENCHMARKS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "of which 236 (53.4%) could be reused" in done.stdout
+    found = {row[0]: row[1:4] for line in done.stdout.splitlines() if (row := line.strip("| ").split(" | "))[1:]}
+    assert found["prefixes alone"] == ["0.0%", "0.000", "416"]
+    assert found["segments"] == ["50.7%", "0.949", "160"]

@@ -1,9 +1,11 @@
 """`AsyncCache` at its ends: closed while it opens, while it is asked, while it is cleared."""
 
 import asyncio
+import gc
 import logging
 import os
 import threading
+import weakref
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -74,30 +76,74 @@ async def test_memory_that_others_take_while_it_is_filled_is_refused(monkeypatch
     assert os.listdir("/proc/self/fd") == before
 
 
-class SlowToOpen(MemoryBackend):
-    """Opens when it is let."""
+class NeverOpen(MemoryBackend):
+    """Is opened until that is given up."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.begun, self.may = asyncio.Event(), asyncio.Event()
+        self.begun, self.ended = asyncio.Event(), asyncio.Event()
 
     async def open(self) -> None:
         self.begun.set()
-        await self.may.wait()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.ended.set()
 
 
 async def test_a_cache_that_is_closed_while_it_opens_does_not_open() -> None:
-    backend = SlowToOpen()
+    backend = NeverOpen()
     cache = AsyncCache(CacheConfig(l1_bytes=2**20), [backend])
     opening = asyncio.create_task(cache.open())
     await backend.begun.wait()
     await cache.close()
-    backend.may.set()
+    assert backend.ended.is_set(), "nothing of it goes on"
     with pytest.raises(CacheClosedError, match="was closed"):
         await opening
     with pytest.raises(CacheClosedError):
         await cache.stats()
     assert repr(cache).startswith("<AsyncCache, closed")
+
+
+async def test_who_opens_a_cache_and_is_cancelled_gets_that_though_it_is_closed_as_well() -> None:
+    backend = NeverOpen()
+    cache = AsyncCache(CacheConfig(l1_bytes=2**20), [backend])
+    opening = asyncio.create_task(cache.open())
+    await backend.begun.wait()
+    closing = asyncio.create_task(cache.close())
+    await asyncio.sleep(0)
+    opening.cancel()
+    await closing
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+
+
+async def test_who_is_cancelled_in_the_step_in_which_it_has_opened_leaves_nothing_open() -> None:
+    closed = asyncio.Event()
+
+    class Told(MemoryBackend):
+        async def close(self) -> None:
+            closed.set()
+
+    cache = AsyncCache(CacheConfig(l1_bytes=2**20), [Told()])
+    opening = asyncio.create_task(cache.open())
+    while cache._opening is None or not cache._opening.done():  # noqa: ASYNC110 (steps are counted)
+        await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert closed.is_set(), "nobody else can close it"
+
+
+async def test_a_cache_that_is_closed_in_the_step_in_which_it_has_opened_is_closed() -> None:
+    cache = AsyncCache(CacheConfig(l1_bytes=2**20, l2=["memory://"]))
+    opening = asyncio.create_task(cache.open())
+    while cache._opening is None or not cache._opening.done():  # noqa: ASYNC110 (steps are counted)
+        await asyncio.sleep(0)
+    assert repr(cache).startswith("<AsyncCache, opening")
+    await cache.close()
+    with pytest.raises(CacheClosedError):
+        await opening
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), OSError(28, "full"), asyncio.CancelledError()], ids=repr)
@@ -356,10 +402,29 @@ async def test_a_call_from_another_loop_is_told_so_at_once() -> None:
         async def elsewhere() -> None:
             with pytest.raises(RuntimeError, match="another event loop"):
                 cache.prefetch(PROMPT)
-            with pytest.raises(RuntimeError, match="another event loop"):
-                await cache.lookup(PROMPT)
+            for call in (lambda: cache.lookup(PROMPT), cache.close):
+                with pytest.raises(RuntimeError, match="another event loop"):
+                    await call()
 
         await asyncio.to_thread(asyncio.run, elsewhere())
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await asyncio.to_thread(cache.prefetch, PROMPT)  # also where no loop runs
+        assert (await cache.lookup(PROMPT)).chunks == 0
+
+
+async def test_a_closed_cache_keeps_nothing_of_what_it_was() -> None:
+    cache = await AsyncCache(CacheConfig(l1_bytes=2**20, l2=["memory://"])).open()
+    arena = weakref.ref(cache.core.arena)
+    await cache.close()
+    gc.collect()
+    assert arena() is None, "not its memory either, however long somebody has it"
+
+
+async def test_a_cache_whose_loop_was_closed_says_so() -> None:
+    cache = AsyncCache(CacheConfig(l1_bytes=2**20, l2=[]))
+    await asyncio.to_thread(asyncio.run, cache.open())
+    with pytest.raises(RuntimeError, match="was closed meanwhile"):
+        await cache.close()
 
 
 async def test_a_call_of_a_client_from_another_loop_is_told_so_at_once(tmp_path: Path) -> None:
@@ -371,7 +436,13 @@ async def test_a_call_of_a_client_from_another_loop_is_told_so_at_once(tmp_path:
     ):
 
         async def elsewhere() -> None:
-            for call in (client.ping, client.stats, lambda: client.lookup(PROMPT), lambda: client.query_status("x")):
+            for call in (
+                client.ping,
+                client.stats,
+                lambda: client.lookup(PROMPT),
+                lambda: client.query_status("x"),
+                client.close,
+            ):
                 with pytest.raises(RuntimeError, match="another event loop"):
                     await asyncio.wait_for(call(), 5)
             with pytest.raises(RuntimeError, match="another event loop"):

@@ -25,14 +25,17 @@ SECONDS = 30
 TOKENS = ["token-of-operations", "token-of-acme-number-one", "token-of-acme-number-two"]
 
 FLAGS = {
-    "serve": ["--config", "-c", "--listen", "--l1-bytes", "--l2", "--log-level", "--log-format", "--help"],
-    "ping": ["--url", "--token-file", "--count", "-n", "--help"],
+    "serve": [
+        *("--config", "-c", "--listen", "--l1-bytes", "--l2", "--quota", "--record", "--log-level", "--log-format"),
+        "--help",
+    ],
+    "ping": ["--url", "--token-file", "--count", "-n", "--json", "--help"],
     "status": ["--url", "--token-file", "--json", "--help"],
     "config": ["--config", "-c", "--listen", "--l1-bytes", "--l2", "--json", "--help"],
     "reload": ["--url", "--token-file", "--json", "--help"],
-    "backend add": ["--position", "--url", "--token-file", "--help"],
+    "backend add": ["--position", "--url", "--token-file", "--json", "--help"],
     "backend drain": ["--url", "--token-file", "--json", "--help"],
-    "backend remove": ["--url", "--token-file", "--help"],
+    "backend remove": ["--url", "--token-file", "--json", "--help"],
     "backend list": ["--url", "--token-file", "--json", "--help"],
     "copy": ["--json", "--help"],
     "replay": [
@@ -43,14 +46,25 @@ FLAGS = {
         "--outputs",
         "--no-outputs",
         "--plot",
+        *("--timed", "--pace", "--at-once", "--salt", "--url", "--token-file"),
         "--json",
         "--help",
     ],
+    "size": ["--capacity", "--policy", "--kv-dtype", "--plot", "--json", "--help"],
     "explain": ["--model", "--layout", "--salt", "--adapter", "--url", "--token-file", "--json", "--help"],
     "prefetch": ["--model", "--layout", "--salt", "--adapter", "--url", "--token-file", "--json", "--help"],
-    "list": ["--model", "--salt", "--chunks", "--after", "--limit", "-n", "--url", "--token-file", "--json", "--help"],
+    "list": [
+        *("--model", "--salt", "--chunks", "--backend", "--after", "--limit", "-n"),
+        *("--url", "--token-file", "--json", "--help"),
+    ],
     "delete": ["--model", "--layout", "--salt", "--adapter", "--url", "--token-file", "--json", "--help"],
     "clear": ["--all", "--yes", "--url", "--token-file", "--json", "--help"],
+    "retain": [
+        *("--tokens", "--ttl", "--model", "--layout", "--salt", "--adapter"),
+        *("--url", "--token-file", "--json", "--help"),
+    ],
+    "retained": ["--url", "--token-file", "--json", "--help"],
+    "warm": ["--model", "--layout", "--salt", "--adapter", "--url", "--token-file", "--json", "--help"],
     "bench": [
         *("--url", "--token-file", "--seconds", "--clients", "--prompts", "--chunks", "--chunk-bytes", "--hits"),
         *("--seed", "--json", "--help"),
@@ -201,6 +215,14 @@ def test_ping_says_how_long_it_took(server: Path) -> None:
     assert match
     times = [int(time) for time in match.groups()]
     assert times == sorted(times)
+    told = json.loads(printed(server, "ping", "-n", "5", "--json"))
+    assert told.pop("answers") == 5
+    assert list(told) == ["fastest_seconds", "median_seconds", "slowest_seconds"]
+    assert 0 < told["fastest_seconds"] <= told["median_seconds"] <= told["slowest_seconds"] < SECONDS
+
+
+def test_every_command_that_says_something_says_it_in_json_too() -> None:
+    assert [command for command, flags in FLAGS.items() if "--json" not in flags] == ["serve"]
 
 
 def test_status_is_a_table(server: Path) -> None:
@@ -249,7 +271,7 @@ def test_a_server_of_something_else_is_told_apart(directory: Path) -> None:
 
 @pytest.mark.parametrize("url", ["/run/cache.sock", "tcp://localhost", "tcp://a..b:1"])
 def test_a_url_that_is_none_is_told(url: str, shared: Path) -> None:
-    assert "allowed: unix:///path or tcp://host:port" in complaint(run(shared, "ping", "--url", url))
+    assert "allowed: unix:///path, tcp://host:port or tls://host:port" in complaint(run(shared, "ping", "--url", url))
 
 
 def test_an_interrupted_command_says_nothing(directory: Path) -> None:
@@ -275,6 +297,7 @@ def rows(text: str) -> list[list[str]]:
     return [re.split(r" {2,}", line.strip()) for line in text.splitlines()[1:]]
 
 
+@pytest.mark.timeout(180)  # a dozen processes
 def test_backends_are_added_drained_removed_and_listed(directory: Path) -> None:
     with serving(directory, "--l2", "memory://near"):
         head, row = printed(directory, "backend", "list").splitlines()
@@ -293,14 +316,19 @@ def test_backends_are_added_drained_removed_and_listed(directory: Path) -> None:
         assert [row[1] for row in rows(printed(directory, "backend", "list"))] == ["active", "drained", "active"]
         assert printed(directory, "backend", "remove", "near") == ""
         assert [row[0] for row in rows(printed(directory, "backend", "list"))] == names[::2]
+        listed = json.loads(printed(directory, "backend", "add", "memory://last", "--json"))
+        assert [each["name"] for each in listed] == [*names[::2], "last"]
+        listed = json.loads(printed(directory, "backend", "remove", "last", "--json"))
+        assert [each["name"] for each in listed] == names[::2]
         for arguments, why in {
             ("add", "memory://fast"): "there is a backend 'fast' already",
-            ("add", "nothing://"): "unknown scheme 'nothing'",
+            ("add", "nothing://"): "nothing://: unknown scheme 'nothing'",
             ("add", "memory://x", "--position", "7"): "--position: position must be from 0 to 2, not 7",
             ("drain", "near"): "there is no backend 'near': there is fast, ",
             ("remove", "near"): "there is no backend 'near': there is fast, ",
         }.items():
-            assert why in complaint(run(directory, "backend", *arguments))
+            said = complaint(run(directory, "backend", *arguments))
+            assert why in said and said.startswith("--position") == ("--position" in arguments)
 
 
 def test_a_token_that_is_bound_to_salts_is_not_for_backends(directory: Path, tenants: Path) -> None:
@@ -338,7 +366,7 @@ def test_a_copy_that_is_killed_is_gone_on_with(directory: Path) -> None:
     fill(source, 3000)
     process = start(directory, "copy", source, target)
     end = time.monotonic() + SECONDS
-    while time.monotonic() < end and not any((directory / "b").rglob("*.kv")):
+    while time.monotonic() < end and not any(path.stat().st_size > 20_000 for path in (directory / "b").rglob("*.idx")):
         time.sleep(0.001)
     process.kill()
     process.communicate()
@@ -424,7 +452,7 @@ def test_config_shows_every_setting_and_its_default(directory: Path) -> None:
     ]
     assert {origin for _, origin in shown.values()} == {"default"}
     assert shown["l1_bytes"] == ("1 GiB", "default")
-    assert shown["l2"] == (f"fs://{directory}/async_cache?capacity=10GiB", "default")
+    assert shown["l2"] == (f"fs://{directory}/async_cache-2?capacity=10GiB", "default")
     assert shown["lookup_timeout_seconds"] == ("1.0", "default")
     assert shown["server.listen"] == (f"unix://{directory}/async_cache.sock", "default")
 

@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from contract.support import fill, make_layout, make_prompt, make_tokens
@@ -13,9 +16,11 @@ from terminal import terminal
 from test_cli import complaint, printed, run
 
 from async_cache import connect
+from async_cache.cli import doctor
 
 TOKENS = ",".join(map(str, make_tokens(4)))
 OTHER = make_layout(model="other")
+OTHER_TOKENS = ",".join(map(str, make_tokens(2, 9)))
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -53,6 +58,22 @@ def test_list_tells_chunks_in_pages(served: ServerProcess, tmp_path: Path) -> No
     assert "no hash" in complaint(run(tmp_path, "list", "--chunks", "--after", "xyz", "--url", served.url))
 
 
+def test_list_tells_what_a_backend_has(served: ServerProcess, tmp_path: Path) -> None:
+    flags = ["--url", served.url, "--backend", "memory"]
+    printed(tmp_path, "delete", TOKENS, "--url", served.url, "--model", "model")
+    printed(tmp_path, "clear", "--url", served.url)
+    wanted = sorted(chunk_hash.hex() for chunk_hash in make_prompt(2, 9, OTHER, salt="secret").chunk_hashes)
+    told = json.loads(printed(tmp_path, "list", *flags, "--json"))
+    assert [(it["chunk_hash"], it["model"], it["room_bytes"]) for it in told] == [(h, "", 16) for h in wanted]
+    printed(tmp_path, "prefetch", OTHER_TOKENS, "--url", served.url, "--model", "other", "--salt", "secret")
+    first = printed(tmp_path, "list", *flags, "-n", "1").splitlines()
+    assert first[1].split() == [wanted[0], "other", "secret", "16", "B", "0", "0"]
+    assert first[-1] == f"more: --after {wanted[0]}"
+    assert wanted[1] in printed(tmp_path, "list", *flags, "--after", wanted[0])
+    assert "no backend 'far'" in complaint(run(tmp_path, "list", "--url", served.url, "--backend", "far"))
+    assert "--model and --salt" in complaint(run(tmp_path, "list", *flags, "--salt", "secret"))
+
+
 def test_explain_tells_where_a_prompt_is_and_why_not(served: ServerProcess, tmp_path: Path) -> None:
     flags = ["--url", served.url, "--model", "model"]
     assert "0-3     0-15    l1" in printed(tmp_path, "explain", TOKENS, *flags)
@@ -70,18 +91,26 @@ def test_prefetch_loads_into_memory(served: ServerProcess, tmp_path: Path) -> No
     text = printed(tmp_path, "prefetch", TOKENS + ",1,2,3,4", *flags)
     assert "4 of 5 chunks are cached, 0 of them in memory; it is not known" in text
     assert "4 chunks (16 tokens) in " in text
-    told = json.loads(printed(tmp_path, "prefetch", TOKENS, *flags, "--json"))
+    told = json.loads(printed(tmp_path, "prefetch", TOKENS + ",1,2,3,4", *flags, "--json"))
     assert (told["hits"]["l1_chunks"], told["result"]["chunks"]) == (4, 4)
+    assert told["hits"]["missed"] == {"state": "unknown", "removal": None, "diverges": False}
 
 
-def test_tokens_come_from_a_file_and_the_layout_too(served: ServerProcess, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_tokens_come_from_a_file_and_the_layout_too(served: ServerProcess, tmp_path: Path, encoding: str) -> None:
     tokens, layout = tmp_path / "tokens", tmp_path / "layout"
-    tokens.write_text(json.dumps(make_tokens(4)))
+    tokens.write_text(json.dumps(make_tokens(4)), encoding)
     root = json.loads(printed(tmp_path, "list", "--url", served.url, "--json", "--model", "model"))[0]
-    layout.write_text(json.dumps(root["layout"]))
+    layout.write_text(json.dumps(root["layout"]), encoding)
     told = json.loads(
         printed(tmp_path, "explain", f"@{tokens}", "--layout", str(layout), "--url", served.url, "--json")
     )
+    assert [span["state"] for span in told["spans"]] == ["l1"]
+
+
+def test_a_model_whose_chunks_were_removed_is_not_asked_about(served: ServerProcess, tmp_path: Path) -> None:
+    printed(tmp_path, "delete-model", "other", "--url", served.url)
+    told = json.loads(printed(tmp_path, "explain", TOKENS, "--url", served.url, "--json"))
     assert [span["state"] for span in told["spans"]] == ["l1"]
 
 
@@ -98,7 +127,10 @@ def test_what_is_asked_wrongly_is_one_line(served: ServerProcess, tmp_path: Path
     flags = ["--url", served.url]
     assert "say which" in complaint(run(tmp_path, "explain", TOKENS, *flags))
     assert "knows no prompts of 'none'" in complaint(run(tmp_path, "explain", TOKENS, "--model", "none", *flags))
-    assert complaint(run(tmp_path, "explain", "1,x", "--model", "model", *flags)).startswith("TOKENS: ")
+    assert complaint(run(tmp_path, "explain", "1,x", "--model", "model", *flags)) == "TOKENS: 'x' is no token id"
+    assert complaint(run(tmp_path, "bench", "--chunk-bytes", "x", *flags)).startswith(
+        "--chunk-bytes: 'x' is not a size"
+    )
     assert "no-such-file" in complaint(run(tmp_path, "explain", "@no-such-file", *flags))
     broken = tmp_path / "layout"
     broken.write_text('{"model": "m"}')
@@ -119,6 +151,7 @@ def test_a_tenant_hears_nothing_of_others(tmp_path: Path) -> None:
         assert json.loads(printed(tmp_path, "list", "--json", *flags)) == []
         assert json.loads(printed(tmp_path, "list", "--chunks", "--json", *flags)) == []
         assert "not for" in complaint(run(tmp_path, "clear", *flags))
+        assert "not for" in complaint(run(tmp_path, "list", "--backend", "memory", *flags))
 
 
 def test_bench_drives_a_server_and_leaves_nothing(served: ServerProcess, tmp_path: Path) -> None:
@@ -135,6 +168,14 @@ def test_bench_drives_a_server_and_leaves_nothing(served: ServerProcess, tmp_pat
     assert "█" in text and "median" in text
 
 
+def test_doctor_knows_a_mount_whatever_its_path_is_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts, there = tmp_path / "mounts", Path(os.fsdecode(b"/data of\xff"))
+    mounts.write_bytes(b"/dev/a / ext4 rw 0 0\nhost:/b /data\\040of\xff nfs4 rw,soft 0 0\n")
+    monkeypatch.setattr(doctor, "_MOUNTS", mounts)
+    assert doctor._mount(there / "store") == ("nfs4", "rw,soft")
+    assert doctor._mount(Path("/data")) == ("ext4", "rw")
+
+
 def test_doctor_says_what_to_change(tmp_path: Path) -> None:
     good = run(tmp_path, "doctor", "--l1-bytes", "1MiB", "--l2", f"fs://{tmp_path}/l2?capacity=1MiB", "--json")
     told = json.loads(good.stdout)
@@ -145,9 +186,64 @@ def test_doctor_says_what_to_change(tmp_path: Path) -> None:
     found = {it["about"]: it["state"] for it in json.loads(bad.stdout)}
     assert found["memory"] == found["valkey://127.0.0.1:1"] == "bad"
     assert "-> " in run(tmp_path, "doctor", "--l1-bytes", "900TiB", "--l2", "memory://").stdout
+    unknown = run(tmp_path, "doctor", "--l1-bytes", "1MiB", "--l2", "what://user:secret@x", "--json")
+    assert unknown.returncode == 1 and "secret" not in unknown.stdout
+    assert "unknown scheme 'what'" in next(
+        it["found"] for it in json.loads(unknown.stdout) if it["about"].startswith("what")
+    )
 
 
-def test_shells_complete_commands(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "why"), [("/proc/nobody/makes/this", "cannot be written to"), ("/etc/hostname/kv", "is no directory")]
+)
+def test_doctor_goes_on_where_a_directory_cannot_be_used(where: str, why: str, tmp_path: Path) -> None:
+    done = run(tmp_path, "doctor", "--l1-bytes", "1MiB", "--l2", f"fs://{where}", "--json")
+    assert (done.returncode, done.stderr) == (1, "")
+    told = {it["about"]: it for it in json.loads(done.stdout)}
+    assert told[f"fs://{where}"]["state"] == "bad" and why in told[f"fs://{where}"]["found"]
+    assert "packages" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [("ba", {"backend"}), ("backend re", {"remove"}), ("list --ch", {"--chunks"}), ("serve --log-f", {"--log-format"})],
+)
+def test_a_shell_completes_commands_and_flags(words: str, wanted: set[str], tmp_path: Path) -> None:
+    """What bash does for a word that is begun, with the script that `--show-completion` prints."""
     taken_at_its_word = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # there may be no shell above a test
-    script = printed(tmp_path, "--show-completion", "bash", **taken_at_its_word)
-    assert "complete" in script
+    program = Path(sys.executable).with_name("async-cache")
+    script = subprocess.run(
+        [program, "--show-completion", "bash"],
+        env=environment() | taken_at_its_word,
+        stdout=PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    count = len(words.split())
+    asks = f"""
+        {script}
+        complete -p async-cache > /dev/null || exit 1
+        COMP_WORDS=({program} {words}); COMP_CWORD={count}
+        _async_cache_completion {program}
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    told = subprocess.run(["bash", "-c", asks], env=environment(), stdout=PIPE, text=True, check=True).stdout
+    assert set(told.split()) == wanted
+
+
+def test_what_is_kept_is_said_listed_and_let_go(served: ServerProcess, tmp_path: Path) -> None:
+    flags = ["--url", served.url]
+    of_model = [*flags, "--model", "model"]
+    assert "nothing is kept" in printed(tmp_path, "retained", *flags)
+    told = json.loads(printed(tmp_path, "retain", TOKENS, "--ttl", "3600", *of_model, "--json"))
+    assert (told["chunks"], told["clipped"], told["model"]) == (4, None, "model")
+    more = ",".join(map(str, make_tokens(6)))
+    assert "4 chunks (16 tokens) are kept" in printed(tmp_path, "retain", more, *of_model)
+    assert "not_stored" in printed(tmp_path, "retained", *flags)
+    assert [it["chunks"] for it in json.loads(printed(tmp_path, "retained", *flags, "--json"))] == [4, 4]
+    assert "nothing of it is kept" in printed(tmp_path, "retain", more, "--ttl", "0", *of_model)
+    assert len(json.loads(printed(tmp_path, "retained", *flags, "--json"))) == 1
+    assert "tokens must be" in complaint(run(tmp_path, "retain", TOKENS, "--tokens", "999", *of_model))
+    assert "ttl_seconds" in complaint(run(tmp_path, "retain", TOKENS, "--ttl", "-1", *of_model))
+    printed(tmp_path, "clear", *flags)
+    assert "4 chunks (16 tokens)" in printed(tmp_path, "warm", TOKENS, *of_model)

@@ -10,7 +10,19 @@ from types import ModuleType
 
 import pytest
 
+from async_cache.testing.virtual import run_virtual
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    """An example, as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(name: str) -> str:
@@ -29,6 +41,20 @@ def test_the_quickstart_finds_and_reads_what_it_stored():
     ]
 
 
+def test_a_second_engine_computes_what_the_first_has_not_stored():
+    assert run("engine.py").splitlines() == [
+        "the first engine has computed 324 tokens, the second one 36",
+        "with the same answers",
+    ]
+
+
+def test_what_one_engine_prefills_another_one_decodes():
+    prefilled, decoded = run("two_engines.py").splitlines()
+    (first,) = re.fullmatch(r"prefill: 100 tokens computed, the next one is (\d+)", prefilled).groups()
+    # 96 of 100 tokens are whole chunks; of 8 new ones the last is not computed.
+    assert re.fullmatch(rf"decode:  11 tokens computed, the next ones are \[{first}(, \d+){{7}}\]", decoded)
+
+
 def test_the_earlier_a_scheduler_knows_the_count_the_shorter_its_queue():
     output = run("scheduler.py")
     rows = [re.findall(r"(\d+) / (\d+)", line) for line in output.splitlines() if " / " in line and line[0].isdigit()]
@@ -40,15 +66,19 @@ def test_the_earlier_a_scheduler_knows_the_count_the_shorter_its_queue():
     assert re.search(r"\d+ ms \(\d+%\) less than 'in order'", output)
 
 
+@pytest.mark.parametrize(("load_time", "requests"), [(2.0, 64), (0.5, 8), (0.5, 64), (8.0, 8)])
+def test_who_follows_the_advice_is_as_fast_as_the_better_of_loading_and_computing(load_time, requests):
+    advice = load("advice")
+    taken = {how: run_virtual(advice.measure(how, requests, load_time)) for how in advice.ENGINES}
+    load_99, compute_99, advice_99 = (advice.percentile(times, 0.99) for times in taken.values())
+    assert (load_99 > compute_99) == (load_time > 1)
+    assert advice_99 <= 1.1 * min(load_99, compute_99)
+
+
 @pytest.fixture(scope="module")
 def real_model() -> ModuleType:
     pytest.importorskip("transformers", reason="needs the extra async-kv-cache[demo]")
-    spec = importlib.util.spec_from_file_location("real_model", EXAMPLES / "real_model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("real_model")
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +136,22 @@ def test_without_the_model_the_demonstration_says_how_to_get_it(real_model, monk
     monkeypatch.setattr(sys, "argv", ["real_model.py"])
     with pytest.raises(SystemExit, match="make demo"):
         real_model.main()
+
+
+class FewWords(Words):
+    def __call__(self, text):
+        return {"input_ids": super().__call__(text)["input_ids"][:140]}
+
+
+async def test_documents_are_found_wherever_they_stand(real_model, tiny_model, capsys, monkeypatch):
+    segments = load("segments")
+    monkeypatch.setattr(segments, "QUESTIONS", segments.QUESTIONS[::2])  # over the same three documents
+    monkeypatch.setattr(segments, "ANSWER_TOKENS", 2)
+    first, again = answered = await segments.answer_all(tiny_model, FewWords())
+    segments.show(answered, FewWords())
+    assert first.found == 0 and again.found > 3 * 120
+    assert again.computed < 0.5 * first.computed
+    assert "full prefill" in capsys.readouterr().out
 
 
 def report(real_model, *, reused_tokens: int, answer: list[int]):

@@ -6,9 +6,11 @@ import json
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +31,7 @@ from soak import rounds
 
 from async_cache import CacheClient, CacheConfig, ConfigError, ObjectGroup, Prompt, __version__, connect
 from async_cache.config import ServerConfig, parse_bytes
+from async_cache.l2.mooncake.process import _kill as mooncake_kill
 from async_cache.l2.urls.registry import from_urls
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +90,29 @@ def test_what_cannot_be_a_store_is_one_line() -> None:
     assert (child.returncode, told) == (1, "")
     assert len(errors.splitlines()) == 1
     assert "unknown scheme 'nope'" in errors
+
+
+@pytest.mark.parametrize("of", ["the example", "Mooncake's helper"])
+async def test_a_signal_to_a_process_that_has_ended_leaves_it_to_who_waits(
+    of: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio's thread that waits for it comes late, as on a busy machine, and must not find it gone."""
+    kill = runpy.run_path(str(EXAMPLE))["tell"] if of == "the example" else None
+    signalled, waitpid = threading.Event(), os.waitpid
+
+    def late(pid: int, options: int) -> tuple[int, int]:
+        signalled.wait(20)
+        return waitpid(pid, options)
+
+    monkeypatch.setattr(os, "waitpid", late)
+    ended = await asyncio.create_subprocess_exec(sys.executable, "-c", "raise SystemExit(7)")
+    try:
+        await asyncio.to_thread(os.waitid, os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        kill(ended, signal.SIGTERM) if kill is not None else mooncake_kill(ended)
+    finally:
+        signalled.set()
+    assert await ended.wait() == 7
+    assert "Unknown child process" not in caplog.text
 
 
 # What deploys it.

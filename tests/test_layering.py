@@ -30,26 +30,30 @@ MAY_KNOW = {
     "protocol": "errors prompt values",
     "limits": "",
     "config": "errors limits prompt protocol retention",
-    "observe": "handles values",
+    "observe": "handles prompt values",
+    "recording": "errors observe prompt",
     "ledger": "observe prompt values",
+    "advice": "",
     # the tiers, and the ways through them
     "l1": "aio ledger memory observe prompt retention values",
     "l2": "aio config errors ledger prompt retention values",
-    "read": "aio config errors handles l1 l2 ledger observe prompt values",
+    "read": "advice aio config errors handles l1 l2 ledger observe prompt values",
     "write": "aio config errors handles l1 l2 ledger observe prompt read retention values",
     "events": "handles ledger observe values",
     "tracing": "errors handles observe read values",
     "core": "aio config errors events l1 l2 ledger memory observe prompt read retention tracing values write",
     "cache": "aio config core errors handles l2 memory prompt tracing values",
     # the same from other processes
-    "metrics": "aio core handles l2 read values",
-    "server": "cache config core errors handles l2 limits memory metrics observe prompt protocol read values",
+    "metrics": "aio core l2 read values",
+    "server": (
+        "aio cache config core errors handles l2 limits memory metrics observe prompt protocol read recording values"
+    ),
     "client": "aio errors handles memory prompt protocol values",
-    "integrations": "aio cache client errors handles prompt values",
-    "replay": "errors l1 memory prompt retention values",
-    "cli": "client config errors l2 memory prompt protocol replay retention server values",
+    "integrations": "advice aio cache client errors handles prompt values",
+    "replay": "aio client errors l1 memory prompt recording retention values",
+    "cli": "client config errors l2 memory prompt protocol recording replay retention server values",
     "__main__": "cli",
-    "testing": "errors l2 prompt values",
+    "testing": "errors l2 prompt",
 }
 """Each room (a folder, or a module beside the folders), and the rooms that it may import: all that it does import."""
 LAZY = {
@@ -115,6 +119,17 @@ def test_every_room_is_in_the_table_and_in_the_docstring() -> None:
     assert set(MAY_KNOW) == rooms
     lines = re.findall(r"^- (`.*?`):", async_cache.__doc__ or "", re.MULTILINE)
     assert sorted(name for line in lines for name in re.findall(r"`(\w+)`", line)) == sorted(rooms)
+
+
+@pytest.mark.parametrize("package", [m for m, path in MODULES.items() if path.name == "__init__.py" and "." in m])
+def test_the_docstring_of_a_package_lists_its_modules(package: str) -> None:
+    there = {module.rpartition(".")[2] for module in MODULES if module.rpartition(".")[0] == package}
+    text = ast.get_docstring(ast.parse(MODULES[package].read_text())) or ""
+    lines = re.findall(r"^ *((?:\w+, )*\w+)( +)\S", text, re.MULTILINE)
+    listed = {name for names, _ in lines for name in names.split(", ")}
+    beside = {name for names, gap in lines if len(gap) > 1 for name in names.split(", ")}
+    assert not there - listed, f"{package}/__init__.py does not list {', '.join(sorted(there - listed))}"
+    assert not beside - there, f"{package}/__init__.py lists what there is not: {', '.join(sorted(beside - there))}"
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "async_cache"])

@@ -17,7 +17,8 @@ DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 WITHOUT_TORCH = """
 import asyncio, sys
-sys.modules |= {"torch": None, "numpy": None}
+sys.modules |= dict.fromkeys(("torch", "numpy"))
+sys.modules |= dict.fromkeys(("aiofiles", "typer", "rich", "starlette", "uvicorn", "prometheus_client"))
 from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup
 
 async def main():
@@ -45,11 +46,19 @@ def needed(extra: str) -> set[str]:
     return names
 
 
-def test_without_torch_and_numpy_all_but_tensors_works() -> None:
+def test_without_the_extras_a_cache_works_but_for_tensors() -> None:
     command = [sys.executable, "-c", WITHOUT_TORCH]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     assert done.stdout == "[b'abcd']\n"
     assert "ImportError: tensors need torch: pip install 'async-kv-cache[torch]'" in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "starlette", "uvicorn", "prometheus_client", "aiofiles"])
+def test_a_command_says_which_extra_it_needs(missing: str) -> None:
+    code = f"import sys; sys.modules['{missing}'] = None; from async_cache.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    needs = "the commands need the extra server: pip install 'async-kv-cache[server]'"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"async-cache: {missing} is not installed; {needs}\n")
 
 
 def test_only_extras_need_torch() -> None:

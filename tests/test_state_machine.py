@@ -31,8 +31,11 @@ from async_cache import (
     ObjectGroup,
     Prefetch,
     Prompt,
+    ReadChunk,
     ReadLease,
     RequestError,
+    SegmentHits,
+    SegmentResult,
     Shortfall,
     WriteChunk,
     Writer,
@@ -52,8 +55,11 @@ SPLIT = ModelLayout(
 )
 HEAD = [1, 2, 3, 4, 5, 6]
 PROMPTS = [layout.prompt(HEAD + tail) for layout in (PLAIN, SPLIT) for tail in ([7, 8, 9, 10], [11, 12])]
+PROMPTS += [PLAIN.segment(HEAD + tail, context=[1, 2]) for tail in ([7, 8], [11, 12])]
+ALIKE = [[prompt for prompt in PROMPTS if prompt.layout is layout] for layout in (PLAIN, SPLIT)]
 
 prompts = st.sampled_from(PROMPTS)
+parts_of_one = st.one_of([st.lists(st.sampled_from(alike), min_size=1, max_size=4) for alike in ALIKE])
 request_ids = st.sampled_from(["a", "b", "c", "d"])
 some = st.sampled_from([[0], [1], [0, 1]])  # of the backends
 
@@ -84,10 +90,15 @@ class Request:
     """What was asked for, and what was answered so far."""
 
     prefetch: Prefetch
-    prompt: Prompt
+    parts: list[Prompt]
     start_chunk: int
     hits: LookupHits | None = None
     result: LoadResult | None = None
+
+
+def each(told: Any) -> Any:
+    """What is told of each prompt."""
+    return told.parts if isinstance(told, SegmentHits | SegmentResult) else (told,)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -108,7 +119,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = AsyncCache(config, backends=self.backends)
         self.requests: dict[str, Request] = {}
         self.waiting: list[asyncio.Task[None]] = []
-        self.leases: list[tuple[ReadLease, Prompt, int]] = []
+        self.leases: list[tuple[ReadLease, list[Prompt], int]] = []
         self.writers: list[tuple[Writer, Prompt, int]] = []
         self.removed: set[bytes] = set()
         self.calm = True  # nothing has happened that may break a promise
@@ -149,12 +160,56 @@ class CacheMachine(RuleBasedStateMachine):
             except RequestError:
                 return
             self.calm &= deadline is None
-            self.requests[request_id] = Request(begun, prompt, skip // prompt.layout.chunk_tokens)
+            self.requests[request_id] = Request(begun, [prompt], skip // prompt.layout.chunk_tokens)
             for _ in range(turns):
                 await asyncio.sleep(0)
 
         for request_id in ids:
             self.do(prefetch(request_id))
+
+    @rule(
+        parts=parts_of_one,
+        request_id=request_ids,
+        rank=st.sampled_from([None, None, 0, 1]),
+        deadline=st.sampled_from([None] * 6 + [0, 0.5, 3]),
+        turns=st.integers(0, 5),
+    )
+    def prefetch_segments(
+        self, parts: list[Prompt], request_id: str, rank: int | None, deadline: float | None, turns: int
+    ) -> None:
+        ranks = None if rank is None else [rank % parts[0].layout.world_size]
+
+        async def prefetch() -> None:
+            before = self.requests.get(request_id)
+            if before is not None and before.result is not None:
+                await self.cache.end_request(request_id)
+            try:
+                begun = self.cache.prefetch_segments(
+                    parts, request_id=request_id, ranks=ranks, deadline_seconds=deadline
+                )
+            except RequestError:
+                return
+            self.calm &= deadline is None
+            self.requests[request_id] = Request(begun, parts, 0)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+        self.do(prefetch())
+
+    @rule(parts=parts_of_one)
+    def use_segments(self, parts: list[Prompt]) -> None:
+        """The whole way of a request for several prompts."""
+
+        async def use() -> None:
+            request = Request(begun := self.cache.prefetch_segments(parts), parts, 0)
+            self.check_hits(request, hits := await begun.lookup_done)
+            self.check_result(hits, await begun.load_done)
+            for rank in range(parts[0].layout.world_size):
+                for reader in range(parts[0].layout.readers_per_rank):
+                    async with self.cache.read(begun.request_id, rank=rank, reader=reader) as lease:
+                        self.check_bytes(lease, parts, rank)
+
+        self.do(use())
 
     @rule(request_id=request_ids, query=st.sampled_from(["query_lookup_hits", "query_status"]))
     def query(self, request_id: str, query: str) -> None:
@@ -180,7 +235,7 @@ class CacheMachine(RuleBasedStateMachine):
             except (RequestError, ValueError):
                 return
             assert request is not None
-            self.leases.append((lease, request.prompt, rank))
+            self.leases.append((lease, request.parts, rank))
 
         self.wait_for(enter())
 
@@ -190,13 +245,13 @@ class CacheMachine(RuleBasedStateMachine):
 
         async def use() -> None:
             begun = self.cache.prefetch(prompt, skip_tokens=skip)
-            request = Request(begun, prompt, skip // prompt.layout.chunk_tokens)
+            request = Request(begun, [prompt], skip // prompt.layout.chunk_tokens)
             self.check_hits(request, hits := await begun.lookup_done)
             self.check_result(hits, await begun.load_done)
             for rank in range(prompt.layout.world_size):
                 for reader in range(prompt.layout.readers_per_rank):
                     async with self.cache.read(begun.request_id, rank=rank, reader=reader) as lease:
-                        self.check_bytes(lease, prompt, rank)
+                        self.check_bytes(lease, [prompt], rank)
 
         self.do(use())
 
@@ -399,15 +454,24 @@ class CacheMachine(RuleBasedStateMachine):
         for lease in self.leases:
             self.check_bytes(*lease)
 
-    def check_bytes(self, lease: ReadLease, prompt: Prompt, rank: int) -> None:
-        begin, end = lease.result.start_chunk, lease.result.start_chunk + lease.result.chunks
-        assert [chunk.index for chunk in lease] == list(range(begin, end))
-        for chunk in lease:
-            for group, view in enumerate(chunk.views):
-                window = prompt.layout.groups[group].window_chunks
-                assert (view is None) == (window is not None and chunk.index < end - window)
-                assert view is None or bytes(view) == content(prompt, chunk.index, rank, group)
-                self.reached["objects read"] += view is not None
+    def check_bytes(self, lease: ReadLease, parts: list[Prompt], rank: int) -> None:
+        chunks = iter(lease)
+        for part, (prompt, loaded) in enumerate(zip(parts, each(lease.result), strict=True)):
+            begin, end = loaded.start_chunk, loaded.start_chunk + loaded.chunks
+            for index, chunk in zip(range(begin, end), chunks, strict=False):
+                assert (chunk.part, chunk.index) == (part, index)
+                self.check_chunk(chunk, prompt, rank, end, shared=len(parts) > 1)
+                self.reached["chunks of parts read"] += len(parts) > 1
+        assert next(chunks, None) is None
+
+    def check_chunk(self, chunk: ReadChunk, prompt: Prompt, rank: int, end: int, *, shared: bool) -> None:
+        """Check its bytes. One that several parts have in common may be within the window of another one of them."""
+        for group, view in enumerate(chunk.views):
+            window = prompt.layout.groups[group].window_chunks
+            outside = window is not None and chunk.index < end - window
+            assert (view is None) == outside or (shared and outside)
+            assert view is None or bytes(view) == content(prompt, chunk.index, rank, group)
+            self.reached["objects read"] += view is not None
 
     @invariant()
     def promises_are_kept(self) -> None:
@@ -431,11 +495,18 @@ class CacheMachine(RuleBasedStateMachine):
     def check_hits(self, request: Request, hits: LookupHits) -> None:
         self.reached[f"hits {hits.shortfall}"] += 1
         assert hits.start_chunk == request.start_chunk
-        assert 0 <= hits.chunks <= hits.found_chunks <= len(request.prompt) - request.start_chunk
-        assert hits.chunks == hits.l1_chunks + hits.l2_chunks and min(hits.l1_chunks, hits.l2_chunks) >= 0
-        assert (hits.chunks == hits.found_chunks) or hits.shortfall is not None
+        for part, prompt in zip(each(hits), request.parts, strict=True):
+            assert 0 <= part.chunks <= part.found_chunks <= len(prompt) - request.start_chunk
+            assert part.chunks == part.l1_chunks + part.l2_chunks and min(part.l1_chunks, part.l2_chunks) >= 0
+            assert (part.chunks == part.found_chunks) or part.shortfall is not None
+        assert hits.chunks == sum(part.chunks for part in each(hits)) == hits.l1_chunks + hits.l2_chunks
 
     def check_result(self, hits: LookupHits, result: LoadResult) -> None:
+        if isinstance(hits, SegmentHits):
+            assert result.chunks == sum(part.chunks for part in each(result))
+            for promised, loaded in zip(each(hits), each(result), strict=True):
+                self.check_result(promised, loaded)
+            return
         self.reached[f"result {result.shortfall}"] += 1
         self.reached["loaded"] += result.l2_chunks > 0
         assert 0 <= result.chunks <= hits.chunks and (result.chunks < hits.chunks) <= (result.shortfall is not None)
@@ -492,7 +563,7 @@ def test_in_whatever_order_things_are_done_promises_are_kept_and_nothing_leaks()
     run_state_machine_as_test(CacheMachine, settings=SETTINGS)
     reached = CacheMachine.reached
     many = "objects read", "loaded", "loads shared", "queries answered", "quarantined", "swept"
-    for what in (*many, "added", "drained", "backends removed"):
+    for what in (*many, "chunks of parts read", "added", "drained", "backends removed"):
         assert reached[what] >= 10, f"{what} too seldom to prove anything: {dict(reached)}"
 
 

@@ -31,7 +31,7 @@ def cells(notebook: Path) -> list[str]:
 def test_what_users_are_shown_is_well_typed(tmp_path: Path) -> None:
     for number, block in enumerate(blocks((ROOT / "README.md").read_text())):
         (tmp_path / f"readme_{number}.py").write_text(block)
-    for example in (ROOT / "examples").glob("*.py"):
+    for example in (ROOT / "examples").rglob("*.py"):
         shutil.copy(example, tmp_path)
     for notebook in (ROOT / "examples").glob("*.ipynb"):
         body = indent("\n\n".join(cells(notebook)), "    ")

@@ -18,7 +18,9 @@ class Backlog:
         self._at_once = self._left = at_once  # items in this turn
         self._waiting: deque[tuple[Callable[[Sequence[Any]], object], Sequence[Any], int]] = deque()
         self._comes_again = False  # in the loop's next turn
-        self._given = self._done = 0  # items that had to wait, and those of them that are done
+        self.given = 0
+        """How many items had to wait so far."""
+        self._done = 0  # those of them that are done
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -29,10 +31,17 @@ class Backlog:
             work(items)
             return
         self._waiting.append((work, items, 0))
-        self._given += len(items)
+        self.given += len(items)
         while self._waiting and self._left > 0:
             self._left -= self.do_some(self._left)
         self._come_again()
+
+    def do_ahead(self, work: Callable[[Sequence[Any]], object], items: Sequence[Any]) -> None:
+        """Do work on items as `do`, but if they are few, at once and ahead of all that waits."""
+        if len(items) <= FEW:
+            work(items)
+        else:
+            self.do(work, items)
 
     def do_some(self, count: int | None = None) -> int:
         """Do work on up to so many of the items that wait, as in a turn if None, and say how many these were."""
@@ -49,10 +58,14 @@ class Backlog:
         while self._waiting:
             self.do_some()
 
+    def has_done(self, given: int) -> bool:
+        """Whether all is done that was given when `given` was so many."""
+        return self._done >= given
+
     async def done(self) -> None:
         """Return when nothing waits any more of what was given before."""
-        given = self._given
-        while self._done < given:  # noqa: ASYNC110 (each turn does some of it)
+        given = self.given
+        while not self.has_done(given):  # noqa: ASYNC110 (each turn does some of it)
             await asyncio.sleep(0)
 
     def _come_again(self) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,6 +25,33 @@ async def to_its_end(future: "asyncio.Future[T]") -> "asyncio.Future[T]":
         finally:
             del cancelled  # it knows this frame: if the frame knew it, both would wait for the garbage collector
     return future
+
+
+async def until_done(
+    loop: asyncio.AbstractEventLoop, *futures: "asyncio.Future[Any]", timeout_seconds: float | None = None
+) -> None:
+    """Wait until one of these is done, whatever came of it, or the time is over. Cancelled, it cancels none of them.
+
+    It is what `asyncio.wait` does for the first that completes, in a third of the time: each load waits so twice.
+    """
+    if any(future.done() for future in futures):
+        return
+    waiter = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    timer = loop.call_later(timeout_seconds, wake) if timeout_seconds is not None else None
+    for future in futures:
+        future.add_done_callback(wake)
+    try:
+        await waiter
+    finally:
+        if timer is not None:
+            timer.cancel()
+        for future in futures:
+            future.remove_done_callback(wake)
 
 
 async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

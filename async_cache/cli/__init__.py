@@ -3,6 +3,10 @@
 app       the commands, and how what goes wrong is told
 backends  those that change the backends of a server, or move what a backend holds
 prompts   those about prompts and chunks: why one is not cached, what there is
+keeping   those about what is kept, and loaded beforehand
+replay    what would have been found of a trace, under which policy and with how much memory
+timed     how long a server takes for the requests of a trace
+size      how much memory a model and its requests want
 bench     what a server does under a mix of requests
 doctor    whether a machine can do what the settings want
 top       what a server does, live
@@ -11,6 +15,21 @@ drawing   how numbers and shares are drawn
 terminal  what commands share: the console, a client of the server, how sizes are written
 """
 
-from async_cache.cli.app import main
+import sys
+
+_EXTRA = {"aiofiles", "prometheus_client", "rich", "starlette", "typer", "uvicorn"}
+
+try:
+    from async_cache.cli.app import main
+except ModuleNotFoundError as error:
+    _missing = (error.name or "").partition(".")[0]
+    if _missing not in _EXTRA:
+        raise
+
+    def main() -> None:
+        """Say what is missing, and exit."""
+        needs = "the commands need the extra server: pip install 'async-kv-cache[server]'"
+        sys.exit(f"async-cache: {_missing} is not installed; {needs}")
+
 
 __all__ = ["main"]

@@ -18,9 +18,11 @@ from async_cache.cli.backends import backend_app, copy
 from async_cache.cli.bench import bench
 from async_cache.cli.doctor import examine
 from async_cache.cli.doctor import show as show_findings
-from async_cache.cli.prompts import clear, delete, explain, list_chunks, prefetch
+from async_cache.cli.keeping import retain, retained, warm
+from async_cache.cli.prompts import clear, delete, delete_model, explain, list_chunks, prefetch
 from async_cache.cli.replay import replay
-from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_client
+from async_cache.cli.size import size
+from async_cache.cli.terminal import Json, TokenFile, Url, console, print_json, show_bytes, with_client
 from async_cache.cli.top import top
 from async_cache.client.client import CacheClient
 from async_cache.config import CacheConfig, Given, ServerConfig, hide_password, told_where
@@ -30,6 +32,7 @@ from async_cache.memory.room import check_limits
 from async_cache.protocol.address import Address
 from async_cache.server.logs import log_to, say, tell
 from async_cache.server.process import serve as serve_until_signal
+from async_cache.server.reload import Source
 from async_cache.values import CacheStats
 
 app = typer.Typer(
@@ -44,7 +47,11 @@ ConfigFile = Annotated[
 ]
 Listen = Annotated[
     list[str] | None,
-    typer.Option("--listen", metavar="URL", help="unix:///path or tcp://host:port; may be given more than once."),
+    typer.Option(
+        "--listen",
+        metavar="URL",
+        help="unix:///path, tcp://host:port, or tls://host:port?cert=FILE&key=FILE; may be given more than once.",
+    ),
 ]
 L1Bytes = Annotated[str | None, typer.Option("--l1-bytes", metavar="SIZE", help="Memory for the cache, such as 64GiB.")]
 L2 = Annotated[
@@ -107,6 +114,15 @@ def serve(
     listen: Listen = None,
     l1_bytes: L1Bytes = None,
     l2: L2 = None,
+    quota: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="QUOTA", help='What a salt may have, such as "acme?l1=2GiB&l2=20GiB"; any number of them.'
+        ),
+    ] = None,
+    record: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Record requests as a trace, without tokens; see docs/traces.md.")
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option(metavar="LEVEL", help="The least that is logged: debug, info, warning or error.")
     ] = None,
@@ -126,7 +142,11 @@ def serve(
                 raise typer.BadParameter(str(error), param_hint=flag) from error
 
     def read_given() -> tuple[dict[str, Given], dict[str, Given]]:
-        return given(config, listen, l1_bytes, l2, log_level=log_level, log_format=log_format)
+        others = {"record": record and os.path.abspath(record), "log_level": log_level, "log_format": log_format}
+        cache_given, server_given = given(config, listen, l1_bytes, l2, **others)
+        if quota:
+            cache_given["quotas"] = Given(tuple(quota), "--quota")
+        return cache_given, server_given
 
     def read() -> tuple[CacheConfig, ServerConfig]:
         return checked(*read_given())
@@ -140,8 +160,10 @@ def serve(
         say(_STANDARD_OUTPUT, said.encode(sys.stdout.encoding, "backslashreplace"))
 
     log_as = server_config.log_level.upper(), server_config.log_format
-    with log_to(_STANDARD_ERROR, *log_as), told_where(cache_given):
-        uvloop.run(serve_until_signal(cache_config, server_config, ready, read if config is not None else None))
+    with log_to(_STANDARD_ERROR, *log_as), told_where(cache_given | server_given):
+        uvloop.run(
+            serve_until_signal(cache_config, server_config, ready, Source(config, read) if config is not None else None)
+        )
 
 
 @app.command()
@@ -149,16 +171,18 @@ def ping(
     url: Url = "",
     token_file: TokenFile = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=100_000, help="How often.")] = 3,
+    json: Json = False,
 ) -> None:
     """Ask a server whether it is there, and how long it takes to say so."""
 
     async def ask(client: CacheClient) -> None:
         times = sorted([await client.ping() for _ in range(count)])
-        console.print(
-            f"{count} answers: fastest {times[0] * 1e6:.0f} us, median {times[count // 2] * 1e6:.0f} us,"
-            f" slowest {times[-1] * 1e6:.0f} us",
-            highlight=False,
-        )
+        told = {"fastest": times[0], "median": times[count // 2], "slowest": times[-1]}
+        if json:
+            print_json({"answers": count} | {f"{which}_seconds": seconds for which, seconds in told.items()})
+            return
+        shown = ", ".join(f"{which} {seconds * 1e6:.0f} us" for which, seconds in told.items())
+        console.print(f"{count} answers: {shown}", highlight=False)
 
     with_client(url, token_file, ask)
 
@@ -167,14 +191,14 @@ def ping(
 def status(
     url: Url = "",
     token_file: TokenFile = None,
-    json: Annotated[bool, typer.Option("--json", help="All counters, as one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Show what a server holds."""
 
     async def show(client: CacheClient) -> None:
         stats = await client.stats()
         if json:
-            sys.stdout.write(msgspec.json.encode(stats).decode() + "\n")
+            print_json(msgspec.structs.asdict(stats))
         else:
             print_status(stats)
 
@@ -185,14 +209,14 @@ def status(
 def reload_settings(
     url: Url = "",
     token_file: TokenFile = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
+    json: Json = False,
 ) -> None:
     """Have a running server read the file of its settings anew, and say what has changed. As SIGHUP does."""
 
     async def ask(client: CacheClient) -> None:
         changed, waiting = await client.reload()
         if json:
-            sys.stdout.write(msgspec.json.encode({"changed": changed, "waiting": waiting}).decode() + "\n")
+            print_json({"changed": changed, "waiting": waiting})
             return
         console.print(f"changed: {', '.join(changed) or 'nothing'}")
         if waiting:
@@ -207,7 +231,7 @@ def show_config(
     listen: Listen = None,
     l1_bytes: L1Bytes = None,
     l2: L2 = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
+    json: Json = False,
 ) -> None:
     """Show the settings that `serve` would use with the same flags, and where each comes from.
 
@@ -219,7 +243,7 @@ def show_config(
             {"setting": label, "value": value, "from": origin, "live": live}
             for label, value, origin, live in _shown(cache_given, server_given)
         ]
-        sys.stdout.write(msgspec.json.encode(settings).decode() + "\n")
+        print_json(settings)
         return
     table = Table("setting", "value", "from", "live", box=None, pad_edge=False)
     for column in table.columns:
@@ -240,11 +264,16 @@ def _shown(cache_given: Mapping[str, Given], server_given: Mapping[str, Given]) 
 
 app.command()(copy)
 app.command()(replay)
+app.command()(size)
 app.command()(top)
 app.command()(explain)
 app.command()(prefetch)
+app.command()(retain)
+app.command()(retained)
+app.command()(warm)
 app.command("list")(list_chunks)
 app.command()(delete)
+app.command()(delete_model)
 app.command()(clear)
 app.command()(bench)
 
@@ -255,7 +284,7 @@ def doctor(
     listen: Listen = None,
     l1_bytes: L1Bytes = None,
     l2: L2 = None,
-    json: Annotated[bool, typer.Option("--json", help="Print what was found as one JSON value.")] = False,
+    json: Json = False,
 ) -> None:
     """Look whether this machine can do what the settings want: memory, limits, disks, sockets; say what to change.
 
@@ -329,4 +358,10 @@ def print_status(stats: CacheStats) -> None:
     for name, usage in stats.backends.items():
         bound = show_bytes(usage.capacity_bytes) if usage.capacity_bytes is not None else "no bound"
         table.add_row(f"L2 {name}", f"{show_bytes(usage.used_bytes)} of {bound}, {usage.objects:,} objects")
+    if stats.hold is not None:
+        by = f", by {stats.hold.where}" if stats.hold.where else ""
+        table.add_row("loop held", f"{stats.hold.busy_seconds * 1e3:.1f} ms at most in the last minute{by}")
+    for name, use in stats.limits.items():
+        most = f"{use.most:,}" if use.most is not None else "no limit"
+        table.add_row(f"limit {name}", f"{use.used:,} of {most}")
     console.print(table, highlight=False)

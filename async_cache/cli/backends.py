@@ -1,19 +1,17 @@
 """Commands that change the backends of a server while it runs, or move what a backend holds to another one."""
 
 import asyncio
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated
 
-import msgspec
 import typer
 import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_client
+from async_cache.cli.terminal import Json, TokenFile, Url, busy, console, print_json, show_bytes, with_client
 from async_cache.client.client import CacheClient
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.copy import copy_all
@@ -26,7 +24,6 @@ backend_app = typer.Typer(
     help="Add, drain, remove and list the storage backends of a running server.", no_args_is_help=True
 )
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The backend, as `backend list` shows it.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value, and no progress.")]
 
 
 @backend_app.command("add")
@@ -37,14 +34,19 @@ def add(
     ] = None,
     url: Url = "",
     token_file: TokenFile = None,
+    json: Json = False,
 ) -> None:
-    """Have a running server open one more backend, and use it."""
+    """Have a running server open one more backend, and use it. With --json, those that there are then are listed."""
 
     async def ask(client: CacheClient) -> None:
         try:
             await client.add_backend(backend_url, position=position)
+        except ConfigError:
+            raise
         except ValueError as error:
             raise ConfigError(f"--position: {error}") from error
+        if json:
+            print_json(await client.backends())
 
     with_client(url, token_file, ask)
 
@@ -70,11 +72,17 @@ def drain(name: Name, url: Url = "", token_file: TokenFile = None, json: Json = 
 
 
 @backend_app.command("remove")
-def remove(name: Name, url: Url = "", token_file: TokenFile = None) -> None:
-    """Have a running server use a backend no more, and close it. What only it has is not found then: see `drain`."""
+def remove(name: Name, url: Url = "", token_file: TokenFile = None, json: Json = False) -> None:
+    """Have a running server use a backend no more, and close it. What only it has is not found then: see `drain`.
+
+    With --json, those that there are then are listed.
+    """
 
     async def ask(client: CacheClient) -> None:
-        await client.remove_backend(name)
+        with busy("waiting for what was promised of it", shown=not json):
+            await client.remove_backend(name)
+        if json:
+            print_json(await client.backends())
 
     with_client(url, token_file, ask)
 
@@ -86,9 +94,9 @@ def list_backends(url: Url = "", token_file: TokenFile = None, json: Json = Fals
     async def ask(client: CacheClient) -> None:
         backends = await client.backends()
         if json:
-            sys.stdout.write(msgspec.json.encode(backends).decode() + "\n")
+            print_json(backends)
         else:
-            console.print(_table(backends))
+            console.print(_table(backends) if backends else "no backend")
 
     with_client(url, token_file, ask)
 
@@ -118,7 +126,7 @@ def _failures(copied: Copied) -> str:
 def _tell(copied: Copied, *, json: bool) -> None:
     """Print what was done."""
     if json:
-        sys.stdout.write(msgspec.json.encode(copied).decode() + "\n")
+        print_json(copied)
         return
     console.print(
         f"{copied.found:,} objects: {copied.copied:,} copied ({show_bytes(copied.copied_bytes)}),"
@@ -148,6 +156,11 @@ def _table(backends: Sequence[BackendStatus]) -> Table:
         used = show_bytes(usage.used_bytes) if usage is not None else "?"
         bound = show_bytes(usage.capacity_bytes) if usage is not None and usage.capacity_bytes else "no bound"
         given = [backend.write, *["promoted"] * backend.promote, *[f"admit={backend.admit}"] * (backend.admit > 1)]
+        if backend.write_budget is not None:
+            left = show_bytes(backend.budget_left_bytes or 0)
+            given.append(f"{show_bytes(backend.write_budget)} a day, {left} left")
+        if backend.refused:
+            given.append(f"{sum(backend.refused.values()):,} chunks refused")
         objects = f"{usage.objects:,}" if usage is not None else "?"
         row = backend.name, backend.state.value, backend.breaker, used, bound, objects, f"{backend.pending:,}"
         table.add_row(*row, ", ".join(given))

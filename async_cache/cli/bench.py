@@ -3,11 +3,9 @@
 import asyncio
 import itertools
 import random
-import sys
 import time
 from typing import Annotated, Any
 
-import msgspec
 import typer
 import uvloop
 from msgspec import Struct
@@ -16,9 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from async_cache.cli.drawing import percent, seconds
-from async_cache.cli.terminal import TokenFile, Url, connected, console, show_bytes
+from async_cache.cli.terminal import Json, TokenFile, Url, connected, console, print_json, show_bytes
 from async_cache.client.client import CacheClient
-from async_cache.config import parse_bytes
+from async_cache.config import parse_bytes, prefixed
 from async_cache.errors import AsyncCacheError, ConfigError
 from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.prompt.objects import ObjectGroup
@@ -65,13 +63,16 @@ def bench(
     chunk_bytes: Annotated[str, typer.Option("--chunk-bytes", metavar="SIZE", help="Of a chunk.")] = "256KiB",
     hits: Annotated[float, typer.Option("--hits", min=0, max=1, help="The part of requests for a known prompt.")] = 0.9,
     seed: Annotated[int, typer.Option("--seed", help="The same mix again.")] = 1,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON value, and no progress.")] = False,
+    json: Json = False,
 ) -> None:
     """Drive a server with a mix of requests, and say how long they took. What it stores is removed at the end.
 
-    A request is looked up, loaded and released; what it lacks is stored. Beside other traffic, it slows that down.
+    A request is looked up, loaded and released; what it lacks is stored. Beside other traffic, it slows that down, and
+    where a tier is full, what it stores makes chunks of others leave.
     """
-    mix = Mix(prompts, chunks, parse_bytes(chunk_bytes), hits, clients, duration, seed)
+    with prefixed("--chunk-bytes"):
+        size_bytes = parse_bytes(chunk_bytes)
+    mix = Mix(prompts, chunks, size_bytes, hits, clients, duration, seed)
     layout = ModelLayout(_MODEL, (ObjectGroup((mix.chunk_bytes,), "uint8"),), chunk_tokens=_CHUNK_TOKENS)
 
     async def run() -> Taken:
@@ -82,7 +83,7 @@ def bench(
     if not taken.lookup:
         raise ConfigError("no request was done: take more --seconds")
     if json:
-        sys.stdout.write(msgspec.json.encode(_numbers(taken, mix)).decode() + "\n")
+        print_json(_numbers(taken, mix))
     else:
         _print(taken, mix)
 

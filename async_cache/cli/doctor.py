@@ -2,15 +2,14 @@
 
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -18,14 +17,17 @@ from msgspec import Struct
 from rich.table import Table
 from rich.text import Text
 
-from async_cache.cli.terminal import console, show_bytes
-from async_cache.config import CacheConfig, ServerConfig, http_address
+from async_cache.cli.terminal import console, print_json, show_bytes
+from async_cache.config import CacheConfig, ServerConfig, hide_password, http_address
 from async_cache.errors import AsyncCacheError
+from async_cache.l2.urls.registry import from_url
 from async_cache.memory.room import check_limits
 from async_cache.protocol.address import Address
 from async_cache.server.listener import Listener
 
 _DESCRIPTORS = 4096
+_MOUNTS = Path("/proc/mounts")
+_ESCAPED = re.compile(rb"\\([0-3][0-7][0-7])")  # what would part the fields, such as a space in a path
 _NETWORKED = ("nfs", "nfs4", "cifs", "lustre", "ceph", "fuse.sshfs", "9p")
 _PACKAGES = ("uvloop", "msgspec", "blake3", "xxhash", "torch", "obstore")
 _MARKS = {"ok": ("ok", "green"), "look": ("look", "yellow"), "bad": ("bad", "bold red")}
@@ -100,15 +102,26 @@ def _limits(server: ServerConfig) -> Iterator[Finding]:
 
 def _backend(url: str) -> Iterator[Finding]:
     parts = urlsplit(url)
+    try:
+        from_url(url)
+    except AsyncCacheError as error:
+        yield Finding(hide_password(url), "bad", hide_password(str(error)), "Write it as docs/configuration.md says.")
+        return
     if parts.scheme != "fs":
         if parts.hostname and parts.port:
             yield _reachable(parts.scheme, parts.hostname, parts.port)
         return
-    path = Path(unquote(parts.path))
+    path = Path(unquote(parts.path, errors="surrogateescape"))
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     name = f"fs://{path}"
-    if not os.access(there, os.W_OK | os.X_OK):
-        yield Finding(name, "bad", f"{there} cannot be written to", f"chown it to the user {os.getuid()}.")
+    if not there.is_dir():
+        yield Finding(name, "bad", f"{there} is no directory", "Name one, or one that can be made.")
+        return
+    try:
+        directly = _reads_past_the_page_cache(there)
+    except OSError as error:
+        change = f"chown it to the user {os.getuid()}, or name another one."
+        yield Finding(name, "bad", f"{there} cannot be written to: {error.strerror}", change)
         return
     kind, options = _mount(there)
     if kind in _NETWORKED:
@@ -125,12 +138,18 @@ def _backend(url: str) -> Iterator[Finding]:
             yield Finding(
                 name, "bad", f"{show_bytes(free)} are free, and capacity is {capacity}", "Make capacity smaller."
             )
-    with tempfile.TemporaryFile(dir=there) as file:
+    if "direct=true" in parts.query and not directly:
+        yield Finding(name, "bad", f"{kind} cannot read past the page cache", "Leave direct=true out.")
+
+
+def _reads_past_the_page_cache(directory: Path) -> bool:
+    """Whether files of a directory can be read with O_DIRECT. Raises OSError where none can be made."""
+    with tempfile.TemporaryFile(dir=directory) as file:
         try:
             os.close(os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_DIRECT))
         except OSError:
-            if "direct=true" in parts.query:
-                yield Finding(name, "bad", f"{kind} cannot read past the page cache", "Leave direct=true out.")
+            return False
+    return True
 
 
 def _reachable(scheme: str, host: str, port: int) -> Finding:
@@ -142,11 +161,15 @@ def _reachable(scheme: str, host: str, port: int) -> Finding:
         return Finding(name, "bad", f"cannot be reached: {error}", "Start it, or look at the network between.")
 
 
+def _byte(escaped: re.Match[bytes]) -> bytes:
+    return bytes((int(escaped[1], 8),))
+
+
 def _mount(path: Path) -> tuple[str, str]:
     """The kind of file system that a path is on, and its options."""
     real, best = str(path.resolve()), ("", "unknown", "")
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, where, kind, options, *_ = line.split()
+    for line in _MOUNTS.read_bytes().splitlines():
+        _, where, kind, options, *_ = (os.fsdecode(_ESCAPED.sub(_byte, word)) for word in line.split())
         inside = real == where or real.startswith(where.rstrip("/") + "/")
         if inside and len(where) >= len(best[0]):
             best = (where, kind, options)
@@ -182,8 +205,7 @@ def _packages() -> Iterator[Finding]:
 def show(findings: list[Finding], *, json: bool) -> bool:
     """Print what was found; whether nothing is bad."""
     if json:
-        told: list[Any] = [{name: getattr(it, name) for name in it.__struct_fields__} for it in findings]
-        sys.stdout.write(msgspec.json.encode(told).decode() + "\n")
+        print_json(findings)
     else:
         table = Table.grid(padding=(0, 2))
         for it in findings:

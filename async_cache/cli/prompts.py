@@ -1,33 +1,35 @@
 """Commands about prompts and chunks: why one is not cached, what there is, and to fetch or remove it."""
 
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from async_cache.cli.drawing import count, seconds
-from async_cache.cli.terminal import TokenFile, Url, console, show_bytes, with_client
+from async_cache.cli.terminal import Json, TokenFile, Url, busy, console, print_json, show_bytes, with_client
 from async_cache.client.client import CacheClient
 from async_cache.errors import ConfigError
 from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.protocol.prompts import describe
-from async_cache.server.http.explain import Layout, answer
-from async_cache.values import Explanation, ListedChunk, Missed
+from async_cache.server.http.explain import Layout
+from async_cache.server.http.named import named
+from async_cache.values import Deleted, DeletedModel, Explanation, ListedChunk, Missed
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 Tokens = Annotated[
     str, typer.Argument(metavar="TOKENS", help="Token ids with commas or spaces between, or @FILE with them; @- reads.")
 ]
 Model = Annotated[
-    str, typer.Option("--model", metavar="NAME", help="Of this model; its layout is that of the newest prompts.")
+    str,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="Of this model; its layout is that of the newest prompts. By default, the only one there is.",
+    ),
 ]
 LayoutFile = Annotated[
     Path | None,
@@ -37,58 +39,89 @@ Salt = Annotated[str, typer.Option("--salt", help="The salt of the prompt: what 
 Adapter = Annotated[str, typer.Option("--adapter", help="The adapter (LoRA) of the prompt.")]
 
 
-def explain(
-    tokens: Tokens,
-    model: Model = "",
-    layout: LayoutFile = None,
-    salt: Salt = "",
-    adapter: Adapter = "",
-    url: Url = "",
-    token_file: TokenFile = None,
-    json: Json = False,
-) -> None:
+def of_a_prompt(work: Callable[[CacheClient, Prompt, bool], Awaitable[None]]) -> Callable[..., None]:
+    """The command that does this about the prompt that its flags say; with True, it prints JSON."""
+
+    def command(
+        tokens: Tokens,
+        model: Model = "",
+        layout: LayoutFile = None,
+        salt: Salt = "",
+        adapter: Adapter = "",
+        url: Url = "",
+        token_file: TokenFile = None,
+        json: Json = False,
+    ) -> None:
+        make = asked(tokens, model, layout, salt, adapter)
+
+        async def ask(client: CacheClient) -> None:
+            await work(client, await make(client), json)
+
+        with_client(url, token_file, ask)
+
+    command.__name__, command.__doc__ = work.__name__, work.__doc__
+    return command
+
+
+@of_a_prompt
+async def explain(client: CacheClient, prompt: Prompt, json: bool) -> None:
     """Say where each chunk of a prompt is, or why it is not in the cache. Nothing is loaded, and no token kept."""
-    make = _asked(tokens, model, layout, salt, adapter)
-
-    async def ask(client: CacheClient) -> None:
-        prompt = await make(client)
-        explanation = await client.explain(prompt)
-        if json:
-            _print_json(answer(explanation))
-        else:
-            _print_explanation(explanation)
-
-    with_client(url, token_file, ask)
+    explanation = await client.explain(prompt)
+    if json:
+        print_json(named(explanation))
+    else:
+        _print_explanation(explanation)
 
 
-def prefetch(
-    tokens: Tokens,
-    model: Model = "",
-    layout: LayoutFile = None,
-    salt: Salt = "",
-    adapter: Adapter = "",
+@of_a_prompt
+async def prefetch(client: CacheClient, prompt: Prompt, json: bool) -> None:
+    """Load what is cached of a prompt into memory, and let go of it: the next request for it will find it there."""
+    begun = client.prefetch(prompt)
+    hits = await begun.lookup_done
+    if not json:
+        found = f"{hits.chunks:,} of {len(prompt):,} chunks are cached, {hits.l1_chunks:,} of them in memory"
+        console.print(found + _why(hits.missed))
+    with busy(f"loading {show_bytes(hits.load_bytes)}", shown=not json):
+        result = await begun.load_done
+    await client.end_request(begun.request_id)
+    if json:
+        print_json({"hits": named(hits), "result": named(result)})
+        return
+    short = f", less than promised: {result.shortfall}" if result.shortfall is not None else ""
+    console.print(f"{result.chunks:,} chunks ({result.tokens:,} tokens) in {seconds(result.seconds)}{short}")
+
+
+@of_a_prompt
+async def delete(client: CacheClient, prompt: Prompt, json: bool) -> None:
+    """Remove every chunk of a prompt from memory and storage. What builds on it cannot be found any more, either."""
+    with busy("deleting", shown=not json):
+        deleted = await client.delete(prompt)
+    _tell_deleted(deleted, json)
+
+
+def delete_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The name of the model.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Of this revision only; '' for none.")] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", help="Of this adapter only; '' for none.")] = None,
+    salt: Annotated[str | None, typer.Option("--salt", help="Of this salt only; '' for none.")] = None,
     url: Url = "",
     token_file: TokenFile = None,
     json: Json = False,
 ) -> None:
-    """Load what is cached of a prompt into memory, and let go of it: the next request for it will find it there."""
-    make = _asked(tokens, model, layout, salt, adapter)
+    """Remove all that is cached of a model, or of one revision or adapter of it, from memory and storage."""
 
     async def ask(client: CacheClient) -> None:
-        prompt = await make(client)
-        begun = client.prefetch(prompt)
-        hits = await begun.lookup_done
-        if not json:
-            found = f"{hits.chunks:,} of {len(prompt):,} chunks are cached, {hits.l1_chunks:,} of them in memory"
-            console.print(found + _why(hits.missed))
-        with _busy(f"loading {show_bytes(hits.load_bytes)}", shown=not json):
-            result = await begun.load_done
-        await client.end_request(begun.request_id)
+        with busy("deleting", shown=not json):
+            try:
+                deleted = await client.delete_model(model, revision=revision, adapter=adapter, salt=salt)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
         if json:
-            _print_json({"hits": msgspec.to_builtins(_named(hits)), "result": msgspec.to_builtins(_named(result))})
+            print_json(named(deleted))
             return
-        short = f", less than promised: {result.shortfall}" if result.shortfall is not None else ""
-        console.print(f"{result.chunks:,} chunks ({result.tokens:,} tokens) in {seconds(result.seconds)}{short}")
+        _tell_deleted(deleted, json)
+        if deleted.unsure:
+            console.print(f"there may be more of it in {', '.join(deleted.unsure)}: not all objects there are known")
 
     with_client(url, token_file, ask)
 
@@ -97,56 +130,41 @@ def list_chunks(
     model: Model = "",
     salt: Annotated[str | None, typer.Option("--salt", help="Of this salt only; '' for none.")] = None,
     chunks: Annotated[bool, typer.Option("--chunks", help="List chunk by chunk, not only how many there are.")] = False,
+    backend: Annotated[
+        str | None, typer.Option("--backend", metavar="NAME", help="The chunks of this backend, not those in memory.")
+    ] = None,
     after: Annotated[str, typer.Option("--after", metavar="HASH", help="Chunks behind this one: the next page.")] = "",
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="Chunks on a page.")] = 50,
     url: Url = "",
     token_file: TokenFile = None,
     json: Json = False,
 ) -> None:
-    """List what is in a server's memory: the models and salts, with how many chunks each; or the chunks, in pages."""
+    """List what is in a server's memory: the models and salts, with how many chunks each; or the chunks, in pages.
+
+    Of a backend, it lists the chunks: what model and salt they are of is known of those that are in memory, too.
+    """
     try:
         hash_after = bytes.fromhex(after) or None
     except ValueError as error:
         raise ConfigError(f"--after: {after!r} is no hash") from error
+    if backend is not None and (model or salt is not None):
+        raise ConfigError("--backend: it knows chunks by their hashes only: leave --model and --salt out")
 
     async def ask(client: CacheClient) -> None:
-        if not chunks:
+        if not chunks and backend is None:
             roots = [r for r in await client.roots() if model in ("", r[0].model) and salt in (None, r[2])]
             if json:
-                _print_json([_root(*root) for root in roots])
+                print_json([_root(*root) for root in roots])
             else:
                 _print_roots(roots)
             return
-        page = await client.chunks(model=model or None, salt=salt, after=hash_after, limit=limit)
+        with busy("listing", shown=not json):
+            which = {"model": model or None, "salt": salt, "backend": backend}
+            page = await client.chunks(**which, after=hash_after, limit=limit)
         if json:
-            _print_json([_named(chunk) | {"chunk_hash": chunk.chunk_hash.hex()} for chunk in page])
+            print_json([named(chunk) | {"chunk_hash": chunk.chunk_hash.hex()} for chunk in page])
         else:
-            _print_chunks(page, limit)
-
-    with_client(url, token_file, ask)
-
-
-def delete(
-    tokens: Tokens,
-    model: Model = "",
-    layout: LayoutFile = None,
-    salt: Salt = "",
-    adapter: Adapter = "",
-    url: Url = "",
-    token_file: TokenFile = None,
-    json: Json = False,
-) -> None:
-    """Remove every chunk of a prompt from memory and storage. What builds on it cannot be found any more, either."""
-    make = _asked(tokens, model, layout, salt, adapter)
-
-    async def ask(client: CacheClient) -> None:
-        prompt = await make(client)
-        with _busy("deleting", shown=not json):
-            deleted = await client.delete(prompt)
-        if json:
-            _print_json(_named(deleted))
-        else:
-            _tell_deleted(deleted.chunks, deleted.leased)
+            _print_chunks(page, limit, "memory" if backend is None else "size")
 
     with_client(url, token_file, ask)
 
@@ -163,12 +181,9 @@ def clear(
         typer.confirm("All that is cached will be gone, in memory and in storage. Go on?", abort=True, err=True)
 
     async def ask(client: CacheClient) -> None:
-        with _busy("clearing", shown=not json):
+        with busy("clearing", shown=not json):
             deleted = await client.clear("all" if everything else "l1")
-        if json:
-            _print_json(_named(deleted))
-        else:
-            _tell_deleted(deleted.chunks, deleted.leased)
+        _tell_deleted(deleted, json)
 
     with_client(url, token_file, ask)
 
@@ -176,7 +191,7 @@ def clear(
 # What is asked for.
 
 
-def _asked(
+def asked(
     tokens: str, model: str, layout: Path | None, salt: str, adapter: str
 ) -> Callable[[CacheClient], Awaitable[Prompt]]:
     """What makes the prompt that the flags say, once there is a server to ask for the layout. Raises ConfigError."""
@@ -193,9 +208,15 @@ def _asked(
 
 
 async def _known_layout(client: CacheClient, model: str, salt: str) -> ModelLayout:
-    """The layout of the newest prompts of a model that the server knows, those of the same salt before others."""
+    """The layout of the newest prompts of a model that the server knows, those of the same salt before others.
+
+    A model need not be named that is the only one, or the only one with chunks in memory.
+    """
     roots = await client.roots()
     models = sorted({layout.model for layout, *_ in roots})
+    if not model and len(models) > 1:
+        cached = sorted({layout.model for layout, _, _, chunks in roots if chunks})
+        model = cached[0] if len(cached) == 1 else ""
     if not model and len(models) > 1:
         raise ConfigError(f"--model: the server has {', '.join(models)}: say which")
     known = [(its_salt != salt, layout) for layout, _, its_salt, _ in roots if model in ("", layout.model)]
@@ -207,7 +228,7 @@ async def _known_layout(client: CacheClient, model: str, salt: str) -> ModelLayo
 
 def _read_layout(path: Path) -> ModelLayout:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Layout).made()
+        return msgspec.json.decode(path.read_text("utf-8-sig"), type=Layout).made()
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"--layout: {path}: {error}") from error
 
@@ -216,31 +237,20 @@ def _ids(tokens: str) -> list[int]:
     text = tokens
     if tokens.startswith("@"):
         try:
-            text = sys.stdin.read() if tokens == "@-" else Path(tokens[1:]).read_text()
+            text = sys.stdin.read() if tokens == "@-" else Path(tokens[1:]).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{tokens}: {error}") from error
     try:
         return [int(word) for word in text.replace(",", " ").replace("[", " ").replace("]", " ").split()]
     except ValueError as error:
-        raise ConfigError(f"TOKENS: {error}") from error
+        raise ConfigError(f"TOKENS: {str(error).rpartition(': ')[2]} is no token id") from error
 
 
 # What is said.
 
 
-def _named(value: msgspec.Struct) -> dict[str, Any]:
-    """The fields of a value by their names."""
-    return {name: getattr(value, name) for name in value.__struct_fields__}
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
-
-
 def _root(layout: ModelLayout, adapter: str, salt: str, chunks: int) -> dict[str, Any]:
-    described = describe(layout)
-    told = _named(described) | {"groups": [_named(group) for group in described.groups]}
-    return {"layout": told, "adapter": adapter, "salt": salt, "chunks": chunks}
+    return {"layout": named(describe(layout)), "adapter": adapter, "salt": salt, "chunks": chunks}
 
 
 def _print_roots(roots: list[tuple[ModelLayout, str, str, int]]) -> None:
@@ -251,8 +261,8 @@ def _print_roots(roots: list[tuple[ModelLayout, str, str, int]]) -> None:
     console.print(table if roots else "no prompt was stored or loaded yet")
 
 
-def _print_chunks(page: list[ListedChunk], limit: int) -> None:
-    table = Table("chunk", "model", "salt", "memory", "leases", "not written", box=None, pad_edge=False)
+def _print_chunks(page: list[ListedChunk], limit: int, size: str) -> None:
+    table = Table("chunk", "model", "salt", size, "leases", "not written", box=None, pad_edge=False)
     for chunk in page:
         sizes = show_bytes(chunk.room_bytes), f"{chunk.leases:,}", f"{chunk.unwritten:,}"
         table.add_row(chunk.chunk_hash.hex(), chunk.model, chunk.salt, *sizes)
@@ -272,7 +282,7 @@ def _print_explanation(explanation: Explanation) -> None:
         table.add_row(f"{begin:,}-{end - 1:,}", f"{begin * of_one:,}-{end * of_one - 1:,}", where, why)
     console.print(table if explanation.spans else "the prompt is shorter than a chunk")
     if explanation.missed is not None:
-        console.print("the first missing chunk" + _why(explanation.missed).removeprefix(";"))
+        console.print("the first missing chunk:" + _why(explanation.missed).removeprefix(";"))
     for other in explanation.elsewhere:
         place = f"{other.model} {other.revision} {other.adapter}".strip()
         console.print(
@@ -290,16 +300,10 @@ def _why(missed: Missed | None) -> str:
     return f"; it is {'not known' if missed.state.value == 'unknown' else missed.state.value}"
 
 
-def _tell_deleted(chunks: int, leased: int) -> None:
+def _tell_deleted(deleted: Deleted | DeletedModel, json: bool) -> None:
+    if json:
+        print_json(named(deleted))
+        return
+    leased = deleted.leased
     later = f"; {count(leased)} of them are in use, and leave when they are released" if leased else ""
-    console.print(f"{chunks:,} chunks removed{later}")
-
-
-@contextmanager
-def _busy(what: str, *, shown: bool) -> Iterator[None]:
-    """Say on standard error, if that is a terminal, that something takes its time."""
-    on = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=on, disable=not (shown and on.is_terminal), transient=True) as progress:
-        progress.add_task(what, total=None)
-        yield
+    console.print(f"{deleted.chunks:,} chunks removed{later}")

@@ -1,13 +1,16 @@
 """What commands share: the console, a client of the server, how sizes are written."""
 
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 import typer
 import uvloop
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from async_cache.client.client import CacheClient, connect
 from async_cache.config import ServerConfig, prefixed
@@ -25,6 +28,12 @@ Url = Annotated[str, typer.Option("--url", metavar="URL", help="Where the server
 TokenFile = Annotated[
     Path | None, typer.Option("--token-file", metavar="FILE", help="A file with the token, if the server wants one.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value, and no progress.")]
+
+
+def print_json(value: Any) -> None:
+    """Print a value on one line, for programs."""
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
 
 
 def read_token(path: Path | None) -> str | None:
@@ -64,3 +73,13 @@ def show_bytes(size_bytes: int) -> str:
             break
         size /= 1024
     return f"{size:.4g} {unit}"
+
+
+@contextmanager
+def busy(what: str, *, shown: bool) -> Iterator[None]:
+    """Say on standard error, if that is a terminal, that something takes its time."""
+    on = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=on, disable=not (shown and on.is_terminal), transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield

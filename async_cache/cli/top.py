@@ -27,7 +27,10 @@ from async_cache.errors import ServiceError
 from async_cache.server.http.status import BackendView, Flight, Status
 
 _KEPT = 31  # statuses: what lies between the first and the last of them is "lately"
+_SAMPLES, _FEW = 31, 6  # of the server's: the last minute, and the last ten seconds
+_HELD_SECONDS = 0.05  # beyond this, it is said of the event loop
 _SMALL = 100  # columns
+_WORD = 15  # columns, for a reason
 
 
 def top(
@@ -104,8 +107,8 @@ def _screen(past: Past, lost: str, width: int) -> RenderableType:
     head = _head(past, lost)
     parts = dict(_parts(past, 60, small=small))
     screen.split_column(
-        Layout(head, size=1 + len(past[-1].problems) + bool(lost)),
-        Layout(_tiles(past), size=4),
+        Layout(head, size=1 + _is_held(past[-1]) + len(past[-1].problems) + bool(lost)),
+        Layout(_tiles(past, small=small), size=4),
         Layout(Panel(parts["requests"], title="requests", title_align="left"), ratio=3, minimum_size=5),
         Layout(name="below", ratio=2, minimum_size=6),
     )
@@ -131,29 +134,41 @@ def _head(past: Past, lost: str = "") -> RenderableType:
     status = past[-1]
     state = Text.assemble(("● no answer", "bold red")) if lost else Text.assemble(("● healthy", "bold green"))
     if status.problems and not lost:
-        state = Text(f"● {len(status.problems)} problems", "bold red")
-    about = f"  {status.version}, up {seconds(status.uptime_seconds)}, {status.connections:,} clients   q: leave"
+        state = Text(f"● {len(status.problems)} problem" + "s" * (len(status.problems) > 1), "bold red")
+    clients = f"{status.connections:,} client" + "s" * (status.connections != 1)
+    about = f"  {status.version}, up {seconds(status.uptime_seconds)}, {clients}   q: leave"
     lines = [Text.assemble(("async_cache  ", "bold"), state, (about, "dim"))]
+    if _is_held(status) and status.hold is not None:
+        held = f"  the loop was held for {seconds(status.hold.busy_seconds)} by {status.hold.where}"
+        lines.append(Text(held, "yellow", no_wrap=True, overflow="ellipsis"))
     lines += [Text(f"  {problem.detail}", "red") for problem in status.problems]
     return Group(*lines, *([Text(f"  {lost}", "red")] if lost else []))
 
 
-def _tiles(past: Past) -> RenderableType:
-    status, first = past[-1], past[0]
-    asked = _sum(status, "asked") - _sum(first, "asked")
-    hits = _sum(status, "l1_hits", "l2_hits") - _sum(first, "l1_hits", "l2_hits")
+def _is_held(status: Status) -> bool:
+    return status.hold is not None and status.hold.busy_seconds > _HELD_SECONDS
+
+
+def _tiles(past: Past, *, small: bool = False) -> RenderableType:
+    status = past[-1]
+    now, then, before = status.history[-1], status.history[-_SAMPLES:][0], status.history[-_FEW:][0]
+    asked = now.asked - then.asked
+    hits = now.l1_hits + now.l2_hits - then.l1_hits - then.l2_hits
     if not asked:  # nothing lately: since the beginning
-        asked, hits = _sum(status, "asked"), _sum(status, "l1_hits", "l2_hits")
-    span = status.uptime_seconds - first.uptime_seconds
-    speed = (_sum(status, "requests") - _sum(first, "requests")) / span if span > 0 else 0.0
+        asked, hits = now.asked, now.l1_hits + now.l2_hits
+    span = now.seconds - before.seconds
+    speed = (now.requests - before.requests) / span if span > 0 else 0.0
     tiles = Table.grid(expand=True, padding=(0, 1))
     for _ in range(4):
         tiles.add_column(ratio=1)
+    pending, known, loaded = f"{status.pending:,} on their way", "until hits known", "then, until loaded"
+    if small:
+        pending, known, loaded = f"+{status.pending:,}", "hits known", "loaded"
     tiles.add_row(
-        _tile("hit rate", percent(hits, asked), "of tokens"),
-        _tile("requests/s", f"{speed:,.1f}", f"{status.pending:,} on their way"),
-        _tile("until hits known", seconds(status.lookup.median), f"99 %: {seconds(status.lookup.p99)}"),
-        _tile("then, until loaded", seconds(status.gap.median), f"99 %: {seconds(status.gap.p99)}"),
+        _tile("hit rate", percent(hits, asked), "" if small else "of tokens"),
+        _tile("requests/s", f"{speed:,.1f}", pending),
+        _tile(known, seconds(status.lookup.median), f"99 %: {seconds(status.lookup.p99)}"),
+        _tile(loaded, seconds(status.gap.median), f"99 %: {seconds(status.gap.p99)}"),
     )
     return tiles
 
@@ -161,10 +176,6 @@ def _tiles(past: Past) -> RenderableType:
 def _tile(title: str, value: str, note: str = "") -> Panel:
     text = Text.assemble((value, "bold"), (f"  {note}", "dim"), no_wrap=True, overflow="ellipsis")
     return Panel(text, title=title, title_align="left")
-
-
-def _sum(status: Status, *names: str) -> int:
-    return sum(getattr(row, name) for row in status.tokens for name in names)
 
 
 def _requests(status: Status, rows: int, *, small: bool) -> RenderableType:
@@ -238,14 +249,15 @@ def _misses(status: Status) -> RenderableType:
         ("promises broken", status.broken, "red"),
         ("chunks left memory", status.removed, "blue"),
     )
-    table = Table.grid(padding=(0, 1))
+    lines: list[RenderableType] = []
     for title, counts, color in groups:
         found = sorted(((n, word) for word, n in counts.items() if n), reverse=True)
-        if found:
-            table.add_row(Text(title, "dim"))
+        table = Table.grid(padding=(0, 1))
+        table.add_column(width=_WORD, no_wrap=True)
         for n, word in found:
             table.add_row(f"  {word.replace('_', ' ')}", bar([(n, color), (found[0][0] - n, "")], 12), count(n))
-    return table if table.rows else Text("nothing yet", "dim")
+        lines += [Text(title, "dim", no_wrap=True), table] if found else []
+    return Group(*lines) if lines else Text("nothing yet", "dim")
 
 
 def _tenants(status: Status) -> RenderableType:

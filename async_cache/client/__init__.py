@@ -1,6 +1,7 @@
 """A cache that a server keeps: the same members as `AsyncCache`.
 
 client    `CacheClient`: a member for each thing that a server can be asked
+operations  those of them that are about the whole cache: backends, settings, what is held of whom
 links     one link after the other: back-off and heartbeat
 dial      from an address to a link whose server has said welcome
 link      one connection: sends messages, hands their answers to calls

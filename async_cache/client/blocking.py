@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -13,19 +14,23 @@ from async_cache.client.client import (
     HEARTBEAT_SECONDS,
     MAX_REQUEST_ID,
     CacheClient,
-    make_client,
+    client_maker,
 )
 from async_cache.client.thread import ClientThread
 from async_cache.errors import CacheClosedError
 from async_cache.handles.events import EVENTS_CAPACITY, EventStream
-from async_cache.handles.lease import ReadLease
+from async_cache.handles.lease import ReadChunk, ReadLease
 from async_cache.handles.prefetch import Prefetch
+from async_cache.handles.stream import ReadStream
 from async_cache.handles.writer import Opened, Writer
 from async_cache.prompt.arguments import (
+    check_hint,
     check_prompt,
     check_request_id,
     check_seconds,
     check_traceparent,
+    check_ttl,
+    parts_of,
     ranks_of,
     start_of,
 )
@@ -34,11 +39,15 @@ from async_cache.values import (
     BackendStatus,
     CacheStats,
     Deleted,
+    DeletedModel,
     Event,
     Explanation,
     FlushResult,
     LoadResult,
     LookupHits,
+    Retained,
+    SegmentHits,
+    SegmentResult,
 )
 
 T = TypeVar("T")
@@ -87,6 +96,15 @@ class BlockingPrefetch:
         return f"<BlockingPrefetch {self.request_id!r}, {state}>"
 
 
+class BlockingSegmentPrefetch(BlockingPrefetch):
+    """A lookup and a load of several prompts at once."""
+
+    __slots__ = ()
+
+    lookup_done: BlockingFuture[SegmentHits]  # type: ignore[assignment]  # it is only looked at
+    load_done: BlockingFuture[SegmentResult]  # type: ignore[assignment]
+
+
 class BlockingWriter(Writer):
     """A writer that waits where it is left by `with`: what was committed can then be found over every connection."""
 
@@ -107,6 +125,48 @@ class BlockingWriter(Writer):
         except Exception:
             if error is None:  # else the error of the body is the one to hear of
                 raise
+
+
+class BlockingStream:
+    """What a request is loading, for one thread: iterating waits for the next chunk, up to `timeout_seconds` each time.
+
+    Leave it by `with`, or by `release`, from any thread. Iterating raises TimeoutError, after which it may go on,
+    ConnectionLostError and CacheClosedError.
+    """
+
+    def __init__(self, stream: ReadStream, thread: ClientThread, timeout_seconds: float | None):
+        self.lease = stream
+        """The chunks that have come so far, their layout, and whether their memory is still held."""
+        self._thread = thread
+        self._timeout_seconds = timeout_seconds
+
+    @property
+    def result(self) -> LoadResult:
+        """How much was loaded. Raises RuntimeError before the iteration has ended."""
+        return self.lease.result
+
+    def __iter__(self) -> Iterator[ReadChunk]:
+        number = 0
+        while self._has_come(number):
+            yield self.lease[number]
+            number += 1
+
+    def _has_come(self, number: int) -> bool:
+        if number < len(self.lease) and self.lease.held:  # without asking the client's thread
+            return True
+        return self._thread.wait(self.lease.arrived(number + 1), self._timeout_seconds)
+
+    def release(self) -> None:
+        """Give the memory back; the views must not be used any more. May be called more than once."""
+        self.lease.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
 class BlockingEvents(Iterator[Event]):
@@ -138,6 +198,9 @@ class BlockingEvents(Iterator[Event]):
             self._thread.wait(self._stream.aclose())
 
 
+P = TypeVar("P", bound=BlockingPrefetch)
+
+
 class BlockingClient:
     """A `CacheClient` for programs that are not asynchronous; its methods may be called from any thread.
 
@@ -152,15 +215,18 @@ class BlockingClient:
         namespace: str = "",
         *,
         token: str | None = None,
+        tls: ssl.SSLContext | None = None,
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         heartbeat_seconds: float | None = HEARTBEAT_SECONDS,
     ):
-        """A client of the server at `unix:///path` or `tcp://host:port`; None is where `serve` listens by default.
+        """A client of the server at `unix:///path`, `tcp://host:port` or `tls://host:port`, as `connect` makes one.
 
-        Request ids are scoped to the `namespace`, and to the tenant whose `token` it is. Opening tries for
-        `connect_timeout_seconds`; a server that is silent for twice `heartbeat_seconds` is given up.
+        `url` None is where `serve` listens by default. Request ids are scoped to the `namespace`, and to the tenant
+        whose `token` it is. `tls` stands for the files that the URL may name. Opening tries for
+        `connect_timeout_seconds`; a server that is silent for twice `heartbeat_seconds` is given up. Raises ConfigError
+        for an argument that cannot be used.
         """
-        make = partial(make_client, url, namespace, token, connect_timeout_seconds, heartbeat_seconds)
+        make = client_maker(url, namespace, token, tls, connect_timeout_seconds, heartbeat_seconds)
         self._thread = ClientThread(make)
         self._prefetches: dict[BlockingPrefetch, Prefetch] = {}
         self._ends: set[asyncio.Task[None]] = set()
@@ -168,10 +234,7 @@ class BlockingClient:
     # Life.
 
     def open(self) -> Self:
-        """Connect. Raises ConnectionLostError if there is no server, AccessDeniedError if it wants another token.
-
-        What is no address or namespace raises ConfigError or ValueError here.
-        """
+        """Connect. Raises ConnectionLostError if there is no server, AccessDeniedError if it wants another token."""
         self._thread.open()
         return self
 
@@ -205,6 +268,7 @@ class BlockingClient:
         ranks: Sequence[int] | None = None,
         deadline_seconds: float | None = None,
         traceparent: str | None = None,
+        wait_for_writers_seconds: float | None = None,
     ) -> BlockingPrefetch:
         """Look a prompt up and load what is cached of it; returns at once, before the server has answered.
 
@@ -212,24 +276,55 @@ class BlockingClient:
         `ranks`: those to load here, all if None; the others are only checked for existence.
         `deadline_seconds` runs from the moment when the server has the call.
         `traceparent`: the span that it belongs to, where the server has `traces`.
+        `wait_for_writers_seconds`: how long the lookup waits for chunks of the prompt that writers have announced, by
+        opening, and not committed or given up yet; it waits for no others, and counts what is there in the end.
         A request id that is in use for something else reaches the futures, as RequestConflictError.
         """
         client = self._opened()
         check_prompt(prompt)
         start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
-        check_seconds("deadline_seconds", deadline_seconds)
-        check_traceparent(traceparent)
-        request_id = client.new_request_id() if request_id is None else check_request_id(request_id, MAX_REQUEST_ID)
-        prefetch = BlockingPrefetch(request_id, partial(self._thread.post, self._cancel))
+        check_seconds("wait_for_writers_seconds", wait_for_writers_seconds)
         start = partial(
             client.prefetch,
             prompt,
-            request_id=request_id,
             skip_tokens=skip_tokens,
             ranks=ranks,
-            deadline_seconds=deadline_seconds,
-            traceparent=traceparent,
+            wait_for_writers_seconds=wait_for_writers_seconds,
         )
+        return self._begin(client, BlockingPrefetch, start, request_id, deadline_seconds, traceparent)
+
+    def prefetch_segments(
+        self,
+        parts: Sequence[Prompt],
+        *,
+        request_id: str | None = None,
+        ranks: Sequence[int] | None = None,
+        deadline_seconds: float | None = None,
+        traceparent: str | None = None,
+    ) -> BlockingSegmentPrefetch:
+        """Look up to 256 prompts or segments up, of one layout and salt, and load what is cached of each; one request.
+
+        See `AsyncCache.prefetch_segments`; otherwise as `prefetch`.
+        """
+        client = self._opened()
+        ranks_of(parts_of(parts), ranks)
+        start = partial(client.prefetch_segments, tuple(parts), ranks=ranks)
+        return self._begin(client, BlockingSegmentPrefetch, start, request_id, deadline_seconds, traceparent)
+
+    def _begin(
+        self,
+        client: CacheClient,
+        kind: type[P],
+        start: Callable[..., Prefetch],
+        request_id: str | None,
+        deadline_seconds: float | None,
+        traceparent: str | None,
+    ) -> P:
+        check_seconds("deadline_seconds", deadline_seconds)
+        check_traceparent(traceparent)
+        request_id = client.new_request_id() if request_id is None else check_request_id(request_id, MAX_REQUEST_ID)
+        prefetch = kind(request_id, partial(self._thread.post, self._cancel))
+        start = partial(start, request_id=request_id, deadline_seconds=deadline_seconds, traceparent=traceparent)
         if not self._thread.post(self._start, start, prefetch):
             prefetch.break_with(CacheClosedError("the client was closed"))
         return prefetch
@@ -253,6 +348,10 @@ class BlockingClient:
     def lookup(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> LookupHits:
         """How much of a prompt is cached now: no lease, no load, no promise."""
         return self._thread.wait(self._opened().lookup(prompt), timeout_seconds)
+
+    def lookup_segments(self, parts: Sequence[Prompt], *, timeout_seconds: float | None = None) -> SegmentHits:
+        """How much of each of up to 256 prompts or segments is cached now, as `lookup` says of one."""
+        return self._thread.wait(self._opened().lookup_segments(parts), timeout_seconds)
 
     def explain(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> Explanation:
         """Where each chunk of a prompt is, or why it is not there: see `CacheClient.explain`."""
@@ -280,6 +379,17 @@ class BlockingClient:
         """
         lease = self._opened().read(request_id, rank=rank, reader=reader)
         return self._thread.wait(_entered(lease), timeout_seconds, ReadLease.undo)
+
+    def stream(
+        self, request_id: str, *, rank: int = 0, reader: int = 0, timeout_seconds: float | None = None
+    ) -> BlockingStream:
+        """Wait for the lookup of a request, and read what it is loading, chunk by chunk while they arrive.
+
+        Raises as `read`, and ServiceError where the server is too old for it. See `CacheClient.stream`.
+        """
+        stream = self._opened().stream(request_id, rank=rank, reader=reader)
+        self._thread.wait(_entered(stream), timeout_seconds, ReadStream.undo)
+        return BlockingStream(stream, self._thread, timeout_seconds)
 
     def store(
         self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0, timeout_seconds: float | None = None
@@ -312,6 +422,37 @@ class BlockingClient:
         if client is not None and not self._thread.is_forked:
             self._thread.post(self._end, client, request_id)
 
+    def hint_nowait(
+        self,
+        prompt: Prompt,
+        *,
+        output_tokens: int | None = None,
+        returns: bool | None = None,
+        within_seconds: float | None = None,
+    ) -> None:
+        """Say what is known of the future of a prompt, without waiting; where there is no server, nobody hears it."""
+        check_prompt(prompt)
+        check_hint(output_tokens, returns, within_seconds)
+        hint = self._opened().hint
+        tell = partial(hint, prompt, output_tokens=output_tokens, returns=returns, within_seconds=within_seconds)
+        self._thread.post(self._tell, tell)
+
+    def retain_nowait(self, prompt: Prompt, *, ttl_seconds: float, told: Callable[[Retained], object]) -> None:
+        """Keep a prompt, without waiting: `told` gets the answer, in the client's thread, where there is one."""
+        check_prompt(prompt)
+        retain = partial(self._opened().retain, prompt, ttl_seconds=check_ttl(ttl_seconds))
+        self._thread.post(self._tell, retain, told)
+
+    def _tell(
+        self, call: Callable[[], Coroutine[Any, Any, Any]], told: Callable[[Any], object] = lambda answer: None
+    ) -> None:
+        async def tell() -> None:
+            told(await call())
+
+        task = asyncio.get_running_loop().create_task(tell())
+        self._ends.add(task)
+        task.add_done_callback(self._ended)
+
     def _end(self, client: CacheClient, request_id: str) -> None:
         task = asyncio.get_running_loop().create_task(client.end_request(request_id))
         self._ends.add(task)
@@ -329,9 +470,60 @@ class BlockingClient:
         """
         return self._thread.wait(self._opened().flush(deadline_seconds))
 
+    def retain(
+        self,
+        prompt: Prompt,
+        *,
+        tokens: int | None = None,
+        ttl_seconds: float = 300.0,
+        timeout_seconds: float | None = None,
+    ) -> Retained:
+        """Keep the first `tokens` of a prompt, all if None, for so long, and say how many that will be.
+
+        See `CacheClient.retain`.
+        """
+        retain = self._opened().retain(prompt, tokens=tokens, ttl_seconds=ttl_seconds)
+        return self._thread.wait(retain, timeout_seconds)
+
+    def retained(self, *, timeout_seconds: float | None = None) -> list[Retained]:
+        """What is retained of the salts of this client's token, the first to expire first."""
+        return self._thread.wait(self._opened().retained(), timeout_seconds)
+
+    def warm(
+        self, prompt: Prompt, *, deadline_seconds: float | None = None, timeout_seconds: float | None = None
+    ) -> LoadResult:
+        """Load what is cached of a prompt into the server's memory, and let go of it: see `CacheClient.warm`."""
+        return self._thread.wait(self._opened().warm(prompt, deadline_seconds=deadline_seconds), timeout_seconds)
+
+    def hint(
+        self,
+        prompt: Prompt,
+        *,
+        output_tokens: int | None = None,
+        returns: bool | None = None,
+        within_seconds: float | None = None,
+        timeout_seconds: float | None = None,
+    ) -> None:
+        """Say what an engine knows of the future of a prompt that it has asked for: see `CacheClient.hint`."""
+        hint = self._opened().hint(prompt, output_tokens=output_tokens, returns=returns, within_seconds=within_seconds)
+        self._thread.wait(hint, timeout_seconds)
+
     def delete(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> Deleted:
         """Remove every chunk of a prompt from both tiers. Raises BackendError where a backend could not."""
         return self._thread.wait(self._opened().delete(prompt), timeout_seconds)
+
+    def delete_model(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        adapter: str | None = None,
+        salt: str | None = None,
+        timeout_seconds: float | None = None,
+    ) -> DeletedModel:
+        """Remove every chunk of a model, or of one revision, adapter or salt of it: see `CacheClient.delete_model`."""
+        deletion = self._opened().delete_model(model, revision=revision, adapter=adapter, salt=salt)
+        return self._thread.wait(deletion, timeout_seconds)
 
     def clear(self, tier: Literal["l1", "all"] = "l1", *, timeout_seconds: float | None = None) -> Deleted:
         """Empty L1 of what L2 has ("l1"), or both tiers ("all").
@@ -405,7 +597,7 @@ async def _begin_events(client: CacheClient, capacity: int) -> EventStream:
     return client.events(capacity)
 
 
-E = TypeVar("E", ReadLease, BlockingWriter)
+E = TypeVar("E", ReadLease, ReadStream, BlockingWriter)
 
 
 async def _entered(scoped: E) -> E:

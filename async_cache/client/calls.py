@@ -5,17 +5,21 @@ import ctypes
 import logging
 import weakref
 from abc import ABC, abstractmethod
+from collections import deque
 from enum import Enum
 from typing import Any, Protocol
 
 from async_cache.aio.promise import Promise
 from async_cache.errors import ConnectionLostError, ProtocolError, WriterClosedError
 from async_cache.handles.events import EventStream
-from async_cache.handles.prefetch import Prefetch
+from async_cache.handles.prefetch import Prefetch, SegmentPrefetch
+from async_cache.handles.stream import Arrived
 from async_cache.handles.writer import Writer
 from async_cache.prompt.layout import ModelLayout, Prompt
+from async_cache.prompt.parts import Parts
 from async_cache.protocol import messages
 from async_cache.protocol.messages import Message, error_of
+from async_cache.protocol.parts import join_hits, join_result
 from async_cache.protocol.prompts import describe, difference
 from async_cache.values import LoadResult, LookupHits
 
@@ -55,6 +59,9 @@ class Line(Protocol):
 
     def cancel(self, number: int) -> None:
         """Have the server give a call up; it answers all the same."""
+
+    def check_knows(self, kind: type[Message]) -> None:
+        """Check that the server knows what not every server does. Raises ServiceError."""
 
 
 class Question(Call):
@@ -99,14 +106,90 @@ class ReadCall(Question):
         return super().on(answer)
 
     def _take(self, answer: messages.ReadData) -> bool:
-        if self.buffer is None:
-            raise ProtocolError("bytes of a read that was not acquired")
-        begin, end = answer.offset, answer.offset + len(answer.data)
-        if end > len(self.buffer):
-            raise ProtocolError("bytes of a read that do not fit into it")
-        self.buffer[begin:end] = answer.data
+        put(answer, self.buffer)
         self._missing_bytes -= len(answer.data)
         return self._missing_bytes <= 0 and super().on(self._acquired)
+
+
+class StreamCall(Question):
+    """A stream: what has come of it and nobody has taken yet, until its result or its error."""
+
+    __slots__ = ("_came", "_end", "_layout", "_rank", "_woken", "buffer")
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.buffer: memoryview | None = None
+        """The bytes that have come, where any have to."""
+        self._rank = rank
+        self._layout: ModelLayout | None = None
+        self._came: deque[messages.StreamArrived] = deque()
+        self._end: LoadResult | Exception | None = None
+        self._woken = asyncio.Event()
+
+    def begin(self, layout: ModelLayout) -> None:
+        """Know the layout of what comes."""
+        self._layout = layout
+
+    def on(self, answer: Any) -> bool:
+        kind = type(answer)
+        if kind is messages.StreamArrived:
+            self._came.append(answer)
+            self._woken.set()
+            return False
+        if kind is messages.ReadData:
+            put(answer, self.buffer)
+            return False
+        if kind is messages.StreamAcquired and not self.answer.done():
+            self.buffer = memoryview(bytearray(answer.buffer_bytes)) if answer.buffer_bytes else None
+            super().on(answer)
+            return False
+        if not self.answer.done():
+            return super().on(answer)
+        self.end(answer.result if kind is messages.StreamEnded else error_of(answer))
+        return True
+
+    def lost(self, reason: Exception) -> None:
+        super().lost(reason)
+        self.end(reason)
+
+    def end(self, end: LoadResult | Exception) -> None:
+        """Nothing more will come, for this reason."""
+        if self._end is None:
+            self._end = end
+        self._woken.set()
+
+    async def more(self) -> Arrived | LoadResult:
+        """The next chunks that have come, or the result. Raises what the stream has ended with."""
+        while not self._came:
+            if isinstance(self._end, Exception):
+                raise self._end.with_traceback(None)
+            if self._end is not None:
+                return self._end
+            self._woken.clear()
+            await self._woken.wait()
+        came = self._came.popleft()
+        assert self._layout is not None
+        return Arrived(came.begin, came.offsets, objects_of(self._layout, self._rank, came, came.begin))
+
+
+def put(data: messages.ReadData, buffer: memoryview | None) -> None:
+    """Put bytes of a read where they belong. Raises ProtocolError."""
+    if buffer is None:
+        raise ProtocolError("bytes of a read that was not acquired")
+    begin, end = data.offset, data.offset + len(data.data)
+    if end > len(buffer):
+        raise ProtocolError("bytes of a read that do not fit into it")
+    buffer[begin:end] = data.data
+
+
+def objects_of(
+    layout: ModelLayout, rank: int, told: messages.ReadAcquired | messages.StreamArrived, begin: int = 0
+) -> list[int]:
+    """The objects that can be read of each chunk that a server has told of, the first of which has this number."""
+    objects = [layout.objects.rank_masks[rank]] * len(told.offsets)
+    for n, groups in told.absent:
+        objects[n - begin] &= ~sum(1 << layout.objects.bit(rank, group) for group in groups)
+    return objects
 
 
 class StoreState(Enum):
@@ -226,7 +309,7 @@ class PrefetchCall(Call):
     )  # fmt: skip
 
     def __init__(
-        self, line: Line | None, request_id: str, prompt: Prompt, start_chunk: int, ranks: tuple[int, ...]
+        self, line: Line | None, request_id: str, prompt: Prompt | Parts, start_chunk: int, ranks: tuple[int, ...]
     ) -> None:
         self._line = line
         self.number = line.next_number() if line is not None else 0
@@ -237,18 +320,19 @@ class PrefetchCall(Call):
         self.state = OPEN
         self.hits: Promise[LookupHits] = Promise()
         self.result: Promise[LoadResult] = Promise()
-        self.prefetch = Prefetch(self, self._cancel)
+        handle = SegmentPrefetch if isinstance(prompt, Parts) else Prefetch
+        self.prefetch = handle(self, PrefetchCall._cancel)
 
-    def asks_for(self, prompt: Prompt, start_chunk: int, ranks: tuple[int, ...]) -> bool:
+    def asks_for(self, prompt: Prompt | Parts, start_chunk: int, ranks: tuple[int, ...]) -> bool:
         """Whether this is what it has asked for."""
         return self.start_chunk == start_chunk and self.ranks == ranks and self.prompt.same_as(prompt)
 
     def on(self, answer: Any) -> bool:
         kind = type(answer)
         if kind is messages.LookupDone:
-            self.hits.resolve(answer.hits)
+            self.hits.resolve(join_hits(answer.hits, answer.parts))
         elif kind is messages.LoadDone:
-            self.result.resolve(answer.result)
+            self.result.resolve(join_result(answer.result, answer.parts))
         elif kind is messages.RequestClaimed:
             if self.state is not LEFT:
                 self.state = CLAIMED if answer.claimed else OPEN

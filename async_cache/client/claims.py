@@ -7,6 +7,7 @@ from async_cache.client.calls import Call, Line, fail
 from async_cache.errors import ProtocolError, UnknownRequestError
 from async_cache.protocol import messages
 from async_cache.protocol.messages import error_of
+from async_cache.protocol.parts import join_result
 from async_cache.values import LoadResult
 
 _MAX_KEPT = 1024  # results of 0 chunks
@@ -33,7 +34,7 @@ class ClaimCall(Call):
     def on(self, answer: Any) -> bool:
         self._claims.detach(self.request_id, self)
         if type(answer) is messages.Loaded:
-            self.result = answer.result
+            self.result = join_result(answer.result, answer.parts)
             self.pass_on()
         elif type(answer) is not messages.Failed:
             self._fail(ProtocolError(f"the server answered with {type(answer).__name__}, not Loaded"))

@@ -2,48 +2,59 @@
 
 import itertools
 import secrets
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, cast
 
-from async_cache.client.calls import LEFT, OPEN, PrefetchCall
+from async_cache.aio.worker import Worker
+from async_cache.client.calls import LEFT, OPEN, PrefetchCall, StreamCall, objects_of
 from async_cache.client.dial import dial
 from async_cache.client.link import Link
 from async_cache.client.links import Dial, Links
+from async_cache.client.operations import Operations
 from async_cache.client.writing import Post, call_now, open_chunks
-from async_cache.errors import AccessDeniedError, RequestConflictError
+from async_cache.errors import AccessDeniedError, ConfigError, RequestConflictError
 from async_cache.handles.events import EVENTS_CAPACITY, EventStream
-from async_cache.handles.lease import Entered, Memory, ReadChunk, ReadLease
-from async_cache.handles.prefetch import Prefetch
+from async_cache.handles.lease import Entered, Memory, ReadLease
+from async_cache.handles.prefetch import Prefetch, SegmentPrefetch
+from async_cache.handles.stream import ReadStream, Streamed
 from async_cache.handles.writer import Opened, Writer
 from async_cache.prompt.arguments import (
     check_capacity,
+    check_hint,
     check_prompt,
     check_request_id,
     check_seconds,
-    check_text,
+    check_some_seconds,
     check_tier,
+    check_tokens,
     check_traceparent,
+    check_ttl,
+    parts_of,
     ranks_of,
+    selection_of,
     start_of,
 )
-from async_cache.prompt.keys import check_label
-from async_cache.prompt.layout import ModelLayout, Prompt, check_index
+from async_cache.prompt.keys import check_label, check_text
+from async_cache.prompt.layout import Prompt, check_index
+from async_cache.prompt.parts import Parts
 from async_cache.protocol import messages
 from async_cache.protocol.address import Address, default_url
-from async_cache.protocol.messages import MAX_URL, VERSION, Hello
-from async_cache.protocol.prompts import layout_of
+from async_cache.protocol.messages import VERSION, Hello
+from async_cache.protocol.parts import join_hits, join_result
 from async_cache.values import (
-    BackendStatus,
     CacheStats,
     Deleted,
+    DeletedModel,
     Explanation,
     FlushResult,
-    ListedChunk,
     LoadResult,
     LookupHits,
+    Retained,
+    SegmentHits,
 )
 
 MAX_REQUEST_ID = 256
@@ -58,39 +69,57 @@ def connect(
     namespace: str = "",
     *,
     token: str | None = None,
+    tls: ssl.SSLContext | None = None,
     connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
     heartbeat_seconds: float | None = HEARTBEAT_SECONDS,
 ) -> "CacheClient":
-    """A client of the server at `unix:///path` or `tcp://host:port`, to be entered by `async with`.
+    """A client of the server at `unix:///path`, `tcp://host:port` or `tls://host:port`, to enter by `async with`.
 
     `url` None is where `async-cache serve` listens by default. Request ids are scoped to the `namespace`, and to the
-    tenant whose `token` it is. Entering tries for `connect_timeout_seconds`; a server that is silent for twice
-    `heartbeat_seconds` is given up, and never if that is None. Raises ConfigError for what is no address, and
-    ValueError for what cannot be a namespace.
+    tenant whose `token` it is. A server by TLS has to have a certificate of the system's authorities, or of those that
+    the URL names by `?ca=FILE`, which may name a client's own by `&cert=FILE&key=FILE`; `tls` stands for all of these.
+    Entering tries for `connect_timeout_seconds`; a server that is silent for twice
+    `heartbeat_seconds` is given up, and never if that is None. Raises ConfigError for an argument that cannot be used.
     """
-    return make_client(url, namespace, token, connect_timeout_seconds, heartbeat_seconds, call_now)
+    return client_maker(url, namespace, token, tls, connect_timeout_seconds, heartbeat_seconds)(call_now)
 
 
-def make_client(
+def client_maker(
     url: str | None,
     namespace: str,
     token: str | None,
+    tls: ssl.SSLContext | None,
     connect_timeout_seconds: float,
     heartbeat_seconds: float | None,
-    post: Post,
-) -> "CacheClient":
-    """`connect`, with the way into the client's loop of what may be called in any thread."""
+) -> "Callable[[Post], CacheClient]":
+    """`connect` in two steps: arguments are checked now, a client is made where the way into its loop is known.
+
+    Raises ConfigError for an argument that cannot be used.
+    """
     address = Address.parse(default_url() if url is None else url)
-    hello = Hello(VERSION, token, check_label("namespace", namespace))
-    return CacheClient(
-        partial(dial, address, hello),
-        connect_timeout_seconds=connect_timeout_seconds,
+    if tls is not None and address.tls is None:
+        raise ConfigError(f"{address} is without TLS: connect to tls://host:port")
+    if tls is not None and not isinstance(tls, ssl.SSLContext):
+        raise ConfigError(f"tls must be an ssl.SSLContext, not {type(tls).__name__}")
+    try:
+        hello = Hello(VERSION, token, check_label("namespace", namespace))
+        if token is not None:
+            check_text("token", token)
+        timeout_seconds = check_some_seconds("connect_timeout_seconds", connect_timeout_seconds)
+        heartbeat_seconds = check_seconds("heartbeat_seconds", heartbeat_seconds)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    if heartbeat_seconds == 0:
+        raise ConfigError("heartbeat_seconds must be more than 0, or None for no heartbeat")
+    return lambda post: CacheClient(
+        partial(dial, address, hello, tls=tls),
+        connect_timeout_seconds=timeout_seconds,
         heartbeat_seconds=heartbeat_seconds,
         post=post,
     )
 
 
-class CacheClient:
+class CacheClient(Operations):
     """The cache of a server, with the members of `AsyncCache`; `connect` makes one.
 
     NEW -> OPEN -> CLOSED, by `async with` or by `open` and `close`. While it is open it reconnects by itself. What was
@@ -110,7 +139,10 @@ class CacheClient:
         heartbeat_seconds: float | None = None,
         post: Post = call_now,
     ):
-        self._links = Links(dial, connect_timeout_seconds=connect_timeout_seconds, heartbeat_seconds=heartbeat_seconds)
+        super().__init__(
+            Links(dial, connect_timeout_seconds=connect_timeout_seconds, heartbeat_seconds=heartbeat_seconds)
+        )
+        self._hashing = Worker("async_cache hashing")
         self._post = post
         self._name = secrets.token_hex(8)
         self._ids = itertools.count(1)
@@ -128,6 +160,7 @@ class CacheClient:
         Tasks that wait for a future or a query get CacheClosedError.
         """
         await self._links.close()
+        self._hashing.close()
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -137,13 +170,18 @@ class CacheClient:
     ) -> None:
         await self.close()
 
-    async def _ask(self, answer: type[A], make: Callable[[int], Any]) -> A:
-        link = self._links.here() or await self._links.ready()
-        return await link.ask(answer, make(link.next_number()))
-
     async def _ask_of(self, answer: type[A], make: Callable[[int, messages.WirePrompt], Any], prompt: Prompt) -> A:
         link = self._links.here() or await self._links.ready()
-        wire = await link.pack_hashed(prompt)
+        wire = await link.pack_hashed(prompt, self._hashing)
+        return await link.ask(answer, make(link.next_number(), wire))
+
+    async def _ask_newer_of(
+        self, answer: type[A], kind: type[messages.Message], make: Callable[[int, messages.WirePrompt], Any], of: Prompt
+    ) -> A:
+        """Ask what not every server of this version knows."""
+        link = self._links.here() or await self._links.ready()
+        link.check_knows(kind)
+        wire = await link.pack_hashed(of, self._hashing)
         return await link.ask(answer, make(link.next_number(), wire))
 
     # Prefetching.
@@ -157,6 +195,7 @@ class CacheClient:
         ranks: Sequence[int] | None = None,
         deadline_seconds: float | None = None,
         traceparent: str | None = None,
+        wait_for_writers_seconds: float | None = None,
     ) -> Prefetch:
         """Look a prompt up and load what is cached of it; returns at once.
 
@@ -164,8 +203,10 @@ class CacheClient:
         `ranks`: those to load here, all if None; the others are only checked for existence.
         `deadline_seconds` runs from the moment when the server has the call.
         `traceparent`: the span that it belongs to, where the server has `traces`.
-        Raises RequestConflictError if this client uses the id for something else; without a connection, the futures
-        have ConnectionLostError.
+        `wait_for_writers_seconds`: how long the lookup waits for chunks of the prompt that writers have announced, by
+        opening, and not committed or given up yet; it waits for no others, and counts what is there in the end.
+        Raises RequestConflictError if this client uses the id for something else, and ServiceError where the server is
+        too old to wait for writers; without a connection, the futures have ConnectionLostError.
         """
         link = self._links.here()
         if link is None:
@@ -175,20 +216,62 @@ class CacheClient:
             request_id = self.new_request_id()
         check_request_id(request_id, MAX_REQUEST_ID)
         check_seconds("deadline_seconds", deadline_seconds)
+        check_seconds("wait_for_writers_seconds", wait_for_writers_seconds)
         check_traceparent(traceparent)
         start_chunk, here = start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
+        waiting = deadline_seconds, traceparent, wait_for_writers_seconds
+        return self._begin(link, request_id, prompt, start_chunk, here, *waiting).prefetch
+
+    def prefetch_segments(
+        self,
+        parts: Sequence[Prompt],
+        *,
+        request_id: str | None = None,
+        ranks: Sequence[int] | None = None,
+        deadline_seconds: float | None = None,
+        traceparent: str | None = None,
+    ) -> SegmentPrefetch:
+        """Look up to 256 prompts or segments up, of one layout and salt, and load what is cached of each; one request.
+
+        See `AsyncCache.prefetch_segments`; otherwise as `prefetch`. Raises ServiceError for a server that is older.
+        """
+        link = self._links.here()
+        if link is None:
+            self._links.check_open()
+        asked = parts_of(parts)
+        if request_id is None:
+            request_id = self.new_request_id()
+        check_request_id(request_id, MAX_REQUEST_ID)
+        check_seconds("deadline_seconds", deadline_seconds)
+        check_traceparent(traceparent)
+        call = self._begin(link, request_id, asked, 0, ranks_of(asked, ranks), deadline_seconds, traceparent)
+        return cast(SegmentPrefetch, call.prefetch)
+
+    def _begin(
+        self,
+        link: Link | None,
+        request_id: str,
+        asked: Prompt | Parts,
+        start_chunk: int,
+        ranks: tuple[int, ...],
+        deadline_seconds: float | None,
+        traceparent: str | None,
+        wait_for_writers_seconds: float | None = None,
+    ) -> PrefetchCall:
+        """Begin a request, or return that which this client has under this id, if it asks for the same."""
         known = link.requests.get(request_id) if link is not None else None
         if known is not None and known.state is not LEFT:
-            same = known.asks_for(prompt, start_chunk, here)
+            same = known.asks_for(asked, start_chunk, ranks)
             if same and known.state is OPEN:
-                return known.prefetch
+                return known
             raise RequestConflictError(f"request {request_id!r} is in use{'' if same else ' for another prompt'}")
-        call = PrefetchCall(link, request_id, prompt, start_chunk, here)
+        call = PrefetchCall(link, request_id, asked, start_chunk, ranks)
         if link is None:
             call.lost(self._links.error)
         else:
-            link.prefetch(call, float(deadline_seconds) if deadline_seconds is not None else None, traceparent)
-        return call.prefetch
+            deadline = float(deadline_seconds) if deadline_seconds is not None else None
+            link.prefetch(call, deadline, traceparent, float(wait_for_writers_seconds or 0))
+        return call
 
     def new_request_id(self) -> str:
         """A request id that nobody has used."""
@@ -198,6 +281,16 @@ class CacheClient:
         """How much of a prompt is cached now: no lease, no load, no promise."""
         check_prompt(prompt)
         return (await self._ask_of(messages.Hits, messages.Lookup, prompt)).hits
+
+    async def lookup_segments(self, parts: Sequence[Prompt]) -> SegmentHits:
+        """How much of each of up to 256 prompts or segments is cached now, as `lookup` says of one."""
+        asked = parts_of(parts)
+        link = self._links.here() or await self._links.ready()
+        link.check_knows(messages.LookupSegments)
+        await link.hash(asked, self._hashing)
+        question = messages.LookupSegments(link.next_number(), link.pack_all(asked))
+        answer = await link.ask(messages.Hits, question)
+        return cast(SegmentHits, join_hits(answer.hits, answer.parts))
 
     async def explain(self, prompt: Prompt) -> Explanation:
         """Where each chunk of a prompt is, or why it is not there, and where else its tokens are cached.
@@ -217,7 +310,8 @@ class CacheClient:
         """
         check_request_id(request_id, MAX_REQUEST_ID)
         query = messages.QueryPrefetchLookupHits
-        return (await self._ask(messages.Hits, lambda number: query(number, request_id))).hits
+        answer = await self._ask(messages.Hits, lambda number: query(number, request_id))
+        return join_hits(answer.hits, answer.parts)
 
     async def query_status(self, request_id: str) -> LoadResult:
         """Await `load_done` and claim the result, which is handed out once. Raises UnknownRequestError.
@@ -271,17 +365,54 @@ class CacheClient:
         request = link.requests.get(request_id)
         acquired, view = await link.acquire(messages.AcquireRead(number, request_id, rank, reader))
         layout = link.layouts.find(acquired.layout)
-        objects = dict.fromkeys(range(len(acquired.offsets)), layout.objects.rank_masks[rank])
-        for n, groups in acquired.absent:
-            objects[n] &= ~sum(1 << layout.objects.bit(rank, group) for group in groups)
-        memory = Memory(view)
-        chunks = tuple(
-            ReadChunk(acquired.result.start_chunk + n, offset, rank, objects[n], layout, memory)
-            for n, offset in enumerate(acquired.offsets)
-        )
+        objects = objects_of(layout, rank, acquired)
         release = partial(self._post, self._release, link, number, request)
         undo = partial(self._post, link.undo, number)
-        return Entered(acquired.result, layout, chunks, memory, release, undo, lambda: link.connection.is_open)
+        result, offsets, memory = join_result(acquired.result, acquired.parts), acquired.offsets, Memory(view)
+        return Entered(result, layout, rank, offsets, objects, memory, release, undo, lambda: link.connection.is_open)
+
+    def stream(self, request_id: str, *, rank: int = 0, reader: int = 0) -> ReadStream:
+        """Read what a request is loading, as `read` does, but chunk by chunk, each as soon as it is in memory.
+
+        Entering waits for the lookup only; it raises as that of `read`, and ServiceError where the server is too old
+        for it. Iterating raises ConnectionLostError. To leave before the load has ended is to leave as a reader does:
+        where all others have left, too, that ends the request, and what is on its way for it.
+        """
+        self._links.check_open()
+        return ReadStream(partial(self._enter_stream, check_request_id(request_id, MAX_REQUEST_ID), rank, reader))
+
+    async def _enter_stream(self, request_id: str, rank: int, reader: int) -> Streamed:
+        for name, value in (("rank", rank), ("reader", reader)):
+            check_index(name, value, 2**32)
+        link = self._links.here() or await self._links.ready()
+        link.check_knows(messages.AcquireStream)
+        number, call = link.next_number(), StreamCall(rank)
+        request = link.requests.get(request_id)
+        acquired, view = await link.acquire_stream(messages.AcquireStream(number, request_id, rank, reader), call)
+        release = partial(self._post, self._release_stream, link, number, request, call)
+        undo = partial(self._post, self._undo_stream, link, number, call)
+        return Streamed(
+            link.layouts.find(acquired.layout),
+            rank,
+            acquired.start_chunk,
+            acquired.chunks,
+            Memory(view),
+            call.more,
+            release,
+            undo,
+            lambda: link.connection.is_open,
+        )
+
+    @classmethod
+    def _release_stream(cls, link: Link, number: int, request: PrefetchCall | None, call: StreamCall) -> None:
+        link.calls.pop(number, None)  # whatever comes of it now
+        call.end(RuntimeError("the lease was released"))
+        cls._release(link, number, request)
+
+    @staticmethod
+    def _undo_stream(link: Link, number: int, call: StreamCall) -> None:
+        call.end(RuntimeError("the lease was released"))
+        link.undo(number)
 
     @staticmethod
     def _release(link: Link, number: int, request: PrefetchCall | None) -> None:
@@ -303,12 +434,57 @@ class CacheClient:
         check_prompt(prompt)
         check_index("rank", rank, prompt.layout.world_size)
         check_index("start_chunk", start_chunk, len(prompt) + 1)
-        return partial(open_chunks, self._links.ready, self._post, prompt, rank, start_chunk)
+        return partial(open_chunks, self._links.ready, self._hashing, self._post, prompt, rank, start_chunk)
 
     async def flush(self, deadline_seconds: float | None = None) -> FlushResult:
         """Wait until what was committed is in L2. Counts what was written or dropped since the last flush."""
-        check_seconds("deadline_seconds", deadline_seconds)
-        return (await self._ask(messages.Flushed, lambda number: messages.Flush(number, deadline_seconds))).result
+        seconds = check_seconds("deadline_seconds", deadline_seconds)
+        return (await self._ask(messages.Flushed, lambda number: messages.Flush(number, seconds))).result
+
+    # Keeping.
+
+    async def retain(self, prompt: Prompt, *, tokens: int | None = None, ttl_seconds: float = 300.0) -> Retained:
+        """Keep the first `tokens` of a prompt, all if None, for so long, and say how many that will be.
+
+        Whole chunks that are in the cache are kept, as far as the share of the prompt's salt allows: `clipped` says why
+        it is less than was asked for. They outlive this client. A second call for the same prompt changes the first,
+        and 0 seconds end it. Raises ServiceError for a server that is too old for it.
+        """
+        check_prompt(prompt)
+        check_tokens(prompt, tokens)
+        whole = tokens // prompt.layout.chunk_tokens * prompt.layout.chunk_tokens if tokens is not None else None
+        retain = partial(messages.Retain, tokens=whole, ttl_seconds=check_ttl(ttl_seconds))
+        return (await self._ask_newer_of(messages.Kept, messages.Retain, retain, prompt)).retained
+
+    async def retained(self) -> list[Retained]:
+        """What is retained of the salts of this client's token, the first to expire first. Raises as `retain`."""
+        link = self._links.here() or await self._links.ready()
+        link.check_knows(messages.ListRetained)
+        return (await link.ask(messages.RetainedListed, messages.ListRetained(link.next_number()))).retained
+
+    async def warm(self, prompt: Prompt, *, deadline_seconds: float | None = None) -> LoadResult:
+        """Load what is cached of a prompt into the server's memory, and let go of it. Raises as `retain`."""
+        check_prompt(prompt)
+        warm = partial(messages.Warm, deadline_seconds=check_seconds("deadline_seconds", deadline_seconds))
+        return (await self._ask_newer_of(messages.Loaded, messages.Warm, warm, prompt)).result
+
+    async def hint(
+        self,
+        prompt: Prompt,
+        *,
+        output_tokens: int | None = None,
+        returns: bool | None = None,
+        within_seconds: float | None = None,
+    ) -> None:
+        """Say what an engine knows of the future of a prompt that it has asked for. Raises as `retain`.
+
+        `output_tokens`: how much was generated behind it. `returns`: whether it will be asked for again (False: the
+        session has ended), and `within_seconds`, how soon (a tool call is pending). It promises nothing.
+        """
+        check_prompt(prompt)
+        check_hint(output_tokens, returns, within_seconds)
+        hint = partial(messages.Hint, output_tokens=output_tokens, returns=returns, within_seconds=within_seconds)
+        await self._ask_newer_of(messages.Done, messages.Hint, hint, prompt)
 
     # Removing.
 
@@ -317,56 +493,29 @@ class CacheClient:
         check_prompt(prompt)
         return (await self._ask_of(messages.Removed, messages.Delete, prompt)).deleted
 
-    async def clear(self, tier: Literal["l1", "all"] = "l1") -> Deleted:
-        """Empty L1 of what L2 has ("l1"), or both tiers ("all").
+    async def delete_model(
+        self, model: str, *, revision: str | None = None, adapter: str | None = None, salt: str | None = None
+    ) -> DeletedModel:
+        """Remove every chunk of a model, of the salts of this client's token, from both tiers; where these are given,
+        of one revision, adapter or salt only.
 
-        Raises AccessDeniedError for a token that is bound to salts.
+        The revision or adapter "" is that of prompts which name none. Of backends that do not know what their objects
+        are of, what other tiers know is removed, and `unsure` names them; "l2" to a token that is bound to salts.
+        Raises BackendError where a backend could not, and else as `retain`.
+        """
+        selection_of(model, revision, adapter, salt)
+        link = self._links.here() or await self._links.ready()
+        link.check_knows(messages.DeleteModel)
+        question = messages.DeleteModel(link.next_number(), model, revision, adapter, salt)
+        return (await link.ask(messages.ModelDeleted, question)).deleted
+
+    async def clear(self, tier: Literal["l1", "all"] = "l1") -> Deleted:
+        """Empty L1 of all that does not wait to be written to L2 ("l1"), or both tiers ("all").
+
+        See `AsyncCache.clear`. Raises AccessDeniedError for a token that is bound to salts.
         """
         check_tier(tier)
         return (await self._ask(messages.Removed, lambda number: messages.Clear(number, tier))).deleted
-
-    # Backends of the server.
-
-    async def add_backend(self, url: str, *, position: int | None = None) -> None:
-        """Have the server open one more backend, and use it: as the slowest, or before the one at a position.
-
-        Raises ConfigError for a URL or a name that cannot be, ValueError for a position that there is not, BackendError
-        for a backend that fails or does not open in time, AccessDeniedError for a token that is bound to salts.
-        """
-        if not isinstance(url, str):
-            raise TypeError(f"a backend must be a URL, not {type(url).__name__}")
-        check_text("url", url, MAX_URL)
-        if position is not None:
-            check_index("position", position, 2**32)
-        await self._ask(messages.Done, lambda number: messages.AddBackend(number, url, position))
-
-    async def drain_backend(self, name: str, *, deadline_seconds: float | None = None) -> BackendStatus:
-        """Write nothing new to a backend, and copy what only it has to the others that are written to.
-
-        Returns when that is done, or `deadline_seconds` are over: it goes on then, also without this client, and may be
-        waited for again. Its state is DRAINED when it is done. Raises ConfigError for a name that there is not,
-        BackendError where the copying cannot go on, AccessDeniedError for a token that is bound to salts.
-        """
-        check_text("name", name, MAX_URL)
-        check_seconds("deadline_seconds", deadline_seconds)
-        drain = partial(messages.DrainBackend, name=name, deadline_seconds=deadline_seconds)
-        return (await self._ask(messages.BackendTold, drain)).backend
-
-    async def remove_backend(self, name: str) -> None:
-        """Ask a backend no more, wait for the loads that it was promised for, and close it.
-
-        What only it has is not found any more, unless it was drained before. Raises ConfigError for a name that there
-        is not, AccessDeniedError for a token that is bound to salts.
-        """
-        check_text("name", name, MAX_URL)
-        await self._ask(messages.Done, lambda number: messages.RemoveBackend(number, name))
-
-    async def backends(self) -> list[BackendStatus]:
-        """The backends that there are now, the fastest first, and behind them those that are being removed.
-
-        Raises AccessDeniedError for a token that is bound to salts.
-        """
-        return (await self._ask(messages.BackendsListed, messages.ListBackends)).backends
 
     # Looking at it.
 
@@ -384,34 +533,6 @@ class CacheClient:
             stream.break_with(self._links.error)
             return stream
         return link.events(capacity)
-
-    async def reload(self) -> tuple[list[str], list[str]]:
-        """Have the server read its settings anew: the names of those that changed, and those that wait for a restart.
-
-        Raises ConfigError for settings that cannot be used, which changes nothing, BackendError for a backend that does
-        not open, and AccessDeniedError for a token that is bound to salts.
-        """
-        reloaded = await self._ask(messages.Reloaded, messages.Reload)
-        return reloaded.changed, reloaded.waiting
-
-    async def roots(self) -> list[tuple[ModelLayout, str, str, int]]:
-        """Of which prompts there are chunks: the layout, adapter and salt, and how many are in the server's memory.
-
-        Those that were stored or loaded of late, the newest first, of the salts of this client's token.
-        """
-        listed = await self._ask(messages.RootsListed, messages.ListRoots)
-        return [(layout_of(root.layout), root.adapter, root.salt, root.chunks) for root in listed.roots]
-
-    async def chunks(
-        self, *, model: str | None = None, salt: str | None = None, after: bytes | None = None, limit: int = 1000
-    ) -> list[ListedChunk]:
-        """Chunks in the server's memory, up to 1000 by their hashes, those after `after`; of a model and salt, or any.
-
-        Fewer than `limit` are the last. Only those of the salts of this client's token are told.
-        """
-        check_index("limit", limit - 1, 1000)
-        ask = partial(messages.ListChunks, model=model, salt=salt, after=after, limit=limit)
-        return (await self._ask(messages.ChunksListed, ask)).chunks
 
     async def stats(self) -> CacheStats:
         """A snapshot of what the server's cache holds, and counters since it was opened."""
@@ -437,6 +558,16 @@ class CacheClient:
                 raise link.reason
             raise AccessDeniedError("this client does not see the server's memory: it is elsewhere, or bound to salts")
         return arena.toreadonly()
+
+    def window(self, size_bytes: int) -> memoryview | None:
+        """The first bytes of the memory that this client's writers fill, writable, to be registered with a device.
+
+        Another memory after each reconnect; None where there is none, and what is stored travels in frames. Its pages
+        stay where they are until the connection ends: memory that was pinned is never given back to the machine before.
+        Raises ConnectionLostError.
+        """
+        segment = self._links.connected().segment
+        return segment.window(size_bytes) if segment is not None else None
 
     @property
     def result_ttl_seconds(self) -> float:

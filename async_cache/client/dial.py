@@ -3,35 +3,46 @@
 import asyncio
 import os
 import socket
+import ssl
 from contextlib import suppress
 
 import msgspec
 
 from async_cache.client.link import Link, Lost
 from async_cache.client.memory import Segment
-from async_cache.errors import AccessDeniedError, AsyncCacheError, ConnectionLostError
+from async_cache.errors import AccessDeniedError, AsyncCacheError, ConnectionLostError, ProtocolError
 from async_cache.memory.mapping import map_read_only
 from async_cache.protocol.address import Address, default_url
+from async_cache.protocol.certificates import reason
 from async_cache.protocol.greeting import NoDescriptorError, check_byte_order, greet, peer_process
 from async_cache.protocol.messages import Hello
+from async_cache.protocol.secured import Secured
+
+_NO_TLS = ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "UNSUPPORTED_PROTOCOL", "HTTP_REQUEST")
 
 
-async def dial(address: Address, hello: Hello, lost: Lost, timeout_seconds: float) -> Link:
+async def dial(
+    address: Address, hello: Hello, lost: Lost, timeout_seconds: float, tls: ssl.SSLContext | None = None
+) -> Link:
     """A link to the server at an address. Raises ConnectionLostError if there is none, or none that answers in time.
 
-    What the server refuses the client with is raised as well. `lost` is called once the link is lost.
+    What the server refuses the client with is raised as well, AccessDeniedError where it has not the certificate that
+    it should, and ConfigError where the files of the address cannot be used; `tls` stands for them. `lost` is called
+    once the link is lost.
     """
     check_byte_order()
     try:
         async with asyncio.timeout(timeout_seconds):
             try:
-                return await _dial(address, hello, lost)
+                return await _dial(address, hello, lost, tls)
             except NoDescriptorError:
-                return await _dial(address, msgspec.structs.replace(hello, descriptors=False), lost)
+                return await _dial(address, msgspec.structs.replace(hello, descriptors=False), lost, tls)
     except TimeoutError as error:
         raise ConnectionLostError(f"no answer from {address} within {timeout_seconds:.3g} s") from error
     except AsyncCacheError:
         raise
+    except ssl.SSLError as error:  # what a server says to a certificate comes after the handshake
+        raise AccessDeniedError(f"no TLS with the server at {address}: {reason(error)}") from error
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise ConnectionLostError(
             f"there is no server at {address}: {error.strerror}; `async-cache serve` starts one"
@@ -40,11 +51,15 @@ async def dial(address: Address, hello: Hello, lost: Lost, timeout_seconds: floa
         raise ConnectionLostError(f"cannot connect to {address}: {error.strerror or error}") from error
 
 
-async def _dial(address: Address, hello: Hello, lost: Lost) -> Link:
-    sock = await _connect(address)
+async def _dial(address: Address, hello: Hello, lost: Lost, tls: ssl.SSLContext | None) -> Link:
+    if address.tls is not None and tls is None:
+        tls = await asyncio.to_thread(address.tls.client_context)  # anew each time: certificates are renewed
+    sock: socket.socket | Secured = (connected := await _connect(address))
     segment = None
     try:
-        _check_owner(sock, address)
+        _check_owner(connected, address)
+        if tls is not None:
+            sock = await _secure(connected, tls, address)
         segment = Segment() if address.path and hello.descriptors else None
         welcome, arena_fd = await greet(sock, hello, segment.fd if segment is not None else None)
         arena = None
@@ -57,7 +72,10 @@ async def _dial(address: Address, hello: Hello, lost: Lost) -> Link:
             segment.grow(welcome.arena_bytes)
         link = Link(welcome, arena, segment, lost)
     except BaseException:
-        sock.close()
+        if isinstance(sock, Secured):
+            sock.abort()
+        else:
+            sock.close()
         if segment is not None:
             segment.close()
         raise
@@ -85,6 +103,17 @@ async def _connect(address: Address) -> socket.socket:
             raise
         sock.close()
     raise OSError("the host has no address")
+
+
+async def _secure(sock: socket.socket, tls: ssl.SSLContext, address: Address) -> Secured:
+    try:
+        return await Secured.connect(sock, tls, address.host)
+    except ssl.SSLCertVerificationError as error:
+        raise AccessDeniedError(f"the certificate of the server at {address} is not good: {reason(error)}") from error
+    except ssl.SSLError as error:
+        if error.reason in _NO_TLS:
+            raise ProtocolError(f"the server speaks no TLS at {address}: connect to tcp://host:port") from error
+        raise AccessDeniedError(f"no TLS with the server at {address}: {reason(error)}") from error
 
 
 def _connect_unix(address: Address) -> socket.socket:

@@ -3,7 +3,15 @@
 from async_cache.client.calls import Line, Registration
 from async_cache.errors import LimitError
 from async_cache.prompt.layout import ModelLayout, Prompt
-from async_cache.protocol.messages import MAX_CHUNKS, MAX_TOKENS, Layout, RegisterLayout, WirePrompt, encode
+from async_cache.protocol.messages import (
+    MAX_CHUNKS,
+    MAX_TOKENS,
+    NEWER_PROMPTS,
+    Layout,
+    RegisterLayout,
+    WirePrompt,
+    encode,
+)
 from async_cache.protocol.prompts import describe, layout_of, pack
 
 
@@ -23,9 +31,13 @@ class Layouts:
             raise registration.refusal.with_traceback(None)
         if len(prompt) > MAX_CHUNKS:
             raise LimitError(f"a prompt has at most {MAX_CHUNKS} chunks, not {len(prompt)}")
-        if not trusted and prompt.tokens > MAX_TOKENS:
-            raise LimitError(f"a prompt that the server hashes has at most {MAX_TOKENS} tokens, not {prompt.tokens}")
-        return pack(prompt, registration.index, trusted=trusted)
+        tokens = prompt.tokens + prompt.base_tokens
+        if not trusted and tokens > MAX_TOKENS:
+            raise LimitError(f"a prompt that the server hashes has at most {MAX_TOKENS} tokens, not {tokens}")
+        wire = pack(prompt, registration.index, trusted=trusted)
+        if isinstance(wire, NEWER_PROMPTS):
+            self._line.check_knows(type(wire))
+        return wire
 
     def _register(self, layout: ModelLayout) -> Registration:
         registration = self._registered[layout] = Registration(len(self._by_index), layout)

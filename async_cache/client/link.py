@@ -8,16 +8,27 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from async_cache.client.calls import Call, Commit, EventsCall, PrefetchCall, Question, ReadCall
+from async_cache.aio.worker import Worker
+from async_cache.client.calls import Call, Commit, EventsCall, PrefetchCall, Question, ReadCall, StreamCall
 from async_cache.client.claims import Claims
 from async_cache.client.layouts import Layouts
 from async_cache.client.memory import Segment
-from async_cache.errors import ConnectionLostError, ProtocolError
+from async_cache.errors import ConnectionLostError, LimitError, ProtocolError, ServiceError
 from async_cache.handles.events import EventStream
 from async_cache.prompt.layout import Prompt
+from async_cache.prompt.parts import Parts
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
-from async_cache.protocol.messages import MAX_EVENTS, MAX_TOKENS, Decoder, Message, error_of
+from async_cache.protocol.messages import (
+    MAX_CHUNKS,
+    MAX_EVENTS,
+    MAX_TOKENS,
+    Decoder,
+    Message,
+    SegmentIds,
+    TokenIds,
+    error_of,
+)
 
 A = TypeVar("A")
 
@@ -56,6 +67,7 @@ class Link:
         self.result_ttl_seconds = welcome.result_ttl_seconds
         self.layouts = Layouts(self)
         self._trusted = welcome.trusted
+        self._knows = frozenset(welcome.knows)
         self._numbers = itertools.count(1)
         self._reason: Exception | None = None
         self._gone = asyncio.Event()
@@ -123,17 +135,37 @@ class Link:
 
     # Prompts and requests.
 
+    def check_knows(self, kind: type[messages.Message]) -> None:
+        """Check that the server knows what not every server does. Raises ServiceError."""
+        if kind.__name__ not in self._knows:
+            raise ServiceError(f"the server is older than this client: it does not know {kind.__name__}")
+
     def pack(self, prompt: Prompt) -> messages.WirePrompt:
         """A prompt to send, behind its layout; by its token ids, if it is not hashed yet and they fit a frame."""
-        if self._trusted and prompt.tokens > MAX_TOKENS:
+        if self._trusted and prompt.tokens + prompt.base_tokens > MAX_TOKENS:
             prompt.hash()
         return self.layouts.pack(prompt, trusted=self._trusted and prompt.hashed)
 
-    async def pack_hashed(self, prompt: Prompt) -> messages.WirePrompt:
+    async def pack_hashed(self, prompt: Prompt, hashing: Worker) -> messages.WirePrompt:
         """A prompt to send, hashed here: who waits anyway spares the server that, and itself the next time."""
-        if self._trusted and not prompt.hashed:
-            await asyncio.to_thread(prompt.hash)
+        await self.hash(prompt, hashing)
         return self.pack(prompt)
+
+    async def hash(self, prompt: Prompt | Parts, hashing: Worker) -> None:
+        """Hash what is to be sent, unless that is for the server to do."""
+        if self._trusted and not prompt.hashed:
+            await hashing.run(prompt.hash)
+
+    def pack_all(self, parts: Parts) -> list[messages.WirePrompt]:
+        """Prompts to send, as `pack` does each. Raises LimitError if they are too many for a message."""
+        if len(parts) > MAX_CHUNKS:
+            raise LimitError(f"the prompts of a message have at most {MAX_CHUNKS} chunks together, not {len(parts)}")
+        wires = [self.pack(prompt) for prompt in parts.parts]
+        sent = zip(wires, parts.parts, strict=True)
+        tokens = sum(it.tokens + it.base_tokens for wire, it in sent if isinstance(wire, TokenIds | SegmentIds))
+        if tokens > MAX_TOKENS:
+            raise LimitError(f"prompts that the server hashes have at most {MAX_TOKENS} tokens together, not {tokens}")
+        return wires
 
     def pack_source(self, prompt: Prompt) -> messages.WirePrompt:
         """A prompt to send by what its hashes are made from, if that is known and fits a frame."""
@@ -141,17 +173,32 @@ class Link:
             return self.pack(prompt)
         return self.layouts.pack(prompt, trusted=False)
 
-    def prefetch(self, call: PrefetchCall, deadline_seconds: float | None, traceparent: str | None) -> None:
-        """Begin a prefetch. Raises what a layout or prompt is refused with."""
-        layout = call.prompt.layout
+    def prefetch(
+        self,
+        call: PrefetchCall,
+        deadline_seconds: float | None,
+        traceparent: str | None,
+        wait_for_writers_seconds: float,
+    ) -> None:
+        """Begin a prefetch. Raises what a layout or prompt is refused with, and ServiceError."""
+        layout, number, request_id = call.prompt.layout, call.number, call.request_id
         ranks = None if len(call.ranks) == layout.world_size else list(call.ranks)
-        skip_tokens = call.start_chunk * layout.chunk_tokens
-        wire = self.pack(call.prompt)
-        self.detach(call.request_id)
-        self.begin(
-            messages.Prefetch(call.number, wire, call.request_id, skip_tokens, ranks, deadline_seconds, traceparent),
-            call,
-        )
+        message: Message
+        if isinstance(call.prompt, Parts):
+            self.check_knows(messages.PrefetchSegments)
+            wires = self.pack_all(call.prompt)
+            message = messages.PrefetchSegments(number, wires, request_id, ranks, deadline_seconds, traceparent)
+        else:
+            if wait_for_writers_seconds:
+                self.check_knows(messages.AwaitingPrefetch)
+            wire, skip_tokens = self.pack(call.prompt), call.start_chunk * layout.chunk_tokens
+            asked = number, wire, request_id, skip_tokens, ranks, deadline_seconds, traceparent
+            if wait_for_writers_seconds:
+                message = messages.AwaitingPrefetch(*asked, wait_for_writers_seconds)
+            else:
+                message = messages.Prefetch(*asked)
+        self.detach(request_id)
+        self.begin(message, call)
         self.requests[call.request_id] = call
 
     def detach(self, request_id: str) -> None:
@@ -163,6 +210,17 @@ class Link:
         """Begin a read; what there is to read, and the memory in which it lies. Raises as `ask`."""
         call, arena = ReadCall(), self.arena  # of now: a connection that is lost has none
         acquired = await self.ask(messages.ReadAcquired, message, call)
+        if call.buffer is not None:
+            return acquired, call.buffer
+        return acquired, arena if arena is not None else memoryview(b"")
+
+    async def acquire_stream(
+        self, message: messages.AcquireStream, call: StreamCall
+    ) -> tuple[messages.StreamAcquired, memoryview]:
+        """Begin a stream; what is known of it, and the memory in which its chunks will lie. Raises as `ask`."""
+        arena = self.arena  # of now: a connection that is lost has none
+        acquired = await self.ask(messages.StreamAcquired, message, call)
+        call.begin(self.layouts.find(acquired.layout))
         if call.buffer is not None:
             return acquired, call.buffer
         return acquired, arena if arena is not None else memoryview(b"")

@@ -65,20 +65,23 @@ class Links:
     # Life.
 
     async def open(self) -> None:
-        """Connect, and stay connected. Raises CacheClosedError, and what the last attempt failed with."""
+        """Connect, and stay connected. Raises CacheClosedError, and what the last attempt failed with that says why."""
         if self._state is not LinksState.NEW:
             raise CacheClosedError("a client is opened once")
         self._state, self._home = LinksState.OPENING, Home()
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._connect_timeout_seconds
+        why: ConnectionLostError | None = None
         for delay in backoff():
             try:
                 await self._attempt(max(deadline - clock(), _LAST_ATTEMPT_SECONDS))
                 break
-            except ConnectionLostError:
+            except ConnectionLostError as error:
+                if why is None or not isinstance(error.__cause__, TimeoutError):  # which may only be that of the last
+                    why = error
                 left = deadline - clock()
                 if left <= 0:
-                    raise
+                    raise why from why.__cause__
                 await asyncio.sleep(min(delay, left))
         if self._is_closed:
             await self._close()  # once more: the link has come since
@@ -89,7 +92,12 @@ class Links:
             self._tasks.append(asyncio.create_task(self._beat(self._heartbeat_seconds)))
 
     async def close(self) -> None:
-        """Wait for what was committed, and close; idempotent. All who wait for something else get CacheClosedError."""
+        """Wait for what was committed, and close; idempotent. All who wait for something else get CacheClosedError.
+
+        Raises RuntimeError in a loop that did not open the client, or after a fork: nothing is changed then.
+        """
+        if self._home is not None and self._closing is None and self._home.is_elsewhere():
+            raise self._home.refusal("client")
         self._state = LinksState.CLOSED
         if self._closing is None:
             self._closing = asyncio.create_task(self._close())

@@ -31,6 +31,7 @@ class Segment:
         self.fd = make_memfd("async_cache segment")
         self._map: mmap.mmap | None = None
         self._extents = Extents(0)
+        self._kept_bytes = 0  # from the beginning on: these pages are never given back
         self._freed: deque[tuple[int, int]] = deque()  # by the threads that had the last views
         self._used = False  # since the timer was set
         self._timer: asyncio.TimerHandle | None = None  # while blocks are taken, or free and not given back
@@ -60,6 +61,16 @@ class Segment:
             made.append((offset, block))
         return made
 
+    def window(self, size_bytes: int) -> memoryview | None:
+        """The first bytes, to be pinned: their pages stay the file's from now on. None where there is no memory.
+
+        Blocks begin there. A page that is given back while a device has it pinned would be another one afterwards.
+        """
+        if self._map is None:
+            return None
+        self._kept_bytes = max(self._kept_bytes, min(size_bytes, self._extents.size_bytes))
+        return memoryview(self._map)[:size_bytes]
+
     def _take_back(self) -> None:
         while self._freed:
             self._extents.free(*self._freed.popleft())
@@ -85,7 +96,7 @@ class Segment:
         """Give up to 64 MiB of what is free back to the machine; whether there was something to give."""
         self._take_back()
         for begin, end in self._extents.ranges():
-            data = next_data(self.fd, begin)
+            data = next_data(self.fd, max(begin, self._kept_bytes))
             if data is None:
                 break
             if data < end:

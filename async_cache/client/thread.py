@@ -2,7 +2,6 @@
 
 import asyncio
 import concurrent.futures
-import os
 import threading
 from collections.abc import Callable, Coroutine
 from enum import Enum
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from async_cache.aio.forks import process
 from async_cache.client.client import CacheClient
 from async_cache.client.writing import Post
 from async_cache.errors import CacheClosedError
@@ -41,7 +41,7 @@ class ClientThread:
         """The client, while it is open."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._pid = os.getpid()
+        self._process = process()
         self._closing = asyncio.Event()
         self._lock = threading.Lock()  # of what is posted, and the end of that
 
@@ -101,10 +101,15 @@ class ClientThread:
     @property
     def is_forked(self) -> bool:
         """Whether this is a child of the process that made it: the thread is not here."""
-        return self._pid != os.getpid()
+        return self._process is not process()
 
     def post(self, call: Callable[..., object], *args: Any) -> bool:
-        """Have the client's thread call something; whether it does: a client that is closed holds nothing any more."""
+        """Have the client's thread call something; whether it does: a client that is closed holds nothing any more.
+
+        Nor does a forked child, where nothing runs the loop, and whoever had the lock as it forked never gives it back.
+        """
+        if self.is_forked:
+            return False
         assert self._loop is not None
         if self._thread is threading.current_thread():
             call(*args)
@@ -117,13 +122,16 @@ class ClientThread:
 
     def opened(self) -> CacheClient:
         """The client. Raises CacheClosedError unless it is open, and in a forked child."""
-        if self.is_forked:
-            raise CacheClosedError("the client was opened before a fork: open another one in the child")
         client = self.client  # once: another thread may close it
-        if client is None:
-            is_new = self._state is ThreadState.NEW
-            raise CacheClosedError(f"the client {'is not open: use `with`, or `open`' if is_new else 'was closed'}")
+        if client is None or self.is_forked:
+            raise self._refusal()
         return client
+
+    def _refusal(self) -> CacheClosedError:
+        if self.is_forked:
+            return CacheClosedError("the client was opened before a fork: open another one in the child")
+        is_new = self._state is ThreadState.NEW
+        return CacheClosedError(f"the client {'is not open: use `with`, or `open`' if is_new else 'was closed'}")
 
     def wait(
         self,
@@ -133,7 +141,8 @@ class ClientThread:
     ) -> T:
         """The outcome of a call. One that comes as its waiter gives up is undone.
 
-        Raises what the call raises, TimeoutError, and CacheClosedError where the client closes meanwhile.
+        Raises what the call raises, TimeoutError, and CacheClosedError where the client closes meanwhile,
+        and in a forked child.
         """
         outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
         if self._thread is threading.current_thread():
@@ -141,7 +150,7 @@ class ClientThread:
             raise RuntimeError("a call that waits was made from the client's own thread")
         if not self.post(self._begin, call, outcome, undo):
             call.close()
-            raise CacheClosedError("the client was closed")
+            raise self._refusal()
         try:
             return outcome.result(None if timeout_seconds is None else min(timeout_seconds, threading.TIMEOUT_MAX))
         except concurrent.futures.CancelledError:

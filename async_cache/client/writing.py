@@ -5,6 +5,7 @@ import ctypes
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from async_cache.aio.worker import Worker
 from async_cache.client.calls import Commit, StoreCall
 from async_cache.client.link import Link
 from async_cache.client.memory import Block, Segment
@@ -28,6 +29,7 @@ def call_now(call: Callable[..., object], *args: Any) -> None:
 
 async def open_chunks(
     ready: Callable[[], Awaitable[Link]],
+    hashing: Worker,
     post: Post,
     prompt: Prompt,
     rank: int,
@@ -39,7 +41,7 @@ async def open_chunks(
     From then on the writer is expired when the server closes it, or the connection is lost.
     """
     link = await ready()
-    wire = await link.pack_hashed(prompt)
+    wire = await link.pack_hashed(prompt, hashing)
     number = link.next_number()
     call = StoreCall(writer)
     reserved = await link.ask(messages.StoreReserved, messages.ReserveStore(number, wire, rank, start_chunk), call)

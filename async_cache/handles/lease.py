@@ -1,17 +1,23 @@
-"""`ReadLease`: a reader's lease on what its request has loaded, lease -> release."""
+"""Leases, lease -> release: `ReadLease`, a reader's on what its request has loaded, and what others have in common."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar, overload
+
+from msgspec import Struct
 
 from async_cache.handles.scoped import Scoped
 from async_cache.memory import tensors
 from async_cache.prompt.layout import ModelLayout
-from async_cache.values import LoadResult
+from async_cache.values import LoadResult, SegmentResult
 
 if TYPE_CHECKING:
     import torch
+
+_MADE_AT_ONCE = 1024  # chunks, in a millisecond
 
 
 class Memory:
@@ -23,22 +29,31 @@ class Memory:
         self.view: memoryview | None = view
 
 
-class ReadChunk:
-    """One chunk of one rank to read: `index` in the prompt, `offset` in the cache's `memory`.
+def spans_of(layout: ModelLayout, rank: int, offset: int | None, objects: int) -> Iterator[tuple[int, int] | None]:
+    """Where the bytes of each group of a chunk are in memory, as `ReadChunk.spans` gives them."""
+    readable = objects >> layout.objects.bit(rank, 0)
+    for group, span in enumerate(layout.objects.spans[rank]):
+        if offset is None or span is None or not readable >> group & 1:
+            yield None
+        else:
+            yield offset + span[0], offset + span[1]
+
+
+class ReadChunk(Struct, eq=False):
+    """One chunk of one rank to read: `index` in its prompt, `offset` in the cache's `memory`.
 
     `offset` is None if nothing of it is needed. `objects` are those that can be read, of all ranks, by bit (see
-    `prompt.objects`).
+    `prompt.objects`). `part` is the number of its prompt, where several were asked for.
     """
 
-    __slots__ = ("_layout", "_memory", "_rank", "_views", "index", "objects", "offset")
-
-    def __init__(self, index: int, offset: int | None, rank: int, objects: int, layout: ModelLayout, memory: Memory):
-        self.index = index
-        self.offset = offset
-        self.objects = objects
-        self._memory = memory
-        self._layout, self._rank = layout, rank
-        self._views: tuple[memoryview | None, ...] | None = None
+    index: int
+    offset: int | None
+    objects: int
+    _rank: int
+    _layout: ModelLayout
+    _memory: Memory
+    part: int = 0
+    _views: tuple[memoryview | None, ...] | None = None
 
     @property
     def views(self) -> tuple[memoryview | None, ...]:
@@ -66,15 +81,14 @@ class ReadChunk:
 
     def spans(self) -> Iterator[tuple[int, int] | None]:
         """Where the bytes of each group are in `memory`: (begin, end), or None as in `views`."""
-        readable = self.objects >> self._layout.objects.bit(self._rank, 0)
-        for group, span in enumerate(self._layout.objects.spans[self._rank]):
-            if self.offset is None or span is None or not readable >> group & 1:
-                yield None
-            else:
-                yield self.offset + span[0], self.offset + span[1]
+        return spans_of(self._layout, self._rank, self.offset, self.objects)
 
     def __repr__(self) -> str:
         return f"<ReadChunk {self.index}>"
+
+    def become(self, objects: int) -> None:
+        """Have these objects to read from now on."""
+        self.objects, self._views = objects, None
 
     def _release_views(self) -> None:
         """Make a use after the release an error, where nobody has built on the views."""
@@ -87,15 +101,25 @@ class ReadChunk:
                     continue
 
 
-class Entered(NamedTuple):
-    """What entering a read gives: the load's result, its layout, the chunks, their memory, and what acts on the read.
+def _places(result: LoadResult) -> Iterator[tuple[int, int]]:
+    """The prompt and the index in it of each chunk that was loaded, in order."""
+    for part, loaded in enumerate(result.parts if isinstance(result, SegmentResult) else (result,)):
+        for index in range(loaded.start_chunk, loaded.start_chunk + loaded.chunks):
+            yield part, index
 
-    `release` ends the read; `undo` ends it as if it had not been entered. `held` says whether its memory is still kept.
+
+class Entered(NamedTuple):
+    """What entering a read gives: the load's result, its layout, where the chunks are, and what acts on the read.
+
+    `offsets` and `objects` say by chunk what a `ReadChunk` of the rank has of them, all of it in `memory`. `release`
+    ends the read; `undo` ends it as if it had not been entered. `held` says whether its memory is still kept.
     """
 
     result: LoadResult
     layout: ModelLayout
-    chunks: tuple[ReadChunk, ...]
+    rank: int
+    offsets: Sequence[int | None]
+    objects: Sequence[int]
     memory: Memory
     release: Callable[[], object]
     undo: Callable[[], object]
@@ -113,23 +137,32 @@ class LeaseState(Enum):
 _NEW, _ENTERED, _RELEASED = LeaseState  # each access to a member by its enum is a call, in Python 3.11
 
 
-class ReadLease(Scoped[ReadChunk]):
-    """A reader's lease on what a request has loaded: `async with` it, or `await` it and `release()` later.
-
-    Once it is entered it is a sequence of the chunks in order, and `result` says how many there are. Its memory stays
-    as it is until the release, whatever happens to the request.
-    """
-
-    def __init__(self, enter: Callable[[], Awaitable[Entered]]):
-        self._enter_read = enter
-        self._entered: Entered | None = None
-        self._entering = asyncio.Lock()
-        self._state = _NEW
+class Reads(Protocol):
+    """What entering any lease gives: see `Entered`."""
 
     @property
-    def result(self) -> LoadResult:
-        """How much was loaded. Raises RuntimeError before it is entered."""
-        return self._read.result
+    def layout(self) -> ModelLayout: ...
+    @property
+    def memory(self) -> Memory: ...
+    @property
+    def release(self) -> Callable[[], object]: ...
+    @property
+    def undo(self) -> Callable[[], object]: ...
+    @property
+    def held(self) -> Callable[[], bool]: ...
+
+
+R = TypeVar("R", bound=Reads)
+
+
+class Lease(Scoped[ReadChunk], Generic[R]):
+    """Chunks of which the memory stays as it is from the entry until the release. See `LeaseState`."""
+
+    def __init__(self, enter: Callable[[], Awaitable[R]]):
+        self._enter_read = enter
+        self._entered: R | None = None
+        self._entering = asyncio.Lock()
+        self._state = _NEW
 
     @property
     def held(self) -> bool:
@@ -144,11 +177,18 @@ class ReadLease(Scoped[ReadChunk]):
         """The layout of the request's prompt. Raises RuntimeError before it is entered."""
         return self._read.layout
 
+    def _check_entered(self) -> None:
+        _ = self._read
+
     @property
-    def _read(self) -> Entered:
+    def _read(self) -> R:
         if self._entered is None:
             raise RuntimeError("the lease was not entered: `async with` or `await` it first")
         return self._entered
+
+    @abstractmethod
+    def _made_chunks(self) -> Iterable[ReadChunk]:
+        """Those chunks that somebody may have looked at."""
 
     def release(self) -> None:
         """Give the memory back; the views must not be used any more. May be called more than once."""
@@ -165,7 +205,7 @@ class ReadLease(Scoped[ReadChunk]):
             return False
         self._state = _RELEASED
         self._read.memory.view = None
-        for chunk in [chunk for chunk in self._chunks if chunk._views is not None]:
+        for chunk in [chunk for chunk in self._made_chunks() if chunk._views is not None]:
             chunk._release_views()
         return True
 
@@ -173,11 +213,61 @@ class ReadLease(Scoped[ReadChunk]):
         async with self._entering:  # whoever else enters it meanwhile enters the same read
             if self._entered is None:
                 self._entered = await self._enter_read()
-                self._chunks = self._entered.chunks
                 self._state = _ENTERED
 
     def _leave(self) -> None:
         self.release()
 
     def __repr__(self) -> str:
-        return f"<ReadLease, {self._state.value}, {len(self)} chunks>"
+        return f"<{type(self).__name__}, {self._state.value}, {len(self)} chunks>"
+
+
+class ReadLease(Lease[Entered]):
+    """A reader's lease on what a request has loaded: `async with` it, or `await` it and `release()` later.
+
+    Once it is entered it is a sequence of the chunks in order, and `result` says how many there are. Its memory stays
+    as it is until the release, whatever happens to the request.
+    """
+
+    def __init__(self, enter: Callable[[], Awaitable[Entered]]):
+        super().__init__(enter)
+        self._made: dict[int, list[ReadChunk]] = {}  # in slices, by where each begins
+
+    @property
+    def result(self) -> LoadResult:
+        """How much was loaded. Raises RuntimeError before it is entered."""
+        return self._read.result
+
+    def __len__(self) -> int:
+        return len(self._entered.offsets) if self._entered is not None else 0
+
+    def __iter__(self) -> Iterator[ReadChunk]:
+        self._check_entered()
+        return chain.from_iterable(map(self._slice, range(0, len(self), _MADE_AT_ONCE)))
+
+    @overload
+    def __getitem__(self, position: int) -> ReadChunk: ...
+    @overload
+    def __getitem__(self, position: slice) -> tuple[ReadChunk, ...]: ...
+    def __getitem__(self, position: int | slice) -> ReadChunk | tuple[ReadChunk, ...]:
+        if isinstance(position, slice):
+            return tuple(map(self.__getitem__, range(len(self))[position]))
+        position = range(len(self))[position]
+        return self._slice(position - position % _MADE_AT_ONCE)[position % _MADE_AT_ONCE]
+
+    def _slice(self, begin: int) -> list[ReadChunk]:
+        """Some chunks, which are made when somebody looks at them: a server does not."""
+        chunks = self._made.get(begin)
+        if chunks is None:
+            result, layout, rank, offsets, objects, memory, *_ = self._read
+            end = begin + _MADE_AT_ONCE
+            chunks = self._made[begin] = [
+                ReadChunk(index, offset, readable, rank, layout, memory, part)
+                for (part, index), offset, readable in zip(
+                    islice(_places(result), begin, end), offsets[begin:end], objects[begin:end], strict=True
+                )
+            ]
+        return chunks
+
+    def _made_chunks(self) -> Iterable[ReadChunk]:
+        return chain.from_iterable(self._made.values())

@@ -11,16 +11,26 @@ C = TypeVar("C")
 class Scoped(ABC, Generic[C]):
     """Something that is entered, is a sequence of chunks in order then, and is left."""
 
-    _chunks: tuple[C, ...] = ()
-
     @property
     def chunks(self) -> tuple[C, ...]:
-        """The chunks in the order of the prompt; none before it is entered."""
-        return self._chunks
+        """The chunks in the order of the prompt. Raises RuntimeError before it is entered."""
+        return tuple(self)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many chunks there are; none before it is entered."""
+
+    @abstractmethod
+    def __getitem__(self, position: int) -> C:
+        """A chunk, by its place among them."""
+
+    @abstractmethod
+    def _check_entered(self) -> None:
+        """Raises RuntimeError if it was not: whoever forgot the `async` would find no chunk, and lose what he has."""
 
     @abstractmethod
     async def _enter(self) -> None:
-        """Fill `_chunks`; do nothing if that was done already."""
+        """Know the chunks; do nothing if that was done already."""
 
     @abstractmethod
     def _leave(self) -> None:
@@ -39,7 +49,8 @@ class Scoped(ABC, Generic[C]):
         self._leave()
 
     def __enter__(self) -> Self:
-        """Return it: it was entered by `await`, or by a blocking call."""
+        """Return it: it was entered by `await`, or by a blocking call. Raises RuntimeError if it was not."""
+        self._check_entered()
         return self
 
     def __exit__(
@@ -48,10 +59,5 @@ class Scoped(ABC, Generic[C]):
         self._leave()
 
     def __iter__(self) -> Iterator[C]:
-        return iter(self._chunks)
-
-    def __len__(self) -> int:
-        return len(self._chunks)
-
-    def __getitem__(self, position: int) -> C:
-        return self._chunks[position]
+        self._check_entered()
+        return map(self.__getitem__, range(len(self)))

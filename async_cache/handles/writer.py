@@ -5,11 +5,12 @@ import ctypes
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
-from msgspec import Struct
+from msgspec import Struct, field
 
-from async_cache.errors import WriterClosedError
+from async_cache.aio.forks import Process, process
+from async_cache.errors import CacheClosedError, WriterClosedError
 from async_cache.handles.scoped import Scoped
 from async_cache.memory import tensors
 from async_cache.prompt.layout import ModelLayout
@@ -26,6 +27,7 @@ class Life(Struct, eq=False):
     """What the chunks of one writer act on, while it is open."""
 
     opened: "Opened | None" = None
+    process: Process = field(default_factory=process)
 
 
 class WriteChunk(Struct, eq=False):
@@ -60,11 +62,16 @@ class WriteChunk(Struct, eq=False):
         return tensors.over(self._new_views(), self._layout.groups)
 
     def commit(self) -> None:
-        """Publish the chunk as it is now; it must not be written to any more. Raises WriterClosedError."""
+        """Publish the chunk as it is now; it must not be written to any more. Raises WriterClosedError.
+
+        In a forked child it raises CacheClosedError: it would reach nobody.
+        """
         if not self.committed:
             opened = self._life.opened  # once: another thread may close the writer
             if opened is None:
                 raise WriterClosedError("the writer is closed")
+            if self._life.process is not process():
+                raise CacheClosedError("the writer was opened before a fork: open another one in the child")
             opened.commit(self._position)
             self.committed = True
 
@@ -132,8 +139,19 @@ class Writer(Scoped[WriteChunk]):
         self.shortfall: Shortfall | None = None
         self._open_chunks = open_chunks
         self._opened: Opened | None = None
+        self._chunks: tuple[WriteChunk, ...] = ()
         self._entering = asyncio.Lock()
         self._state = _NEW
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    @overload
+    def __getitem__(self, position: int) -> WriteChunk: ...
+    @overload
+    def __getitem__(self, position: slice) -> tuple[WriteChunk, ...]: ...
+    def __getitem__(self, position: int | slice) -> WriteChunk | tuple[WriteChunk, ...]:
+        return self._chunks[position]
 
     @property
     def is_open(self) -> bool:
@@ -164,6 +182,10 @@ class Writer(Scoped[WriteChunk]):
                     chunk._release_views()
                 chunk._views, chunk._block = (), None
             self._opened.close(uncommitted)
+
+    def _check_entered(self) -> None:
+        if self._state is _NEW:
+            raise RuntimeError("the writer was not entered: `async with` or `await` it first")
 
     async def _enter(self) -> None:
         async with self._entering:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,7 @@ from sglang.srt.observability.metrics_collector import StorageMetrics
 from async_cache.client.blocking import BlockingClient
 from async_cache.client.client import connect
 from async_cache.errors import AsyncCacheError, ConfigError, ConnectionLostError
+from async_cache.integrations.asking import FIRST_CHUNKS, count_found, parts_of
 from async_cache.integrations.optional import OptionalClient
 from async_cache.prompt.keys import check_label
 from async_cache.prompt.layout import ModelLayout, Prompt
@@ -127,12 +129,14 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         self._storing = threading.Lock()  # a page that is being stored does not land after a `clear`
         self._loads: deque[tuple[int, float]] = deque(maxlen=1000)  # (pages, GB/s) since the last `get_stats`
         self._saves: deque[tuple[int, float]] = deque(maxlen=1000)
+        self._beside = ThreadPoolExecutor(1, "async_cache ask")  # it has no thread before there is much to ask for
         self._client = OptionalClient(self._options.client, self._options.retry_seconds)
         self._or_miss(self._client.get, None)  # where there is no server, that is logged now
 
     def close(self) -> None:
         """Close the client: SGLang calls this when the backend is detached."""
         self._client.close()
+        self._beside.shutdown(wait=False)
 
     # The host pools.
 
@@ -192,7 +196,7 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         return str(error) or f"the cache has not answered for {self._options.timeout_seconds} s"
 
     def _prompt(self, keys: Sequence[str]) -> Prompt:
-        return self._known_layout().prompt_from_digests([bytes.fromhex(key) for key in keys], salt=self._options.salt)
+        return self._known_layout().prompt_from_digests(list(map(bytes.fromhex, keys)), salt=self._options.salt)
 
     def _known_layout(self) -> ModelLayout:
         if self._layout is None:
@@ -210,8 +214,14 @@ class AsyncCacheStorage(HiCacheStorage):  # type: ignore[misc]
         return self.batch_exists([key]) == 1
 
     def _count(self, keys: Sequence[str]) -> int:
-        prompt, client = self._prompt(keys), self._client.get()
-        return client.lookup(prompt, timeout_seconds=self._options.timeout_seconds).chunks
+        client, end = self._client.get(), time.monotonic() + self._options.timeout_seconds
+
+        def lookup(prompt: Prompt) -> int:
+            return client.lookup(prompt, timeout_seconds=max(end - time.monotonic(), 0)).chunks
+
+        if len(keys) <= FIRST_CHUNKS:
+            return lookup(self._prompt(keys))
+        return count_found((self._prompt(keys[begin:end]) for begin, end in parts_of(len(keys))), lookup, self._beside)
 
     # Reading.
 

@@ -28,6 +28,7 @@ from async_cache.cache import AsyncCache
 from async_cache.client import CacheClient
 from async_cache.errors import AsyncCacheError, ConnectionLostError
 from async_cache.handles.prefetch import Prefetch
+from async_cache.integrations.blended import BlendedCache
 from async_cache.integrations.fp8 import fp8_layout, from_fp8, to_fp8
 from async_cache.prompt.keys import pack_tokens
 from async_cache.prompt.layout import ModelLayout, Prompt
@@ -74,7 +75,7 @@ def kv_layout(
     check_cacheable(config, name)
     kv = DynamicCache(config=config)
     try:
-        _compute(model, torch.zeros(1, dtype=torch.long), kv)
+        compute_next(model, torch.zeros(1, dtype=torch.long), kv)
     except Exception as error:
         raise ValueError(f"{name!r} cannot be cached: it does not compute a token from its id alone") from error
     if kv.get_seq_length() != 1:
@@ -108,7 +109,7 @@ def check_cacheable(config: PreTrainedConfig, name: str) -> None:
 
 
 @torch.no_grad()
-def _compute(model: PreTrainedModel, ids: torch.Tensor, kv: DynamicCache) -> torch.Tensor:
+def compute_next(model: PreTrainedModel, ids: torch.Tensor, kv: DynamicCache) -> torch.Tensor:
     """The logits after the last of these tokens, which come behind those of `kv`, and are added to it."""
     with torch.autocast(model.device.type, enabled=False):  # whatever thread it is
         output = model(ids[None].to(model.device), cache=kv, use_cache=True, logits_to_keep=1)
@@ -170,7 +171,7 @@ class CachedPrefix:
 
         At least the last token is left to be computed: its logits are what a prefill is for.
         """
-        prompt = self.prompt(_ids(tokens)[:-1])
+        prompt = self.prompt(token_ids(tokens)[:-1])
         return self._cache.prefetch(prompt, request_id=request_id, deadline_seconds=deadline_seconds)
 
     async def read(self, prefetch: Prefetch) -> Loaded:
@@ -182,7 +183,7 @@ class CachedPrefix:
                 kv = await in_thread(self._rebuild, [chunk.tensors() for chunk in lease])
                 if not lease.held:
                     raise ConnectionLostError("the connection was lost while the KV was copied")
-                self._warned.pop(_READ, None)
+                self.is_well(_READ)
                 return Loaded(kv, lease.result)
         except asyncio.CancelledError:
             with suppress(AsyncCacheError):
@@ -192,14 +193,18 @@ class CachedPrefix:
             return self._without_cache(error, request_id)
 
     def _without_cache(self, error: AsyncCacheError, request_id: str = "") -> Loaded:
-        self._warn(_READ, error)
+        self.warn(_READ, error)
         return Loaded(self._rebuild(()), _nothing(request_id))
 
-    def _warn(self, what: str, error: AsyncCacheError) -> None:
+    def warn(self, what: str, error: AsyncCacheError) -> None:
         """Log one line, until it is another one or all is well."""
         if self._warned.get(what) != str(error):
             self._warned[what] = str(error)
             log.warning("prompts are %s: %s", what, error)
+
+    def is_well(self, what: str) -> None:
+        """Log the next failure, whatever it is."""
+        self._warned.pop(what, None)
 
     async def load(self, tokens: Any, *, deadline_seconds: float | None = None) -> Loaded:
         """The KV of the longest prefix that is cached."""
@@ -226,20 +231,20 @@ class CachedPrefix:
 
         Raises ValueError for tokens that the model cannot read, and for a model that is being trained.
         """
-        ids = self._checked(tokens)
+        ids = self.checked(tokens)
         kv, result = await self.load(ids, deadline_seconds=deadline_seconds)
         return Prefilled(await self.compute(ids, kv), kv, result)
 
     async def compute(self, tokens: Any, kv: DynamicCache) -> torch.Tensor:
         """Compute the tokens that `kv` lacks, and add them to it; the logits after the last one."""
-        ids = self._checked(tokens)
+        ids = self.checked(tokens)
         self._check_kv(kv)
         begin, chunk = kv.get_seq_length(), self.layout.chunk_tokens
         if begin >= len(ids):
             raise ValueError(f"kv has {begin} tokens of a prompt of {len(ids)}: nothing is left to be computed")
         while begin < len(ids):
             end = min(begin - begin % chunk + chunk, len(ids))
-            logits = await in_thread(_compute, self._model, ids[begin:end], kv)
+            logits = await in_thread(compute_next, self._model, ids[begin:end], kv)
             begin = end
         return logits
 
@@ -249,11 +254,19 @@ class CachedPrefix:
         """Give the cache the chunks of a prompt that it lacks in memory; how many it took.
 
         Only whole chunks of which `kv` has all tokens. The model may go on and add to `kv` meanwhile.
-        Raises ValueError for a KV of another model.
+        Raises ValueError for a KV of another model, and for one that was blended.
         """
         self._check_kv(kv)
-        prompt = self.prompt(_ids(tokens)[: kv.get_seq_length()])
-        layers = [(layer.keys, layer.values) for layer in kv.layers]  # those of now: an update makes new ones
+        if isinstance(kv, BlendedCache):
+            raise ValueError("kv was blended from segments: it is not what the model computes of these tokens")
+        prompt = self.prompt(token_ids(tokens)[: kv.get_seq_length()])
+        return await self.write(prompt, [(layer.keys, layer.values) for layer in kv.layers])  # an update makes new ones
+
+    async def write(self, prompt: Prompt, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> int:
+        """Store the chunks of a prompt that the cache lacks in memory, from the keys and values of each layer.
+
+        For other integrations: nobody checks that they are those of the prompt.
+        """
         taken = 0
         try:
             async with self._cache.store(prompt) as writer:
@@ -262,15 +275,16 @@ class CachedPrefix:
                     await in_thread(copy, layers, chunk.index, *chunk.tensors())
                     chunk.commit()
                     taken += 1
-            self._warned.pop(_STORED, None)
+            self.is_well(_STORED)
         except AsyncCacheError as error:
-            self._warn(_STORED, error)
+            self.warn(_STORED, error)
         return taken
 
     # What callers give.
 
-    def _checked(self, tokens: Any) -> torch.Tensor:
-        ids = _ids(tokens)
+    def checked(self, tokens: Any) -> torch.Tensor:
+        """Token ids that the model can read. Raises TypeError and ValueError for others."""
+        ids = token_ids(tokens)
         known = self._model.get_input_embeddings().num_embeddings
         if not len(ids):
             raise ValueError("tokens must not be empty: there is nothing to compute")
@@ -301,7 +315,7 @@ class CachedPrefix:
                     )
 
 
-def _ids(tokens: Any) -> torch.Tensor:
+def token_ids(tokens: Any) -> torch.Tensor:
     """Token ids of any kind that a prompt is made from. Raises TypeError and ValueError for what is none."""
     packed = bytearray(pack_tokens(tokens))
     return torch.frombuffer(packed, dtype=torch.int32).long() if packed else torch.empty(0, dtype=torch.long)

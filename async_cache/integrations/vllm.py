@@ -38,7 +38,16 @@ from async_cache.client.blocking import BlockingClient
 from async_cache.client.client import connect
 from async_cache.errors import AsyncCacheError, ConfigError
 from async_cache.integrations.optional import OptionalClient
-from async_cache.integrations.paged import Geometry, Orders, PagedScheduler, PagedWorker, Pages
+from async_cache.integrations.paged import (
+    Geometry,
+    HostDevice,
+    Orders,
+    PagedScheduler,
+    PagedWorker,
+    Pages,
+    Wishes,
+    wishes_of,
+)
 from async_cache.integrations.vllm_reports import ReportingConnector, block_events
 from async_cache.prompt.keys import MAX_DIGEST_BYTES
 from async_cache.prompt.layout import ModelLayout
@@ -70,6 +79,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     model: Annotated[str, Meta(min_length=1)] | None = None
     chunk_tokens: Annotated[int, Meta(ge=1)] = 256
     load_threshold_seconds: Annotated[float, Meta(ge=0)] = 0.1
+    measure_prefill: bool = False
 
 
 @dataclass
@@ -134,6 +144,7 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
             loads=transfer.is_kv_consumer,
             saves=transfer.is_kv_producer,
             threshold_seconds=options.load_threshold_seconds,
+            advises=options.measure_prefill,
             free_blocks=self._free_blocks,
             known=self._events.know if self._events is not None else None,
         )
@@ -185,7 +196,11 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Whether the blocks are to stay until they are saved."""
-        return self._scheduler is not None and self._scheduler.finish(request.request_id), None
+        if self._scheduler is None:
+            return False, None
+        return self._scheduler.finish(
+            request.request_id, prompt_tokens=request.num_prompt_tokens, wishes=wishes(request)
+        ), None
 
     def reset_cache(self) -> bool | None:
         """Empty the server, as for new weights: of all engines that use it. Whether that was done, or there is none."""
@@ -204,7 +219,9 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
         self._worker = PagedWorker(
             lambda: connect(options.url, options.namespace, token=options.token),
             self._geometry,
-            {layer: group_kernel_blocks(cache, blocks) for layer, cache in kv_caches.items()},
+            HostDevice(
+                self._geometry, {layer: group_kernel_blocks(cache, blocks) for layer, cache in kv_caches.items()}
+            ),
             rank=rank,
             reader=reader,
         )
@@ -371,6 +388,15 @@ def _short(text: str) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def wishes(request: "Request") -> Wishes:
+    """What a request says of its own future in its `kv_transfer_params`."""
+    try:
+        return wishes_of(request.kv_transfer_params)
+    except ValueError as error:
+        log.warning("request %s: kv_transfer_params: %s", request.request_id, error)
+        return Wishes()
 
 
 def identity(request: "Request") -> dict[str, Any]:

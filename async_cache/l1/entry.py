@@ -3,6 +3,7 @@
 Both are msgspec structs outside the garbage collector: there may be millions, and a collection must not visit them.
 """
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
@@ -11,6 +12,7 @@ from msgspec import Struct
 from async_cache.observe import ObservedChunk
 from async_cache.prompt.layout import ModelLayout
 from async_cache.prompt.objects import PAGE_BYTES
+from async_cache.prompt.origin import Origin, shared_origin
 
 _PAGE_BITS = 32
 _PAGE_MASK = (1 << _PAGE_BITS) - 1
@@ -24,8 +26,8 @@ def page_of(rank: int, offset: int) -> int:
 class Entry(Struct, gc=False, eq=False):
     """A chunk in L1: a block of memory for each rank that has one, and the objects that are published in them.
 
-    It may be evicted while it has neither leases (of requests) nor pins (of I/O). A detached entry cannot be found any
-    more, and leaves memory with its last lease or pin.
+    It may be evicted while it has neither leases (of requests) nor pins (of I/O, or of retention). A detached entry
+    cannot be found any more, and leaves memory with its last lease or pin.
     """
 
     chunk_hash: bytes
@@ -38,12 +40,15 @@ class Entry(Struct, gc=False, eq=False):
     leases: int = 0
     pins: int = 0
     filling: int = 0  # those of the pins that belong to loads into what is unpublished of its blocks
+    deferred: "tuple[tuple[Reservation, int], ...]" = ()  # commits, each of some objects, that wait for those
     unwritten: int = 0  # backends that have not stored it yet
     dropped: bool = False  # some backend did not store it, and is not asked again until it is stored anew
     detached: bool = False
+    retained: bool = False  # somebody has asked to keep it, and got a pin for that
     parent: bytes | None = None  # the chunk before it in a prompt, as far as that is known
     child: bytes | None = None  # one that was built on it
     forked: bool = False  # another one was, too
+    adapter: str = ""  # that of its prompts
     node: Any = None  # what the eviction policy knows of it
     older: "Entry | None" = None  # for the eviction policy, too
     newer: "Entry | None" = None
@@ -60,6 +65,11 @@ class Entry(Struct, gc=False, eq=False):
             self.ranks |= 1 << rank
             self.room_bytes += self.layout.objects.room_bytes[rank]
         self.pages |= page_of(rank, offset)
+
+    @property
+    def origin(self) -> Origin:
+        """What it is of."""
+        return shared_origin(self.owner, self.layout.model, self.layout.revision, self.adapter)
 
     @property
     def lacks(self) -> int:
@@ -88,6 +98,15 @@ class Entry(Struct, gc=False, eq=False):
         return [(self.offset(rank), rooms[rank]) for rank in range(self.ranks.bit_length()) if self.ranks >> rank & 1]
 
 
+def offsets_of(entries: Iterable[Entry | None], rank: int) -> list[int | None]:
+    """Where the block of a rank begins in each chunk, in bytes; None where it has none."""
+    shift = rank * _PAGE_BITS
+    return [
+        (entry.pages >> shift & _PAGE_MASK) * PAGE_BYTES if entry is not None and entry.ranks >> rank & 1 else None
+        for entry in entries
+    ]
+
+
 class ReservationState(Enum):
     """RESERVED -> DONE by commit or discard; RESERVED -> QUARANTINED -> DONE when I/O or a user does not let go."""
 
@@ -107,3 +126,4 @@ class Reservation(Struct, gc=False, eq=False):
     owner: str = ""  # as that of an entry
     within: Entry | None = None
     state: ReservationState = ReservationState.RESERVED
+    adapter: str = ""

@@ -11,10 +11,12 @@
 What backends are made of, and ours:
 
     record        the format of a stored object
+    chunks        what a backend knows of one chunk
     index         what a backend knows to be stored, what is pinned, and what leaves first
+    wrapper       a backend that hands everything on to another one
     workers       threads such that a dead disk holds up nobody
     memory        the reference: objects in this process's own memory
-    filesystem    the default: objects as files of a local disk
+    filesystem    the default: objects in segments, a few large files of a local disk
     valkey        objects in a Valkey or Redis server, or a cluster, which hosts share
     object_store  objects in a bucket, with an extra
     mooncake      objects in a pool of memory that hosts share, with an extra

@@ -1,19 +1,33 @@
 """What a storage backend promises. `async_cache.testing` has the suite that holds one to it."""
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from enum import Enum
+from functools import partial
 
 from msgspec import Struct
 
 from async_cache.config import CacheConfig
 from async_cache.l2.placement import Placement
 from async_cache.prompt.keys import ObjectKey
+from async_cache.prompt.origin import Origin, Selection
+from async_cache.retention.quotas import Bounds
 from async_cache.values import BackendUsage, Removal
 
 
 def nobody_listens(chunk_hash: bytes, removal: Removal) -> None:
     """What a backend that no cache uses has to tell."""
+
+
+def telling(backend: "Backend") -> Callable[[bytes, Removal], None]:
+    """Call this backend's `on_removed`, as what it owns may: it is not kept alive for that, with all that it holds."""
+    return partial(_tell, weakref.ref(backend))
+
+
+def _tell(told: "weakref.ref[Backend]", chunk_hash: bytes, removal: Removal) -> None:
+    if (backend := told()) is not None:
+        backend.on_removed(chunk_hash, removal)
 
 
 class LoadOutcome(Enum):
@@ -48,8 +62,31 @@ class Limits(Struct, frozen=True, kw_only=True):
                 CacheConfig.check(name, value)
 
 
+Loaded = Callable[[int], object]
+"""Told the number of an object, in its call, that is loaded and verified: the call does not touch its buffer any more.
+
+It may be called in any thread.
+"""
+
+LookupNowait = Callable[[Sequence[bytes], Sequence[tuple[int, int]]], list[bool] | None]
+"""Answers as `Backend.lookup_nowait` does."""
+
 Room = Callable[[Sequence[int]], list[memoryview]]
 """Gives memory for objects of these sizes in bytes. Raises OSError where there is none."""
+
+
+Sealer = Callable[[str, bytes], bytes]
+"""Encodes what is kept under a name."""
+Reader = Callable[[str, bytes], bytes | None]
+"""Decodes what is kept under a name; None for what cannot be read."""
+
+
+class Coming(Struct, frozen=True, gc=False):
+    """A chunk that is about to be stored: what lies before it in its prompt, where that is known, and what it is of."""
+
+    chunk_hash: bytes
+    parent: bytes | None
+    origin: Origin
 
 
 class Backend(ABC):
@@ -82,6 +119,23 @@ class Backend(ABC):
     does a backend that never calls it, but that a miss is explained less well.
     """
 
+    retains: bool = False
+    """Whether it keeps what `retain` names for as long as it takes, and not only what it has room for."""
+
+    follows: bool = False
+    """Whether it has more to say of a lookup at once when it has heard of what others stored: see `lookup_later`."""
+
+    learns: bool = False
+    """Whether what leaves first depends on what is asked for: then it wants to hear of each prompt, by `asked`."""
+    unit_bytes: int = 1
+    """Of what it has room for, each object takes a multiple of this."""
+
+    def __init_subclass__(cls) -> None:
+        """Have a class that loads in its own way, and says nothing meanwhile, asked for its `load`, and no other's."""
+        super().__init_subclass__()
+        if "load" in vars(cls) and "load_each" not in vars(cls):
+            cls.load_each = Backend.load_each  # type: ignore[method-assign]
+
     def register(self, fd: int, memory: memoryview) -> None:  # noqa: B027
         """Take note of the memory that buffers will be from: a memory file, and all of it as it is mapped here.
 
@@ -107,6 +161,18 @@ class Backend(ABC):
         """
         return None
 
+    async def lookup_later(self) -> LookupNowait | None:
+        """Find out what others have stored; what answers as `lookup_nowait` does from then on, by what is known then.
+
+        None if nothing does. It is for those backends that say `follows`: they are asked so once for each lookup that
+        `lookup_nowait` has not answered, and by `lookup` where that does not do.
+        """
+        return None
+
+    def present_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
+        """As `lookup_nowait`, for who only wants to know: nothing is pinned or touched."""
+        return None
+
     def pin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:  # noqa: B027
         """Keep these chunks, there or not, until `unpin_prefix`: more that builds on them is about to be stored.
 
@@ -116,6 +182,46 @@ class Backend(ABC):
 
     def unpin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:  # noqa: B027
         """Keep these chunks no longer. They were used just now, and the last one is to leave before the first."""
+
+    def bound(self, bounds: Bounds) -> None:  # noqa: B027
+        """Keep owners within their quotas from now on. A backend that does not evict need not know of them.
+
+        It is called again, with the same bounds, where the quotas have changed.
+        """
+
+    def asked(  # noqa: B027
+        self, path: Sequence[bytes], tokens: int, chunk_tokens: int, origin: Origin
+    ) -> None:
+        """A request asked for the chunks on this path, which begin a prompt of so many tokens, there or not."""
+
+    def hint(  # noqa: B027
+        self, path: Sequence[bytes], output_tokens: int | None, returns: bool | None, within_seconds: float | None
+    ) -> None:
+        """What an engine knows of the future of a path: see `EvictionPolicy.hint`."""
+
+    def coming(self, chunks: Sequence[Coming]) -> None:  # noqa: B027
+        """Objects of these chunks are about to be stored. Who forgets that knows less of what leaves first."""
+
+    def retain(self, chunk_hashes: Sequence[bytes]) -> None:
+        """Keep these chunks, there or not, until `unretain`: a pin that somebody may hold for hours.
+
+        Each call is undone by one of `unretain`. It is for those backends that say `retains`.
+        """
+        raise NotImplementedError(f"{self.name} cannot retain anything")
+
+    def unretain(self, chunk_hashes: Sequence[bytes]) -> None:
+        """Keep these chunks no longer, which were not used for that. They come in the order of their prefix."""
+        raise NotImplementedError(f"{self.name} cannot retain anything")
+
+    async def notes(self) -> dict[str, bytes]:
+        """The notes that were kept beside the objects, by their names: empty where they have not outlived a restart."""
+        return {}
+
+    async def keep_note(self, name: str, note: bytes | None) -> None:  # noqa: B027
+        """Keep a note of some kilobytes under a name of letters and digits, as long as objects are kept; None: remove.
+
+        Raises BackendError if that could not be done. A backend that forgets its objects need not remember notes.
+        """
 
     @abstractmethod
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
@@ -128,6 +234,15 @@ class Backend(ABC):
         A lookup does not find a CORRUPT object any more. Raises BackendError if the storage failed and the call brought
         nothing; a fault of some of its objects is an outcome of these.
         """
+
+    async def load_each(
+        self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], loaded: Loaded
+    ) -> list[LoadOutcome]:
+        """Load objects as `load` does, and say of each that it is `loaded` when it is, while others are on their way.
+
+        What was said to be loaded is, whatever becomes of the call. A backend that cannot say it need not have this.
+        """
+        return await self.load(keys, buffers)
 
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
         """Load as `load` does, but into buffers that may be longer: for each object its size, or why it is not there.
@@ -168,6 +283,23 @@ class Backend(ABC):
     def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
         """Iterate over all objects, each with the bytes that it counts in `usage`, for recovery and listing."""
 
+    def keys_of(self, selection: Selection) -> AsyncIterator[tuple[ObjectKey, int]]:
+        """Iterate over the objects of chunks that are known to be of what is selected, each with its size as in `keys`.
+
+        It is for those that say `chunks_without_origin`.
+        """
+        raise NotImplementedError(f"{self.name} does not know what its objects are of")
+
+    def chunks_without_origin(self) -> int | None:
+        """How many chunks it has of which it does not know what they are of; None: it knows that of none."""
+        return None
+
+    def seal_names(self, seal: Sealer, read: Reader) -> None:  # noqa: B027
+        """Keep the names of salts and models, where it keeps them, as these two functions write and read them.
+
+        They block: they are for threads. Who wraps a backend that encrypts calls it before `open`.
+        """
+
     @abstractmethod
     def usage(self) -> BackendUsage:
         """What the backend holds, as far as it knows without waiting."""
@@ -177,6 +309,10 @@ class Backend(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {getattr(self, 'name', 'without a name')!r}>"
+
+
+def not_told(number: int) -> None:
+    """What a load has to tell where nobody waits for single objects."""
 
 
 def check_lengths(keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:

@@ -5,8 +5,8 @@ loaded, and decoded where it was encoded; a few are in memory at a time, however
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from itertools import accumulate, compress
 from mmap import mmap
 from typing import Any
 
@@ -30,6 +30,8 @@ _WORKERS = 2  # one loads while another one stores
 
 Objects = list[tuple[ObjectKey, int]]
 """Keys, each with the size of its object in bytes."""
+Arrived = Callable[[Guard, Collection[bytes]], Awaitable[None]]
+"""Hears of the chunks of which objects were stored in a backend."""
 Stages = Sequence[Sequence[Guard]]
 """To whom objects go: to all of the first stage, and what none of these has stored, to the next."""
 
@@ -69,6 +71,7 @@ class Copy:
         stages: Callable[[], Stages],
         tombstones: Tombstones,
         told: Callable[[Copied], None] = lambda copied: None,
+        arrived: Arrived | None = None,
     ):
         self.copied = Copied()
         """How far it is."""
@@ -77,6 +80,7 @@ class Copy:
         self._stages = stages
         self._tombstones = tombstones
         self._told = told
+        self._arrived = arrived
         self._listing: Listing = []
         self._listed = False
         self._turn = asyncio.Lock()  # of the listing
@@ -160,11 +164,18 @@ class Copy:
                 return
             keys, views = list(left), list(left.values())
             staying = [guard for guard in stage if guard.state is BackendState.ACTIVE]  # since the first stage began
-            calls = [guard.begin_store(keys, views) for guard in staying]  # in this step: a deletion waits for them
-            for stored in await asyncio.gather(*(_stored(call, buffer) for call in calls if call is not None)):
-                for key, ok in zip(keys, stored, strict=False):
-                    if ok and key in left:
+            begun = [
+                (guard, guard.begin_store(keys, views)) for guard in staying
+            ]  # in this step: a deletion waits for them
+            calls = [(guard, call) for guard, call in begun if call is not None]
+            answers = await asyncio.gather(*(_stored(call, buffer) for _, call in calls))
+            for (guard, _), stored in zip(calls, answers, strict=True):
+                new = list(compress(keys, stored))
+                for key in new:
+                    if key in left:
                         self._count(copied=1, copied_bytes=len(left.pop(key)))
+                if new and self._arrived is not None:
+                    await self._arrived(guard, {key.chunk_hash for key in new})
         self._count(failed=len(left))
         takers = [guard for stage in stages for guard in stage]
         if left and takers and not any(guard.allows() for guard in takers):

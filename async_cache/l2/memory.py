@@ -10,14 +10,19 @@ from typing import Self
 
 from xxhash import xxh3_64
 
+from async_cache.aio.slices import InTurns
 from async_cache.errors import ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
-from async_cache.l2.index import Chunk, Index
-from async_cache.l2.urls.url import BackendURL, capacity
+from async_cache.l2.backend import Backend, Coming, Loaded, LoadOutcome, check_lengths, not_told, telling
+from async_cache.l2.chunks import Chunk, keys_of
+from async_cache.l2.index import Index
+from async_cache.l2.urls.url import BackendURL, a_policy, capacity
 from async_cache.prompt.keys import ObjectKey
+from async_cache.prompt.origin import Origin, Selection
 from async_cache.retention.policy import EvictionPolicy
+from async_cache.retention.quotas import Bounds
 from async_cache.values import BackendUsage, Removal
 
+_SELECTED_AT_ONCE = 4096  # chunks: a millisecond or so
 STEP_BYTES = 4 * 2**20  # copied in one step of the loop: a millisecond or two
 
 
@@ -39,6 +44,8 @@ class MemoryBackend(Backend):
     opens this backend next finds them.
     """
 
+    retains = True
+
     def __init__(
         self,
         name: str = "memory",
@@ -50,8 +57,10 @@ class MemoryBackend(Backend):
             raise ValueError(f"capacity_bytes must be at least 1, or None for no bound, not {capacity_bytes}")
         self.name = name
         self.capacity_bytes = capacity_bytes
-        self._index = Index(policy, lambda *removed: self.on_removed(*removed))
+        self.learns = policy is not None
+        self._index = Index(policy, telling(self))
         self._objects: dict[ObjectKey, _Object] = {}
+        self._notes: dict[str, bytes] = {}
         self._turn = asyncio.Lock()
 
     @classmethod
@@ -61,7 +70,8 @@ class MemoryBackend(Backend):
             raise ConfigError("memory has no path")
         if "@" in url.netloc:
             raise ConfigError("memory has no user and no password, only a name")
-        return cls(url.netloc or "memory", capacity_bytes=url.parameters(capacity=capacity).get("capacity"))
+        parameters = url.parameters(capacity=capacity, policy=a_policy)
+        return cls(url.netloc or "memory", capacity_bytes=parameters.get("capacity"), policy=parameters.get("policy"))
 
     @property
     def pins(self) -> int:
@@ -74,6 +84,9 @@ class MemoryBackend(Backend):
     def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
         return self._index.pin_whole(chunk_hashes, objects)
 
+    def present_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
+        return self._index.present_whole(chunk_hashes, objects)
+
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         return self._index.pin_present(keys)
 
@@ -83,12 +96,52 @@ class MemoryBackend(Backend):
     def unpin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
         self._index.unpin_prefix(chunk_hashes)
 
+    def bound(self, bounds: Bounds) -> None:
+        self._index.bound(bounds)
+
+    def asked(self, path: Sequence[bytes], tokens: int, chunk_tokens: int, origin: Origin) -> None:
+        self._index.asked(path, tokens, chunk_tokens, origin)
+
+    def hint(
+        self, path: Sequence[bytes], output_tokens: int | None, returns: bool | None, within_seconds: float | None
+    ) -> None:
+        self._index.hint(path, output_tokens, returns, within_seconds)
+
+    def coming(self, chunks: Sequence[Coming]) -> None:
+        self._index.coming(chunks)
+
+    def retain(self, chunk_hashes: Sequence[bytes]) -> None:
+        self._index.pin_prefix(chunk_hashes)
+
+    def unretain(self, chunk_hashes: Sequence[bytes]) -> None:
+        self._index.unpin_chunks(chunk_hashes)
+
+    async def notes(self) -> dict[str, bytes]:
+        return dict(self._notes)
+
+    async def keep_note(self, name: str, note: bytes | None) -> None:
+        if note is None:
+            self._notes.pop(name, None)
+        else:
+            self._notes[name] = note
+
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         self._index.unpin(keys)
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+        return await self.load_each(keys, buffers, not_told)
+
+    async def load_each(
+        self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], loaded: Loaded
+    ) -> list[LoadOutcome]:
         check_lengths(keys, buffers)
-        return [await self._load(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
+        outcomes = []
+        for number, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
+            outcome = await self._load(key, buffer)
+            outcomes.append(outcome)
+            if outcome is LoadOutcome.LOADED:
+                loaded(number)
+        return outcomes
 
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
         check_lengths(keys, buffers)
@@ -118,12 +171,21 @@ class MemoryBackend(Backend):
                 yield item
             await asyncio.sleep(0)
 
+    async def keys_of(self, selection: Selection) -> AsyncIterator[tuple[ObjectKey, int]]:
+        async for part in InTurns(self._index.chunks(), _SELECTED_AT_ONCE):
+            for chunk in self._index.of(part, selection):
+                for item in self._index.objects_of(chunk.chunk_hash):
+                    yield item
+
+    def chunks_without_origin(self) -> int:
+        return self._index.without_origin
+
     def usage(self) -> BackendUsage:
         return BackendUsage(self._index.objects, self._index.used_bytes, self.capacity_bytes)
 
     async def close(self) -> None:
         """Drop the pins: they belong to those who leave. The objects stay."""
-        self._index.pins.clear()
+        self._index.unpin_all()
 
     def check_integrity(self) -> None:
         """Assert that the totals are those of the objects."""
@@ -180,11 +242,18 @@ class MemoryBackend(Backend):
     def _insert(self, key: ObjectKey, stored: _Object) -> bool:
         if key in self._objects:  # another call was faster
             return True
-        if not self._make_room(stored.size_bytes):
+        reserved = self._index.reserve(key.chunk_hash, stored.size_bytes)
+        if reserved is None:
             return False
-        self._objects[key] = stored
-        self._index.put(key, stored.size_bytes)
-        return True
+        for victim in reserved.evicted:
+            for gone in keys_of(victim):
+                del self._objects[gone]
+        fits = self._make_room(stored.size_bytes)
+        self._index.unreserve(reserved)
+        if fits:
+            self._objects[key] = stored
+            self._index.put(key, stored.size_bytes)
+        return fits
 
     def _make_room(self, size_bytes: int) -> bool:
         """Evict until so many bytes fit; False, and nothing leaves, if they never will."""

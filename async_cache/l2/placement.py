@@ -26,12 +26,13 @@ class Placement(Struct, frozen=True, kw_only=True):
     """What one backend is given of all that is cached.
 
     `promote`: also what was found behind it and loaded, whatever `write` says. `admit`: of what is committed, only what
-    was asked for at least so many times.
+    was asked for at least so many times. `write_budget`: of all that, so many bytes a day; None: without a bound.
     """
 
     write: Placing = Placing.ALL
     promote: bool = False
     admit: int = 1
+    write_budget: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.admit <= MOST_ADMIT:

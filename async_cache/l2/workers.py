@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, ParamSpec, TypeVar
 
+from async_cache.aio.ending import until_done
 from async_cache.errors import BackendError
 
 P = ParamSpec("P")
@@ -81,14 +82,16 @@ async def settle(futures: Sequence[Future[Any]], stop: Event, given_up: "asyncio
     for the others before it goes on, however often it is repeated: only then are their buffers free. When the threads
     are `given_up`, at the close, it waits no longer and raises BackendError, since a stuck call would keep the loop.
     """
-    loop = asyncio.get_running_loop()
+    loop = given_up.get_loop()
     ended: asyncio.Future[None] = loop.create_future()
     numbers = count(1)
+    together = list(futures)  # not after the last: it knows this function, which knows it
 
     def settled(_: object) -> None:
-        for future in futures:
+        for future in together:
             future.cancel()
-        if next(numbers) == len(futures):  # one wakeup for all
+        if next(numbers) == len(together):  # one wakeup for all
+            together.clear()
             with suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(ended.set_result, None)
 
@@ -97,7 +100,7 @@ async def settle(futures: Sequence[Future[Any]], stop: Event, given_up: "asyncio
     cancelled: asyncio.CancelledError | None = None
     while futures and not ended.done():
         try:
-            await asyncio.wait((ended, given_up), return_when=asyncio.FIRST_COMPLETED)
+            await until_done(loop, ended, given_up)
             if not ended.done():
                 raise BackendError("closed while a thread was stuck")
         except asyncio.CancelledError as error:

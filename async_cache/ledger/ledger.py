@@ -13,12 +13,13 @@ from typing import Any
 from blake3 import blake3
 from msgspec import Struct
 
+from async_cache.ledger.expiries import Expiries
 from async_cache.ledger.table import Table
 from async_cache.observe import Observers, notify
 from async_cache.values import Removal
 
 _VALUE = Packing("<8s8sIBBH")  # child, owner, moment, removal, place, marks
-_NUMBER_AT = 20  # in the value
+_LEFT_AT, _NUMBER_AT, _LEFT_END = 16, 20, 22  # in the value: how it left, from its moment to its place
 _NO_CHILD = UNKNOWN_OWNER = bytes(8)
 _Record = tuple[bytes, bytes, int, int, int, int]
 _NOTHING: _Record = (_NO_CHILD, UNKNOWN_OWNER, 0, 0, 0, 0)
@@ -58,14 +59,17 @@ class Ledger:
         self._owner_of = owner_of
         self._places: list[str | None] = [None]
         self._numbers: dict[str, int] = {}
+        self._backends = 0
         self._tags: dict[str, bytes] = {}
         self._secret = secrets.token_bytes(32)
         self._clock = asyncio.get_running_loop().time if capacity else float
         self._began = self._clock()
+        self._expiries = Expiries(capacity, self._expired)
 
     def close(self) -> None:
         """Forget everything, and remember nothing more."""
         self._table = Table(0)
+        self._expiries.close()
 
     def tag(self, salt: str) -> bytes:
         """What stands for a salt: 8 bytes, never all of them 0."""
@@ -90,7 +94,8 @@ class Ledger:
                 child = first
             elif first != _NO_CHILD:
                 forked = True
-            if moment > now:  # it is to expire elsewhere
+            refused = before == _number(Removal.REFUSED) and removal is Removal.CAPACITY
+            if moment > now or refused:  # it is to expire elsewhere, or is nowhere since a backend did not admit it
                 now, number, place = moment, before, where
         self._put(chunk_hash, at, child or _NO_CHILD, self.tag(owner), now, number, place, marks | forked * _FORKED)
 
@@ -106,9 +111,21 @@ class Ledger:
             removal, now = _EXPIRED, moment
         if owner == UNKNOWN_OWNER:
             owner = self._owner(chunk_hash)
-        self._put(chunk_hash, at, first, owner, now, _number(removal), place, marks | mark)
+        number = _number(removal)
+        if moment > now and where != place:  # it is to expire elsewhere
+            now, number, place = moment, before, where
+        self._put(chunk_hash, at, first, owner, now, number, place, marks | mark)
         if self._observers.left:
             notify(self._observers.left, backend, chunk_hash, removal, owner)
+
+    def refused(self, backend: str, chunk_hash: bytes) -> None:
+        """A backend has not admitted a chunk: if others have not got it either, this is why it is nowhere later."""
+        if self._table:
+            at, (first, owner, _, _, _, marks) = self._record(chunk_hash)
+            if owner == UNKNOWN_OWNER:
+                owner = self._owner(chunk_hash)
+            number = _number(Removal.REFUSED)
+            self._put(chunk_hash, at, first, owner, self._now(), number, self._place(backend), marks)
 
     def stored(self, backend: str, chunk_hash: bytes, ttl_seconds: float | None = None) -> None:
         """A chunk may be in a backend again, where it expires after so many seconds."""
@@ -118,10 +135,21 @@ class Ledger:
         if ttl_seconds is not None:
             if owner == UNKNOWN_OWNER:
                 owner = self._owner(chunk_hash)
-            moment = min(self._now() + int(ttl_seconds * _TICKS), _LAST)
-            self._put(chunk_hash, at, first, owner, moment, _number(_EXPIRED), place, marks)
+            expires = min(self._now() + int(ttl_seconds * _TICKS), _LAST)
+            if moment <= expires or where == place:  # else it expires elsewhere, later
+                moment, number, where = expires, _number(_EXPIRED), place
+            self._put(chunk_hash, at, first, owner, moment, number, where, marks)
+            if self._observers.left:
+                self._expiries.add(self._began + (expires + 1) / _TICKS, backend, chunk_hash)
         elif at >= 0:
             self._change(at, first, owner, moment, number, where, marks)
+
+    def _expired(self, backend: str, chunk_hash: bytes) -> None:
+        self.left(backend, chunk_hash, _EXPIRED)
+
+    def closed(self, backend: str) -> None:
+        """A backend is closed. Another one of its name, which has what it has, may leave chunks once more."""
+        self._numbers.pop(backend, None)
 
     def built_on(self, parent: bytes, child: bytes) -> None:
         """A chunk was committed that builds on one that L1 has not."""
@@ -137,16 +165,21 @@ class Ledger:
         return self.find_all((chunk_hash,))[0]
 
     def find_all(self, chunk_hashes: Sequence[bytes]) -> list[Left | None]:
-        """What is remembered of each of these chunks."""
-        table, now, places = self._table, self._now(), self._places
+        """What is remembered of each of these chunks: the same object for those side by side that left alike."""
+        data, now, places = self._table.data, self._now(), self._places
         found: list[Left | None] = []
-        for at in table.find_all(chunk_hashes):
+        left: Left | None = None
+        how = bytearray()
+        for at in self._table.find_all(chunk_hashes):
             if at < 0:
                 found.append(None)
                 continue
-            _, _, moment, number, place, _ = _VALUE.unpack_from(table.data, at)
-            removal = REMOVALS[number] if moment <= now else _LOST  # before its time
-            found.append(Left(removal, places[place], max(0, now - moment) / _TICKS))
+            if data[at + _LEFT_AT : at + _LEFT_END] != how:
+                how = data[at + _LEFT_AT : at + _LEFT_END]
+                _, _, moment, number, place, _ = _VALUE.unpack_from(data, at)
+                removal = REMOVALS[number] if moment <= now else _LOST  # before its time
+                left = Left(removal, places[place], max(0, now - moment) / _TICKS)
+            found.append(left)
         return found
 
     def number(self, chunk_hash: bytes) -> int:
@@ -192,7 +225,8 @@ class Ledger:
         """The number of a backend. Beyond so many names, the oldest lend theirs."""
         place = self._numbers.get(backend)
         if place is None:
-            place = self._numbers[backend] = 1 + len(self._numbers) % (_MOST_PLACES - 1)
+            place = self._numbers[backend] = 1 + self._backends % (_MOST_PLACES - 1)
+            self._backends += 1
             self._places[place : place + 1] = [backend]
         return place
 

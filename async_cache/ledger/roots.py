@@ -1,6 +1,6 @@
 """Under which roots there are chunks: where the same tokens may be cached as something else."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 
 from msgspec import Struct
@@ -20,11 +20,15 @@ class Root(Struct, frozen=True, eq=False):
 
 
 class Roots:
-    """The roots of the prompts that were stored or loaded of late, at most so many."""
+    """The roots of the prompts that were stored or loaded of late, at most so many.
+
+    Where there are too many, the salt that has most of them loses its oldest one: no tenant makes those of others go.
+    """
 
     def __init__(self, most: int = MOST_ROOTS) -> None:
         self._roots: OrderedDict[bytes, Root] = OrderedDict()
         self._most = most
+        self._of_salt: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Root]:
         """The newest one first."""
@@ -37,8 +41,14 @@ class Roots:
             roots.move_to_end(digest)
             return
         roots[digest] = Root(digest, prompt.layout, prompt.adapter, prompt.salt)
+        self._of_salt[prompt.salt] += 1
         if len(roots) > self._most:
-            roots.popitem(last=False)
+            (salt, _), *_ = self._of_salt.most_common(1)
+            oldest = next(root for root in roots.values() if root.salt == salt)
+            del roots[oldest.digest]
+            self._of_salt[salt] -= 1
+            if not self._of_salt[salt]:
+                del self._of_salt[salt]
 
     def beside(self, prompt: Prompt) -> list[Root]:
         """Other roots of the same model and salt, the newest first: nothing is told of another salt."""

@@ -50,9 +50,17 @@ class Table:
 
     def find_all(self, digests: Iterable[bytes]) -> list[int]:
         """Where the value of each digest begins, as from `find`."""
-        search, buckets, ways = self._search, self._buckets, self._ways
-        begins = [(digest, hash(digest) % buckets * ways) for digest in digests]
-        return [self.find(digest) if search(digest[0], begin, begin + ways) >= 0 else -1 for digest, begin in begins]
+        search, continues, buckets, ways = self._search, self._continues, self._buckets, self._ways
+        found = []
+        for digest in digests:
+            begin = hash(digest) % buckets * ways
+            record = search(digest[0], begin, begin + ways)
+            at = record * _STRIDE
+            if record < 0:
+                found.append(-1)
+            else:  # it is most likely this one
+                found.append(at + _KEY_BYTES if continues(digest[1:16], at) else self.find(digest))
+        return found
 
     def put(self, digest: bytes, value: bytes, at: int) -> None:
         """Put 24 bytes there for a digest, as the newest record of its bucket.

@@ -51,6 +51,7 @@ def _together(watch: Watch) -> Iterator[Metric]:
     yield from _moving(watch.core)
     yield from _backends(watch.core)
     yield histogram("loop_lag_seconds", "How late the event loop was to look at the clock, twice a second", watch.lag)
+    yield gauge("tasks", "Tasks of the event loop", {(): len(asyncio.all_tasks())})
     yield from _process.collect()
 
 
@@ -133,8 +134,17 @@ def _backends(core: Core) -> Iterator[Metric]:
     yield counter("backend_loaded_bytes", "Bytes that were loaded from a backend", loaded, label)
     stored = {names: guard.stored_bytes for names, guard in of.items()}
     yield counter("backend_stored_bytes", "Bytes that were stored in a backend", stored, label)
+    queues = {name: queue for name, guard in guards.items() if (queue := core.writeback.queue(guard)) is not None}
+    refused: dict[tuple[str, ...], float] = {
+        (name, why): queue.refused[why] for name, queue in queues.items() for why in ("admit", "write_budget")
+    }
+    yield counter("backend_refused_chunks", "Chunks that a backend did not admit, and why", refused, (*label, "why"))
+    budgets = {names: guard.budget.left_bytes for names, guard in of.items() if guard.budget is not None}
+    yield gauge("backend_write_budget_bytes", "Bytes that may be written now, where they have a bound", budgets, label)
     queued = {names: guard.meter.queued_bytes for names, guard in of.items()}
     yield gauge("backend_queued_bytes", "Bytes that are to be loaded from a backend", queued, label)
+    pins = {names: guard.uses for names, guard in of.items()}
+    yield gauge("backend_pins", "Objects that promises keep in a backend, and what else keeps it open", pins, label)
     usages = {names: usage for names, guard in of.items() if (usage := guard.usage()) is not None}
     used = {names: usage.used_bytes for names, usage in usages.items()}
     yield gauge("backend_used_bytes", "Bytes that a backend holds", used, label)

@@ -25,7 +25,12 @@ class Names:
         return OTHER
 
     def rank(self, traffic: Mapping[str, float]) -> bool:
-        """Show those with much more traffic than the least of those that are shown, in its place; whether any is."""
+        """Show those with much more traffic than the least of those that are shown, in its place; whether any is.
+
+        While there is room, nobody has to go.
+        """
+        if len(self._shown) < self._limit:
+            return False
         most = sorted(((size, name) for name, size in traffic.items() if name not in self._shown), reverse=True)
         changed = False
         for size, name in most:

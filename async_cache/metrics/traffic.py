@@ -3,12 +3,10 @@
 import logging
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from msgspec import Struct
-
-from async_cache.handles.prefetch import Prefetch
 from async_cache.metrics.histogram import Histogram
 from async_cache.metrics.names import OTHER, Names
 from async_cache.metrics.residence import Residence
@@ -25,11 +23,12 @@ _RECENT = 128  # requests that are shown
 
 
 _DIVERGES = "diverges"
-REASONS = (*(state.value for state in ChunkState), *(removal.value for removal in Removal), _DIVERGES)
+REASONS = (ChunkState.UNKNOWN.value, ChunkState.WRITING.value, _DIVERGES, *(removal.value for removal in Removal))
 """All that `why` may say."""
 
 
-class Tokens(Struct):
+@dataclass(slots=True)  # of which CPython sets fields faster than those of a Struct
+class Tokens:
     """The tokens of all requests of a tenant for a model: those asked for, and those promised, by tier."""
 
     requests: int = 0
@@ -38,7 +37,8 @@ class Tokens(Struct):
     l2_hits: int = 0
 
 
-class Pair(Struct):
+@dataclass(slots=True)
+class Pair:
     """A tenant and a model by their own names: where they are counted, and how much that was of late."""
 
     tokens: Tokens
@@ -66,6 +66,7 @@ class Traffic:
     def __init__(self, residence: Residence, tenant_of: Callable[[str], str]):
         self.by_names: dict[tuple[str, str], Tokens] = {}
         """By tenant and model, as they are shown."""
+        self._no_longer_shown = Tokens()
         self.lookup = Histogram()
         """Seconds from the request to its promise."""
         self.load = Histogram()
@@ -73,8 +74,6 @@ class Traffic:
         self.gap = Histogram()
         """Seconds of those between promise and end: the time that a scheduler wins by asking twice."""
         self._recent: deque[tuple[LookupHits, LoadResult, str, float, float, int]] = deque(maxlen=_RECENT)
-        self.kept = 0
-        """Promises that were kept."""
         self.missed: Counter[str] = Counter()
         """Requests by why their first missing chunk was missing: see `why`."""
         self.broken: Counter[str] = Counter()
@@ -86,14 +85,14 @@ class Traffic:
         self._tenants, self._models = Names(_MAX_TENANTS), Names(_MAX_MODELS)
         self._pairs: dict[tuple[str, str], Pair] = {}
 
-    def count(self, prefetch: Prefetch, result: LoadResult) -> None:
+    def count(self, request: Request, result: LoadResult) -> None:
         """Count a request whose load is done. It raises nothing, and takes a microsecond or so: each call costs."""
         try:
-            request = cast(Request, prefetch.promised)
-            hits, prompt = cast(LookupHits, request.hits.value), request.prompt
+            hits, prompt = request.hits.value, request.prompt
+            assert hits is not None  # it was promised something, or nothing
             layout, began, promised_at = prompt.layout, request.began, request.promised_at
             chunk_tokens = layout.chunk_tokens
-            asked = prompt.tokens // chunk_tokens - request.start_chunk
+            asked = prompt.chunks - request.start_chunk
             names = self._tenant_of(request.request_id), layout.model
             pair = self._pairs.get(names) or self._new_pair(names)
             pair.recent += 1
@@ -104,23 +103,33 @@ class Traffic:
             lookup, seconds = self.lookup, promised_at - began
             lookup.counts[bisect_left(lookup.bounds, seconds)] += 1
             lookup.total += seconds
+            promised = hits.chunks
             if hits.l2_chunks:
                 tokens.l2_hits += hits.l2_chunks * chunk_tokens
                 self.load.observe(result.seconds)
                 self.gap.observe(result.seconds - seconds)
-            if result.chunks == hits.chunks:
-                self.kept += 1
-            else:
+            if result.chunks != promised:
                 self.broken[result.shortfall.value if result.shortfall is not None else ""] += 1
-            if hits.shortfall is not None:
-                self.trimmed[hits.shortfall.value] += 1
-            if hits.missed is not None:
-                self.missed[why(hits.missed)] += 1
-            if prompt.hashed:
-                self._residence.asked(prompt.chunk_hashes)
+            if promised != asked:
+                if hits.shortfall is not None:
+                    self.trimmed[hits.shortfall.value] += 1
+                if hits.missed is not None:
+                    self.missed[why(hits.missed)] += 1
+            if prompt.known_hashes:
+                self._residence.asked(prompt.known_hashes)
             self._recent.append((hits, result, layout.model, began, promised_at, asked))
         except Exception:  # it is called within a step of the cache, which goes on
             log.exception("a request could not be counted")
+
+    @property
+    def all(self) -> Tokens:
+        """Those of all tenants and models since the beginning, whether they are still shown or not."""
+        return _sum((self._no_longer_shown, *self.by_names.values()))
+
+    @property
+    def kept(self) -> int:
+        """Promises that were kept."""
+        return self.all.requests - self.broken.total()
 
     @property
     def recent(self) -> list[Loaded]:
@@ -135,7 +144,8 @@ class Traffic:
             by_tenant[tenant] += pair.recent
             by_model[model] += pair.recent
         if self._tenants.rank(by_tenant) | self._models.rank(by_model):
-            self.by_names = {names: tokens for names, tokens in self.by_names.items() if self._shown(names) == names}
+            for names in [names for names in self.by_names if self._shown(names) != names]:
+                self._no_longer_shown = _sum((self._no_longer_shown, self.by_names.pop(names)))
             for names, pair in self._pairs.items():
                 pair.tokens = self._tokens_of(names)
         for names, pair in list(self._pairs.items()):
@@ -154,6 +164,10 @@ class Traffic:
 
     def _shown(self, names: tuple[str, str]) -> tuple[str, str]:
         return self._tenants.show(names[0]), self._models.show(names[1])
+
+
+def _sum(of: Iterable[Tokens]) -> Tokens:
+    return Tokens(*map(sum, zip(*((t.requests, t.asked, t.l1_hits, t.l2_hits) for t in of), strict=True)))
 
 
 def why(missed: Missed) -> str:

@@ -5,6 +5,8 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
+from msgspec import Struct
+
 from async_cache.aio.clock import precise_clock
 from async_cache.core import Core
 from async_cache.metrics.histogram import Histogram
@@ -17,6 +19,18 @@ _LOOK_SECONDS = 0.5
 _LAG_LOOKS = 20  # of which the worst is told: ten seconds
 _RESIDENCE_LOOKS = 2
 _RANK_LOOKS = 120
+_HISTORY_LOOKS = 4
+_HISTORY = 150  # of which each is two seconds behind the last: five minutes
+
+
+class Sample(Struct, frozen=True, array_like=True):
+    """What was asked for in the `seconds` since the beginning: requests, and tokens with those found by tier."""
+
+    seconds: float
+    requests: int
+    asked: int
+    l1_hits: int
+    l2_hits: int
 
 
 class Watch:
@@ -31,6 +45,7 @@ class Watch:
         self.traffic = Traffic(self.residence, tenant_of)
         self.lag = Histogram()
         """Seconds by which the loop was late to look."""
+        self._history: deque[Sample] = deque(maxlen=_HISTORY)
         self._late: deque[float] = deque([0.0], maxlen=_LAG_LOOKS)
         self._task: asyncio.Task[None] | None = None
 
@@ -39,8 +54,19 @@ class Watch:
         """The most by which the loop was late in the last ten seconds."""
         return max(self._late)
 
+    @property
+    def history(self) -> list[Sample]:
+        """The last five minutes, up to now."""
+        return [*self._history, self._sample()]
+
+    def _sample(self) -> Sample:
+        of_all = self.traffic.all
+        counts = of_all.requests, of_all.asked, of_all.l1_hits, of_all.l2_hits
+        return Sample(self.clock() - self.began, *counts)
+
     def open(self) -> None:
         """Begin to count."""
+        self._history.append(self._sample())
         self.core.observers.counting += (self.traffic.count,)
         self._task = asyncio.create_task(self._run())
 
@@ -65,6 +91,8 @@ class Watch:
             try:
                 if not looks % _RESIDENCE_LOOKS:
                     self.residence.look()
+                if not looks % _HISTORY_LOOKS:
+                    self._history.append(self._sample())
                 if not looks % _RANK_LOOKS:
                     self.traffic.rank()
             except Exception:  # what cannot be counted must not end the counting of the rest

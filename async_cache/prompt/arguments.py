@@ -1,17 +1,39 @@
 """Checks of what callers give, for the cache and for its clients."""
 
-import math
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from async_cache.prompt.layout import Prompt, check_ranks
+from async_cache.prompt.origin import Selection
+from async_cache.prompt.parts import MAX_PARTS, Parts
+
+MAX_REQUEST_ID = 1024  # a server puts its tenant and namespace before a client's, which has up to 256
 
 
 def check_prompt(prompt: Prompt) -> None:
     """Check that it is a prompt. Raises TypeError."""
     if not isinstance(prompt, Prompt):
         raise TypeError(f"prompt must come from ModelLayout.prompt, not be a {type(prompt).__name__}")
+
+
+def parts_of(parts: Sequence[Prompt]) -> Parts:
+    """What a request for several prompts asks for. Raises TypeError or ValueError."""
+    if isinstance(parts, Prompt) or not isinstance(parts, Sequence):
+        raise TypeError(f"parts must be a sequence of prompts, not a {type(parts).__name__}")
+    prompts = tuple(parts)
+    for prompt in prompts:
+        check_prompt(prompt)
+    if not 1 <= len(prompts) <= MAX_PARTS:
+        raise ValueError(f"a request has 1 to {MAX_PARTS} parts, not {len(prompts)}")
+    first = prompts[0]
+    for prompt in prompts:
+        if prompt.layout is not first.layout and prompt.layout != first.layout:
+            raise ValueError("the parts of a request have one layout: these have several")
+        if prompt.salt != first.salt:
+            raise ValueError("the parts of a request have one salt: these have several")
+    return Parts(prompts)
 
 
 def check_request_id(request_id: str, longest: int) -> str:
@@ -25,17 +47,22 @@ def check_text(name: str, text: str, longest: int, *, least: int = 0) -> None:
     if not isinstance(text, str):
         raise TypeError(f"{name} must be a str, not {type(text).__name__}")
     if not least <= len(text) <= longest:
-        raise ValueError(f"{name} must have {least} to {longest} characters, not {len(text)}")
+        many = f"{least} to {longest}" if least < longest else longest
+        raise ValueError(f"{name} must have {many} characters, not {len(text)}")
 
 
-def check_seconds(name: str, seconds: float | None) -> None:
-    """Check for None, or a finite number that is not negative. Raises TypeError or ValueError."""
-    if seconds is None:
-        return
+def check_seconds(name: str, seconds: float | None) -> float | None:
+    """Check for None, or a finite number that is not negative, and return it. Raises TypeError or ValueError."""
+    return None if seconds is None else check_some_seconds(name, seconds)
+
+
+def check_some_seconds(name: str, seconds: float) -> float:
+    """Check for a finite number that is not negative, and return it. Raises TypeError or ValueError."""
     if type(seconds) not in (int, float):
         raise TypeError(f"{name} must be a number, not {type(seconds).__name__}")
-    if not (seconds >= 0 and math.isfinite(seconds)):
-        raise ValueError(f"{name} must be a finite number of seconds, not {seconds}")
+    if not 0 <= seconds <= sys.float_info.max:
+        raise ValueError(f"{name} must be a finite number of seconds, from 0 on, not {seconds}")
+    return float(seconds)
 
 
 _TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -68,10 +95,50 @@ def start_of(prompt: Prompt, skip_tokens: int) -> int:
     return min(skip_tokens // prompt.layout.chunk_tokens, len(prompt))
 
 
-def ranks_of(prompt: Prompt, ranks: Sequence[int] | None) -> tuple[int, ...]:
+def ranks_of(prompt: Prompt | Parts, ranks: Sequence[int] | None) -> tuple[int, ...]:
     """The ranks that a prefetch loads, ascending; all if None. Raises TypeError or ValueError."""
     world_size = prompt.layout.world_size
     return tuple(range(world_size)) if ranks is None else check_ranks(ranks, world_size)
+
+
+MOST_NAME = 1024
+MOST_SECONDS = 10 * 366 * 86_400.0
+
+
+def check_ttl(ttl_seconds: float) -> float:
+    """Check for a number of seconds from 0 to ten years, and return it. Raises TypeError or ValueError."""
+    seconds = check_some_seconds("ttl_seconds", ttl_seconds)
+    if seconds > MOST_SECONDS:
+        raise ValueError(f"ttl_seconds must be at most {MOST_SECONDS}, ten years, not {ttl_seconds}")
+    return seconds
+
+
+def check_tokens(prompt: Prompt, tokens: int | None) -> None:
+    """Check for None, or a number of tokens that the prompt has. Raises TypeError or ValueError."""
+    if tokens is None:
+        return
+    if type(tokens) is not int:
+        raise TypeError(f"tokens must be an int, not {type(tokens).__name__}")
+    if not 0 <= tokens <= prompt.tokens:
+        raise ValueError(f"tokens must be from 0 to the {prompt.tokens} of the prompt, not {tokens}")
+
+
+def check_hint(output_tokens: int | None, returns: bool | None, within_seconds: float | None) -> None:
+    """Check what is told of a prompt's future. Raises TypeError or ValueError."""
+    if output_tokens is not None and (type(output_tokens) is not int or not 0 <= output_tokens < 2**63):
+        raise ValueError(f"output_tokens must be None or a whole number from 0 on, not {output_tokens!r}")
+    if type(returns) not in (bool, type(None)):
+        raise TypeError(f"returns must be None, True or False, not {returns!r}")
+    check_seconds("within_seconds", within_seconds)
+
+
+def selection_of(model: str, revision: str | None, adapter: str | None, salt: str | None) -> Selection:
+    """What of a model is selected. Raises TypeError or ValueError for names that cannot be."""
+    check_text("model", model, MOST_NAME, least=1)
+    for name, text in (("revision", revision), ("adapter", adapter), ("salt", salt)):
+        if text is not None:
+            check_text(name, text, MOST_NAME)
+    return Selection(model, revision, adapter, salt)
 
 
 def check_tier(tier: Any) -> None:

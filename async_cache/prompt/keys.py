@@ -9,6 +9,7 @@ import time
 from array import array
 from collections.abc import Iterable, Sequence
 from ctypes import string_at
+from functools import lru_cache
 from struct import pack
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_SALT_BYTES = 128
 MAX_DIGEST_BYTES = 64
 _YIELD_CHUNKS = 256  # a quarter of a millisecond
+_KNOWN_BYTES = 65_536
 
 Media = Sequence[tuple[int, bytes]]
 
@@ -35,10 +37,26 @@ class ObjectKey(NamedTuple):
     group: int
 
 
-def root(fields: Iterable[str]) -> bytes:
-    """Digest of length-prefixed UTF-8 fields: the start of a chain."""
-    encoded = [field.encode() for field in fields]
-    return blake3(b"async_cache root 1\n" + b"".join(pack("<I", len(e)) + e for e in encoded)).digest()
+def root(fields: Iterable[str], packed: bytes = b"") -> bytes:
+    """Digest of fields, and of more that are packed already: the start of a chain."""
+    return blake3(b"async_cache root 1\n" + pack_fields(fields) + packed).digest()
+
+
+def segment_domain(context: bytes) -> str:
+    """The domain of a segment's root: how many tokens its context has, packed token ids, and their digest."""
+    return (_known_domain if len(context) <= _KNOWN_BYTES else _domain)(context)
+
+
+def _domain(context: bytes) -> str:
+    return f"segment/{len(context) // 4}/{blake3(context).hexdigest()}"
+
+
+_known_domain = lru_cache(maxsize=64)(_domain)  # many segments have one context; at most 4 MiB of them
+
+
+def pack_fields(fields: Iterable[str]) -> bytes:
+    """Fields in UTF-8, each behind its length."""
+    return b"".join(pack("<I", len(e)) + e for e in [field.encode() for field in fields])
 
 
 def pack_tokens(tokens: Any) -> bytes:
@@ -131,6 +149,8 @@ def check_label(name: str, value: str) -> str:
 def check_media(media: Media, tokens: int) -> tuple[tuple[int, bytes], ...]:
     """Media items, in strictly ascending token offsets within the prompt."""
     previous, checked = -1, []
+    if not isinstance(media, Iterable):
+        raise TypeError(f"media must be pairs of (token offset, digest), not {media!r}")
     for item in media:
         try:
             offset, digest = item
@@ -151,14 +171,17 @@ def chain_tokens(start: bytes, packed: bytes, chunk_tokens: int, media: Media = 
     """Chunk hashes of packed token ids: hash(previous || ids of the chunk || the media that begin in it)."""
     size = chunk_tokens * 4
     previous, hashes = start, []
-    extra = _media_by_chunk(media, chunk_tokens)
+    extra = _media_by_chunk(media, chunk_tokens) if media else None
+    hasher = blake3()  # one for all: to make it takes as long as to hash a chunk
+    reset, update, digest = hasher.reset, hasher.update, hasher.digest
     for begin in range(0, len(packed) - size + 1, size):
         if begin % (size * _YIELD_CHUNKS) == 0 and begin:
             time.sleep(0)  # in a thread: who waits for the interpreter's lock gets it now, and not after 5 ms
-        data = previous + packed[begin : begin + size]
-        if extra:
-            data += extra.get(begin // size, b"")
-        previous = blake3(data).digest()
+        reset()
+        update(previous + packed[begin : begin + size])
+        if extra is not None:
+            update(extra.get(begin // size, b""))
+        previous = digest()
         hashes.append(previous)
     return hashes
 
@@ -183,7 +206,8 @@ def chain_blocks(start: bytes, blocks: Sequence[bytes], blocks_per_chunk: int) -
 
 def hash_each(start: bytes, digests: Sequence[bytes]) -> list[bytes]:
     """Chunk hashes of an engine's digests of chunks, each on its own: hash(start || length-prefixed digest)."""
-    return [blake3(start + pack("<I", len(digest)) + digest).digest() for digest in digests]
+    before = {size: start + pack("<I", size) for size in set(map(len, digests))}  # of one length, most often
+    return [blake3(before[len(digest)] + digest).digest() for digest in digests]
 
 
 def check_blocks(blocks: Sequence[bytes]) -> tuple[bytes, ...]:
@@ -191,9 +215,10 @@ def check_blocks(blocks: Sequence[bytes]) -> tuple[bytes, ...]:
     if isinstance(blocks, (str, bytes, bytearray)):
         raise TypeError("block hashes must be a sequence of bytes, one for each block")
     checked = tuple(blocks)
-    for block in checked:
-        if not isinstance(block, bytes):
-            raise TypeError(f"a block hash must be bytes, not {type(block).__name__}")
-        if not 8 <= len(block) <= MAX_DIGEST_BYTES:
-            raise ValueError(f"a block hash must have 8 to {MAX_DIGEST_BYTES} bytes, not {len(block)}")
+    for kind in set(map(type, checked)):  # there may be very many: without a step of Python for each
+        if not issubclass(kind, bytes):
+            raise TypeError(f"a block hash must be bytes, not {kind.__name__}")
+    for size in set(map(len, checked)):
+        if not 8 <= size <= MAX_DIGEST_BYTES:
+            raise ValueError(f"a block hash must have 8 to {MAX_DIGEST_BYTES} bytes, not {size}")
     return checked

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from async_cache.prompt import keys
 from async_cache.prompt.keys import Media
-from async_cache.prompt.objects import MAX_OBJECTS_PER_CHUNK, ChunkObjects, ObjectGroup, check_count
+from async_cache.prompt.objects import MAX_OBJECTS_PER_CHUNK, ChunkObjects, ObjectGroup, as_tuple, check_count
+from async_cache.prompt.origin import Origin, shared_origin
 
 HASH_AT_ONCE_TOKENS = 32_768  # a quarter of a millisecond; a longer prompt is hashed when it is first used
 MAX_NAME = 1024
+
+_known_root = lru_cache(maxsize=1024)(keys.root)  # many chains have one
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class ModelLayout:
             raise ValueError("model must not be empty")
         for name in ("chunk_tokens", "world_size", "readers_per_rank"):
             check_count(name, getattr(self, name))
-        groups = tuple(self.groups)
+        groups = as_tuple("groups", self.groups)
         if not groups or not all(isinstance(g, ObjectGroup) for g in groups):
             raise ValueError("groups must be one or more ObjectGroup")
         if self.world_size * len(groups) > MAX_OBJECTS_PER_CHUNK:
@@ -42,6 +45,13 @@ class ModelLayout:
             if group.ranks is not None:
                 check_ranks(group.ranks, self.world_size)
         object.__setattr__(self, "groups", groups)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # what was computed is not sent along
@@ -52,12 +62,28 @@ class ModelLayout:
         `tokens`: integers of any kind (see `keys.pack_tokens`). `salt` separates tenants, `adapter` names a LoRA,
         `media` are (token offset, digest) of images and the like. A tail shorter than a chunk is not cached.
         """
+        return self._of_tokens(tokens, None, salt, adapter, media)
+
+    def segment(
+        self, tokens: Any, *, context: Any = (), salt: str = "", adapter: str = "", media: Media = ()
+    ) -> "Prompt":
+        """The chunk hashes of `tokens` that stand in many prompts, wherever that is: a passage, the text of a tool.
+
+        Their KV is what a model computes of them right behind the token ids of `context`, which is no part of it. No
+        prompt ever finds it, nor a segment behind another context. Raises ValueError for a layout with windows.
+        """
+        if self.objects.windows:
+            raise ValueError("a layout with windows has no segments: a window sees whatever stands before a segment")
+        return self._of_tokens(tokens, keys.pack_tokens(context), salt, adapter, media)
+
+    def _of_tokens(self, tokens: Any, context: bytes | None, salt: str, adapter: str, media: Media) -> "Prompt":
         packed = keys.pack_tokens(tokens)
         count = len(packed) // 4
         whole = count - count % self.chunk_tokens
-        items = tuple(item for item in keys.check_media(media, count) if item[0] < whole)
-        root = self._root("tokens", salt, adapter)
-        return Prompt(self, root, count, salt, adapter, TokenSource(packed[: whole * 4], items))
+        items = tuple(item for item in keys.check_media(media, count) if item[0] < whole) if media else ()
+        source = TokenSource(packed[: whole * 4], items, context)
+        root = self._root(source.domain, salt, adapter)
+        return Prompt(self, root, count, salt, adapter, source, base_tokens=source.base_tokens)
 
     def prompt_from_hashes(
         self, block_hashes: Sequence[bytes], block_tokens: int, *, salt: str = "", adapter: str = ""
@@ -90,16 +116,28 @@ class ModelLayout:
         return Prompt(self, root, len(checked) * self.chunk_tokens, salt, adapter, DigestSource(checked), hashes)
 
     def _root(self, domain: str, salt: str, adapter: str) -> bytes:
-        fields = [domain, self.model, self.revision, keys.check_label("adapter", adapter)]
-        fields += [keys.check_label("salt", salt), str(self.chunk_tokens), str(self.world_size)]
+        for name, label in (("adapter", adapter), ("salt", salt)):
+            if label != "":
+                keys.check_label(name, label)
+        return _known_root((domain, self.model, self.revision, adapter, salt), self._packed_shape)
+
+    @cached_property
+    def _packed_shape(self) -> bytes:
+        """What a root says of the shape of the bytes."""
+        fields = [str(self.chunk_tokens), str(self.world_size)]
         for group in self.groups:
             fields += [group.dtype, ",".join(map(str, group.shape)), str(group.window_chunks or "")]
             fields.append(",".join(map(str, sorted(self.objects.ranks_of(group)))))
-        return keys.root(fields)
+        return keys.pack_fields(fields)
 
     @cached_property
     def _bytes_digest(self) -> bytes:
         return self._root("tokens", "", "")
+
+    def know_all(self) -> None:
+        """Compute what is computed only once, which takes its time for thousands of objects."""
+        self.objects.know_all()
+        _ = self._bytes_digest, self._hash
 
     def same_bytes(self, other: "ModelLayout") -> bool:
         """Whether both lay chunks out alike, so that their hashes may meet. The number of readers does not matter."""
@@ -117,10 +155,24 @@ class ModelLayout:
 
 
 class TokenSource(NamedTuple):
-    """Token ids of the whole chunks, as packed little-endian uint32, and the media that begin in them."""
+    """Token ids of the whole chunks, as packed little-endian uint32, and the media that begin in them.
+
+    `context`: those of a segment's context; None for a prompt, which has none.
+    """
 
     packed: bytes
     media: Media = ()
+    context: bytes | None = None
+
+    @property
+    def domain(self) -> str:
+        """What a root says of where the tokens stand."""
+        return "tokens" if self.context is None else keys.segment_domain(self.context)
+
+    @property
+    def base_tokens(self) -> int:
+        """How many tokens the context has."""
+        return len(self.context) // 4 if self.context is not None else 0
 
 
 class BlockSource(NamedTuple):
@@ -144,9 +196,15 @@ class Prompt:
     """A layout, the chunk hashes of a prompt's tokens, and a salt: made once, used for every call.
 
     `tokens` counts the prompt's tokens, the tail that is not cached included. `len(prompt)` counts its whole chunks.
+    `base_tokens` counts those of a segment's context, which lies before it; 0 for any other prompt.
     """
 
-    __slots__ = ("_hashes", "adapter", "layout", "root", "salt", "source", "tokens")
+    __slots__ = ("adapter", "base_tokens", "chunks", "known_hashes", "layout", "root", "salt", "source", "tokens")
+
+    known_hashes: list[bytes] | None
+    """`chunk_hashes`, once they are computed."""
+    chunks: int
+    """How many whole chunks it has."""
 
     def __init__(
         self,
@@ -157,41 +215,64 @@ class Prompt:
         adapter: str,
         source: Source,
         hashes: list[bytes] | None = None,
+        base_tokens: int = 0,
     ):
         self.layout, self.root, self.tokens, self.salt, self.adapter = layout, root, tokens, salt, adapter
-        self.source, self._hashes = source, hashes
+        self.source, self.known_hashes, self.base_tokens = source, hashes, base_tokens
+        self.chunks = tokens // layout.chunk_tokens
         if tokens <= HASH_AT_ONCE_TOKENS:
             self.hash()
 
     @property
     def hashed(self) -> bool:
         """Whether `chunk_hashes` is known: if not, asking for it takes milliseconds."""
-        return self._hashes is not None
+        return self.known_hashes is not None
 
     def hash(self) -> None:
         """Compute the chunk hashes, once; may run in any thread."""
-        if self._hashes is None:
+        if self.known_hashes is None:
             assert isinstance(self.source, TokenSource)  # all others come with their hashes
-            self._hashes = keys.chain_tokens(self.root, self.source.packed, self.layout.chunk_tokens, self.source.media)
+            self.known_hashes = keys.chain_tokens(
+                self.root, self.source.packed, self.layout.chunk_tokens, self.source.media
+            )
 
     @property
     def chunk_hashes(self) -> list[bytes]:
         """One 32-byte digest for each whole chunk."""
-        if self._hashes is None:
+        if self.known_hashes is None:
             self.hash()
-            assert self._hashes is not None
-        return self._hashes
+            assert self.known_hashes is not None
+        return self.known_hashes
+
+    @property
+    def origin(self) -> Origin:
+        """What its chunks are of."""
+        return shared_origin(self.salt, self.layout.model, self.layout.revision, self.adapter)
 
     def __len__(self) -> int:
-        return self.tokens // self.layout.chunk_tokens
+        return self.chunks
 
-    def same_as(self, other: "Prompt") -> bool:
+    @property
+    def parts(self) -> "tuple[Prompt, ...]":
+        """The prompts that are asked for with it: itself. See `Parts`."""
+        return (self,)
+
+    @property
+    def runs(self) -> tuple[Sequence[int]]:
+        """The numbers of its chunks: a single run. See `Parts`."""
+        return (range(len(self)),)
+
+    def before(self, number: int) -> bytes | None:
+        """The hash of the chunk before one, if there is one."""
+        return self.chunk_hashes[number - 1] if number else None
+
+    def same_as(self, other: object) -> bool:
         """Whether both have the same chunks, by their hashes, or before either is known, by the ids."""
         if self is other:
             return True
-        if self.root != other.root or self.tokens != other.tokens:
+        if not isinstance(other, Prompt) or self.root != other.root or self.tokens != other.tokens:
             return False
-        if self._hashes is None and other._hashes is None:
+        if self.known_hashes is None and other.known_hashes is None:
             return self.source == other.source
         return self.chunk_hashes == other.chunk_hashes  # all: an engine's digests are not chained
 
@@ -202,12 +283,14 @@ class Prompt:
         """
         chunk_tokens = layout.chunk_tokens
         match self.source:
-            case TokenSource(packed, media):
+            case TokenSource(packed, media, context) if context is None or not layout.objects.windows:
                 tokens = len(packed) // 4 // chunk_tokens * chunk_tokens
                 if most_chunks is not None:
                     tokens = min(tokens, most_chunks * chunk_tokens)
-                source = TokenSource(packed[: tokens * 4], tuple(item for item in media if item[0] < tokens))
-                return Prompt(layout, layout._root("tokens", self.salt, adapter), tokens, self.salt, adapter, source)
+                items = tuple(item for item in media if item[0] < tokens)
+                source = TokenSource(packed[: tokens * 4], items, context)
+                root = layout._root(source.domain, self.salt, adapter)
+                return Prompt(layout, root, tokens, self.salt, adapter, source, base_tokens=self.base_tokens)
             case BlockSource(blocks, block_tokens) if chunk_tokens % block_tokens == 0:
                 most = None if most_chunks is None else most_chunks * chunk_tokens // block_tokens
                 return layout.prompt_from_hashes(blocks[:most], block_tokens, salt=self.salt, adapter=adapter)
@@ -221,7 +304,7 @@ class Prompt:
 
 def check_ranks(ranks: Sequence[int], world_size: int) -> tuple[int, ...]:
     """Distinct ranks within the world, ascending. Raises TypeError or ValueError for anything else."""
-    checked = tuple(ranks)
+    checked = as_tuple("ranks", ranks)
     for rank in checked:
         check_index("rank", rank, world_size)
     if not checked or len(set(checked)) != len(checked):

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from itertools import accumulate
+from operator import index, or_
 from typing import TypeVar
 
 from async_cache.prompt.keys import ObjectKey
@@ -23,6 +25,7 @@ PAGE_BYTES = 4096
 MAX_OBJECTS_PER_CHUNK = 4096
 MAX_OBJECT_BYTES = 2**32
 MAX_DIMENSIONS = 32
+_KEPT_OBJECTS = 2**18  # that may be in all masks together, of which is kept what was computed
 
 Span = tuple[int, int]
 """Where an object begins and ends in the block of its rank, in bytes."""
@@ -43,8 +46,15 @@ class ObjectGroup:
     ranks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        shape = tuple(self.shape)
-        if not 0 < len(shape) <= MAX_DIMENSIONS or any(type(n) is not int or n < 1 for n in shape):
+        try:
+            given = tuple(self.shape)
+        except TypeError:
+            raise TypeError(f"shape must be a tuple of integers, not {self.shape!r}") from None
+        try:
+            shape = tuple(map(index, given))  # those of numpy are integers, too
+        except TypeError:
+            shape = ()
+        if not 0 < len(shape) <= MAX_DIMENSIONS or min(shape) < 1 or bool in map(type, given):
             raise ValueError(f"shape must be 1 to {MAX_DIMENSIONS} positive integers, not {self.shape!r}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(sorted(DTYPE_BYTES))}")
@@ -53,7 +63,7 @@ class ObjectGroup:
         check_count("window_chunks", self.window_chunks, optional=True)
         object.__setattr__(self, "shape", shape)
         if self.ranks is not None:
-            object.__setattr__(self, "ranks", tuple(self.ranks))
+            object.__setattr__(self, "ranks", as_tuple("ranks", self.ranks))
 
     @cached_property
     def size_bytes(self) -> int:
@@ -67,6 +77,7 @@ class ChunkObjects:
     def __init__(self, groups: Sequence[ObjectGroup], world_size: int):
         self._groups = groups
         self._world_size = world_size
+        self._in_units: dict[int, int] = {}
 
     def ranks_of(self, group: ObjectGroup) -> Sequence[int]:
         """The ranks that hold a group."""
@@ -80,6 +91,18 @@ class ChunkObjects:
     def bit(self, rank: int, group: int) -> int:
         """The number of an object within its chunk."""
         return rank * len(self._groups) + group
+
+    def chunks_with(self, objects: int) -> int:
+        """How many chunks have about so many objects; one at least."""
+        return max(1, objects // max(1, self.full_mask.bit_count()))
+
+    def bytes_in_units(self, unit_bytes: int) -> int:
+        """What all objects of a chunk take where each takes a multiple of so many bytes."""
+        size_bytes = self._in_units.get(unit_bytes)
+        if size_bytes is None:
+            sizes = [-(-group.size_bytes // unit_bytes) * len(self.ranks_of(group)) for group in self._groups]
+            size_bytes = self._in_units[unit_bytes] = unit_bytes * sum(sizes)
+        return size_bytes
 
     # Masks.
 
@@ -102,6 +125,12 @@ class ChunkObjects:
                 mask = sum(1 << self.bit(rank, g) for rank in self.ranks_of(group))
                 masks[group.window_chunks] = masks.get(group.window_chunks, 0) | mask
         return tuple(sorted(masks.items()))
+
+    @cached_property
+    def reaching(self) -> tuple[tuple[int, int], ...]:
+        """For each window_chunks, ascending, a mask of the groups that have that window or a longer one."""
+        masks = accumulate(reversed([mask for _, mask in self.windows]), or_)
+        return tuple(zip([window for window, _ in self.windows], reversed(list(masks)), strict=True))
 
     @cached_property
     def rank_masks(self) -> tuple[int, ...]:
@@ -184,16 +213,27 @@ class ChunkObjects:
 
 
 class _ByMask(dict[int, T]):
-    """What is known of a mask, computed once: there are few different ones, and they are asked for all the time."""
+    """What is known of a mask, computed once: there are few different ones, and they are asked for all the time.
+
+    Of very many different ones, only the first are kept: fewer, the more objects they may have.
+    """
 
     def __init__(self, compute: Callable[[int], T]):
         self._compute = compute
 
     def __missing__(self, mask: int) -> T:
         value = self._compute(mask)
-        if len(self) < MAX_OBJECTS_PER_CHUNK:
+        if len(self) * mask.bit_length() < _KEPT_OBJECTS:
             self[mask] = value
         return value
+
+
+def as_tuple(name: str, values: Iterable[T]) -> tuple[T, ...]:
+    """The values of a sequence. Raises TypeError for what is none."""
+    try:
+        return tuple(values)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence, not {type(values).__name__}") from None
 
 
 def check_count(name: str, value: int | None, *, optional: bool = False) -> None:

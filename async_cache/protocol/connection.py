@@ -13,19 +13,22 @@ from async_cache.errors import AsyncCacheError, ConnectionLostError
 from async_cache.protocol.descriptors import above_standard, moved_above_standard
 from async_cache.protocol.frames import FrameReader, frame
 from async_cache.protocol.messages import Decoder, Message, encode, failed
-from async_cache.protocol.partials import Partials
+from async_cache.protocol.partials import KeepsPartials
+from async_cache.protocol.secured import Secured
 
 log = logging.getLogger(__name__)
 
 _MESSAGES_AT_ONCE = 128
 _MESSAGE_COST = 10  # of a message, before it is known what it asks for
+_HEARS_SECONDS = 1.0  # for a peer to hear why it has to leave
+_LAST_WORDS_BYTES = 2**20  # that it may send meanwhile: beyond that, nobody listens
 _FREE_BYTES = 4096  # of a piece that arrives: the messages in it are paid for
 
 
 class ConnectionState(Enum):
     """NEW -> OPEN, once there is a transport, -> CLOSING -> LOST. A new one may be aborted or lost at once.
 
-    While it is CLOSING, nothing is received any more, and what was sent goes out.
+    While it is CLOSING, nothing that arrives is looked at any more, and what was sent goes out.
     """
 
     NEW = "new"
@@ -63,7 +66,7 @@ class Connection(asyncio.Protocol):
         lost: Callable[[Exception | None], None],
         *,
         stall_seconds: float | None = None,
-        partials: Partials | None = None,
+        partials: KeepsPartials | None = None,
         admits: Callable[[int], bool] | None = None,
         name: str = "the peer",
     ):
@@ -109,9 +112,14 @@ class Connection(asyncio.Protocol):
     def send(self, message: Message) -> None:
         """Send a message with the others of this step of the loop; nothing if the connection is not open."""
         if self._state is _OPEN:
+            self.send_payload(encode(message))
+
+    def send_payload(self, payload: bytes) -> None:
+        """Send a message that is encoded already."""
+        if self._state is _OPEN:
             if not (self._out or self._is_taking):
                 self._loop.call_soon(self.flush)
-            self._out.append(frame(encode(message)))
+            self._out.append(frame(payload))
 
     def flush(self) -> None:
         """Hand what was sent to the transport now."""
@@ -149,11 +157,14 @@ class Connection(asyncio.Protocol):
 
     # Receiving.
 
-    async def take(self, sock: socket.socket) -> None:
+    async def take(self, sock: socket.socket | Secured) -> None:
         """Begin with a connected socket, which is the connection's from here on, whatever comes.
 
         Where the caller is cancelled the connection is aborted: neither closes what a transport is just made of.
         """
+        if isinstance(sock, Secured):
+            sock.hand_to(self)
+            return
         try:
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -312,9 +323,24 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
 
     def fail(self, error: Exception) -> None:
-        """Tell the peer why, and close."""
+        """Tell the peer why, and close when it has heard that, or after a second.
+
+        It may be sending: where nobody listens any more, that is an error to it before it reads what it was told.
+        """
         self.send(failed(0, error))
-        self.close()
+        if self.is_open and (transport := self._transport) is not None and transport.can_write_eof():
+            self.flush()
+            self._state = ConnectionState.CLOSING
+            self._forget_received()
+            seconds = self._stall_seconds if transport.get_write_buffer_size() else None
+            if self._giving_up is None:
+                self._giving_up = self._loop.call_later(seconds or _HEARS_SECONDS, self.abort)
+            transport.set_protocol(_LastWords(transport, self.connection_lost))
+            transport.write_eof()
+            if not transport.is_reading():
+                transport.resume_reading()
+        else:
+            self.close()
 
     def connection_lost(self, error: Exception | None) -> None:
         """End; the transport calls this."""
@@ -331,6 +357,22 @@ class Connection(asyncio.Protocol):
         self._received = self._lost = _ignore  # they know it, and it knows them
         self._admits = _admits_nothing
         lost(error)
+
+
+class _LastWords(asyncio.Protocol):
+    """Waits for a peer that was told why it has to leave. What it still sends is let go, and not without end."""
+
+    def __init__(self, transport: asyncio.Transport, lost: Callable[[Exception | None], None]):
+        self._transport, self._lost = transport, lost
+        self._left_bytes = _LAST_WORDS_BYTES
+
+    def data_received(self, data: bytes) -> None:
+        self._left_bytes -= len(data)
+        if self._left_bytes < 0:
+            self._transport.pause_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lost(error)
 
 
 def _ignore(_: Any) -> None:

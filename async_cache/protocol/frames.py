@@ -37,8 +37,8 @@ class FrameReader:
         """What is there of a frame that is not complete."""
         return len(self._kept)
 
-    def feed(self, data: bytes) -> Iterator[memoryview]:
-        """The payloads that are complete now, each valid until the next. Raises ProtocolError for a bad length.
+    def feed(self, data: bytes | bytearray) -> Iterator[memoryview]:
+        """The payloads that are complete now, in memory that stays as it is. Raises ProtocolError for a bad length.
 
         After an error, nothing can be read any more.
         """
@@ -46,8 +46,7 @@ class FrameReader:
             self._kept += data
             if len(self._kept) < HEADER_BYTES or len(self._kept) < HEADER_BYTES + self._length(self._kept, 0):
                 return
-            data = bytes(self._kept)
-            self._kept.clear()
+            data, self._kept = self._kept, bytearray()
         view = memoryview(data)
         begin, end = 0, len(data)
         while end - begin >= HEADER_BYTES:

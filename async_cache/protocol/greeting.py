@@ -1,7 +1,7 @@
 """The first frame in each direction, with the file descriptors that travel beside it over a Unix socket.
 
-It is read and written on the bare socket, since a transport passes no descriptors; and a peer that is not known yet may
-send nothing else.
+Without TLS it is read and written on the bare socket, since a transport passes no descriptors; and a peer that is not
+known yet may send nothing else.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from contextlib import suppress
 from async_cache.errors import ConfigError, ConnectionLostError, LimitError, ProtocolError, ServiceError
 from async_cache.protocol.frames import HEADER_BYTES, MAX_GREETING_BYTES, check_size, frame
 from async_cache.protocol.messages import Decoder, Failed, Hello, Welcome, encode, error_of
+from async_cache.protocol.secured import Secured, looks_like_tls, readable
 
 _ONE_DESCRIPTOR = socket.CMSG_LEN(struct.calcsize("i"))
 
@@ -31,7 +32,7 @@ def check_byte_order() -> None:
         raise ConfigError("clients and servers run on little-endian machines only: KV travels as it lies in memory")
 
 
-async def receive_hello(sock: socket.socket) -> tuple[Hello, int | None]:
+async def receive_hello(sock: socket.socket | Secured) -> tuple[Hello, int | None]:
     """What a client says first, and its descriptor, which is the caller's to close.
 
     Raises ProtocolError for anything but a Hello, LimitError where no descriptor can be taken, ConnectionLostError if
@@ -46,15 +47,18 @@ async def receive_hello(sock: socket.socket) -> tuple[Hello, int | None]:
         raise
 
 
-async def send(sock: socket.socket, message: Hello | Welcome | Failed, descriptor: int | None = None) -> None:
+async def send(sock: socket.socket | Secured, message: Hello | Welcome | Failed, descriptor: int | None = None) -> None:
     """Send a message, and a descriptor with its first byte."""
     data = frame(encode(message))
+    if isinstance(sock, Secured):
+        sock.send(data)
+        return
     if descriptor is not None:
         data = data[socket.send_fds(sock, [data], [descriptor]) :]  # the first send to a socket does not block
     await asyncio.get_running_loop().sock_sendall(sock, data)
 
 
-async def greet(sock: socket.socket, hello: Hello, descriptor: int | None) -> tuple[Welcome, int | None]:
+async def greet(sock: socket.socket | Secured, hello: Hello, descriptor: int | None) -> tuple[Welcome, int | None]:
     """Introduce a client; what the server says, and its descriptor. Raises the ServiceError that it refuses with."""
     with suppress(BrokenPipeError, ConnectionResetError):  # it has refused already, and said why
         await send(sock, hello, descriptor)
@@ -81,11 +85,15 @@ def peer_process(sock: socket.socket) -> tuple[int, int]:
     return process, user
 
 
-async def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
+async def _receive(sock: socket.socket | Secured) -> tuple[bytes, int | None]:
     """One frame, and not a byte more; the first descriptor that comes with it."""
+    if isinstance(sock, Secured):
+        return await sock.receive(), None
     descriptors: list[int] = []
     try:
         header = await _receive_exactly(sock, HEADER_BYTES, descriptors)
+        if looks_like_tls(header):
+            raise ProtocolError("this address speaks no TLS: connect to tcp://host:port")
         length = int.from_bytes(header, "little")
         check_size(length, MAX_GREETING_BYTES)
         payload = await _receive_exactly(sock, length, descriptors)
@@ -108,7 +116,7 @@ async def _receive_exactly(sock: socket.socket, size_bytes: int, descriptors: li
                 raise ConnectionLostError("the other end closed the connection before it said anything")
             data += more
             continue
-        await _readable(sock)
+        await readable(sock)
     return data
 
 
@@ -126,13 +134,3 @@ def _receive_with_descriptor(sock: socket.socket, size_bytes: int, descriptors: 
     while len(descriptors) > 1:
         os.close(descriptors.pop())
     return data
-
-
-async def _readable(sock: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(sock, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(sock)

@@ -9,6 +9,8 @@ from async_cache.protocol.messages import (
     EngineDigests,
     Group,
     Layout,
+    SegmentDigests,
+    SegmentIds,
     TokenIds,
     WirePrompt,
 )
@@ -71,10 +73,12 @@ def pack(prompt: Prompt, layout: int, *, trusted: bool) -> WirePrompt:
     Raises ValueError for a prompt of which only the digests are known, without trust.
     """
     if trusted:
-        return Digests(layout, prompt.root, prompt.tokens, prompt.salt, b"".join(prompt.chunk_hashes), prompt.adapter)
+        return _pack_digests(prompt, layout)
     match prompt.source:
-        case TokenSource(packed, media):
-            return TokenIds(layout, prompt.salt, prompt.adapter, packed, list(media))
+        case TokenSource(packed, media, context):
+            if context is None:
+                return TokenIds(layout, prompt.salt, prompt.adapter, packed, list(media))
+            return SegmentIds(layout, prompt.salt, prompt.adapter, packed, context, list(media))
         case BlockSource(blocks, block_tokens):
             return Blocks(layout, prompt.salt, prompt.adapter, block_tokens, list(blocks))
         case DigestSource(digests):
@@ -85,19 +89,36 @@ def pack(prompt: Prompt, layout: int, *, trusted: bool) -> WirePrompt:
 
 def unpack(wire: WirePrompt, layout: ModelLayout) -> Prompt:
     """The prompt that was sent. Raises ValueError or TypeError if it is impossible."""
-    if isinstance(wire, Digests):
+    if isinstance(wire, Digests | SegmentDigests):
         hashes = _split(wire.chunk_hashes)
         if wire.tokens // layout.chunk_tokens != len(hashes):
             raise ValueError(f"{wire.tokens} tokens do not make {len(hashes)} chunks of {layout.chunk_tokens}")
-        return Prompt(layout, wire.root, wire.tokens, wire.salt, wire.adapter, None, hashes)
+        base_tokens = wire.base_tokens if isinstance(wire, SegmentDigests) else 0
+        return Prompt(layout, wire.root, wire.tokens, wire.salt, wire.adapter, None, hashes, base_tokens)
     if isinstance(wire, Blocks):
         return layout.prompt_from_hashes(wire.blocks, wire.block_tokens, salt=wire.salt, adapter=wire.adapter)
     if isinstance(wire, EngineDigests):
         return layout.prompt_from_digests(wire.digests, salt=wire.salt, adapter=wire.adapter)
-    if len(wire.ids) % 4:
-        raise ValueError(f"{len(wire.ids)} bytes are no token ids of 4 bytes each")
-    ids = memoryview(wire.ids).cast("I")
+    ids = _token_ids(wire.ids)
+    if isinstance(wire, SegmentIds):
+        context = _token_ids(wire.context)
+        return layout.segment(ids, context=context, salt=wire.salt, adapter=wire.adapter, media=wire.media)
     return layout.prompt(ids, salt=wire.salt, adapter=wire.adapter, media=wire.media)
+
+
+def _pack_digests(prompt: Prompt, layout: int) -> WirePrompt:
+    hashes = b"".join(prompt.chunk_hashes)
+    if prompt.base_tokens:
+        return SegmentDigests(
+            layout, prompt.root, prompt.tokens, prompt.salt, hashes, prompt.base_tokens, prompt.adapter
+        )
+    return Digests(layout, prompt.root, prompt.tokens, prompt.salt, hashes, prompt.adapter)
+
+
+def _token_ids(packed: bytes) -> memoryview:
+    if len(packed) % 4:
+        raise ValueError(f"{len(packed)} bytes are no token ids of 4 bytes each")
+    return memoryview(packed).cast("I")
 
 
 def _split(digests: bytes) -> list[bytes]:

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import Enum
-from itertools import groupby
+from functools import partial
+from itertools import accumulate, groupby
 from operator import attrgetter
 
 from async_cache.errors import BackendError
@@ -14,6 +16,7 @@ from async_cache.l2.guard.fair import FairQueue
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.objects import PAGE_BYTES
 from async_cache.read.load import ChunkLoad
+from async_cache.read.progress import Progress, Watchers
 from async_cache.values import Shortfall
 
 log = logging.getLogger(__name__)
@@ -63,13 +66,16 @@ class Batch:
 
 Transferred = Callable[[Batch, Mapping[ChunkLoad, int], Sequence[LoadOutcome], Shortfall], Awaitable[None]]
 """Told what came of the parts of a batch: an outcome for each object, or none at all and why."""
+Objects = Sequence[tuple[ChunkLoad, int]]
+"""Single objects, each as a bit of its chunk."""
 
 
 class Batches:
     """The queues of all backends, and the calls that are out.
 
     `transferred` takes over when a batch has ended, `failed` when something raised that should not have, and
-    `call_ended` is told of the rooms that a call does not touch any more.
+    `call_ended` is told of the rooms that a call does not touch any more. `loaded` hears of objects of a batch that
+    goes on, as long as there are watchers.
     """
 
     def __init__(
@@ -80,13 +86,16 @@ class Batches:
         transferred: Transferred,
         failed: Callable[[Iterable[ChunkLoad]], None],
         call_ended: Callable[[Iterable[ChunkLoad]], None],
+        loaded: Callable[[Objects], None],
     ):
         self.objects = 0
         """Objects that were asked of backends so far."""
         self._memory = memory
         self.inflight_bytes = inflight_bytes
         """What is asked of one backend at a time."""
-        self._transferred, self._failed, self._call_ended = transferred, failed, call_ended
+        self._transferred, self._failed, self._call_ended, self._loaded = transferred, failed, call_ended, loaded
+        self._watchers = Watchers()
+        self._out: set[Progress] = set()  # that of calls that are out
         self._queues: dict[Guard, FairQueue[Batch]] = {}
         self._running_bytes: dict[Guard, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,8 +104,11 @@ class Batches:
     def enqueue(self, guard: Guard, parts: Iterable[tuple[ChunkLoad, int]], tried: frozenset[Guard]) -> None:
         """Cut objects, which are pinned, into batches, and start those that the bytes in flight allow."""
         queue, batch = self._queue_of(guard), Batch(guard, tried)
+        before, layout, objects, size_bytes = 0, None, 0, 0
         for load, mask in parts:
-            objects = mask.bit_count()
+            if mask != before or load.layout is not layout:  # most often all are alike
+                before, layout = mask, load.layout
+                objects, size_bytes = mask.bit_count(), layout.objects.sizes[mask]
             is_full = batch.size_bytes >= _BATCH_BYTES or len(batch.parts) >= _BATCH_CHUNKS
             if is_full or batch.objects + objects > _BATCH_OBJECTS:
                 self._queue(queue, batch)
@@ -106,7 +118,7 @@ class Batches:
             load.waiting |= mask
             load.batches += (batch,)
             batch.parts[load] = mask
-            batch.size_bytes += load.layout.objects.sizes[mask]
+            batch.size_bytes += size_bytes
         self._queue(queue, batch)
         self._pump(guard)
 
@@ -126,6 +138,24 @@ class Batches:
                 batch.state = BatchState.ENDED
                 self._queues[batch.guard].remove(batch)
                 batch.guard.meter.ended(batch.size_bytes)
+
+    def watch(self) -> None:
+        """Hear of objects before their batch has ended, until `unwatch`."""
+        self._watchers.count += 1
+        if self._watchers.count == 1:
+            for progress in list(self._out):
+                progress.tell()
+
+    def unwatch(self) -> None:
+        """Hear of them no more, unless somebody else does."""
+        self._watchers.count -= 1
+
+    def unpin(self, loads: Iterable[ChunkLoad]) -> None:
+        """Unpin what has come before its batch has ended."""
+        for load in loads:
+            for batch in load.batches:
+                if load in batch.parts:
+                    batch.unpin((load,))
 
     def _queue_of(self, guard: Guard) -> FairQueue[Batch]:
         queue = self._queues.get(guard)
@@ -169,14 +199,15 @@ class Batches:
             outcomes, failure = await self._call(batch, parts)
             await self._transferred(batch, parts, outcomes, failure)
         except Exception:
-            log.exception("a batch of loads from %s failed", batch.guard.name)
+            log.exception("a batch of loads from %s failed", batch.guard.name, extra=batch.guard.about)
             self._end(batch)
             self._failed(parts)
 
     async def _call(self, batch: Batch, parts: Mapping[ChunkLoad, int]) -> tuple[Sequence[LoadOutcome], Shortfall]:
         """What one call to a backend brings: an outcome for each object, or none and the reason."""
         keys, buffers = self._objects(parts)
-        call = batch.call = batch.guard.begin_load(keys, buffers) if keys else None
+        progress = Progress(self._watchers, partial(self._progressed, parts))
+        call = batch.call = batch.guard.begin_load(keys, buffers, progress.loaded) if keys else None
         outcomes: list[LoadOutcome] = []
         failure = Shortfall.BACKEND_ERROR
         began = self._loop.time()
@@ -184,6 +215,7 @@ class Batches:
             self.objects += len(keys)
             batch.touches = parts
             call.when_ended(lambda: self._let_rooms_go(batch))
+            self._out.add(progress)
             try:
                 outcomes = await call.result()
                 if LoadOutcome.FAILED in outcomes:
@@ -193,6 +225,8 @@ class Batches:
                 failure = Shortfall.DEADLINE
             except BackendError:
                 batch.guard.doubt(keys)  # nothing was loaded
+            finally:
+                self._out.discard(progress)
         seconds = self._loop.time() - began
         self._end(batch, seconds if outcomes else None, keys=keys if parts.keys() == batch.parts.keys() else None)
         return outcomes, failure
@@ -214,7 +248,21 @@ class Batches:
             batch.guard.unpin(keys)
         self._pump(batch.guard)
 
+    def _progressed(self, parts: Mapping[ChunkLoad, int], numbers: Sequence[int]) -> None:
+        """Tell of objects of a call, by their numbers in it; a backend may say any."""
+        ends = list(accumulate(mask.bit_count() for mask in parts.values()))
+        loads = list(parts.items())
+        loaded = []
+        for number in numbers:
+            if 0 <= number < ends[-1]:
+                at = bisect_right(ends, number)
+                load, mask = loads[at]
+                which = load.layout.objects.members[mask][number - ends[at]]  # from the end of its chunk on backwards
+                loaded.append((load, 1 << load.layout.objects.bit(*which)))
+        self._loaded(loaded)
+
     def _let_rooms_go(self, batch: Batch) -> None:
+        batch.call = None  # of one that was cancelled or failed, the task keeps the frames, and they keep its loads
         touched, batch.touches = batch.touches, {}
         self._call_ended(touched)
 
@@ -224,9 +272,12 @@ class Batches:
         keys: list[ObjectKey] = []
         buffers = []
         for load, mask in parts.items():
-            chunk_hash, offsets = load.chunk_hash, dict(map(_PLACE, load.reservations))
+            chunk_hash, reservations = load.chunk_hash, load.reservations
+            offset = reservations[0].offset
+            offsets = dict(map(_PLACE, reservations)) if len(reservations) > 1 else None
             for rank, group, begin, end in load.layout.objects.places[mask]:
-                offset = offsets[rank]
+                if offsets is not None:
+                    offset = offsets[rank]
                 keys.append(new(ObjectKey, (chunk_hash, rank, group)))
                 buffers.append(memory[offset + begin : offset + end])
         return keys, buffers

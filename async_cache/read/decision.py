@@ -5,18 +5,18 @@ held between two steps is the request's, which may end at each of them. All that
 there, or pinned in L2 with room reserved for it, before anybody is told.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
+from async_cache.aio.slices import slices, turn
 from async_cache.aio.worker import Worker
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
 from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
 from async_cache.ledger.roots import Roots
-from async_cache.prompt import coverage
+from async_cache.read.answers import Miss, Promised
+from async_cache.read.filling import Filling
 from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Loader
 from async_cache.read.lookup import Found, Sources, ask
@@ -24,24 +24,13 @@ from async_cache.read.misses import Misses
 from async_cache.read.plan import Plan, Planner
 from async_cache.read.request import Request
 from async_cache.read.search import Search
-from async_cache.values import Missed, Shortfall
+from async_cache.values import Shortfall
 
 _LOOKED_UP_AT_ONCE = 8192  # chunks in L1, or objects in L2, in a step of the loop: a millisecond or two
 _CAUGHT_UP_AT_ONCE = 4096  # chunks
 
 Wait = Callable[[], Awaitable[object]]
 """What to wait for between two steps."""
-_turn = partial(asyncio.sleep, 0)
-
-
-class Promised(NamedTuple):
-    """What is said of a request beside what it is promised, which its record has."""
-
-    found: int
-    shortfall: Shortfall | None = None
-    load_bytes: int = 0
-    expected_load_seconds: float | None = 0.0
-    missed: Missed | None = None
 
 
 class _Tally:
@@ -87,6 +76,7 @@ class Decider:
         hashing: Worker,
         misses: Misses,
         roots: Roots,
+        filling: Filling,
     ):
         self._l1 = l1
         self._guards = guards
@@ -96,6 +86,7 @@ class Decider:
         self._hashing = hashing
         self._misses = misses
         self._roots = roots
+        self._filling = filling
 
     def is_all_in_l1(self, request: Request) -> bool:
         """Decide a request of which L1 has everything, in the shortest way; whether that is so."""
@@ -109,7 +100,7 @@ class Decider:
             return False
         self._l1.lease(entries)
         request.entries = [*entries]
-        request.needed = coverage.needed(layout, len(entries))
+        request.promise_all()
         return True
 
     def steps(self, request: Request) -> Generator[Wait, None, Promised]:
@@ -117,14 +108,18 @@ class Decider:
         if not request.prompt.hashed:
             yield partial(self._hashing.run, request.prompt.hash)
         layout, hashes = request.prompt.layout, request.hashes
-        request.search = search = Search(layout, hashes, self._guards.current, self._tombstones, request.prompt.salt)
-        for _ in self._find(request, search):
-            yield _turn
+        guards, tombstones, runs = self._guards.current, self._tombstones, request.runs
+        if request.waits_until is not None and self._filling.any_of(hashes):
+            yield partial(self._filling.none_of, hashes, request.waits_until)
+        request.search = search = Search(
+            layout, hashes, guards, tombstones, request.prompt.salt, one_run=len(runs) == 1
+        )
+        yield from self._find(request, search)
         if search.found is None:
             yield partial(self._ask, search)
         elif not (search.asked.masks or request.loads):
-            request.needed = coverage.needed(layout, len(hashes))
-            return Promised(len(hashes))
+            request.promise_all()
+            return Promised(request.lengths)
         assert search.found is not None
         return (yield from self._promise(request, search, search.found))
 
@@ -133,21 +128,26 @@ class Decider:
 
     # What is found.
 
-    def _find(self, request: Request, search: Search) -> Iterator[None]:
+    def _find(self, request: Request, search: Search) -> Iterator[Wait]:
         """Lease what L1 has, join what is on its way there, and ask what L2 has at hand; each step is bounded."""
         hashes, find, entries = request.hashes, self._l1.find, request.entries
         full, left = request.prompt.layout.objects.full_mask, _LOOKED_UP_AT_ONCE
         for begin, end in search.parts():
             if left <= 0:
-                yield
+                yield turn
                 left = _LOOKED_UP_AT_ONCE
             some = list(map(find, hashes[begin:end]))
-            self._l1.lease(filter(None, some))
+            incomplete: Sequence[int] = range(begin, end)
+            if any(some):
+                self._l1.lease(filter(None, some))
+                incomplete = [n for n, entry in enumerate(some, begin) if entry is None or entry.present != full]
             entries += some
             left -= end - begin
-            incomplete = [n for n, entry in enumerate(some, begin) if entry is None or entry.present != full]
             if incomplete:
-                search.ask(self._missing(request, hashes, incomplete))
+                missing = self._missing(request, hashes, incomplete)
+                if (found := search.ask(missing)) is not None:
+                    yield found.hear
+                    search.ask(missing)
                 left -= len(incomplete) * full.bit_count()
 
     def _missing(self, request: Request, hashes: Sequence[bytes], incomplete: Sequence[int]) -> dict[int, int]:
@@ -196,34 +196,36 @@ class Decider:
     # What is promised.
 
     def _promise(self, request: Request, search: Search, found: Found) -> Generator[Wait, None, Promised]:
-        """Make sure of the longest prefix that there is, or that L1 has room for.
+        """Make sure of the longest prefixes that there are, or that L1 has room for.
 
         Of very much, what has its room is handed to the loader while that of the rest is made.
         """
         for _ in found.touch_prefix(request.prompt.chunk_hashes, request.start_chunk):
-            yield _turn
+            yield turn
         if request.task is not None:
-            for numbers in _parts(list(search.asked.masks)):
+            for numbers in slices(list(search.asked.masks), _CAUGHT_UP_AT_ONCE):
                 self._catch_up(request, search, found, numbers)
                 if len(numbers) == _CAUGHT_UP_AT_ONCE:
-                    yield _turn
+                    yield turn
         plan = self._planner.plan(request, found)
-        request.needed, tally = plan.needed, _Tally(plan.length)
-        for numbers in _parts(sorted(request.loads)):
+        request.promise(plan.lengths, plan.needed)
+        tally = _Tally(plan.length)
+        for numbers in slices(sorted(request.loads), _CAUGHT_UP_AT_ONCE) if request.loads else ():
             self._count_shared(request, tally, numbers)
             if len(numbers) == _CAUGHT_UP_AT_ONCE:
-                yield _turn
+                yield turn
         in_steps = len(request.entries) >= _CAUGHT_UP_AT_ONCE
         while True:
             numbers = self._planner.next(request, plan)
             if in_steps:
-                yield _turn
+                yield turn
                 self._catch_up(request, search, found, numbers)
                 self._planner.look_again(request, found, plan, numbers)
-                request.needed = plan.needed
+                request.promise(plan.lengths, plan.needed)
                 self._count_shared(request, tally, numbers)
             to_load = self._planner.reserve(request, plan, numbers)
-            request.needed, sources = plan.needed, found.sources(to_load)
+            request.promise(plan.lengths, plan.needed)
+            sources = found.sources(to_load)
             tally.load(to_load, sources, request.prompt.layout.objects.sizes)
             if not plan.to_load:
                 break
@@ -253,36 +255,40 @@ class Decider:
     def _load(self, request: Request, found: Found, sources: Sources, to_load: Mapping[int, int]) -> None:
         """Hand what has its room to the loader."""
         if to_load:
-            self._roots.note(request.prompt)
+            for prompt in request.prompt.parts:
+                self._roots.note(prompt)
             self._loader.add(request, request.hashes, found, sources)
             request.loads.update(to_load)
 
     def _promised(self, request: Request, found: Found, plan: Plan, tally: _Tally) -> Promised:
         """What is promised, now that all of it is held."""
-        if plan.length < tally.length:  # others have taken the room of the rest, or the rest itself
+        length, hashes = plan.length, request.hashes
+        if length < tally.length:  # others have taken the room of the rest, or the rest itself
             self._count_shared(request, tally, list(request.loads))
             tally.keep(plan.needed)
         request.release(self._l1, plan.needed)
-        sizes, shared, loaded = request.prompt.layout.objects.sizes, tally.shared, tally.loaded
-        for number in shared.keys() & loaded.keys():
-            shared[number] &= ~loaded[number]
-        self._loader.shared_loads += sum(map(int.bit_count, shared.values()))
-        request.from_l2 = sorted({**shared, **loaded})
-        shortfall = missed = None
-        if plan.length < plan.found:
-            shortfall = Shortfall.MEMORY
-        elif plan.found < len(request.hashes):
-            shortfall = request.reasons.get(plan.found, Shortfall.BACKEND_ERROR if found.failed else None)
-        if plan.found < len(request.hashes):
-            number = request.start_chunk + plan.found
-            missed = self._misses.missed(request.prompt.chunk_hashes, number, failed=found.failed)
-        load_bytes = sum(map(sizes.__getitem__, loaded.values())) + sum(map(sizes.__getitem__, shared.values()))
-        expected = self._loader.expected_seconds(tally.more_bytes)
-        return Promised(plan.found, shortfall, load_bytes, expected, missed)
+        shared, loaded = tally.shared, tally.loaded
+        loads: Mapping[int, int] = loaded
+        if shared:
+            for number in shared.keys() & loaded.keys():
+                shared[number] &= ~loaded[number]
+            self._loader.shared_loads += sum(map(int.bit_count, shared.values()))
+            loads = {number: loaded.get(number, 0) | shared.get(number, 0) for number in {**shared, **loaded}}
+        request.from_l2 = sorted(loads) or ()
+        misses = dict(self._misses_of(request, found, plan)) if length < len(hashes) or len(plan.runs) > 1 else {}
+        return Promised(plan.found, misses, loads, self._loader.expected_seconds(tally.more_bytes))
 
-
-def _parts(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (numbers[begin : begin + _CAUGHT_UP_AT_ONCE] for begin in range(0, len(numbers), _CAUGHT_UP_AT_ONCE))
+    def _misses_of(self, request: Request, found: Found, plan: Plan) -> Iterator[tuple[int, Miss]]:
+        """Why less is promised of a prompt than it asks for, by its number."""
+        prompts = enumerate(zip(request.prompt.parts, plan.runs, plan.lengths, plan.found, strict=True))
+        for part, (prompt, run, length, there) in prompts:
+            if there < len(run):
+                at = request.start_chunk + there
+                missed = self._misses.missed(prompt.chunk_hashes, at, failed=found.failed)
+                reason = request.reasons.get(run[there], Shortfall.BACKEND_ERROR if found.failed else None)
+                yield part, Miss(reason if length == there else Shortfall.MEMORY, missed)
+            elif length < there:
+                yield part, Miss(Shortfall.MEMORY)
 
 
 def _join(request: Request, number: int, load: ChunkLoad) -> None:

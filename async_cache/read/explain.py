@@ -4,12 +4,10 @@ Nothing is leased or loaded, and what a backend pins to say what it has is unpin
 slices, between which the loop has its turn, so that its length holds up nobody.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
-from itertools import groupby
-from operator import itemgetter
 
+from async_cache.aio.slices import InTurns
 from async_cache.aio.worker import Worker
 from async_cache.errors import CacheClosedError
 from async_cache.l1.entry import Entry
@@ -34,6 +32,7 @@ Told = tuple[ChunkState, str | None, float | None, Removal | None]
 _L2 = ChunkState.L2
 _IN_L1: Told = (ChunkState.L1, None, None, None)
 _IN_L2: Told = (_L2, None, None, None)
+_UNKNOWN: Told = (ChunkState.UNKNOWN, None, None, None)
 _THERE = (ChunkState.L1, ChunkState.L2, ChunkState.LOADING)
 
 
@@ -62,27 +61,27 @@ class Explainer:
         """Say of every chunk of a prompt where it is, or why it is not there. Raises CacheClosedError."""
         if not prompt.hashed:
             await self._hashing.run(prompt.hash)
-        told = [chunk async for part in self._parts(prompt) for chunk in part]
-        missing = next((n for n, (state, *_) in enumerate(told) if state not in _THERE), None)
+        spans = Spans()
+        async for part in self._parts(prompt):
+            spans.add(part)
+        made = spans.end()
+        missing = next((span for span in made if span.state not in _THERE), None)
         missed = None
         if missing is not None:
-            unknown = told[missing][0] is ChunkState.UNKNOWN
-            missed = self._misses.missed(prompt.chunk_hashes, missing, failed=unknown)
+            unknown = missing.state is ChunkState.UNKNOWN
+            missed = self._misses.missed(prompt.chunk_hashes, missing.start_chunk, failed=unknown)
         return Explanation(
-            chunks=len(told),
-            tokens=len(told) * prompt.layout.chunk_tokens,
-            spans=tuple(spans(told)),
+            chunks=len(prompt),
+            tokens=len(prompt) * prompt.layout.chunk_tokens,
+            spans=tuple(made),
             elsewhere=tuple([found async for found in self._elsewhere(prompt)]),
             missed=missed,
         )
 
     async def _parts(self, prompt: Prompt) -> AsyncIterator[list[Told]]:
-        hashes, objects = prompt.chunk_hashes, prompt.layout.objects
-        step = max(1, _OBJECTS_AT_ONCE // objects.full_mask.bit_count())
-        for begin in range(0, len(hashes), step):
-            if begin:
-                await asyncio.sleep(0)
-            yield await self._part(prompt.layout, hashes[begin : begin + step])
+        chunks = prompt.layout.objects.chunks_with(_OBJECTS_AT_ONCE)
+        async for hashes in InTurns(prompt.chunk_hashes, chunks):
+            yield await self._part(prompt.layout, hashes)
 
     async def _part(self, layout: ModelLayout, hashes: Sequence[bytes]) -> list[Told]:
         full, guards = layout.objects.full_mask, self._guards.current
@@ -110,8 +109,8 @@ class Explainer:
                     if mask and told[n] is _IN_L2:
                         told[n] = in_l2
             missing = [h for h, where in zip(hashes, told, strict=True) if where is None]
-            why_not = iter(self._misses.states(missing, failed=found.failed))
-            return [where or _left(*next(why_not)) for where in told]
+            why_not = _each_left(self._misses.states(missing, failed=found.failed))
+            return [where or next(why_not) for where in told]
 
     def _here(self, hashes: Sequence[bytes]) -> tuple[list[Entry | None], list[ChunkLoad | None]]:
         """What L1 has of each chunk, and what is on its way."""
@@ -160,23 +159,51 @@ def _where(layout: ModelLayout, entry: Entry | None, load: ChunkLoad | None, fou
     return None
 
 
-def _left(state: ChunkState, left: Left | None) -> Told:
-    if left is None:
-        return state, None, None, None
-    return state, left.backend, left.seconds_ago, left.removal
+def _each_left(states: Sequence[tuple[ChunkState, Left | None]]) -> Iterator[Told]:
+    """What is to be said of chunks that are not there: the same object for those side by side that left alike."""
+    told, before, how = _UNKNOWN, None, None
+    for state, left in states:
+        if state is not before or left is not how:
+            before, how = state, left
+            told = (state, None, None, None) if left is None else (state, left.backend, left.seconds_ago, left.removal)
+        yield told
 
 
-def spans(told: Sequence[Told]) -> Iterator[Span]:
+class Spans:
     """Chunks of which the same is to be said, together. Those that were removed left at about the same time."""
-    number = 0
-    for (state, backend, removal), alike in groupby(told, itemgetter(0, 1, 3)):
-        run = list(alike)
-        begin = 0
-        while begin < len(run):
-            seconds = run[begin][2]
-            end = len(run)
-            if seconds is not None:
-                end = next((n for n in range(begin, end) if abs((run[n][2] or 0.0) - seconds) > _TOGETHER_SECONDS), end)
-            yield Span(number + begin, end - begin, state, backend, seconds, removal)
-            begin = end
-        number += len(run)
+
+    def __init__(self) -> None:
+        self._made: list[Span] = []
+        self._alike: Told | None = None  # what is to be said of the first chunk of the last span
+        self._latest: Told | None = None  # and of its last one
+        self._begin = self._end = 0
+
+    def add(self, told: Sequence[Told]) -> None:
+        """Say something of the next chunks."""
+        for chunk in told:
+            if chunk is not self._latest:
+                self._latest = chunk
+                if not self._belongs(chunk):
+                    self._close()
+                    self._alike = chunk
+            self._end += 1
+
+    def _belongs(self, chunk: Told) -> bool:
+        if self._alike is None:
+            return False
+        state, backend, seconds, removal = self._alike
+        if (state, backend, removal) != (chunk[0], chunk[1], chunk[3]):
+            return False
+        return seconds is None or abs((chunk[2] or 0.0) - seconds) <= _TOGETHER_SECONDS
+
+    def _close(self) -> None:
+        if self._alike is not None:
+            state, backend, seconds, removal = self._alike
+            self._made.append(Span(self._begin, self._end - self._begin, state, backend, seconds, removal))
+            self._begin = self._end
+
+    def end(self) -> list[Span]:
+        """All of them, in order."""
+        self._close()
+        self._alike = self._latest = None
+        return self._made

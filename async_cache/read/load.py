@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from async_cache.l1.entry import Reservation
 from async_cache.prompt.layout import ModelLayout
+from async_cache.prompt.origin import Origin, shared_origin
 from async_cache.read.request import Request
 from async_cache.values import Shortfall
 
@@ -52,6 +53,12 @@ class ChunkLoad(Struct, eq=False):
     def owner(self) -> str:
         """Whose chunk it is."""
         return self.reservations[0].owner if self.reservations else ""
+
+    @property
+    def origin(self) -> Origin:
+        """What it is of."""
+        adapter = self.reservations[0].adapter if self.reservations else ""
+        return shared_origin(self.owner, self.layout.model, self.layout.revision, adapter)
 
     @property
     def touched(self) -> bool:

@@ -17,7 +17,7 @@ from async_cache.l2.guard import Guard
 from async_cache.l2.guard.guards import Guards
 from async_cache.l2.guard.meter import expected_load_seconds
 from async_cache.l2.tombstones import Tombstones
-from async_cache.read.batches import Batch, Batches
+from async_cache.read.batches import Batch, Batches, Objects
 from async_cache.read.load import ChunkLoad, LoadState
 from async_cache.read.lookup import Asked, Found, Sources, ask
 from async_cache.read.request import Request
@@ -65,6 +65,7 @@ class Loader:
             transferred=self._transferred,
             failed=self._failed,
             call_ended=self._discard_untouched,
+            loaded=self._loaded,
         )
         self._table: dict[bytes, ChunkLoad] = {}
         self._reserved_bytes = 0
@@ -109,12 +110,12 @@ class Loader:
         added, self._added = self._added, []
         table = self._table
         for request, hashes, rooms, sources in added:
-            layout = request.prompt.layout
+            layout, first_parent = request.prompt.layout, request.before(0)
             for number, reservation in rooms:
                 chunk_hash, size = hashes[number], reservation.size_bytes
                 load = table.get(chunk_hash)
                 if load is None:
-                    parent = request.before(number)
+                    parent = hashes[number - 1] if number else first_parent
                     table[chunk_hash] = ChunkLoad(chunk_hash, layout, [reservation], {request: number}, size, parent)
                 else:
                     load.reservations.append(reservation)
@@ -130,7 +131,7 @@ class Loader:
 
         What arrives of them meanwhile is not for the request any more.
         """
-        self._backlog.do(partial(self._release, request), chunk_hashes)
+        self._backlog.do_ahead(partial(self._release, request), chunk_hashes)
 
     def _release(self, request: Request, chunk_hashes: Sequence[bytes]) -> None:
         table, dead = self.in_flight(), []
@@ -143,6 +144,14 @@ class Loader:
             if not load.shares:
                 dead.append(load)
         self._drop(dead)
+
+    def watch(self) -> None:
+        """Deliver each chunk as soon as its last object is there, until `unwatch`: else those of a call, at its end."""
+        self._batches.watch()
+
+    def unwatch(self) -> None:
+        """Deliver chunks call by call, unless somebody else watches."""
+        self._batches.unwatch()
 
     def delete(self, chunk_hashes: Iterable[bytes]) -> None:
         """Let what is on its way of deleted chunks fall short: it is not published any more."""
@@ -158,7 +167,7 @@ class Loader:
         None if a backend was not measured yet.
         """
         self.in_flight()
-        return expected_load_seconds([(guard.meter, size) for guard, size in more_bytes.items()])
+        return expected_load_seconds((guard.meter, size) for guard, size in more_bytes.items())
 
     def reconfigure(self, config: CacheConfig) -> None:
         """Ask as much of a backend at a time as the settings say now."""
@@ -185,6 +194,19 @@ class Loader:
         if lost:
             await self._try_next_holder(lost, batch.tried)
 
+    def _loaded(self, objects: Objects) -> None:
+        """Settle the chunks that are complete by now, though a batch of theirs goes on."""
+        self.in_flight()
+        complete = []
+        for load, bit in objects:
+            if load.state is _WAITING and not load.abandoned and load.waiting & bit:
+                load.loaded |= bit
+                load.waiting &= ~bit
+                if not load.waiting:
+                    complete.append(load)
+        self._batches.unpin(complete)
+        self._settle(complete)
+
     async def _publish(
         self, parts: Mapping[ChunkLoad, int], outcomes: Sequence[LoadOutcome], failure: Shortfall
     ) -> dict[ChunkLoad, int]:
@@ -200,6 +222,7 @@ class Loader:
             if load.state is not _WAITING or (outcomes and load.abandoned):
                 continue  # dropped, or to be started again
             lost, reason = reasons.get(load, _NOTHING_LOST)
+            lost &= ~load.loaded  # as was said before: see `Backend.load_each`
             load.loaded |= mask & ~lost
             load.waiting &= ~mask | lost
             if lost:
@@ -248,7 +271,8 @@ class Loader:
         if not load.abandoned:
             return load
         blocks = [(load.chunk_hash, reservation.rank) for reservation in load.reservations]
-        made = self._l1.reserve(load.layout, blocks, load.reservations[0].owner)
+        before = load.reservations[0]
+        made = self._l1.reserve(load.layout, blocks, before.owner, before.adapter)
         if len(made) < len(blocks) or load.state is not _WAITING:  # what was to be released gave its room, this one too
             self._l1.discard(made)
             return None
@@ -271,21 +295,26 @@ class Loader:
 
     # The end of a load, and of its room.
 
-    def _settle(self, loads: Iterable[ChunkLoad]) -> None:
+    def _settle(self, loads: Sequence[ChunkLoad]) -> None:
         """Publish what was loaded, and deliver it to those who wait."""
-        l1, settled = self._l1, []
+        l1, committed, commits, room_bytes = self._l1, [], [], 0
         for load in loads:
-            self._end(load, _SETTLED)
-            entry = None
+            load.state = _SETTLED
+            del self._table[load.chunk_hash]
             if not load.abandoned:
-                self._uncount(load)
+                room_bytes += load.room_bytes
+                load.room_bytes = 0
+                loaded, rank_masks, parent = load.loaded, load.layout.objects.rank_masks, load.parent
                 for reservation in load.reservations:
-                    mask = load.loaded & load.layout.objects.rank_masks[reservation.rank]
+                    mask = loaded & rank_masks[reservation.rank]
                     if mask:
-                        entry = l1.commit(reservation, mask, load.parent)
+                        committed.append(load)
+                        commits.append((reservation, mask, parent))
                     else:
                         l1.discard((reservation,))
-            settled.append((load, entry or l1.find(load.chunk_hash)))
+        self._reserved_bytes -= room_bytes
+        entries = dict(zip(committed, l1.commit_all(commits), strict=True))
+        settled = [(load, entries.get(load) or l1.find(load.chunk_hash)) for load in loads]
         self._deliver(settled)
         self._settled(settled)
 
@@ -297,30 +326,28 @@ class Loader:
                     arrivals[request].append((number, entry, load.failure))
                 else:
                     arrivals[request] = [(number, entry, load.failure)]
-            load.shares = {}
+            load.shares.clear()
         for request, arrived in arrivals.items():
             self._arrived(request, arrived)
 
     def _drop(self, dead: Sequence[ChunkLoad]) -> None:
         """Drop what nobody wants: its pins go at once, its memory when no call touches it."""
         for load in dead:
-            self._end(load, _DROPPED)
+            load.state = _DROPPED
+            del self._table[load.chunk_hash]
             load.abandoned = True
         self._discard_untouched(dead)
         self._batches.drop(dead)
 
-    def _end(self, load: ChunkLoad, state: LoadState) -> None:
-        load.state = state
-        del self._table[load.chunk_hash]
-
     def _quarantine(self, loads: Iterable[ChunkLoad]) -> None:
         """Set the rooms of a call aside that should have ended, and may still write there: it holds up nothing else."""
-        for load in loads:
+        late = [load for load in loads if load.state is not _SETTLED]  # others came before
+        for load in late:
             self._uncount(load)
             for reservation in load.reservations:
                 self._l1.quarantine(reservation)
             load.abandoned = True
-        self._discard_untouched(loads)
+        self._discard_untouched(late)
 
     def _discard_untouched(self, loads: Iterable[ChunkLoad]) -> None:
         """Discard the rooms of those that are abandoned, unless a call may still write there: it comes back here."""

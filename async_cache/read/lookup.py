@@ -2,18 +2,21 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Container, Iterable, Iterator, Mapping, Sequence
-from itertools import compress, islice
+from bisect import bisect_left, bisect_right
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, compress
 from types import TracebackType
-from typing import Self
+from typing import Self, overload
 
+from async_cache.errors import BackendError
+from async_cache.l2.backend import LookupNowait
 from async_cache.l2.guard import Guard
 from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout
 
 _TOUCHED_AT_ONCE = 2048  # chunks, in a few milliseconds; then the loop has its turn
-_ASKED_AT_ONCE = 4096  # objects
+_MADE_AT_ONCE = 4096  # keys of objects, in a millisecond or two
 _UNPINNED_AT_ONCE = 4096  # objects, or those of one chunk
 
 Sources = Sequence[tuple[Guard, Mapping[int, int]]]
@@ -29,23 +32,11 @@ class Asked:
         self.hashes = hashes
         self.masks = masks
 
-    async def keys(self) -> list[ObjectKey]:
-        """The key of each object that is asked for, in order; of very many, some in each turn of the loop."""
-        keys: list[ObjectKey] = []
-        async for part in self._parts():
-            keys += self.keys_of(part)
-        return keys
-
-    async def _parts(self) -> AsyncIterator[Mapping[int, int]]:
-        """The masks, so many objects at a time as take a millisecond or two."""
-        chunks = max(1, _ASKED_AT_ONCE // max(1, self.layout.objects.full_mask.bit_count()))
-        if len(self.masks) <= chunks:
-            yield self.masks
-            return
-        items = iter(list(self.masks.items()))
-        while part := dict(islice(items, chunks)):
-            yield part
-            await asyncio.sleep(0)
+    def keys(self) -> Sequence[ObjectKey]:
+        """The key of each object that is asked for, in order; of very many, each is made when it is looked at."""
+        if len(self.masks) <= self.layout.objects.chunks_with(_MADE_AT_ONCE):
+            return self.keys_of(self.masks)
+        return _ManyKeys(self)
 
     def keys_of(self, masks: Mapping[int, int]) -> list[ObjectKey]:
         """The keys of objects of these chunks, given as masks by number."""
@@ -69,6 +60,35 @@ class Asked:
         return found
 
 
+class _ManyKeys(Sequence[ObjectKey]):
+    """The keys of what is asked for: a slice of them is a list, and no more of them are there at a time."""
+
+    def __init__(self, asked: Asked):
+        self._keys_of = asked.keys_of
+        self._masks = list(asked.masks.items())
+        self._ends = list(accumulate(mask.bit_count() for _, mask in self._masks))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, which: int) -> ObjectKey: ...
+    @overload
+    def __getitem__(self, which: slice) -> list[ObjectKey]: ...
+    def __getitem__(self, which: int | slice) -> ObjectKey | list[ObjectKey]:
+        """A key, or those of a slice of some in a row."""
+        if isinstance(which, int):
+            return self[which : which + 1][0]
+        begin, end, _ = which.indices(len(self))
+        first, last = bisect_right(self._ends, begin), bisect_left(self._ends, end)
+        before = self._ends[first - 1] if first else 0
+        return self._keys_of(dict(self._masks[first : last + 1]))[begin - before : end - before]
+
+    def __iter__(self) -> Iterator[ObjectKey]:
+        for chunk in self._masks:
+            yield from self._keys_of(dict((chunk,)))
+
+
 class Found:
     """Objects that backends hold, pinned there. Leaving it by `with` unpins what nobody took."""
 
@@ -77,7 +97,9 @@ class Found:
         self.letting_go = 0  # holders of which very many objects are being unpinned, in slices
         self._asked = asked
         self._holders = holders  # the fastest first
-        self._in_order_from = _in_order_from(asked.masks)
+        self._in_order_from = _in_order_from(asked.masks) if asked.masks else sys.maxsize
+        self._has_heard = False  # whether the only backend has heard of what others stored, ...
+        self._lookup: LookupNowait | None = None  # ... and what answers since then
 
     @property
     def numbers(self) -> Iterable[int]:
@@ -138,7 +160,9 @@ class Found:
         guard, held = self._holders[0]
         there: dict[int, int] = {}
         for mask, numbers in _alike(masks):
-            present = guard.lookup_nowait(self._asked.layout, [self._asked.hashes[n] for n in numbers], mask)
+            present = guard.lookup_nowait(
+                self._asked.layout, [self._asked.hashes[n] for n in numbers], mask, self._lookup
+            )
             if present is None:
                 guard.unpin(self._asked.keys_of(there))
                 return None
@@ -147,6 +171,20 @@ class Found:
         if there:
             self._in_order_from = _in_order_from(masks)
         return there
+
+    @property
+    def follows(self) -> bool:
+        """Whether what was not answered at once may be, after `hear`."""
+        return not self._has_heard and len(self._holders) == 1 and self._holders[0][0].backend.follows
+
+    async def hear(self) -> None:
+        """Have the only backend hear of what others have stored. Where it fails, it counts as holding nothing."""
+        self._has_heard = True
+        try:
+            self._lookup = await self._holders[0][0].lookup_later()
+        except BackendError:
+            self.let_go()
+            self._holders, self.failed = (), True
 
     def touch_prefix(self, chunk_hashes: Sequence[bytes], start_chunk: int = 0) -> Iterator[None]:
         """What was found is used, and with it all that lies in front of it in a prompt, which L1 may have.
@@ -188,7 +226,7 @@ class Found:
                 self._unpin(guard, left, 0)
 
     def _unpin(self, guard: Guard, left: Sequence[tuple[int, int]], begin: int) -> None:
-        end = begin + max(1, _UNPINNED_AT_ONCE // self._asked.layout.objects.full_mask.bit_count())
+        end = begin + self._asked.layout.objects.chunks_with(_UNPINNED_AT_ONCE)
         try:
             guard.unpin(self._asked.keys_of(dict(left[begin:end])))
         finally:
@@ -224,9 +262,9 @@ async def ask(guards: Sequence[Guard], asked: Asked, tombstones: Tombstones) -> 
     answers: list[list[bool] | None] = []
     with tombstones.watch() as removed:
         if len(order) == 1:
-            answers = [await order[0].lookup(await asked.keys(), asked.owner)]
+            answers = [await order[0].lookup(asked.keys(), asked.owner)]
         elif order:
-            answers = await _ask_all(order, await asked.keys(), asked.owner)
+            answers = await _ask_all(order, asked.keys(), asked.owner)
     holders = [(g, asked.found(found)) for g, found in zip(order, answers, strict=False) if found is not None]
     found = Found(asked, holders, failed=None in answers)
     if removed:

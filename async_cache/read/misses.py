@@ -1,10 +1,11 @@
 """Why a chunk is missing, as far as that can be said at once."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from async_cache.l1.store import L1Store
 from async_cache.l2.tombstones import Tombstones
 from async_cache.ledger.ledger import REMOVALS, Ledger, Left
+from async_cache.read.filling import Filling
 from async_cache.values import ChunkState, Missed, Removal
 
 
@@ -18,11 +19,15 @@ _UNKNOWN = _missed(ChunkState.UNKNOWN)
 _REMOVED = tuple(_missed(ChunkState.REMOVED, removal) for removal in REMOVALS)
 _DELETED = _missed(ChunkState.REMOVED, Removal.DELETED)
 
+_State = tuple[ChunkState, Left | None]
+_GONE = ChunkState.REMOVED
+_UNKNOWN_YET: _State = ChunkState.UNKNOWN, None
+
 
 class Misses:
     """Explains what a lookup does not find. `filling`: the chunks that writers have room for."""
 
-    def __init__(self, l1: L1Store, ledger: Ledger, tombstones: Tombstones, filling: Collection[bytes]):
+    def __init__(self, l1: L1Store, ledger: Ledger, tombstones: Tombstones, filling: Filling):
         self._l1 = l1
         self._ledger = ledger
         self._tombstones = tombstones
@@ -50,16 +55,17 @@ class Misses:
             return True
         return self._ledger.has_other_child(parent, chunk_hash)
 
-    def states(self, chunk_hashes: Sequence[bytes], *, failed: bool) -> list[tuple[ChunkState, Left | None]]:
+    def states(self, chunk_hashes: Sequence[bytes], *, failed: bool) -> list[_State]:
         """The state of chunks that are in no tier and not on their way, and how they left; `failed` as in `missed`."""
-        filling, tombstones = self._filling, self._tombstones
-        writing, unknown, removed = ChunkState.WRITING, ChunkState.UNKNOWN, ChunkState.REMOVED
-        states: list[tuple[ChunkState, Left | None]] = []
-        for chunk_hash, left in zip(chunk_hashes, self._ledger.find_all(chunk_hashes), strict=True):
-            if chunk_hash in filling:
-                states.append((writing, None))
-            elif tombstones and chunk_hash in tombstones:
-                states.append((removed, Left(Removal.DELETED, left.backend if left is not None else None, 0.0)))
-            else:
-                states.append((unknown, None) if failed or left is None else (removed, left))
+        lefts = self._ledger.find_all(chunk_hashes)
+        states = [_UNKNOWN_YET if failed or left is None else (_GONE, left) for left in lefts]
+        if self._tombstones:
+            for n, chunk_hash in enumerate(chunk_hashes):
+                if chunk_hash in self._tombstones:
+                    left = lefts[n]
+                    states[n] = _GONE, Left(Removal.DELETED, left.backend if left is not None else None, 0.0)
+        if self._filling.any_of(chunk_hashes):
+            for n, chunk_hash in enumerate(chunk_hashes):
+                if chunk_hash in self._filling:
+                    states[n] = ChunkState.WRITING, None
         return states

@@ -1,14 +1,21 @@
-"""Which prefix can be promised: what exists of it, what must be loaded, and the room for that."""
+"""Which prefixes can be promised: what exists of them, what must be loaded, and the room for that.
 
+A request asks for one prompt, or for several: of each of them a prefix is promised. What needs room gets it in the
+order of the prompts.
+"""
+
+import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, islice
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import accumulate, chain, compress, groupby, islice, repeat
+from operator import not_
 
 from async_cache.config import CacheConfig
 from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import ModelLayout
+from async_cache.prompt.parts import Parts, Run
 from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Loader
 from async_cache.read.lookup import Found
@@ -19,29 +26,61 @@ _EVICTED_AT_ONCE = 1024  # ... and so many where others are evicted for them
 
 
 class Plan:
-    """What can be promised of a prefix: the objects needed, by chunk.
+    """What can be promised: so many chunks of each prompt, and the objects needed, by chunk.
 
     `to_load` are those of them, by chunk, that are to be loaded and have no room yet.
     """
 
-    __slots__ = ("found", "needed", "served", "to_load")
+    __slots__ = ("found", "lengths", "needed", "runs", "served", "to_load")
 
-    def __init__(self, layout: ModelLayout, exists: Sequence[int]):
-        self.served = coverage.lengths(layout, exists)
-        self.found = self.served[-1]  # chunks of the longest prefix that exists
+    def __init__(self, layout: ModelLayout, exists: Sequence[int], runs: Sequence[Run]):
+        self.runs = runs
+        self.served = [coverage.lengths(layout, coverage.run_of(run, exists)) for run in runs]
+        self.found = [served[-1] for served in self.served]  # chunks of the longest prefixes that exist
+        self.lengths: Sequence[int] = ()
         self.needed: Sequence[int] = ()
         self.to_load: dict[int, int] = {}
 
     @property
     def length(self) -> int:
         """The number of chunks that are promised."""
-        return len(self.needed)
+        return sum(self.lengths)
 
-    def shorten(self, request: Request, length: int, here: Sequence[int]) -> None:
+    @property
+    def kept(self) -> Sequence[int]:
+        """By chunk, whether it is promised."""
+        return coverage.covered(self.runs, self.lengths)
+
+    def unneeded(self, entries: Sequence[Entry | None]) -> Iterable[Entry | None]:
+        """Those of chunks that are not promised."""
+        if len(self.runs) == 1:
+            return entries[self.lengths[0] :]
+        kept = self.kept
+        return chain(compress(entries, map(not_, kept)), entries[len(kept) :])
+
+    def before(self, number: int, at_most: Sequence[int]) -> list[int]:
+        """The lengths if nothing from this chunk on is promised, and no more than so much."""
+        limits = [min(coverage.before(run, number), most) for run, most in zip(self.runs, at_most, strict=True)]
+        return list(map(coverage.largest, self.served, limits))
+
+    def without(self, number: int) -> list[int]:
+        """The lengths if this chunk is not promised, nor what lies behind it in a prompt."""
+        limits = [
+            run.index(number) if number in run[:length] else length
+            for run, length in zip(self.runs, self.lengths, strict=True)
+        ]
+        return list(map(coverage.largest, self.served, limits))
+
+    def promise(self, request: Request, lengths: Sequence[int], here: Sequence[int]) -> None:
         """Promise so many chunks, of which these objects are in L1 or on their way there."""
-        self.needed = coverage.needed(request.prompt.layout, length)
-        local, triples = request.local_mask, enumerate(zip(self.needed, here, strict=False))
-        self.to_load = {n: mask for n, (need, have) in triples if (mask := need & local & ~have)}
+        self.lengths = lengths
+        self.needed = needed = coverage.needed_of(request.prompt.layout, self.runs, lengths)
+        local = request.local_mask
+        if not any(here) and all(map(local.__eq__, needed)):
+            self.to_load = dict(enumerate(needed))
+        else:
+            triples = enumerate(zip(needed, here, strict=False))
+            self.to_load = {n: mask for n, (need, have) in triples if (mask := need & local & ~have)}
 
 
 class Planner:
@@ -61,43 +100,63 @@ class Planner:
         self._share_bytes = int(self._l1.arena.size_bytes * config.prefetch_share)
 
     def plan(self, request: Request, found: Found) -> Plan:
-        """Plan the longest prefix for which L1 can make room; releases the leases beyond it."""
+        """Plan the longest prefixes for which L1 can make room; releases the leases beyond them."""
         here = [entry.present if entry is not None else 0 for entry in request.entries]
-        loads = self._loads(request, request.loads)
+        loads = self._loads(request, request.loads) if request.loads else {}
         for number, load in loads.items():
             here[number] |= load.wanted
-        plan = Plan(request.prompt.layout, _united(here, found.masks()))
+        plan = Plan(request.prompt.layout, _united(here, found.masks()), request.runs)
         for number, load in loads.items():
             here[number] = _spoken_for(load, here[number])
-        plan.shorten(request, plan.found, here)
+        plan.promise(request, plan.found, here)
         if not self._fits(request, plan):
             self._shorten_to_fit(request, plan, here)
-        request.release(self._l1, [1] * plan.length)  # not yet what only a shorter prefix needs
+        request.release(self._l1, plan.kept)  # not yet what only a shorter prefix needs
         return plan
 
-    def reserve(self, request: Request, plan: Plan, numbers: Iterable[int]) -> dict[int, int]:
+    def reserve(self, request: Request, plan: Plan, numbers: Collection[int]) -> dict[int, int]:
         """Reserve room for what is to be loaded of these chunks, and return that; the request has the rooms then.
 
         Where memory is fragmented, or others have taken it, the plan becomes shorter, and nothing is reserved.
         """
-        layout, hashes = request.prompt.layout, request.hashes
-        part = {number: plan.to_load[number] for number in numbers if number in plan.to_load}
-        blocks = self._blocks(request, part)
-        share = blocks[: self._count_within_share(layout, [rank for _, rank in blocks])]
-        made = self._l1.reserve(layout, [(hashes[n], rank) for n, rank in share], request.prompt.salt)
-        if len(made) < len(blocks):
+        prompt, layout, to_load = request.prompt, request.prompt.layout, plan.to_load
+        part = {number: to_load[number] for number in numbers if number in to_load}
+        chunks, ranks = self._blocks(request, part)
+        within = self._count_within_share(layout, ranks)
+        blocks = list(islice(zip(map(request.hashes.__getitem__, chunks), ranks, strict=True), within))
+        if isinstance(prompt, Parts):
+            made = self._reserve_by_adapter(prompt, chunks, blocks)
+        else:
+            made = self._l1.reserve(layout, blocks, prompt.salt, prompt.adapter)
+        if len(made) < len(chunks):
             self._l1.discard(made)
-            self.cut(request, plan, blocks[len(made)][0])
+            here = self._here(request)
+            plan.promise(request, plan.before(chunks[len(made)], plan.lengths), here)
+            self._keep_behind(request, plan, here, sys.maxsize)
+            request.release(self._l1, plan.kept)
             return {}
-        request.rooms = rooms = list(zip([n for n, _ in blocks], made, strict=True))
-        if len(part) == len(plan.to_load):
+        request.rooms = rooms = list(zip(chunks, made, strict=True))
+        if len(part) == len(to_load):
             plan.to_load = {}
         else:
             for number in part:
-                del plan.to_load[number]
+                del to_load[number]
         if _has_some(request):
             self._reserve_within(request, part, rooms)
         return part
+
+    def _reserve_by_adapter(
+        self, parts: Parts, chunks: Sequence[int], blocks: Sequence[tuple[bytes, int]]
+    ) -> list[Reservation]:
+        """Reserve room for blocks of prompts of which each has an adapter of its own; for the first ones at least."""
+        made: list[Reservation] = []
+        for adapter, alike in groupby(zip(chunks, blocks, strict=False), key=lambda block: parts.adapter_of(block[0])):
+            wanted = [block for _, block in alike]
+            some = self._l1.reserve(parts.layout, wanted, parts.salt, adapter)
+            made += some
+            if len(some) < len(wanted):
+                break
+        return made
 
     def next(self, request: Request, plan: Plan) -> list[int]:
         """The chunks that come next: of as many blocks as the loop has time for, those of a chunk together."""
@@ -114,11 +173,12 @@ class Planner:
         for number in numbers:
             lacks = plan.needed[number] & request.local_mask & ~_here(request.entries[number], loads.get(number))
             if lacks & ~found.mask_of(number):
-                self.cut(request, plan, number)
-                plan.found = plan.length
+                self._leave_out(request, plan, number)
+                left = zip(plan.runs, plan.lengths, plan.found, strict=True)
+                plan.found = [length if number in run else found for run, length, found in left]
                 return
             if self._is_occupied(request.entries[number], lacks):
-                self.cut(request, plan, number)
+                self._leave_out(request, plan, number)
                 return
             if lacks:
                 plan.to_load[number] = lacks
@@ -132,12 +192,14 @@ class Planner:
             return False
         return any((entry, rank) in occupied for rank in entry.layout.objects.ranks[mask])
 
-    def cut(self, request: Request, plan: Plan, number: int) -> None:
-        """Promise nothing from this chunk on."""
+    def _leave_out(self, request: Request, plan: Plan, number: int) -> None:
+        """Promise neither this chunk nor what lies behind it in a prompt."""
+        plan.promise(request, plan.without(number), self._here(request))
+        request.release(self._l1, plan.kept)
+
+    def _here(self, request: Request) -> list[int]:
         loads = self._loads(request, request.loads)
-        here = [_here(entry, loads.get(n)) for n, entry in enumerate(request.entries)]
-        plan.shorten(request, coverage.largest(plan.served, number), here)
-        request.release(self._l1, [1] * plan.length)
+        return [_here(entry, loads.get(n)) for n, entry in enumerate(request.entries)]
 
     def _loads(self, request: Request, numbers: Iterable[int]) -> dict[int, ChunkLoad]:
         table, hashes = self._loader.in_flight(), request.hashes
@@ -145,14 +207,19 @@ class Planner:
 
     # The room for it.
 
-    def _blocks(self, request: Request, to_load: Mapping[int, int]) -> list[tuple[int, int]]:
-        """The blocks that have no room yet, as (chunk, rank)."""
-        ranks, entries = request.prompt.layout.objects.ranks, request.entries
-        blocks = [(n, rank) for n, mask in to_load.items() for rank in ranks[mask]]
+    def _blocks(self, request: Request, to_load: Mapping[int, int]) -> tuple[Sequence[int], Sequence[int]]:
+        """The blocks that have no room yet: the chunk of each, and the rank."""
+        objects, entries = request.prompt.layout.objects, request.entries
         if not _has_some(request):
-            return blocks
-        loads = self._loads(request, request.loads.intersection(to_load))
-        return [(n, rank) for n, rank in blocks if not _ranks_with_room(entries[n], loads.get(n)) >> rank & 1]
+            if len(objects.room_bytes) == 1:
+                return list(to_load), [0] * len(to_load)
+            blocks = [(n, rank) for n, mask in to_load.items() for rank in objects.ranks[mask]]
+        else:
+            loads = self._loads(request, request.loads.intersection(to_load))
+            has_room = {n: _ranks_with_room(entries[n], loads.get(n)) for n in to_load}
+            ranks = objects.ranks
+            blocks = [(n, rank) for n, mask in to_load.items() for rank in ranks[mask] if not has_room[n] >> rank & 1]
+        return [n for n, _ in blocks], [rank for _, rank in blocks]
 
     def _reserve_within(
         self, request: Request, to_load: Mapping[int, int], rooms: list[tuple[int, Reservation]]
@@ -178,13 +245,14 @@ class Planner:
         size = sum(self._room_bytes(request, plan.to_load))
         if size > self._left_of_share(size):
             return False
-        return size <= self._l1.make_available(size) + sum(map(_spare_bytes, request.entries[plan.length :]))
+        return size <= self._l1.make_available(size) + sum(map(_spare_bytes, plan.unneeded(request.entries)))
 
     def _left_of_share(self, size_bytes: int) -> int:
         """What loads may have of L1 beside those that are on their way, of which as many are released as it takes."""
-        while size_bytes > self._share_bytes - self._loader.reserved_bytes() and self._l1.catch_up():
-            pass
-        return self._share_bytes - self._loader.reserved_bytes()
+        left = self._share_bytes - self._loader.reserved_bytes()
+        while size_bytes > left and self._l1.catch_up():
+            left = self._share_bytes - self._loader.reserved_bytes()
+        return left
 
     def _count_within_share(self, layout: ModelLayout, ranks: Sequence[int]) -> int:
         """How many blocks of these ranks, from the first one on, the share of loads allows now."""
@@ -206,34 +274,61 @@ class Planner:
         ]
 
     def _shorten_to_fit(self, request: Request, plan: Plan, here: Sequence[int]) -> None:
-        """Find the longest plan that fits: the shorter, the fewer its blocks, and the more of its leases may go."""
-        layout, served = request.prompt.layout, plan.served
-        if layout.objects.windows:  # a shorter prefix needs something else, and has to be planned
+        """Find the longest plan that fits: the shorter, the fewer its blocks, and the more of its leases may go.
 
-            def is_too_long(number: int) -> bool:
-                plan.shorten(request, served[number], here)
+        What comes first has its room first, also that of leases behind it; of these, the rest stays.
+        """
+        if request.prompt.layout.objects.windows:  # a shorter prefix needs something else, and has to be planned
+
+            def is_too_long(end: int) -> bool:
+                plan.promise(request, plan.before(end, plan.found), here)
                 return not self._fits(request, plan)
 
-            length = served[bisect_left(range(1, len(served)), True, key=is_too_long)]
+            end = bisect_left(range(1, len(plan.kept) + 1), True, key=is_too_long)
+            plan.promise(request, plan.before(end, plan.found), here)
         else:
-            length = self._longest_that_fits(request, plan)
-        plan.shorten(request, length, here)
+            end, left_bytes = self._last_that_fits(request, plan)
+            plan.promise(request, plan.before(end, plan.found), here)
+            self._keep_behind(request, plan, here, left_bytes)
 
-    def _longest_that_fits(self, request: Request, plan: Plan) -> int:
+    def _last_that_fits(self, request: Request, plan: Plan) -> tuple[int, int]:
+        """Up to which chunk all has room that is to be loaded, and how much of the leases behind it is not needed."""
         entries, to_load, occupied = request.entries, plan.to_load, self._loader.occupied
         numbers, rooms = list(to_load), [0, *accumulate(self._room_bytes(request, to_load))]
-        spare = [0, *accumulate(map(_spare_bytes, reversed(entries)))]  # by how many of the last chunks are not needed
+        kept = plan.kept
+        among = sum(map(_spare_bytes, compress(entries, map(not_, kept)))) if 0 in kept else 0  # in front, not needed
+        behind = entries if not among else [e if n >= len(kept) or kept[n] else None for n, e in enumerate(entries)]
+        spare = list(
+            accumulate(map(_spare_bytes, reversed(behind)), initial=among)
+        )  # by how many of the last chunks go
         available, share = self._l1.make_available(rooms[-1]), self._left_of_share(rooms[-1])
 
-        def is_too_long(length: int) -> bool:
-            room = rooms[bisect_left(numbers, length)]
-            return room > 0 and room > min(share, available + spare[len(entries) - length])
+        def room_before(end: int) -> int:
+            return rooms[bisect_left(numbers, end)]
 
-        length = bisect_left(range(1, plan.length + 1), True, key=is_too_long)
+        def is_too_long(end: int) -> bool:
+            room = room_before(end)
+            return room > 0 and room > min(share, available + spare[len(entries) - end])
+
+        end = bisect_left(range(1, len(kept) + 1), True, key=is_too_long)
         if occupied:
             in_vain = (n for n in numbers if self._is_occupied(entries[n], to_load[n]))
-            length = min(length, next(in_vain, length))
-        return length
+            end = min(end, next(in_vain, end))
+        return end, available + spare[len(entries) - end] - room_before(end)
+
+    def _keep_behind(self, request: Request, plan: Plan, here: Sequence[int], left_bytes: int) -> None:
+        """Promise also what needs no room, of the prompts behind the one that got no more, while that has its own."""
+        if len(plan.runs) == 1 or request.prompt.layout.objects.windows:
+            return
+        lengths, full = list(plan.lengths), request.local_mask
+        for part, (run, found) in enumerate(zip(plan.runs, plan.found, strict=True)):
+            for number in run[lengths[part] : found]:
+                left_bytes -= _spare_bytes(request.entries[number])
+                if left_bytes < 0 or full & ~here[number]:
+                    break
+                lengths[part] += 1
+            lengths[part] = coverage.largest(plan.served[part], lengths[part])
+        plan.promise(request, lengths, here)
 
 
 def _has_some(request: Request) -> bool:
@@ -256,6 +351,8 @@ def _united(here: list[int], found: Mapping[int, int]) -> Sequence[int]:
     """By chunk, the objects that are in L1, on their way there, or found in L2."""
     if not found:
         return here
+    if not any(here):
+        return list(map(found.get, range(len(here)), repeat(0)))
     exists = list(here)
     for number, mask in found.items():
         exists[number] |= mask

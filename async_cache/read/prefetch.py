@@ -2,14 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Generator, Sequence
-from functools import partial
+from collections.abc import Generator, Mapping, Sequence
+from typing import cast
 
+from async_cache.advice import Adviser
 from async_cache.aio.clock import precise_clock
 from async_cache.aio.sweeper import Sweeper
 from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
-from async_cache.handles.prefetch import Prefetch
+from async_cache.handles.prefetch import Prefetch, SegmentPrefetch
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard.guards import Guards
@@ -17,14 +18,24 @@ from async_cache.l2.tombstones import Tombstones
 from async_cache.ledger.roots import Roots
 from async_cache.observe import Observers, notify
 from async_cache.prompt import coverage
+from async_cache.prompt.arguments import (
+    MAX_REQUEST_ID,
+    check_request_id,
+    check_seconds,
+    check_traceparent,
+    ranks_of,
+)
 from async_cache.prompt.layout import Prompt
-from async_cache.read.decision import Decider, Promised, Wait
+from async_cache.prompt.parts import Parts
+from async_cache.read.answers import Promised, hits_of, nothing, result_of
+from async_cache.read.decision import Decider, Wait
+from async_cache.read.filling import Filling
 from async_cache.read.loads import Arrival, Loader
 from async_cache.read.misses import Misses
 from async_cache.read.plan import Planner
 from async_cache.read.request import LOADED, LOADING, LOOKING_UP, Request
 from async_cache.read.requests import Requests
-from async_cache.values import LoadResult, LookupHits, Shortfall
+from async_cache.values import Shortfall
 
 log = logging.getLogger(__name__)
 
@@ -46,25 +57,30 @@ class PrefetchController:
         config: CacheConfig,
         misses: Misses,
         roots: Roots,
+        filling: Filling,
     ):
         self.requests = Requests(l1, sweeper, observers, config, self._give_up)
         self._l1 = l1
+        self._guards = guards
         self._loader = loader
         self._observers = observers
         self._planner = Planner(l1, loader, config)
-        self._decider = Decider(l1, guards, loader, tombstones, self._planner, hashing, misses, roots)
+        self._decider = Decider(l1, guards, loader, tombstones, self._planner, hashing, misses, roots, filling)
         self._loop = asyncio.get_running_loop()
         self._clock = precise_clock(self._loop)
+        self._adviser = Adviser(config.prefill_tokens_per_second, self._loop.time)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._cancel = self.cancel  # one for all
 
     def start(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Parts,
         request_id: str | None,
         start_chunk: int,
         ranks: Sequence[int],
         deadline_seconds: float | None,
         traceparent: str | None = None,
+        wait_for_writers_seconds: float | None = None,
     ) -> Prefetch:
         """Begin a request, or return the one that runs under this id. What needs no waiting is known on return.
 
@@ -75,17 +91,39 @@ class PrefetchController:
             request_id = requests.new_id()
         elif (known := requests.same(request_id, prompt, start_chunk, ranks)) is not None:
             return known.prefetch
-        request = Request(request_id, prompt, start_chunk, ranks, self._clock())
+        request = Request(request_id, prompt, start_chunk, ranks, self._clock(), self._loop)
         request.traceparent = traceparent
-        request.prefetch = prefetch = Prefetch(request, partial(self.cancel, request))
+        if wait_for_writers_seconds:
+            request.waits_until = self._loop.time() + wait_for_writers_seconds
+        handle = Prefetch if isinstance(prompt, Prompt) else SegmentPrefetch
+        request.prefetch = prefetch = handle(request, self._cancel)
         requests.add(request)
         self._decide(request)
         if deadline_seconds is not None and request.pending:
+            request.due = request.began + deadline_seconds
             request.deadline = self._loop.call_later(deadline_seconds, self._deadline_passed, request)
         return prefetch
 
+    def start_parts(
+        self,
+        asked: Parts,
+        *,
+        request_id: str | None = None,
+        ranks: Sequence[int] | None = None,
+        deadline_seconds: float | None = None,
+        traceparent: str | None = None,
+    ) -> SegmentPrefetch:
+        """Begin a request for several prompts, as `AsyncCache.prefetch_segments` says."""
+        if request_id is not None:
+            check_request_id(request_id, MAX_REQUEST_ID)
+        check_seconds("deadline_seconds", deadline_seconds)
+        check_traceparent(traceparent)
+        here = ranks_of(asked, ranks)
+        return cast(SegmentPrefetch, self.start(asked, request_id, 0, here, deadline_seconds, traceparent))
+
     def reconfigure(self, config: CacheConfig) -> None:
         """Go by the settings as they are now."""
+        self._adviser.tokens_per_second = config.prefill_tokens_per_second
         self._planner.reconfigure(config)
         self.requests.reconfigure(config)
 
@@ -105,8 +143,8 @@ class PrefetchController:
         """Decide what is promised, in this step if that needs no waiting."""
         try:
             if request.prompt.hashed and self._decider.is_all_in_l1(request):
-                self._l1.asked(request.prompt)
-                self._say_hits(request, Promised(request.length))
+                self._note_asked(request)
+                self._say_hits(request, Promised(request.lengths))
                 self._finish(request)
                 return
         except Exception:
@@ -147,13 +185,21 @@ class PrefetchController:
     def _promise(self, request: Request, promised: Promised) -> None:
         try:
             self._close_search(request)
-            self._l1.asked(request.prompt)
+            self._note_asked(request)
             self._say_hits(request, promised)
             self._loader.begin_soon()
             if not request.loads:
                 self._finish(request)
         except Exception:
             self._fail(request)
+
+    def _note_asked(self, request: Request) -> None:
+        for prompt in request.prompt.parts:
+            self._l1.asked(prompt)
+            for guard in self._guards.current:
+                guard.asked(prompt)
+            for note in self._observers.asking:
+                note(prompt)
 
     def _fail(self, request: Request) -> None:
         log.exception("request %r failed", request.request_id, extra={"request_id": request.request_id})
@@ -204,64 +250,54 @@ class PrefetchController:
         self._l1.release(old)
         if request.state is LOADING and not request.loads:
             self._finish(request)
+        else:
+            request.wake_streams()
 
     def _finish(self, request: Request) -> None:
         """End the load: keep what can be read, and say how much that is."""
         layout = request.prompt.layout
-        shortfall = None
-        if request.reasons:
-            elsewhere = layout.objects.full_mask & ~request.local_mask
-            exists = [(e.present if e is not None else 0) | elsewhere for e in request.entries[: request.length]]
-            length = coverage.lengths(layout, exists)[-1]
-            if length < request.length:
-                shortfall = next((r for n, r in sorted(request.reasons.items()) if n >= length), Shortfall.GONE)
-                request.needed = coverage.needed(layout, length)
-                request.from_l2 = [number for number in request.from_l2 if number < length]
+        shortfalls = self._shorten(request) if request.reasons else {}
         if request.reasons or not layout.objects.prefix_mask:
             request.release(self._l1, request.needed)
-        self._say_result(request, shortfall)
+        self._say_result(request, shortfalls)
+
+    def _shorten(self, request: Request) -> dict[int, Shortfall]:
+        """Promise no more of each prompt than has come; why that is less, by its number."""
+        layout, runs, shortfalls = request.prompt.layout, request.runs, {}
+        elsewhere = layout.objects.full_mask & ~request.local_mask
+        exists = [(e.present if e is not None else 0) | elsewhere for e in request.entries]
+        lengths = list(request.lengths)
+        for part, (run, length) in enumerate(zip(runs, request.lengths, strict=True)):
+            run = run[:length]
+            lengths[part] = came = coverage.lengths(layout, coverage.run_of(run, exists)[:length])[-1]
+            if came < length:
+                reasons = (request.reasons[number] for number in run[came:] if number in request.reasons)
+                shortfalls[part] = next(reasons, Shortfall.GONE)
+        if shortfalls:
+            request.promise(lengths, coverage.needed_of(layout, runs, lengths))
+            kept = coverage.covered(runs, lengths)
+            request.from_l2 = [number for number in request.from_l2 if number < len(kept) and kept[number]]
+        return shortfalls
 
     def _say_hits(self, request: Request, promised: Promised) -> None:
-        length, from_l2 = request.length, len(request.from_l2)
         request.state = LOADING
         request.promised_at = self._clock()
-        hits = LookupHits(
-            request_id=request.request_id,
-            start_chunk=request.start_chunk,
-            chunks=length,
-            tokens=length * request.prompt.layout.chunk_tokens,
-            l1_chunks=length - from_l2,
-            l2_chunks=from_l2,
-            found_chunks=promised.found,
-            shortfall=promised.shortfall,
-            load_bytes=promised.load_bytes,
-            expected_load_seconds=promised.expected_load_seconds,
-            missed=promised.missed,
-        )
+        hits = hits_of(request, promised, self._adviser)
         if request.hits.resolve(hits) and self._observers.promised:
             notify(self._observers.promised, request.prefetch, hits)
 
-    def _say_result(self, request: Request, shortfall: Shortfall | None) -> None:
-        length, from_l2 = request.length, len(request.from_l2)
+    def _say_result(self, request: Request, shortfalls: Mapping[int, Shortfall]) -> None:
         request.state = LOADED
         if request.deadline is not None:
             request.deadline.cancel()
         self.requests.loaded(request)
-        result = LoadResult(
-            request_id=request.request_id,
-            start_chunk=request.start_chunk,
-            chunks=length,
-            tokens=length * request.prompt.layout.chunk_tokens,
-            l1_chunks=length - from_l2,
-            l2_chunks=from_l2,
-            shortfall=shortfall,
-            seconds=self._clock() - request.began,
-        )
+        result = result_of(request, shortfalls, self._clock() - request.began)
         if request.result.resolve(result):
             for count in self._observers.counting:
-                count(request.prefetch, result)
+                count(request, result)
             if self._observers.loaded:
                 notify(self._observers.loaded, request.prefetch, result)
+        request.wake_streams()
 
     # What ends a request before it has loaded.
 
@@ -277,17 +313,20 @@ class PrefetchController:
         """Resolve what is pending of a request, with nothing, and let nothing stay held for it."""
         if not request.pending:
             return
-        if request.task is not None and request.task is not asyncio.current_task():
-            request.task.cancel()
+        task, request.task = request.task, None  # which keeps where it was cancelled, and that the request
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
         self._release_loads(request)
         self._close_search(request)
         rooms, request.rooms = request.rooms, ()
         self._l1.discard([reservation for _, reservation in rooms])
-        request.needed = request.from_l2 = ()
+        parts = range(len(request.lengths))
+        request.promise([0] * len(parts), ())
+        request.from_l2 = ()
         request.release(self._l1)
         if request.state is LOOKING_UP:
-            self._say_hits(request, Promised(0, reason))
-        self._say_result(request, reason)
+            self._say_hits(request, nothing(request, reason))
+        self._say_result(request, dict.fromkeys(parts, reason))
 
     def _release_loads(self, request: Request) -> None:
         numbers, request.loads = request.loads, set()

@@ -1,10 +1,10 @@
 """Who knows a request: ids, claims and readers, and how requests end."""
 
-import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 
+from async_cache.aio.slices import InTurns
 from async_cache.aio.sweeper import Sweeper
 from async_cache.config import CacheConfig
 from async_cache.errors import (
@@ -14,10 +14,12 @@ from async_cache.errors import (
     RequestConflictError,
     UnknownRequestError,
 )
-from async_cache.handles.lease import Entered, Memory, ReadChunk
+from async_cache.handles.lease import Entered, Memory
+from async_cache.l1.entry import offsets_of
 from async_cache.l1.store import L1Store
 from async_cache.observe import Observers, notify
 from async_cache.prompt.layout import Prompt, check_index
+from async_cache.prompt.parts import Parts
 from async_cache.read.request import IN_USE, LOADED, OVER, Request
 from async_cache.values import LoadResult, LookupHits, Shortfall
 
@@ -85,9 +87,11 @@ class Requests:
 
     def new_id(self) -> str:
         """An id that no request has."""
-        return next(i for n in self._ids if (i := f"prefetch-{n}") not in self._requests)
+        while (request_id := f"prefetch-{next(self._ids)}") in self._requests:
+            pass
+        return request_id
 
-    def same(self, request_id: str, prompt: Prompt, start_chunk: int, ranks: Sequence[int]) -> Request | None:
+    def same(self, request_id: str, prompt: Prompt | Parts, start_chunk: int, ranks: Sequence[int]) -> Request | None:
         """The request that has this id and asks for the same; None if the id is free.
 
         Raises RequestConflictError if it asks for something else, or its result was claimed.
@@ -105,8 +109,11 @@ class Requests:
         self._requests[request.request_id] = request
 
     def loaded(self, request: Request) -> None:
-        """Wait for the load of this request to be claimed or read."""
-        self._results.add(request)
+        """Wait for the load of this request to be claimed or read, unless somebody reads it already."""
+        if request.readers:
+            self._use(request)
+        else:
+            self._results.add(request)
 
     # What a caller does with a request.
 
@@ -143,45 +150,56 @@ class Requests:
         Raises UnknownRequestError, ReadConflictError if this rank and reader have read it already, and ValueError for
         a rank or reader that it does not have.
         """
+        request = self.readable(request_id, rank, reader)
+        result = await request.result.wait()
+        offsets: list[int | None] = []
+        async for entries in InTurns(request.readable(), _ENTERED_AT_ONCE):
+            if request.state is OVER:
+                break
+            offsets += offsets_of(entries, rank)
+        return self._entered(request, rank, reader, result, offsets)
+
+    def enter_nowait(self, request_id: str, rank: int, reader: int, most_objects: int) -> Entered | None:
+        """Begin to read as `enter`, where the load is done, and brought the rank at most so many objects; else None."""
+        request = self.readable(request_id, rank, reader)
+        result = request.result.value
+        if result is None or request.length * len(request.prompt.layout.groups) > most_objects:
+            return None
+        return self._entered(request, rank, reader, result, offsets_of(request.readable(), rank))
+
+    def readable(self, request_id: str, rank: int, reader: int) -> Request:
+        """The request of an id, which has this rank and reader. Raises UnknownRequestError and ValueError."""
         request = self._known(request_id)
         layout = request.prompt.layout
         check_index("rank", rank, layout.world_size)
         check_index("reader", reader, layout.readers_per_rank)
         if rank not in request.ranks:
             raise ValueError(f"rank {rank} is not among the ranks {request.ranks} of request {request_id!r}")
-        result = await request.result.wait()
-        if request.state is OVER:
-            raise self._ended(request)
-        memory = Memory(memoryview(self._l1.arena.view))  # of its own, which lives as long as the lease
-        chunks = await self._chunks(request, rank, memory)
+        return request
+
+    def _entered(
+        self, request: Request, rank: int, reader: int, result: LoadResult, offsets: Sequence[int | None]
+    ) -> Entered:
+        memory, leave, undo = self.admit(request, rank, reader)
+        return Entered(result, request.prompt.layout, rank, offsets, request.objects(), memory, leave, undo)
+
+    def admit(
+        self, request: Request, rank: int, reader: int
+    ) -> tuple[Memory, Callable[[], object], Callable[[], object]]:
+        """Let a reader in: the memory to read from, and how it leaves, or undoes its entry.
+
+        Raises UnknownRequestError where the request is over, and ReadConflictError.
+        """
         if request.state is OVER:
             raise self._ended(request)
         if (rank, reader) in request.readers:
-            raise ReadConflictError(f"rank {rank}, reader {reader} has read request {request_id!r} already")
+            raise ReadConflictError(f"rank {rank}, reader {reader} has read request {request.request_id!r} already")
         request.readers.add((rank, reader))
         request.inside += 1
-        self._use(request)
-        leave, undo = partial(self._leave, request), partial(self._undo_enter, request, rank, reader)
-        return Entered(result, layout, chunks, memory, leave, undo)
-
-    async def _chunks(self, request: Request, rank: int, memory: Memory) -> tuple[ReadChunk, ...]:
-        layout, start, entries = request.prompt.layout, request.start_chunk, request.entries
-        chunks: list[ReadChunk] = []
-        for begin in range(0, request.length, _ENTERED_AT_ONCE):
-            if begin:
-                await asyncio.sleep(0)
-            chunks += [
-                ReadChunk(
-                    start + n,
-                    entry.offset(rank) if (entry := entries[n]) is not None and entry.ranks >> rank & 1 else None,
-                    rank,
-                    needed,
-                    layout,
-                    memory,
-                )
-                for n, needed in enumerate(request.needed[begin : begin + _ENTERED_AT_ONCE], begin)
-            ]
-        return tuple(chunks)
+        if not request.pending:
+            self._use(request)
+        memory = Memory(memoryview(self._l1.arena.view))  # of its own, which lives as long as the lease
+        return memory, partial(self._leave, request), partial(self._undo_enter, request, rank, reader)
 
     def _undo_enter(self, request: Request, rank: int, reader: int) -> None:
         """Undo an entry of which the reader never came to know: it may enter again."""
@@ -259,6 +277,8 @@ class Requests:
         self._results.discard(request)
         self._uses.discard(request)
         self._release_if_left(request)
+        for ending in self._observers.ending:
+            ending(prefetch)
         if self._observers.over:
             notify(self._observers.over, prefetch)
 

@@ -1,7 +1,10 @@
-"""Recorded requests through the real index of L1, in virtual time and without bytes: what would be found.
+"""Recorded requests: through the real index of L1, in virtual time and without bytes, or against a server.
 
-trace      the requests of a recording, as they are in a file
 foresight  the policy that knows the future: no other can find more
 run        one trace, one policy, one capacity
-report     many of them, as a table and a plot
+sweep      many policies and capacities
+plot       hits against capacity, and times
+timed      one trace, a server that runs, real bytes
+model      what a token takes, by the config of a model
+sizing     how much memory a trace is worth
 """

@@ -1,13 +1,13 @@
 """The policy that knows the future. What it finds is what any policy could find at most, but for very little."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 from math import inf
 from typing import Any
 
 from async_cache.l1.entry import Entry
-from async_cache.replay.trace import Trace
+from async_cache.recording.trace import Trace
 from async_cache.values import Removal
 
 
@@ -32,6 +32,23 @@ class PerfectForesight:
             if chunk_hash in self._entries:
                 self._offer(chunk_hash)
 
+    def hint(
+        self,
+        path: Sequence[bytes],
+        output_tokens: int | None = None,
+        returns: bool | None = None,
+        within_seconds: float | None = None,
+    ) -> None:
+        """It is known."""
+
+    def learned(self) -> Iterator[bytes]:
+        """Nothing is learned."""
+        return iter(())
+
+    def recall(self, pieces: Iterable[bytes]) -> Iterator[None]:
+        """Nothing, neither."""
+        return iter(())
+
     def enter(self, item: Entry, parent: Entry | None, kept: bool = False) -> None:
         """An item came."""
         if parent is not None:
@@ -43,8 +60,14 @@ class PerfectForesight:
     def use(self, item: Entry, before: Entry | None = None) -> None:
         """It was known."""
 
+    def use_all(self, items: Iterable[Entry]) -> None:
+        """They were known."""
+
     def suspend(self, item: Entry) -> None:
         """It is passed over."""
+
+    def resume(self, item: Entry) -> None:
+        """It is passed over no more."""
 
     def left(self, item: Entry, removal: Removal) -> None:
         """An item has gone, and what it built on may be a leaf now."""

@@ -1,5 +1,6 @@
 """One trace, one policy, one capacity: the real index of L1, without bytes."""
 
+from collections import deque
 from collections.abc import Callable
 from typing import cast
 
@@ -10,7 +11,7 @@ from async_cache.l1.store import L1Store
 from async_cache.memory.arena import Arena
 from async_cache.prompt.layout import ModelLayout
 from async_cache.prompt.objects import PAGE_BYTES, ObjectGroup
-from async_cache.replay.trace import Trace
+from async_cache.recording.trace import Trace, TracedHint
 from async_cache.retention.policy import EvictionPolicy
 
 
@@ -59,17 +60,20 @@ def replay(
 
     `outputs`: whether the policy is told how much each request put out.
     """
-    chunk_bytes = bytes_per_token * trace.chunk_tokens
-    layout = ModelLayout("trace", (ObjectGroup((chunk_bytes,), "uint8"),), chunk_tokens=trace.chunk_tokens)
+    layouts = {n: _layout(n, bytes_per_token) for n in {request.chunk_tokens for request in trace.requests}}
     size = capacity_bytes // PAGE_BYTES * PAGE_BYTES
     l1 = L1Store(cast(Arena, _Room(size)), policy, on_evict_unwritten=lambda entry: None)
-    present = layout.objects.rank_masks[0]
+    hints = deque(trace.hints)
     asked = hits = 0
     full = False
     for number, request in enumerate(trace.requests):
         on_request()
+        while hints and hints[0].at_seconds < request.at_seconds:
+            _tell(policy, clock, hints.popleft(), outputs=outputs)
         clock.seconds = request.at_seconds
-        path = request.path
+        path, chunk_tokens, layout = request.path, request.chunk_tokens, layouts[request.chunk_tokens]
+        chunk_bytes = bytes_per_token * chunk_tokens
+        present = layout.objects.rank_masks[0]
         found: list[Entry] = []
         for chunk_hash in path:
             entry = l1.find(chunk_hash)
@@ -78,9 +82,9 @@ def replay(
             found.append(entry)
         if number >= measured_from:
             asked += request.tokens
-            hits += min(len(found) * trace.chunk_tokens, request.tokens)
+            hits += min(len(found) * chunk_tokens, request.tokens)
         l1.lease(found)
-        policy.asked(path, request.tokens, trace.chunk_tokens, request.output_tokens if outputs else None)
+        policy.asked(path, request.tokens, chunk_tokens, request.output_tokens if outputs else None)
         stored: list[Entry] = []  # pinned, as they are until they are written back
         for place in range(len(found), len(path)):
             if (behind := l1.find(path[place])) is not None:  # only what came before it had left
@@ -102,3 +106,13 @@ def replay(
         l1.release(reversed(found))
     l1.close()
     return Found(asked, hits, full)
+
+
+def _layout(chunk_tokens: int, bytes_per_token: int) -> ModelLayout:
+    group = ObjectGroup((bytes_per_token * chunk_tokens,), "uint8")
+    return ModelLayout("trace", (group,), chunk_tokens=chunk_tokens)
+
+
+def _tell(policy: EvictionPolicy[Entry], clock: Clock, traced: TracedHint, *, outputs: bool) -> None:
+    clock.seconds, hint = traced.at_seconds, traced.hint
+    policy.hint(traced.path, hint.output_tokens if outputs else None, hint.returns, hint.within_seconds)

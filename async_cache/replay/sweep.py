@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 from msgspec import Struct
 
+from async_cache.recording.trace import Trace
 from async_cache.replay.foresight import PerfectForesight
 from async_cache.replay.run import Clock, Found, replay
-from async_cache.replay.trace import Trace
 from async_cache.retention.policies import make_policy
 
 FORESIGHT = "foresight"

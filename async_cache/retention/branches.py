@@ -4,12 +4,12 @@ from typing import Any, Protocol, Self
 
 from msgspec import Struct
 
-from async_cache.retention.reuse import UNKNOWN, Kind, kind_of
+from async_cache.retention.reuse import Kind, ReuseModel
 
-DIGEST_BYTES = 8
+DIGEST_BYTES = 6
 """What is remembered of a chunk."""
-HELD, SUSPENDED, SHOWN = 0, -1, -2
-"""Why a branch has no entry in the heap."""
+HELD, SUSPENDED, SHOWN = -1, -2, -3
+"""Why a branch is not among the leaves."""
 
 
 class Member(Protocol):
@@ -21,22 +21,20 @@ class Member(Protocol):
     node: Any
 
 
-class Run(Struct, gc=False):
-    """Chunks of a branch, side by side, of which the same is known."""
+class Run(Struct, gc=False, eq=False):
+    """Chunks of a branch, side by side, of which the same is known. Most of these numbers are small, and shared."""
 
-    begin: int  # in chunks from the beginning of the path
-    end: int
+    chunks: int
     touches: int  # requests that asked for them
     gap: int  # between their last two uses, see `gap_of`
-    tail: bool = False  # one chunk, which is shorter than others
-    kind: Kind = UNKNOWN
+    kind: Kind | None = None
 
 
 class Branch(Struct, gc=False, eq=False):
     """What is left of the path of one request: a row of chunks, some of them members, the others remembered.
 
-    The deepest member may leave next. The branch has an entry in the heap then; or it is HELD, since other branches
-    hang on that member, SUSPENDED, or being SHOWN.
+    The deepest member may leave next. The branch is among the leaves then, by its `rank`; or it is HELD, since other
+    branches hang on that member, SUSPENDED, or being SHOWN.
     """
 
     digests: bytes
@@ -44,19 +42,29 @@ class Branch(Struct, gc=False, eq=False):
     parent: bytes  # the digest of the chunk before; of none, at the root
     runs: list[Run]
     used: float  # seconds
-    new_tokens: int
-    output_tokens: int | None
+    new: int  # tokens of the request, see `octave_of`
+    output: int  # that of the request, see `output_of`
+    output_bins: int
     turn: int  # requests that this one went on from
     cut: int = 0  # see `cut_of`
+    tail: bool = False  # whether its last chunk is shorter than others
+    told: tuple[bool, float | None] | None = None  # whether it will be asked for again, and how soon: an engine's
     bin: int = 0
+    settled: bool = False  # what it has of chunks are members, down to the deepest: nothing can be forgotten
     members: int = 0
     first: Any = None
     deepest: Any = None
-    entry: int = HELD
-    dropped: bool = False
+    rank: int = HELD
+    older: "Branch | None" = None  # among the leaves of this rank
+    newer: "Branch | None" = None
 
     def __len__(self) -> int:
         return len(self.digests) // DIGEST_BYTES
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left of it."""
+        return not self.digests and not self.members  # digests that are not chained may not tell where a member is
 
     def place_of(self, chunk_hash: bytes) -> int:
         """Where a chunk of it is, in chunks from the beginning of the path; -1: it is none of its chunks."""
@@ -68,28 +76,48 @@ class Branch(Struct, gc=False, eq=False):
                 at = self.digests.find(digest, at + 1)
         return self.begin + at // DIGEST_BYTES if at >= 0 else -1
 
-    def run_at(self, place: int) -> Run:
-        """The run of the chunk that is so far from the beginning of the path."""
+    def run_at(self, place: int) -> tuple[Run, bool]:
+        """The run of the chunk that is so far from the beginning of the path, and whether the run begins with it."""
+        begin = self.begin + len(self.digests) // DIGEST_BYTES
         for run in reversed(self.runs):
-            if run.begin <= place:
-                return run
-        return self.runs[0]  # digests that are not chained may be in two places
+            begin -= run.chunks
+            if begin <= place:
+                return run, begin == place
+        return self.runs[0], True  # digests that are not chained may be in two places
 
+    def extend(self, chunks: int, touches: int, gap: int) -> None:
+        """So many chunks more have a run, at its end."""
+        last = self.runs[-1] if self.runs else None
+        if last is not None and last.touches == touches and last.gap == gap:
+            last.chunks += chunks
+        else:
+            self.runs.append(Run(chunks, touches, gap))
 
-def judge(branch: Branch) -> None:
-    """Find out of which kinds the chunks of a branch are."""
-    for run in branch.runs:
-        run.kind = kind_of(
-            run.touches, run.tail, branch.cut, branch.new_tokens, branch.output_tokens, branch.turn, run.gap
-        )
+    def part_tail(self) -> None:
+        """Its last chunk is shorter than others: let it have a run of its own."""
+        self.tail, last = True, self.runs[-1]
+        if last.chunks > 1:
+            last.chunks -= 1
+            self.runs.append(Run(1, last.touches, last.gap))
 
+    def cut_runs(self, chunks: int, *, head: bool) -> None:
+        """Let only so many chunks have a run, those at its head or at its end."""
+        runs, left = [], chunks
+        for run in self.runs if head else reversed(self.runs):
+            if left <= 0:
+                break
+            run.chunks = min(run.chunks, left)
+            left -= run.chunks
+            runs.append(run)
+        self.runs = runs if head else runs[::-1]
 
-def extend(runs: list[Run], begin: int, end: int, touches: int, gap: int) -> None:
-    """Add chunks to the end of a path."""
-    if runs and (runs[-1].touches, runs[-1].gap) == (touches, gap):
-        runs[-1].end = end
-    else:
-        runs.append(Run(begin, end, touches, gap))
+    def judge(self, model: ReuseModel) -> None:
+        """Find out of which kinds its chunks are."""
+        last = self.runs[-1] if self.tail else None
+        for run in self.runs:
+            run.kind = model.kind(
+                run.touches, run is last, self.cut, self.new, self.output, self.output_bins, self.turn, run.gap
+            )
 
 
 def common(digests: bytes, path: bytes, begin: int) -> int:

@@ -5,30 +5,19 @@ what keeping it is expected to be worth (`reuse`), and that is learned from the 
 
 A *branch* is the path of one request, less the head that later requests took over. All its chunks were used last at
 the same time, by the same request; they differ in what was before. So a request costs a few steps for each branch that
-it crosses, hardly any for a chunk, and what is remembered of a chunk is eight bytes of its digest. That is remembered
+it crosses, hardly any for a chunk, and what is remembered of a chunk is six bytes of its digest. That is remembered
 for longer than the chunk stays: one that comes back is known, and that it came back is a lesson.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from heapq import heapify, heappop, heappush
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from random import Random
 from typing import Generic, TypeVar
 
-from async_cache.retention.branches import (
-    DIGEST_BYTES,
-    HELD,
-    SHOWN,
-    SUSPENDED,
-    Branch,
-    Member,
-    Run,
-    common,
-    extend,
-    judge,
-)
-from async_cache.retention.reuse import BIN_ENDS, NO_GAP, ReuseModel, cut_of, gap_of
+from async_cache.retention.ages import Ages
+from async_cache.retention.branches import DIGEST_BYTES, HELD, SUSPENDED, Branch, Member, Run, common
+from async_cache.retention.recall import branches_of, pieces_of
+from async_cache.retention.reuse import NO_GAP, ReuseModel, cut_of, gap_of, octave_of, output_of
+from async_cache.retention.worths import Leaves, rank_of
 from async_cache.values import Removal
 
 REMEMBERED = 4  # times the chunks that are there: so many that left are remembered,
@@ -36,30 +25,33 @@ MIN_REMEMBERED = 100_000  # or so many
 
 _LESSON_EVERY = 2  # branches that come through a bin unused: one of so many is a lesson, of that weight
 _LESSON_POWER = 0.3  # of the number of chunks is the weight of a lesson: they are not independent
-_AGED_AT_ONCE = 8  # branches in each bin: what is older than its bin for a while is only judged too well
+_FORGOTTEN_AT_ONCE = 8  # branches
 _LONGEST_PATH = 8192  # chunks: what lies behind is known, but not as a part of the path
-_STALE = 1024  # entries of the heap beyond those in use
+_RECALLED_CHUNKS = 131_072  # after a restart: those of the branches used last. The order of use has as many
+_RECALLED_SECONDS = 600.0  # for which what comes back after a restart finds its branch
+_IDLE_SECONDS = 30.0  # between two requests: longer pauses are counted as one of these, as they cost no memory
 
 T = TypeVar("T", bound=Member)
 
 
 class PrefixPolicy(Generic[T]):
-    """An eviction policy that learns which paths are asked for again. `clock` tells the time in seconds."""
+    """An eviction policy that learns which paths are asked for again.
 
-    def __init__(self, clock: Callable[[], float]):
-        self._clock = clock
+    `clock` tells the time in seconds. By `seed` it is decided which of what came through a bin unused is a lesson.
+    """
+
+    def __init__(self, clock: Callable[[], float], seed: int = 0):
+        self._clock, self._latest = clock, clock()
+        self._now = 0.0  # seconds, without the rest of long pauses
         self._model = ReuseModel()
-        self._random = Random(0)
+        self._random = Random(seed)
         self._heads: dict[bytes, Branch] = {}  # by its first digest
-        self._hanging: dict[bytes, int] = {}  # the number of branches with members that have this digest before them
-        self._held: dict[bytes, Branch] = {}  # by the digest of the deepest member, on which others hang
-        self._heap: list[tuple[float, int, Branch]] = []
-        self._entries = 0
-        self._by_bin: list[deque[Branch]] = [deque() for _ in BIN_ENDS]
-        self._by_age: deque[Branch] = deque()
+        self._ages = Ages()
+        self._leaves: Leaves[T] = Leaves(self._model, self._ages)
         self._members = 0
         self._remembered = 0
         self._last: Branch | None = None
+        self._recalled: dict[bytes, Branch] = {}  # by digest, after a restart: the branch of what may come back
 
     def __len__(self) -> int:
         """The number of chunks that it knows: those that are there, and those that it remembers."""
@@ -70,38 +62,71 @@ class PrefixPolicy(Generic[T]):
         """How often it has learned something."""
         return self._model.lessons
 
-    # What it is told.
+    # What it is told of requests.
 
     def asked(self, path: Sequence[bytes], tokens: int, chunk_tokens: int, output_tokens: int | None = None) -> None:
         """A request asked for all chunks on a path from the root, of so many tokens, and put out so many."""
         if not path or len(set(path)) < len(path):  # an engine's own digests need not be chained
             return
         path = path[:_LONGEST_PATH]
-        now = self._clock()
-        self._age(now)
+        self._pass_time()
+        for aged in self._ages.pass_on(self._now):
+            self._learn_unused(aged)
         digests = b"".join([chunk_hash[:DIGEST_BYTES] for chunk_hash in path])
-        branch = Branch(digests, 0, b"", [], now, tokens, output_tokens, 0)
+        branch = Branch(digests, 0, b"", [], self._now, octave_of(tokens), *output_of(output_tokens), 0)
         place = 0
         while place < len(path):
             owner = self._heads.get(digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES])
             if owner is None:
-                extend(branch.runs, place, place + 1, 1, NO_GAP)
+                branch.extend(1, 1, NO_GAP)
                 place += 1
             else:
                 place = self._take_over(owner, branch, place)
-                branch.new_tokens = max(tokens - place * chunk_tokens, 0)
+                branch.new = octave_of(max(tokens - place * chunk_tokens, 0))
         if tokens < len(path) * chunk_tokens:
-            last = branch.runs[-1]
-            branch.runs[-1:] = [Run(last.begin, last.end - 1, last.touches, last.gap)] * (last.end - last.begin > 1)
-            branch.runs.append(Run(last.end - 1, last.end, last.touches, last.gap, True))
-        judge(branch)
-        self._heads[digests[:DIGEST_BYTES]] = branch
+            branch.part_tail()
+        branch.judge(self._model)
+        self._heads[digests[:DIGEST_BYTES]] = self._last = branch
         self._remembered += len(path) - branch.members
-        self._by_bin[0].append(branch)
-        self._by_age.append(branch)
-        self._last = branch
-        self._push(branch)
+        self._ages.enter(branch)
+        self._leaves.push(branch)
         self._forget()
+
+    def hint(
+        self,
+        path: Sequence[bytes],
+        output_tokens: int | None = None,
+        returns: bool | None = None,
+        within_seconds: float | None = None,
+    ) -> None:
+        """An engine tells how a request went on. What only turns of a session have used goes first once it has ended.
+
+        What others have used as well is judged as before.
+        """
+        branch = self._branch_at_end(path)
+        if branch is None:
+            return
+        if output_tokens is not None:
+            branch.output, branch.output_bins = output_of(output_tokens)
+            branch.judge(self._model)
+        if returns is not None:
+            branch.told = returns, within_seconds
+        if branch.rank >= 0:
+            self._leaves.push(branch)
+
+    def _branch_at_end(self, path: Sequence[bytes]) -> Branch | None:
+        """The branch that the last chunk of a path is in."""
+        if not path:
+            return None
+        if self._last is not None and self._last.place_of(path[-1]) >= 0:
+            return self._last
+        digests = b"".join([chunk_hash[:DIGEST_BYTES] for chunk_hash in path])
+        begin = 0
+        while (owner := self._heads.get(digests[begin : begin + DIGEST_BYTES])) is not None:
+            begin += common(owner.digests, digests, begin)
+            if begin >= len(digests):
+                return owner
+        return None
 
     def _take_over(self, owner: Branch, branch: Branch, begin: int) -> int:
         """The head of a branch that is on the path of another one becomes a part of that; where it ends."""
@@ -109,35 +134,51 @@ class PrefixPolicy(Generic[T]):
         if owner.begin != begin:
             self._root(owner, begin, branch.digests[(begin - 1) * DIGEST_BYTES : begin * DIGEST_BYTES])
         shared = common(digests, branch.digests, begin * DIGEST_BYTES) // DIGEST_BYTES
-        end, left = begin + shared, len(owner) - shared
-        gap = gap_of(branch.used - owner.used)
-        for run in owner.runs:
-            if run.begin >= end:
-                break
-            until = min(run.end, end)
-            self._model.learn(run.kind, owner.bin, True, (until - run.begin) ** _LESSON_POWER)
-            extend(branch.runs, run.begin, until, run.touches + 1, gap)
+        left = len(owner) - shared
+        self._take_runs(owner, branch, shared)
         branch.turn = owner.turn + 1 if left <= 1 else 0
-        if left and owner.run_at(end - 1).touches == owner.run_at(end).touches:
+        if left and owner.run_at(begin + shared)[0].touches == owner.run_at(begin + shared - 1)[0].touches:
             owner.cut = cut_of(left)
         self._behead(owner)
         if owner.members:
-            self._unhang(owner.parent)
+            self._leaves.unhang(owner.parent)
         self._remembered -= shared - self._move(owner, branch, shared)
+        if self._recalled:
+            self._recall(branch, digests[: shared * DIGEST_BYTES])
         owner.digests = digests[shared * DIGEST_BYTES :]
-        owner.begin, owner.parent = end, digests[(shared - 1) * DIGEST_BYTES : shared * DIGEST_BYTES]
+        owner.begin, owner.parent = begin + shared, digests[(shared - 1) * DIGEST_BYTES : shared * DIGEST_BYTES]
         if left:
-            owner.runs = [run for run in owner.runs if run.end > end]
-            owner.runs[0].begin = end
+            owner.cut_runs(left, head=False)
             self._heads[owner.digests[:DIGEST_BYTES]] = owner
             if owner.members:
-                self._hang(owner.parent)
-            judge(owner)
-            if owner.entry != SUSPENDED:
-                self._push(owner)
+                self._leaves.hang(owner.parent)
+            owner.judge(self._model)
+            if owner.rank != SUSPENDED:
+                self._leaves.push(owner)
         else:
-            owner.dropped, owner.entry = True, HELD
-        return end
+            self._leaves.take(owner)
+            owner.runs = owner.runs[:1] if owner.members else []
+        return owner.begin
+
+    def _take_runs(self, owner: Branch, branch: Branch, shared: int) -> None:
+        """What is known of the first chunks of a branch, and that they were used, is known of those of another one."""
+        gap = gap_of(branch.used - owner.used)
+        lessons = []
+        for run in owner.runs:
+            taken = min(run.chunks, shared)
+            if taken <= 0:
+                break
+            assert run.kind is not None
+            lessons.append((run.kind, taken**_LESSON_POWER))
+            branch.extend(taken, run.touches + 1, gap)
+            shared -= taken
+        self._model.learn(lessons, owner.bin, True)
+
+    def _recall(self, branch: Branch, digests: bytes) -> None:
+        """What comes back of these chunks after a restart is in another branch than it was."""
+        for digest in _each(digests):
+            if digest in self._recalled:
+                self._recalled[digest] = branch
 
     def _behead(self, branch: Branch) -> None:
         """Let a branch be found no more by its first chunk, unless another one is."""
@@ -168,17 +209,29 @@ class PrefixPolicy(Generic[T]):
             branch.members += moved
         return moved
 
+    # What it is told of items.
+
     def use(self, item: T, before: T | None = None) -> None:
         """An item, known or not, was used just now."""
         if item.node is None:
             self.enter(item, None)
-        elif item.node.entry == SUSPENDED:
-            self._push(item.node)
+        elif item.node.rank == SUSPENDED:
+            self._leaves.push(item.node)
+
+    def use_all(self, items: Iterable[T]) -> None:
+        """Each of these was used just now."""
+        branch: Branch | None = None
+        for item in items:
+            if item.node is None or item.node is not branch:
+                self.use(item)
+                branch = item.node
 
     def enter(self, item: T, parent: T | None, kept: bool = False) -> None:
         """An item came, which is right behind another one, if that is there."""
         branch, place = self._branch_for(item.chunk_hash, parent)
         older = branch.deepest
+        if older is not parent and older is not None and branch.place_of(branch.first.chunk_hash) > place:
+            older = None  # as after a restart, where the end comes back first
         while older is not None and older is not parent and branch.place_of(older.chunk_hash) > place:
             older = older.older
         newer = branch.first if older is None else older.newer
@@ -191,13 +244,13 @@ class PrefixPolicy(Generic[T]):
         self._members += 1
         self._remembered -= 1
         if branch.members == 1:
-            self._hang(branch.parent)
+            self._leaves.hang(branch.parent)
         if newer is not None:
             newer.older = item
             return
         branch.deepest = item
-        if branch.entry <= HELD or older is None or branch.run_at(place).begin == place:
-            self._push(branch)
+        if branch.rank < 0 or older is None or branch.run_at(place)[1]:
+            self._leaves.push(branch)
 
     def _branch_for(self, chunk_hash: bytes, parent: T | None) -> tuple[Branch, int]:
         """The branch that a chunk is in, if need be a new one, and its place there."""
@@ -211,44 +264,45 @@ class PrefixPolicy(Generic[T]):
         known = self._heads.get(digest)
         if known is not None and parent is not None and not known.parent:
             self._root(known, begin, parent.chunk_hash[:DIGEST_BYTES])
-        for branch in (front, known, self._last):
+        for branch in (front, known, self._recalled.pop(digest, None), self._last):
             if branch is not None and (place := branch.place_of(chunk_hash)) >= 0:
                 return branch, place
         self._remembered += 1
         if front is not None and begin == front.begin + len(front):
             front.digests += digest
-            extend(front.runs, begin, begin + 1, 1, NO_GAP)
-            judge(front)
+            front.extend(1, 1, NO_GAP)
+            front.judge(self._model)
             return front, begin
         before = parent.chunk_hash[:DIGEST_BYTES] if parent is not None else b""
-        branch = Branch(digest, begin, before, [Run(begin, begin + 1, 1, NO_GAP)], self._clock(), 0, None, 0)
-        judge(branch)
+        branch = Branch(digest, begin, before, [Run(1, 1, NO_GAP)], self._now, octave_of(0), *output_of(None), 0)
+        branch.judge(self._model)
         self._heads[digest] = branch
-        self._by_bin[0].append(branch)
-        self._by_age.append(branch)
+        self._ages.enter(branch)
         return branch, begin
 
     def _root(self, branch: Branch, begin: int, parent: bytes) -> None:
         """Note where a branch begins that came with nothing before it."""
         if branch.members:
-            self._unhang(branch.parent)
-            self._hang(parent)
-        for run in branch.runs:
-            run.begin += begin - branch.begin
-            run.end += begin - branch.begin
+            self._leaves.unhang(branch.parent)
+            self._leaves.hang(parent)
         branch.begin, branch.parent = begin, parent
 
     def suspend(self, item: T) -> None:
         """An item must stay for now, and need not be among the victims until the next use of one of its branch."""
         if item.node is not None and item.node.deepest is item:
-            item.node.entry = SUSPENDED
+            self._leaves.take(item.node, SUSPENDED)
+
+    def resume(self, item: T) -> None:
+        """An item may leave again; so may what lies before it."""
+        if item.node is not None and item.node.rank == SUSPENDED:
+            self._leaves.push(item.node)
 
     def left(self, item: T, removal: Removal) -> None:
         """An item, known or not, has gone."""
         branch, older, newer = item.node, item.older, item.newer
         if branch is None:
             return
-        place = branch.place_of(item.chunk_hash)
+        begins_run = branch.run_at(branch.place_of(item.chunk_hash))[1]
         if older is not None:
             older.newer = newer
         else:
@@ -262,12 +316,12 @@ class PrefixPolicy(Generic[T]):
         self._members -= 1
         self._remembered += 1
         if not branch.members:
-            branch.entry = HELD
-            self._unhang(branch.parent)
-        elif newer is None and (
-            branch.entry in (HELD, SUSPENDED) or (branch.entry > HELD and branch.run_at(place).begin == place)
-        ):
-            self._push(branch)
+            self._leaves.take(branch)
+            self._leaves.unhang(branch.parent)
+            if branch.settled:
+                self._drop(branch)
+        elif newer is None and (branch.rank in (HELD, SUSPENDED) or (branch.rank >= 0 and begins_run)):
+            self._leaves.push(branch)
 
     # What it is asked.
 
@@ -276,181 +330,88 @@ class PrefixPolicy(Generic[T]):
         branch = self._last
         if branch is None or (place := branch.place_of(chunk_hash)) < 0:
             return True
-        first = self._first()
-        return first is None or self._model.worth(branch.run_at(place).kind, branch.bin) >= self._heap[0][0]
+        first, kind = self._leaves.first(), branch.run_at(place)[0].kind
+        return first is None or kind is None or rank_of(self._model.worth(kind, branch.bin)) >= first.rank
 
     def victims(self) -> Iterator[T]:
         """Iterate over all items in the order in which they should go. Those that came may leave."""
-        shown: list[Branch] = []
-        leaves: list[tuple[float, int, Branch, T]] = []  # a heap of what would be leaves if those that came had left
-        stuck: dict[bytes, tuple[Branch, T]] = {}  # by its digest, what would be none
-        stayed: dict[bytes, int] = {}  # how many of the branches that hang on a digest have come
-        later: list[tuple[Branch, T]] = []  # what lies before an item that is suspended
-        seen: set[int] = set()
-        numbers = count()
+        return self._leaves.victims()
 
-        def offer(branch: Branch, item: T) -> None:
-            digest = item.chunk_hash[:DIGEST_BYTES]
-            if self._hanging.get(digest, 0) > stayed.get(digest, 0):
-                stuck[digest] = branch, item
-            else:
-                heappush(leaves, (self._worth(branch, item), next(numbers), branch, item))
+    # What outlives a restart.
 
-        def is_left(branch: Branch) -> bool:
-            return branch.members > 0 and branch.entry in (HELD, SUSPENDED) and id(branch) not in seen
+    def learned(self) -> Iterator[bytes]:
+        """What it has learned, and what it knows of the branches that were used last."""
+        yield self._model.learned()
+        branches, chunks = [], 0
+        for branch in self._ages.latest_first():
+            chunks += len(branch)
+            if chunks > _RECALLED_CHUNKS:
+                break
+            if branch.digests:
+                branches.append(branch)
+        yield from pieces_of(branches, self._now)
 
-        def show(branch: Branch) -> None:
-            seen.add(id(branch))
-            branch.entry = SHOWN
-            shown.append(branch)
-            offer(branch, branch.deepest)
-
-        first = self._first()
-        if first is not None:
-            yield first
-            if first.node is None:
-                first = None  # it has left
-        try:
-            while True:
-                if not self._clean() and not leaves:  # digests that are not chained may hang on one another
-                    if later:
-                        offer(*later.pop())
-                    elif (left := next(filter(is_left, self._by_age), None)) is not None:
-                        show(left)
-                    elif stuck:
-                        heappush(leaves, (0.0, next(numbers), *stuck.popitem()[1]))
-                    else:
-                        return
+    def recall(self, pieces: Iterable[bytes]) -> Iterator[None]:
+        """Go on from what one like this has learned, before anything else is known. Each piece is a step."""
+        learned = iter(pieces)
+        self._model.recall(next(learned, b""))
+        yield
+        for piece in learned:
+            for branch in branches_of(piece, self._now):
+                head = branch.digests[:DIGEST_BYTES]
+                if head in self._heads:
                     continue
-                if self._heap and (not leaves or self._heap[0][0] < leaves[0][0]):
-                    show(heappop(self._heap)[2])
-                    continue
-                _, _, branch, item = heappop(leaves)
-                older, parent = item.older, branch.parent
-                if item is not first:
-                    yield item
-                if branch.entry == SUSPENDED:
-                    if older is not None:
-                        later.append((branch, older))
-                    continue
-                if older is not None:
-                    offer(branch, older)
-                    continue
-                stayed[parent] = stayed.get(parent, 0) + (branch.members > 0)
-                if self._hanging.get(parent, 0) <= stayed[parent]:
-                    if parent in stuck:
-                        offer(*stuck.pop(parent))
-                    elif (behind := self._held_by(parent)) is not None:
-                        show(behind)
-        finally:
-            for branch in shown:
-                if branch.entry == SHOWN:
-                    self._push(branch)
-
-    def _worth(self, branch: Branch, item: T) -> float:
-        return self._model.worth(branch.run_at(branch.place_of(item.chunk_hash)).kind, branch.bin)
-
-    # The heap of leaves.
-
-    def _push(self, branch: Branch) -> None:
-        """Give a branch an entry that says what its deepest member is worth now, unless others hang on that."""
-        branch.entry = HELD
-        if branch.deepest is None:
-            return
-        digest = branch.deepest.chunk_hash[:DIGEST_BYTES]
-        if digest in self._hanging:
-            self._held[digest] = branch
-            return
-        self._entries += 1
-        branch.entry = self._entries
-        heappush(self._heap, (self._worth(branch, branch.deepest), branch.entry, branch))
-        if len(self._heap) > 2 * len(self._heads) + _STALE:
-            self._heap = [entry for entry in self._heap if entry[1] == entry[2].entry]
-            heapify(self._heap)
-
-    def _clean(self) -> bool:
-        """Let the heap begin with an entry that holds, and say whether there is one."""
-        while self._heap and self._heap[0][1] != self._heap[0][2].entry:
-            heappop(self._heap)
-        return bool(self._heap)
-
-    def _first(self) -> T | None:
-        """The leaf that should leave first, whose entry the heap begins with then; None if there is none."""
-        while self._clean():
-            branch = self._heap[0][2]
-            leaf: T = branch.deepest
-            if leaf.chunk_hash[:DIGEST_BYTES] not in self._hanging:
-                return leaf
-            heappop(self._heap)
-            self._push(branch)  # others came to hang on it
-        return None
-
-    def _hang(self, parent: bytes) -> None:
-        if parent:
-            self._hanging[parent] = self._hanging.get(parent, 0) + 1
-
-    def _unhang(self, parent: bytes) -> None:
-        if parent:
-            left = self._hanging.pop(parent, 0) - 1  # none: the digests are not chained
-            if left > 0:
-                self._hanging[parent] = left
-            elif (branch := self._held_by(parent)) is not None:
-                self._push(branch)
-
-    def _held_by(self, digest: bytes) -> Branch | None:
-        """The branch that is held since others hang on its deepest member, which this is."""
-        branch = self._held.pop(digest, None)
-        if branch is not None and branch.entry == HELD and branch.deepest is not None:
-            return branch if branch.deepest.chunk_hash[:DIGEST_BYTES] == digest else None
-        return None
+                branch.judge(self._model)
+                self._heads[head] = branch
+                self._ages.enter_first(branch)
+                self._remembered += len(branch)
+                self._recalled |= dict.fromkeys(_each(branch.digests), branch)
+            yield
 
     # Time.
 
-    def _age(self, now: float) -> None:
-        """Let branches come into the next bin, unused."""
-        for bin, branches in enumerate(self._by_bin[:-1]):
-            latest = now - BIN_ENDS[bin]
-            for _ in range(_AGED_AT_ONCE):
-                if not branches or branches[0].used > latest:
-                    break
-                branch = branches.popleft()
-                if branch.dropped:
-                    continue
-                if self._random.random() * _LESSON_EVERY < 1:
-                    for run in branch.runs:
-                        weight = _LESSON_EVERY * (run.end - run.begin) ** _LESSON_POWER
-                        self._model.learn(run.kind, bin, False, weight)
-                branch.bin = bin + 1
-                self._by_bin[bin + 1].append(branch)
-                if branch.entry > HELD:
-                    self._push(branch)
+    def _pass_time(self) -> None:
+        """The time that passes is that in which somebody may have wanted the memory: nights cost nothing."""
+        latest = self._clock()
+        self._now += min(latest - self._latest, _IDLE_SECONDS)
+        self._latest = latest
+        if self._recalled and self._now > _RECALLED_SECONDS:
+            self._recalled = {}
+
+    def _learn_unused(self, branch: Branch) -> None:
+        """A branch has come into its bin, unused in the one before."""
+        if self._random.random() * _LESSON_EVERY < 1:
+            kinds = [(run.kind, _LESSON_EVERY * run.chunks**_LESSON_POWER) for run in branch.runs if run.kind]
+            self._model.learn(kinds, branch.bin - 1, False)
+        if branch.rank >= 0:
+            self._leaves.push(branch)
 
     def _forget(self) -> None:
         """Remember no more than there is room for: the oldest go."""
         most = max(MIN_REMEMBERED, REMEMBERED * self._members)
-        for _ in range(_AGED_AT_ONCE):
-            if self._remembered <= most or not self._by_age:
-                break
-            branch = self._by_age.popleft()
-            if branch.dropped:
+        for _ in range(_FORGOTTEN_AT_ONCE):
+            if self._remembered <= most or (branch := self._ages.take_oldest()) is None:
+                return
+            if not branch.members:
+                self._drop(branch)
                 continue
-            self._remembered -= len(branch)
-            if branch.members:  # what is there cannot be forgotten
-                self._remembered += branch.members
-                kept = max(branch.place_of(branch.deepest.chunk_hash) + 1 - branch.begin, 1)
-                self._remembered += kept - branch.members
+            kept = max(branch.place_of(branch.deepest.chunk_hash) + 1 - branch.begin, 1)  # that cannot be forgotten
+            if kept < len(branch):
+                self._remembered -= len(branch) - kept
                 branch.digests = branch.digests[: kept * DIGEST_BYTES]
-                branch.runs = [run for run in branch.runs if run.begin < branch.begin + kept]
-                branch.runs[-1].end = branch.begin + kept
-                self._by_age.append(branch)
-            else:
-                self._behead(branch)
-                branch.dropped = True
+                branch.cut_runs(kept, head=True)
+                branch.tail = False
+            self._ages.settle(branch)
+
+    def _drop(self, branch: Branch) -> None:
+        """Forget a branch that has no members."""
+        self._behead(branch)
+        self._remembered -= len(branch)
+        branch.digests, branch.runs = b"", []
 
     def check_integrity(self) -> None:
-        """Assert that branches share no chunk, know their members, and have an entry or a reason to have none."""
+        """Assert that branches share no chunk, and know their members and where these are."""
         branches = list(self._heads.values())
-        hanging: dict[bytes, int] = {}
         for branch in branches:
             members = []
             item = branch.first
@@ -460,19 +421,17 @@ class PrefixPolicy(Generic[T]):
                 item = item.newer
             assert members == sorted(set(members)) and -1 not in members and len(members) == branch.members
             assert (branch.deepest is None) == (not members) and (not members or branch.deepest.newer is None)
-            assert [run.begin for run in branch.runs[1:]] == [run.end for run in branch.runs[:-1]]
-            assert branch.runs[0].begin == branch.begin and branch.runs[-1].end == branch.begin + len(branch)
-            assert not branch.dropped and branch is self._heads[branch.digests[:DIGEST_BYTES]]
-            if members and branch.parent:
-                hanging[branch.parent] = hanging.get(branch.parent, 0) + 1
-            if members and branch.entry == HELD:
-                digest = branch.deepest.chunk_hash[:DIGEST_BYTES]
-                assert digest in self._hanging and self._held[digest] is branch
-        entries = {number: branch for _, number, branch in self._heap}
-        assert all(branch.entry <= HELD or entries[branch.entry] is branch for branch in branches)
-        assert hanging == self._hanging
+            assert sum(run.chunks for run in branch.runs) == len(branch) > 0
+            assert all(run.chunks > 0 and run.kind is not None for run in branch.runs)
+            assert branch is self._heads[branch.digests[:DIGEST_BYTES]]
+        assert sorted(map(id, self._ages)) == sorted(map(id, branches))
+        self._leaves.check_integrity(branches)
         digests = b"".join(branch.digests for branch in branches)
-        each = [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
+        each = _each(digests)
         assert len(set(each)) == len(each)
         assert self._members == sum(branch.members for branch in branches)
         assert self._remembered == len(each) - self._members
+
+
+def _each(digests: bytes) -> list[bytes]:
+    return [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]

@@ -1,10 +1,10 @@
 """An order of use, as a ring through the items themselves.
 
 Every operation is a few assignments, and two links are all the memory that it takes. The links keep items alive that
-the garbage collector does not know: these must be discarded to be freed.
+the garbage collector does not know: they are freed when they are discarded, or when their ring is gone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, Protocol, Self, TypeVar
 
 from msgspec import Struct
@@ -45,6 +45,25 @@ class Ring(Generic[T]):
         item.older, item.newer = older, newer
         older.newer = newer.older = item
 
+    def use_all(self, items: Iterable[T]) -> None:
+        """Make each of these the most recently used one, as `use` does, and without a call for each."""
+        end = self._end
+        for item in items:
+            older, newer = item.older, item.newer
+            if older is not None and newer is not None:
+                older.newer, newer.older = newer, older
+            older = end.older
+            assert older is not None
+            item.older, item.newer = older, end
+            older.newer = end.older = item
+
+    def __del__(self) -> None:
+        """Break all links: nobody else would."""
+        item: T | None = self._end
+        while item is not None:
+            newer, item.older, item.newer = item.newer, None, None
+            item = newer
+
     def discard(self, item: T) -> None:
         """Take an item out, if it is in the ring."""
         older, newer = item.older, item.newer
@@ -54,7 +73,8 @@ class Ring(Generic[T]):
 
     def oldest(self) -> T | None:
         """The least recently used item."""
-        return next(iter(self), None)
+        oldest = self._end.newer
+        return oldest if oldest is not self._end else None
 
     def __iter__(self) -> Iterator[T]:
         """Iterate in the order of use. The item that came last may be discarded meanwhile."""

@@ -20,6 +20,17 @@ class Sketch:
         self._cells = bytearray(_ROWS.size // 4 << _WIDTH_BITS)
         self._seen = 0
 
+    @property
+    def content(self) -> bytes:
+        """All counts, as bytes; others may be set. Raises ValueError for what is none."""
+        return bytes(self._cells)
+
+    @content.setter
+    def content(self, cells: bytes) -> None:
+        if len(cells) != len(self._cells):
+            raise ValueError("these are other counts")
+        self._cells = bytearray(cells)
+
     def add(self, digest: bytes) -> int:
         """Count a digest of 16 bytes or more; how often it was seen, this time included."""
         cells, places = self._cells, _places(digest)

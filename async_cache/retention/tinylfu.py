@@ -4,7 +4,7 @@ After Einziger, Friedman and Manes: "TinyLFU: a highly efficient cache admission
 13, 2017: W-TinyLFU, with a window of one hundredth and a main part of two segments.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TypeVar
 
@@ -64,6 +64,16 @@ class TinyLFU(LeavesFirst[T]):
                 continue
             break
         return chain(self._probation, self._window, self._protected)
+
+    def learned(self) -> Iterator[bytes]:
+        """The counts, however old, of all that was asked for."""
+        yield self._sketch.content
+
+    def recall(self, pieces: Iterable[bytes]) -> Iterator[None]:
+        """Go on from these counts."""
+        for piece in pieces:
+            self._sketch.content = piece
+            yield
 
     def gone(self, item: T, removal: Removal) -> None:
         self._in_window -= item.node.queue is self._window

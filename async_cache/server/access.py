@@ -10,7 +10,7 @@ import msgspec
 
 from async_cache.config import TenantConfig
 from async_cache.errors import AccessDeniedError
-from async_cache.values import LoadResult, LookupHits
+from async_cache.values import LoadResult, LookupHits, SegmentHits, SegmentResult
 
 Told = TypeVar("Told", LookupHits, LoadResult)
 
@@ -28,6 +28,16 @@ class Tenant:
         """Whether it may see and name all that is cached."""
         return self.salts is None
 
+    @property
+    def may_read(self) -> bool:
+        """Whether its role is to read, among others or only."""
+        return self.role in ("all", "read")
+
+    @property
+    def watches(self) -> bool:
+        """Whether it is told what concerns all: how much is cached, and how the server is."""
+        return self.trusted or self.role == "watch"
+
     def may_use(self, salt: str) -> bool:
         """Whether a salt is its own."""
         return self.salts is None or salt in self.salts
@@ -38,7 +48,7 @@ class Tenant:
             raise AccessDeniedError(f"the token is not for the salt {salt!r}")
 
     def check_role(self, needed: str) -> None:
-        """Check that it may "read", or "store". Raises AccessDeniedError."""
+        """Check that it may "read", or "store", or "all". Raises AccessDeniedError."""
         if self.role not in ("all", needed):
             raise AccessDeniedError(f"the token is for a tenant that may only {self.role}")
 
@@ -65,7 +75,11 @@ class Scope:
 
     def outer(self, told: Told) -> Told:
         """Hits or a result, with the request id that the client knows."""
-        return msgspec.structs.replace(told, request_id=told.request_id[len(self._prefix) :])
+        request_id = told.request_id[len(self._prefix) :]
+        if isinstance(told, SegmentHits | SegmentResult):
+            parts = tuple(msgspec.structs.replace(part, request_id=request_id) for part in told.parts)
+            return msgspec.structs.replace(told, request_id=request_id, parts=parts)
+        return msgspec.structs.replace(told, request_id=request_id)
 
     def hide(self, text: str) -> str:
         """A text for this client, in which the cache has named a request."""

@@ -2,17 +2,22 @@
 
 import asyncio
 import sys
-from collections import Counter, deque
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 
 from async_cache.cache import AsyncCache
 from async_cache.errors import LimitError
 from async_cache.limits import UNLIMITED, TenantLimits
+from async_cache.prompt.layout import ModelLayout
 from async_cache.server.access import Tenant
+from async_cache.values import LimitUse
 
 _BURST_SECONDS = 4.0  # of stores at the allowed rate may come at once
 _REQUEST_BYTES = 3072
+_NO_LIMIT = 2**62
 _CHUNK_BYTES = 160  # hash, entry, what is needed, and where it is
 _OBJECT_BYTES = 8
 
@@ -20,6 +25,13 @@ _OBJECT_BYTES = 8
 def record_bytes(chunks: int, objects: int) -> int:
     """What is known of a request of so many chunks, with so many objects each, at the most."""
     return _REQUEST_BYTES + chunks * (_CHUNK_BYTES + _OBJECT_BYTES * min(objects, 8))
+
+
+def _tell(gone: "weakref.WeakMethod[Callable[[int], None]]", objects: int) -> None:
+    """A layout may outlive the server that counts it, and is not to keep it."""
+    tell = gone()
+    if tell is not None:
+        tell(objects)
 
 
 class Account:
@@ -32,8 +44,9 @@ class Account:
         self.used: dict[str, int] = dict.fromkeys(_LIMITS, 0)
         self.refused = 0
         """How often it was over a limit."""
-        self.layouts: Counter[int] = Counter()
-        """How many connections have registered each layout, by its identity."""
+        self._layouts: weakref.WeakSet[ModelLayout] = weakref.WeakSet()
+        self.listing = asyncio.Lock()
+        """To look through all that there is, which takes memory meanwhile: one after the other."""
         self._leased_bytes = leased_bytes
         self._waiters: deque[asyncio.Future[None]] = deque()  # for room for what is not read yet
         self._stored_until = 0.0  # what it has stored is as much as it might until then
@@ -67,10 +80,25 @@ class Account:
 
     def lease(self, loading_bytes: int) -> None:
         """Take note of a request that L1 holds chunks for, and of what it loads beside them. Raises LimitError."""
-        used = self._leased_bytes() + self.used["leased_share"] + loading_bytes
+        used = self.held("leased_share") + loading_bytes
         if used > self.most["leased_share"]:
             raise self.over("leased_share", f"{used} bytes would be more than its {self.most['leased_share']}")
         self.used["leased_share"] += loading_bytes
+
+    def know_layout(self, layout: ModelLayout, objects: int) -> None:
+        """Know a layout of so many objects in a chunk, for as long as anything has it. Raises LimitError.
+
+        What is known of one takes megabytes, and a request or a chunk in L1 keeps it longer than a connection does.
+        """
+        if layout not in self._layouts:
+            self.take("layout_objects", objects)
+            self._layouts.add(layout)
+            weakref.finalize(layout, _tell, weakref.WeakMethod(self._layout_gone), objects).atexit = False
+
+    def _layout_gone(self, objects: int) -> None:
+        """Nothing has a layout any more: whichever thread was the last that had, only the loop's counts."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self.give, "layout_objects", objects)
 
     def take_request(self, size_bytes: int) -> None:
         """Know one more request, of which so much is known. Raises LimitError."""
@@ -119,6 +147,20 @@ class Account:
                 raise self.over("stored_bytes_per_second", f"it has stored more than {rate} bytes a second")
             self._stored_until = max(self._stored_until, now) + size_bytes / rate
 
+    def told(self) -> dict[str, LimitUse]:
+        """Its limits by their names, with what it has of them."""
+        uses = {
+            limit: LimitUse(self.held(limit), most if most < _NO_LIMIT else None) for limit, most in self.most.items()
+        }
+        rate = self.limits.stored_bytes_per_second
+        if rate is not None:
+            uses["stored_bytes_per_second"] = LimitUse(0, rate)
+        return uses
+
+    def held(self, limit: str) -> int:
+        """How much it has."""
+        return self.used[limit] + (self._leased_bytes() if limit == "leased_share" else 0)
+
     def over(self, limit: str, why: str) -> LimitError:
         """The error that says which limit it is over."""
         self.refused += 1
@@ -128,7 +170,8 @@ class Account:
         return f"<Account of {self.name!r}, {self.used}>"
 
 
-_LIMITS = tuple(name for name in TenantLimits.__struct_fields__ if name != "stored_bytes_per_second")
+_NOT_COUNTED = ("stored_bytes_per_second", "kept_share")
+_LIMITS = tuple(name for name in TenantLimits.__struct_fields__ if name not in _NOT_COUNTED)
 
 
 class Accounts:
@@ -157,7 +200,7 @@ class Accounts:
     def _leased_bytes(self, tenant: Tenant) -> int:
         """What requests hold of L1 that belongs to a tenant's salts; for one that may use every salt, all."""
         l1 = self._cache.core.l1
-        return l1.leased_bytes if tenant.salts is None else sum(map(l1.leased_by_owner.__getitem__, tenant.salts))
+        return l1.leased_bytes if tenant.salts is None else l1.leased_of(tenant.salts).size_bytes
 
     def __iter__(self) -> Iterator[Account]:
         return iter(self._accounts.values())

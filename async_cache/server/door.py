@@ -49,11 +49,6 @@ class Door:
         self._unsaid = 0
         self._loop = asyncio.get_running_loop()
 
-    @property
-    def knocking(self) -> int:
-        """How many are being greeted."""
-        return len(self._knocking)
-
     def knock(self, task: "asyncio.Task[None]") -> None:
         """Greet one more; the oldest of too many is given up."""
         if len(self._knocking) >= max(self.max_connections // _KNOCKING_PART, _FEW):

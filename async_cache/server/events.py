@@ -6,7 +6,7 @@ from async_cache.errors import AsyncCacheError, ConnectionLostError
 from async_cache.handles.events import EventStream
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
-from async_cache.server.held import Held
+from async_cache.server.held import Held, Table
 
 MAX_STREAMS = 16  # of a connection: half a megabyte each, where nobody reads
 
@@ -19,9 +19,10 @@ class HeldEvents(Held):
 
     __slots__ = ("_stream", "task")
 
-    def __init__(self, number: int, held: dict[int, Held], connection: Connection, stream: EventStream):
+    def __init__(self, number: int, held: Table, connection: Connection, stream: EventStream):
         super().__init__(number, held, connection)
         self._stream = stream
+        held.streams += 1
         connection.send(messages.Happened(number, []))
         self.task = asyncio.get_running_loop().create_task(self._push())
         self.task.add_done_callback(lambda _: self._end())
@@ -31,10 +32,15 @@ class HeldEvents(Held):
             while True:
                 self._connection.send(messages.Happened(self._number, await self._stream.batch()))
                 await self._connection.drained()
-        except (StopAsyncIteration, ConnectionLostError):
-            return
+        except (StopAsyncIteration, ConnectionLostError, asyncio.CancelledError):
+            return  # as the root of its task, which else would keep where it was cancelled, and that this
         except AsyncCacheError as error:
             self._connection.send(messages.failed(self._number, error))
+
+    def _gone(self) -> None:
+        if self.is_held:
+            self._held.streams -= 1
+            super()._gone()
 
     def _end(self) -> None:
         self._gone()

@@ -3,10 +3,29 @@
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
+from contextvars import Context
 from typing import Any
 
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
+
+
+class Table(dict[int, "Held"]):
+    """What a connection holds, by the numbers of the messages that asked for it."""
+
+    __slots__ = ("over", "streams")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over = 0
+        """How many of them are requests that are over: their client is told in the loop's next turn, and they go."""
+        self.streams = 0
+        """How many of them are streams of events."""
+
+    @property
+    def requests(self) -> int:
+        """How many of them take one of the connection's requests."""
+        return len(self) - self.over
 
 
 class Held(ABC):
@@ -17,11 +36,16 @@ class Held(ABC):
 
     __slots__ = ("_connection", "_held", "_number")
 
-    def __init__(self, number: int, held: "dict[int, Held]", connection: Connection):
+    def __init__(self, number: int, held: Table, connection: Connection):
         self._number = number
         self._held = held
         self._connection = connection
         held[number] = self
+
+    @property
+    def number(self) -> int:
+        """The number of its message."""
+        return self._number
 
     @property
     def is_held(self) -> bool:
@@ -32,11 +56,6 @@ class Held(ABC):
         """Free the number, if nothing else has it by now."""
         if self.is_held:
             del self._held[self._number]
-
-    @property
-    def counts(self) -> bool:
-        """Whether it takes one of the connection's requests; one that is over does not, and is about to go."""
-        return True
 
     @abstractmethod
     def undo(self) -> None:
@@ -56,11 +75,16 @@ class Wait(Held):
     __slots__ = ("_undone", "task")
 
     def __init__(
-        self, number: int, held: dict[int, Held], connection: Connection, work: Coroutine[Any, Any, None]
+        self,
+        number: int,
+        held: Table,
+        connection: Connection,
+        work: Coroutine[Any, Any, None],
+        context: Context | None = None,
     ) -> None:
         super().__init__(number, held, connection)
         self._undone = False
-        self.task = asyncio.get_running_loop().create_task(work)
+        self.task = asyncio.get_running_loop().create_task(work, context=context)
         self.task.add_done_callback(lambda _: self._gone())
 
     def undo(self) -> None:

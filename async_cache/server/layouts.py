@@ -1,11 +1,14 @@
 """Layouts that clients register, and the prompts that name them."""
 
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from async_cache.cache import AsyncCache
 from async_cache.errors import LimitError
+from async_cache.prompt.arguments import parts_of
 from async_cache.prompt.layout import ModelLayout, Prompt
+from async_cache.prompt.parts import Parts
 from async_cache.protocol import messages
 from async_cache.protocol.prompts import describe, layout_of, unpack
 from async_cache.server import costs
@@ -17,6 +20,9 @@ _MAX_LAYOUTS = 256
 _MAX_LAYOUT_OBJECTS = 2**18  # in a chunk of each of a connection's layouts, together
 _MAX_OBJECTS = 2**18  # in the prompt of a message
 _FEW_OBJECTS = 64  # in a chunk of a layout that is made at once
+
+
+_BY_DIGESTS = messages.Digests, messages.SegmentDigests
 
 
 class SharedLayouts:
@@ -63,8 +69,7 @@ def make(description: messages.Layout) -> ModelLayout:
     Raises ValueError or TypeError if it is impossible.
     """
     layout = layout_of(description)
-    layout.objects.know_all()
-    layout.same_bytes(layout)
+    layout.know_all()
     return layout
 
 
@@ -92,9 +97,7 @@ class Layouts:
         if sum(known.objects for known in self._layouts.values()) + objects > _MAX_LAYOUT_OBJECTS:
             raise LimitError(f"the layouts of a connection have up to {_MAX_LAYOUT_OBJECTS} objects in a chunk")
         layout = self._shared.same(layout)
-        if not self._account.layouts[id(layout)]:
-            self._account.take("layout_objects", objects)
-        self._account.layouts[id(layout)] += 1
+        self._account.know_layout(layout, objects)
         self._layouts[message.layout] = Registered(layout, objects)
         self._numbers[id(layout)] = message.layout
         others = self._shared.announce(layout) if self._tenant.trusted else []
@@ -102,13 +105,7 @@ class Layouts:
 
     def close(self) -> None:
         """Give up all layouts."""
-        layouts, self._layouts = self._layouts, {}
-        users = self._account.layouts
-        for layout, objects in layouts.values():
-            users[id(layout)] -= 1
-            if not users[id(layout)]:
-                del users[id(layout)]
-                self._account.give("layout_objects", objects)
+        self._layouts.clear()
 
     def describe(self, layout: ModelLayout) -> int | messages.Layout:
         """The number of a layout, or a description if the client has not registered it."""
@@ -124,13 +121,27 @@ class Layouts:
         known = self._layouts.get(wire.layout)
         if known is None:
             raise ValueError(f"layout {wire.layout} is not registered")
-        if isinstance(wire, messages.Digests):
+        if isinstance(wire, _BY_DIGESTS):
             self._tenant.check_trusted("prompts by their digests")
         self._tenant.check_salt(wire.salt)
         chunks = costs.chunks_of(wire, known.layout)
         if chunks * known.objects > _MAX_OBJECTS:
             raise LimitError(f"the prompt of a message has up to {_MAX_OBJECTS} objects")
         return chunks, costs.of_prompt(wire, chunks, known.objects)
+
+    def check_all(self, wires: Sequence[messages.WirePrompt]) -> tuple[int, int]:
+        """Check several prompts that are asked for together; their chunks, and what they cost. Raises as `check`."""
+        if len(wires) == 1:
+            return self.check(wires[0])
+        checked = list(map(self.check, wires))
+        objects = sum(chunks * self.objects(wire) for (chunks, _), wire in zip(checked, wires, strict=True))
+        if objects > _MAX_OBJECTS:
+            raise LimitError(f"the prompts of a message have up to {_MAX_OBJECTS} objects")
+        return sum(chunks for chunks, _ in checked), sum(cost for _, cost in checked)
+
+    def parts(self, wires: Sequence[messages.WirePrompt]) -> Parts:
+        """The prompts that a message names, as one request asks for them; otherwise as `prompt`."""
+        return parts_of(list(map(self.prompt, wires)))
 
     def objects(self, wire: messages.WirePrompt) -> int:
         """How many objects a chunk has."""
@@ -149,7 +160,8 @@ class Layouts:
         prompt.hash()
         return prompt
 
-    def check_fits(self, wire: messages.WirePrompt, prompt: Prompt) -> None:
+    def check_fits(self, wires: Sequence[messages.WirePrompt], prompts: Sequence[Prompt]) -> None:
         """Check that digests do not name chunks of another layout. Raises ValueError."""
-        if isinstance(wire, messages.Digests) and not self._cache.core.fits(prompt):
-            raise ValueError("the chunk hashes of the prompt belong to another layout")
+        for wire, prompt in zip(wires, prompts, strict=True):
+            if isinstance(wire, _BY_DIGESTS) and not self._cache.core.fits(prompt):
+                raise ValueError("the chunk hashes of the prompt belong to another layout")

@@ -1,12 +1,14 @@
-"""Sockets to listen at: Unix, which only their owner may open, and TCP."""
+"""Sockets to listen at: Unix, which only their owner may open, and TCP, with TLS or without."""
 
 import errno
 import fcntl
 import os
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -25,12 +27,14 @@ class Listener:
     def __init__(self, address: Address):
         """Listen at an address. Raises ConfigError, which says what is in the way."""
         self._inode = 0
+        self.tls: ssl.SSLContext | None = address.tls.server_context() if address.tls is not None else None
+        """What its connections are secured by."""
         try:
             if address.path:
                 self.socket = self._bind_unix(Path(address.path))
             else:
                 self.socket = self._bind_tcp(address)
-                address = Address(host=address.host, port=self.socket.getsockname()[1])
+                address = replace(address, port=self.socket.getsockname()[1])
         except OSError as error:
             raise ConfigError(f"cannot listen at {address}: {error.strerror or error}") from error
         self.address = address
@@ -39,12 +43,20 @@ class Listener:
     def given(cls, sock: socket.socket) -> Self:
         """One at a socket that listens already, and whose name is somebody else's."""
         made = cls.__new__(cls)
-        made.socket, made._inode = sock, 0
+        made.socket, made._inode, made.tls = sock, 0, None
         sock.setblocking(False)
         name = sock.getsockname()
         is_unix = sock.family == socket.AF_UNIX
         made.address = Address(path=os.fsdecode(name)) if is_unix else Address(host=name[0], port=name[1])
         return made
+
+    def renew(self) -> None:
+        """Read the files of TLS anew, for those who connect from now on. Raises ConfigError; then nothing is changed.
+
+        May run in any thread.
+        """
+        if self.address.tls is not None:
+            self.tls = self.address.tls.server_context()
 
     def _bind_unix(self, path: Path) -> socket.socket:
         """Bind under the name that it keeps: who sweeps the directory learns from the system that it is in use."""

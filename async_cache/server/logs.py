@@ -34,6 +34,8 @@ class JSONFormatter(logging.Formatter):
         about = {name: getattr(record, name) for name in _ABOUT if hasattr(record, name)}
         if "\0" in about.get("request_id", ""):  # as the cache of a server knows it
             about["tenant"], about["namespace"], about["request_id"] = about["request_id"].split("\0", 2)
+        if "backend" in about:
+            about["backend"] = hide_password(about["backend"])
         if record.exc_info:
             about["exception"] = hide_password(self.formatException(record.exc_info))
         return msgspec.json.encode(told | about).decode()

@@ -1,14 +1,17 @@
 """The prefetches of connections: what their clients are told, and which of them hold a request together."""
 
+import asyncio
+
 from async_cache.cache import AsyncCache
 from async_cache.errors import LimitError
 from async_cache.handles.prefetch import Prefetch, Promised
-from async_cache.observe import Observer, Observers
+from async_cache.observe import Observers
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
+from async_cache.protocol.parts import split_hits, split_result
 from async_cache.server.access import Scope
 from async_cache.server.accounts import Account
-from async_cache.server.held import Held
+from async_cache.server.held import Held, Table
 from async_cache.values import LoadResult, LookupHits
 
 
@@ -24,7 +27,7 @@ class HeldPrefetch(Held):
     def __init__(
         self,
         number: int,
-        held: dict[int, Held],
+        held: Table,
         connection: Connection,
         prefetch: Prefetch,
         holders: "Holders",
@@ -41,28 +44,30 @@ class HeldPrefetch(Held):
 
     def _promised(self, hits: LookupHits) -> None:
         if self._holders.may_lease(self._holding, self, hits):
-            self._connection.send(messages.LookupDone(self._number, self._scope.outer(hits)))
+            self._connection.send(messages.LookupDone(self._number, *split_hits(self._scope.outer(hits))))
 
     def _loaded(self, result: LoadResult) -> None:
         self._holding.loaded()
         if self._holding.refused is None:
-            self._connection.send(messages.LoadDone(self._number, self._scope.outer(result)))
+            self._connection.send(messages.LoadDone(self._number, *split_result(self._scope.outer(result))))
 
     def claimed(self, claimed: bool) -> None:
         """Tell the client that the result was handed out, or its claim undone, by any connection."""
         self._connection.send(messages.RequestClaimed(self._number, claimed))
 
     def over(self) -> None:
-        """Tell the client that the request is over, for any reason."""
+        """Take note that the request is over, for any reason; its client is told a turn later, and it goes."""
+        self._held.over += 1
+
+    def tell_over(self) -> None:
+        """Tell the client that the request is over, unless the connection is gone by now."""
+        self._held.over -= 1
+        if not self.is_held:
+            return
         self._gone()
         error = self._holding.refused or self.prefetch.promised.result.error
         over = messages.RequestOver(self._number) if error is None else messages.failed(self._number, error)
         self._connection.send(over)
-
-    @property
-    def counts(self) -> bool:
-        """Whether its request is not over; that it is, is told a turn later."""
-        return self._holders.know(self)
 
     def undo(self) -> None:
         """Cancel the prefetch. It stays held, since its request is not over, and what has loaded stays."""
@@ -106,17 +111,18 @@ _holders_of: "dict[Observers, Holders]" = {}
 """By the observers of a cache, the holders of its requests, while a server of it is open."""
 
 
-class Holders(Observer):
+class Holders:
     """The prefetches of all connections to one cache, by their requests; several servers of a cache share them.
 
-    An id may be used anew in the step in which its request ends, of which observers hear in the loop's next turn. So
-    a request stands here for itself, and not its id.
+    An id may be used anew in the step in which its request ends, of which its client is told in the loop's next turn.
+    So a request stands here for itself, and not its id.
     """
 
     def __init__(self, cache: AsyncCache):
         self._requests, self._observers = cache.core.requests, cache.core.observers
         self._holdings: dict[Promised, Holding] = {}
         self._servers = 0
+        self._call_soon = asyncio.get_running_loop().call_soon
 
     @classmethod
     def of(cls, cache: AsyncCache) -> "Holders":
@@ -124,7 +130,7 @@ class Holders(Observer):
         holders = _holders_of.get(cache.core.observers)
         if holders is None:
             holders = _holders_of[cache.core.observers] = cls(cache)
-            cache.core.observers.add(holders)
+            cache.core.observers.ending += (holders.over,)
         holders._servers += 1
         return holders
 
@@ -133,7 +139,7 @@ class Holders(Observer):
         self._servers -= 1
         if not self._servers:
             del _holders_of[self._observers]
-            self._observers.discard(self)
+            self._observers.ending = tuple(end for end in self._observers.ending if end != self.over)
 
     def know(self, held: HeldPrefetch) -> bool:
         """Whether the request of a prefetch is not over."""
@@ -190,10 +196,10 @@ class Holders(Observer):
             held.claimed(claimed)
 
     def over(self, prefetch: Prefetch) -> None:
-        """Tell those who hold the request of a prefetch that it is over."""
-        holding = self._holdings.get(prefetch.promised)
+        """Take note that the request of a prefetch is over, and have those who hold it told."""
+        holding = self._forget(prefetch.promised)
         if holding is not None:
             held, holding.held = holding.held, {}
-            self._forget(prefetch.promised)
             for one in held:
                 one.over()
+                self._call_soon(one.tell_over)

@@ -3,21 +3,32 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import aiofiles
 import msgspec
 
 from async_cache.cache import AsyncCache
 from async_cache.config import CacheConfig, ServerConfig, Settings, hide_password
-from async_cache.errors import AsyncCacheError
+from async_cache.errors import AsyncCacheError, ConfigError
 from async_cache.l2.urls.registry import from_urls
 from async_cache.server.server import Server
 
 log = logging.getLogger(__name__)
 
+_SETTLED_SECONDS = 0.1  # for which a file says the same before it is believed
+_MOST_READS = 50
+_READ_SECONDS = 20.0
+
 S = TypeVar("S", bound=Settings)
-Read = Callable[[], tuple[CacheConfig, ServerConfig]]
-"""Reads the settings, as they are now. Raises ConfigError."""
+
+
+class Source(NamedTuple):
+    """Where settings come from: the file that is changed, and what reads it, and the rest. That raises ConfigError."""
+
+    path: Path
+    read: Callable[[], tuple[CacheConfig, ServerConfig]]
 
 
 class Reloaded(NamedTuple):
@@ -30,11 +41,14 @@ class Reloaded(NamedTuple):
 class Reload:
     """Reads the settings of a server that runs anew, and has it use what is live of them.
 
-    What cannot be used changes nothing: not one setting of it.
+    What cannot be used changes nothing: not one setting of it. Nor does a file that somebody is in the middle of
+    writing: an empty one would have no tenants.
     """
 
-    def __init__(self, read: Read, cache: AsyncCache, server: Server, cache_config: CacheConfig, config: ServerConfig):
-        self._read = read
+    def __init__(
+        self, source: Source, cache: AsyncCache, server: Server, cache_config: CacheConfig, config: ServerConfig
+    ):
+        self._source = source
         self._cache = cache
         self._server = server
         self._cache_config, self._config = cache_config, config
@@ -49,9 +63,17 @@ class Reload:
             return await self._reload()
 
     async def _reload(self) -> Reloaded:
-        cache_config, config = self._read()
+        try:
+            async with asyncio.timeout(_READ_SECONDS):  # by threads: a file may be on a disk that does not answer
+                await settled(self._source.path)
+                cache_config, config = await asyncio.to_thread(self._source.read)
+        except TimeoutError as error:
+            raise ConfigError(f"{self._source.path} cannot be read within {_READ_SECONDS:g} s") from error
+        await self._server.renew_certificates()
         cache_live, cache_waiting = _changes(self._cache_config, cache_config)
         live, waiting = _changes(self._config, config)
+        if {"record", "record_bytes"} & set(live):
+            await self._server.record(config)
         if "l2" in cache_live:
             await self._change_backends(cache_config)
         self._cache_config = _with(self._cache_config, cache_config, cache_live)
@@ -102,6 +124,24 @@ def _tell(reloaded: Reloaded) -> None:
         log.warning("settings wait for a restart: %s", ", ".join(reloaded.waiting))
     if not reloaded.changed and not reloaded.waiting:
         log.info("settings are as they were")
+
+
+async def settled(path: Path) -> None:
+    """Return when a file says the same for a while, or is not there: whoever writes it may be in the middle of that."""
+    said = await _bytes_of(path)
+    for _ in range(_MOST_READS):
+        await asyncio.sleep(_SETTLED_SECONDS)
+        before, said = said, await _bytes_of(path)
+        if before == said:
+            return
+
+
+async def _bytes_of(path: Path) -> bytes | None:
+    try:
+        async with aiofiles.open(path, "rb") as file:
+            return await file.read()
+    except OSError:
+        return None
 
 
 async def reload_or_say_why(reload: Reload) -> None:

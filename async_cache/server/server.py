@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import socket
+import ssl
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,9 @@ from enum import Enum
 from types import TracebackType
 from typing import Any, Self
 
+from async_cache.aio.slices import turn, working_for
 from async_cache.cache import AsyncCache
-from async_cache.config import ServerConfig
+from async_cache.config import ServerConfig, prefixed
 from async_cache.errors import (
     AccessDeniedError,
     AsyncCacheError,
@@ -26,14 +28,20 @@ from async_cache.errors import (
 from async_cache.prompt.keys import check_label
 from async_cache.protocol.address import Address
 from async_cache.protocol.greeting import check_byte_order, peer_process, receive_hello, send
-from async_cache.protocol.messages import VERSION, Hello, Welcome, failed
+from async_cache.protocol.messages import NEWER, VERSION, Hello, Welcome, failed
 from async_cache.protocol.partials import Partials
+from async_cache.protocol.secured import Secured
+from async_cache.recording.recording import Recording
 from async_cache.server.access import Access, Pass, Tenant, pass_of
-from async_cache.server.accounts import Accounts
+from async_cache.server.accounts import Account, Accounts
+from async_cache.server.apart import tell_apart
+from async_cache.server.deletions import ModelDeletions
 from async_cache.server.door import Door, fitting_connections
 from async_cache.server.layouts import SharedLayouts
 from async_cache.server.listener import Listener
+from async_cache.server.partials import TenantPartials
 from async_cache.server.prefetches import Holders
+from async_cache.server.probe import Probe
 from async_cache.server.segment import ClientSegment
 from async_cache.server.session import Session, Shared
 from async_cache.server.turns import Turns
@@ -44,6 +52,7 @@ _COPIERS = 2
 _MAKERS = 1  # what they do holds the interpreter: more of them would take no less time
 _QUIET_SECONDS = 60.0  # after what may happen ten times a second
 _RETRY_SECONDS = 0.1  # where there are no file descriptors left, for one
+_THE_DOOR = "\0door"  # has turns of its own, as a tenant has
 _CHANGED = "the token was removed, or its rights were changed"
 _TELL_SECONDS = 0.5  # for the open connections to take their last message
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
@@ -68,6 +77,8 @@ class Server:
         self._cache = cache
         self._config = config
         self._access = Access(config.tenants)
+        self._partials = Partials(config.stall_timeout_seconds)
+        self._partials_by_tenant: dict[str, TenantPartials] = {}
         self._shared = Shared(
             cache,
             config,
@@ -75,19 +86,28 @@ class Server:
             SharedLayouts(),
             ThreadPoolExecutor(_COPIERS, thread_name_prefix="copy"),
             ThreadPoolExecutor(_MAKERS, thread_name_prefix="make"),
-            Partials(config.stall_timeout_seconds),
+            self._partials_of,
             self._reload,
+            lambda: self.probe.recent if self.probe is not None else None,
             Turns(),
             Accounts(config.tenant_limits(), cache),
+            ModelDeletions(cache.core),
         )
+        if config.tenants:
+            tell_apart(cache.core, config)
+        self.recording = Recording(cache.core.observers)
+        """Of the requests, where the settings want that."""
         self._listeners: list[Listener] = []
         self._given = given
         self._sessions: set[Session] = set()
         self._passes: weakref.WeakKeyDictionary[Session, Pass] = weakref.WeakKeyDictionary()
+        self._entering = 0  # clients that have said hello, and wait to be let in
         self._door = Door(fitting_connections(config.max_connections))
         self._tasks: set[asyncio.Task[None]] = set()
         self._readable = os.open(f"/proc/self/fd/{cache.core.arena.fd}", os.O_RDONLY | os.O_CLOEXEC)
         self._closing: asyncio.Task[None] | None = None
+        self.probe: Probe | None = None
+        """Looks for what holds the loop, where somebody has it do so."""
         self.reload: Callable[[], Awaitable[tuple[list[str], list[str]]]] | None = None
         """Reads the settings anew, where there is somebody who knows how: which are changed, and which wait."""
 
@@ -95,6 +115,11 @@ class Server:
     def access(self) -> Access:
         """Who may connect, and so may ask by another way, too."""
         return self._access
+
+    @property
+    def deletions(self) -> ModelDeletions:
+        """Who deletes whole models, for those who ask by another way, too."""
+        return self._shared.deletions
 
     @property
     def is_listening(self) -> bool:
@@ -111,6 +136,11 @@ class Server:
         """The addresses that it listens at; a port 0 has become a real one."""
         return [listener.address for listener in self._listeners]
 
+    @property
+    def accounts(self) -> Accounts:
+        """What the tenants have, each against its limits."""
+        return self._shared.accounts
+
     def reconfigure(self, config: ServerConfig) -> None:
         """Go by other settings from now on, as far as they are live.
 
@@ -120,6 +150,7 @@ class Server:
         self._door.max_connections = fitting_connections(config.max_connections)
         self._access.replace(config.tenants)
         self._shared.accounts.replace(config.tenant_limits())
+        tell_apart(self._cache.core, config)
         self._shared = dataclasses.replace(self._shared, config=config)
         for session, by in list(self._passes.items()):
             if not self._has_still(session.tenant, by):
@@ -131,6 +162,21 @@ class Server:
             return self._access.admit(by) == tenant
         except AccessDeniedError:
             return False
+
+    def _partials_of(self, account: Account) -> TenantPartials:
+        if account.name not in self._partials_by_tenant:
+            self._partials_by_tenant[account.name] = TenantPartials(self._partials, account)
+        return self._partials_by_tenant[account.name]
+
+    async def renew_certificates(self) -> None:
+        """Read the files of TLS anew. Raises ConfigError."""
+        for listener in self._listeners:
+            await asyncio.to_thread(listener.renew)
+
+    async def record(self, config: ServerConfig) -> None:
+        """Record requests as these settings say. Raises ConfigError, and goes on as before then."""
+        with prefixed("record"):
+            await self.recording.follow(config.record, config.record_bytes)
 
     async def _reload(self) -> tuple[list[str], list[str]]:
         if self.reload is None:
@@ -144,6 +190,7 @@ class Server:
         check_byte_order()
         self._state = ServerState.LISTENING
         try:
+            await self.record(self._config)
             if self._given:
                 self._listeners += self._given
             else:
@@ -190,8 +237,9 @@ class Server:
             for session in ends:
                 session.connection.abort()
             await asyncio.wait(ends.values())
+        await self.recording.close()
         self._shared.holders.close()
-        self._shared.partials.close()
+        self._partials.close()
         self._shared.copiers.shutdown(wait=False)
         self._shared.makers.shutdown(wait=False)
         os.close(self._readable)
@@ -214,26 +262,30 @@ class Server:
                     quiet_until = loop.time() + _QUIET_SECONDS
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            self._door.knock(self._spawn(self._welcome(sock)))
+            self._door.knock(self._spawn(self._welcome(sock, listener.tls)))
 
-    async def _welcome(self, sock: socket.socket) -> None:
+    async def _welcome(self, socket_: socket.socket, tls: ssl.SSLContext | None) -> None:
         """Let one client introduce itself, and then in; or say why not."""
-        peer = _peer(sock)
+        sock: socket.socket | Secured = socket_
+        peer, host = _peer(socket_), _host(socket_)
         segment = None
         try:
             arena_bytes = len(self._cache.memory)
-            sock.setblocking(False)
+            socket_.setblocking(False)
+            _keep_alive(socket_)
             async with asyncio.timeout(self._config.hello_timeout_seconds):
+                if tls is not None:
+                    sock = await Secured.accept(socket_, tls, turn)
                 hello, descriptor = await self._hear(sock)
                 if descriptor is not None:
                     segment = ClientSegment(descriptor, arena_bytes)
+                await self._turn_to_enter()
                 by = pass_of(hello.token, over_unix=sock.family == socket.AF_UNIX)
                 tenant = self._admit(hello, by)
-                mapped = tenant.trusted and hello.descriptors and sock.family == socket.AF_UNIX
+                mapped = tenant.trusted and tenant.may_read and hello.descriptors and sock.family == socket.AF_UNIX
                 ttl = self._cache.core.config.result_ttl_seconds
-                welcome = Welcome(VERSION, arena_bytes, mapped, tenant.trusted, ttl)
+                welcome = Welcome(VERSION, arena_bytes, mapped, tenant.trusted, ttl, list(NEWER))
                 await send(sock, welcome, self._readable if mapped else None)
-            _keep_alive(sock)
             if not self._has_still(tenant, by):
                 raise AccessDeniedError(_CHANGED)
             session = self.session(tenant, hello.namespace, segment, mapped=mapped, peer=peer)
@@ -247,7 +299,7 @@ class Server:
         except AsyncCacheError as error:
             self._door.refused(peer, error)
             with sock:  # also where this is cancelled meanwhile
-                await self._door.slow_down(_host(sock), error)
+                await self._door.slow_down(host, error)
                 await _refuse(sock, error)
         except (OSError, TimeoutError) as error:
             log.debug("%s did not introduce itself: %s", peer, error)
@@ -259,12 +311,22 @@ class Server:
             if segment is not None:
                 segment.close()
 
-    async def _hear(self, sock: socket.socket) -> tuple[Hello, int | None]:
+    async def _hear(self, sock: socket.socket | Secured) -> tuple[Hello, int | None]:
         self._door.check(len(self._sessions), sock.family)
         heard = await receive_hello(sock)
         self._door.heard()
-        self._door.check(len(self._sessions), sock.family)
+        self._door.check(len(self._sessions) + self._entering, sock.family)
         return heard
+
+    async def _turn_to_enter(self) -> None:
+        """Return for one after the other, a turn of the loop apart, however many have said hello at once."""
+        self._entering += 1
+        before = working_for.set(_THE_DOOR)
+        try:
+            await turn()
+        finally:
+            working_for.reset(before)
+            self._entering -= 1
 
     def _admit(self, hello: Hello, by: Pass) -> Tenant:
         if hello.version != VERSION:
@@ -309,7 +371,7 @@ def _host(sock: socket.socket) -> str:
     return ""
 
 
-async def _refuse(sock: socket.socket, error: AsyncCacheError) -> None:
+async def _refuse(sock: socket.socket | Secured, error: AsyncCacheError) -> None:
     """Say why, if the client listens, and close."""
     with sock, suppress(OSError, TimeoutError):
         async with asyncio.timeout(_TELL_SECONDS):

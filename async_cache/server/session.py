@@ -7,36 +7,62 @@ it.
 import asyncio
 import logging
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
+
+from async_cache.aio.slices import InTurns, working_for
 from async_cache.cache import AsyncCache
 from async_cache.config import ServerConfig
-from async_cache.errors import AsyncCacheError, LimitError, ProtocolError
-from async_cache.handles.prefetch import Promised
+from async_cache.errors import AsyncCacheError, ConnectionLostError, LimitError, ProtocolError
+from async_cache.handles.prefetch import Prefetch, Promised
 from async_cache.prompt.layout import HASH_AT_ONCE_TOKENS, ModelLayout, Prompt
+from async_cache.prompt.parts import Parts
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
-from async_cache.protocol.messages import Decoder, Message, failed
-from async_cache.protocol.partials import Partials
-from async_cache.protocol.prompts import describe
+from async_cache.protocol.messages import (
+    Decoder,
+    Large,
+    Message,
+    encode,
+    encode_each,
+    encoded_array,
+    failed,
+    read,
+)
+from async_cache.protocol.parts import split_hits, split_result
 from async_cache.server import costs
 from async_cache.server.access import Scope, Tenant
-from async_cache.server.accounts import Accounts, record_bytes
+from async_cache.server.accounts import Account, Accounts, record_bytes
+from async_cache.server.administration import Administration
+from async_cache.server.deletions import ModelDeletions, told
 from async_cache.server.events import MAX_STREAMS, HeldEvents
-from async_cache.server.held import Held, Wait
+from async_cache.server.held import Held, Table, Wait
 from async_cache.server.layouts import Layouts, SharedLayouts, is_small, make
+from async_cache.server.making import Making
+from async_cache.server.partials import TenantPartials
 from async_cache.server.prefetches import HeldPrefetch, Holders, Holding
 from async_cache.server.reads import Reads
 from async_cache.server.segment import ClientSegment
+from async_cache.server.stats import stats_for
 from async_cache.server.turns import LIGHT, Turns
 from async_cache.server.writers import Writers
+from async_cache.values import Hold
 
 log = logging.getLogger(__name__)
 
+A = TypeVar("A")
+_Begins = messages.Prefetch | messages.PrefetchSegments
+
+_SPANS_AT_ONCE = 2048  # that are encoded in a step: a millisecond
+_RELEASED_AT_ONCE = 64  # of what a connection holds when it is gone: a millisecond or two
+_SMALL_BYTES = 4096  # of an answer; what is larger is counted until it is read
 _decoder = Decoder(messages.Request)
 
 
@@ -51,10 +77,14 @@ class Shared:
     copiers: Executor
     makers: Executor
     """Make long prompts and large layouts."""
-    partials: Partials
+    partials_of: Callable[[Account], TenantPartials]
+    """What knows of frames that have begun, of the connections of a tenant."""
     reload: Callable[[], Awaitable[tuple[list[str], list[str]]]]
+    hold: Callable[[], Hold | None]
+    """The longest of the loop, of late."""
     turns: Turns
     accounts: Accounts
+    deletions: ModelDeletions
 
 
 class Session:
@@ -75,27 +105,30 @@ class Session:
         name: str,
     ):
         config, cache = shared.config, shared.cache
-        self.held: dict[int, Held] = {}
+        self.held = Table()
         self.name = name
         self.about = {"tenant": tenant.name, "namespace": namespace}
         """For the log: whose it is."""
         self._account = account = shared.accounts.of(tenant)
         self._turn = shared.turns.of(tenant.name, self._resume_turn)
+        self._context = copy_context()
+        self._context.run(working_for.set, tenant.name)
         self.connection = Connection(
             _decoder,
             self._handle,
             self._lost,
             stall_seconds=config.stall_timeout_seconds,
-            partials=shared.partials,
+            partials=shared.partials_of(account),
             admits=self._turn.admits,
             name=name,
         )
-        self._makers = shared.makers
-        self._is_held_up = False  # until a heavy message has been begun
-        self._cache = cache
-        self._reload_settings = shared.reload
+        self._making = Making(self.connection, self._turn, shared.makers, self._spawn, self._fail)
+        self._administration = Administration(cache, tenant, account, shared.reload)
+        self._cache, self._core = cache, cache.core
+        self._shared = shared
         self._max_requests = config.max_requests
         self.tenant = tenant
+        self._has_role = tenant.role != "all"
         self._closed = closed
         self._scope = Scope(tenant, namespace)
         self._layouts = Layouts(cache, shared.layouts, tenant, account)
@@ -103,7 +136,7 @@ class Session:
         self._reads = Reads(
             self.held,
             self.connection,
-            cache.memory,
+            cache.core,
             self._layouts,
             self._scope,
             self._turn,
@@ -128,41 +161,55 @@ class Session:
 
     def _handle(self, message: Any) -> None:
         kind = type(message)
+        if kind is Large:
+            self._making.begin(message, costs.of_large(len(message.payload)), read, message, self._read, in_thread=True)
+            return
         try:
+            if self._has_role and kind not in _OF_ALL_ROLES:
+                self.tenant.check_role(_OF_ROLES.get(kind, "all"))
             at_once = _AT_ONCE.get(kind)
             if at_once is not None:
                 at_once(self, message)
             elif kind in _OF_PROMPTS:
-                self._of_prompt(message)
+                wires = (message.prompt,)
+                self._of_prompts(message, wires, self._layouts.prompt, message.prompt)
+            elif kind in _OF_PARTS:
+                self._of_prompts(message, message.prompts, self._layouts.parts, message.prompts)
             else:
                 self._check_number(message.number)
-                self._wait(message, partial(_WAITING[kind], self, message))
+                waiting = _WAITING.get(kind)
+                ask = self._administration.answer if waiting is None else partial(waiting, self)
+                self._wait(message, partial(ask, message))
         except ProtocolError:
             raise  # to the connection, which sends the client away
         except Exception as error:
             self._fail(message, error)
 
-    # What is heavy waits for its turn, and what takes long to make is made in a thread. Nothing behind it is looked at
-    # meanwhile: messages are begun in the order in which they came.
+    def _read(self, _: Large, message: Any) -> None:
+        self._handle(message)
 
-    def _of_prompt(self, message: Any) -> None:
-        """Make the prompt of a message, and do what is asked of it."""
-        self.tenant.check_role("store" if type(message) in _OF_STORES else "read")
+    def _of_prompts(
+        self, message: Any, wires: Sequence[messages.WirePrompt], make: Callable[[Any], Prompt | Parts], of: Any
+    ) -> None:
+        """Make the prompt of a message, or its prompts, and do what is asked of it."""
         self._check_number(message.number)
-        wire = message.prompt
-        chunks, cost = self._layouts.check(wire)
+        chunks, cost = self._layouts.check_all(wires)
+        ask = partial(self._ask, wires)
         if cost <= LIGHT:
             self._turn.charge(cost)
-            self._ask(message, self._layouts.prompt(wire))
+            ask(message, make(of))
             return
-        if chunks <= costs.AT_ONCE_CHUNKS and chunks * self._layouts.chunk_tokens(wire) <= HASH_AT_ONCE_TOKENS:
-            self._begin(cost, partial(self._make_at_once, message))
-        else:
-            self._begin(cost, partial(self._make_in_thread, message, self._layouts.prompt, wire, self._ask))
+        tokens = max(chunks * self._layouts.chunk_tokens(wires[0]), sum(map(costs.tokens_of, wires)))
+        few = chunks <= costs.AT_ONCE_CHUNKS and tokens <= HASH_AT_ONCE_TOKENS
+        self._making.begin(message, cost, make, of, ask, in_thread=not few)
 
-    def _ask(self, message: Any, prompt: Prompt) -> None:
-        self._layouts.check_fits(message.prompt, prompt)
-        _OF_PROMPTS[type(message)](self, message, prompt)
+    def _ask(self, wires: Sequence[messages.WirePrompt], message: Any, made: Prompt | Parts) -> None:
+        self._layouts.check_fits(wires, made.parts)
+        kind = type(message)
+        if isinstance(made, Parts):
+            _OF_PARTS[kind](self, message, made)
+        else:
+            _OF_PROMPTS[kind](self, message, made)
 
     def _register_layout(self, message: messages.RegisterLayout) -> None:
         self._layouts.check_new(message)
@@ -170,63 +217,23 @@ class Session:
         if is_small(description):
             self._registered(message, make(description))
         else:
-            work = partial(self._make_in_thread, message, make, description, self._registered)
-            self._begin(costs.of_layout(description), work)
+            cost = costs.of_layout(description)
+            self._making.begin(message, cost, make, description, self._registered, in_thread=True)
 
     def _registered(self, message: messages.RegisterLayout, layout: ModelLayout) -> None:
         self.connection.send(self._layouts.register(message, layout))
-
-    def _begin(self, cost: int, work: Callable[[], None]) -> None:
-        """Begin heavy work now, or when it is this connection's turn."""
-        if not self._turn.begin(cost, work):
-            self._hold_up()
-
-    def _make_at_once(self, message: Any) -> None:
-        try:
-            self._ask(message, self._layouts.prompt(message.prompt))
-        except Exception as error:
-            self._fail(message, error)
-        self._go_on()
-
-    def _make_in_thread(
-        self, message: Any, make: Callable[[Any], Any], of: Any, then: Callable[[Any, Any], None]
-    ) -> None:
-        self._hold_up()
-        self._turn.hold()
-        self._spawn(self._made(message, make, of, then))
-
-    async def _made(self, message: Any, make: Callable[[Any], Any], of: Any, then: Callable[[Any, Any], None]) -> None:
-        try:
-            made = await self._loop.run_in_executor(self._makers, make, of)
-            if self.connection.is_open:
-                then(message, made)
-        except Exception as error:
-            self._fail(message, error)
-        finally:
-            self._turn.let_go()
-            self._go_on()
-
-    def _hold_up(self) -> None:
-        self._is_held_up = True
-        self.connection.pause_reading()
-
-    def _go_on(self) -> None:
-        if self._is_held_up:
-            self._is_held_up = False
-            self.connection.resume_reading()
 
     def _check_number(self, number: int) -> None:
         """Check that one more may be held, under this number. Raises ValueError or LimitError."""
         if number in self.held:
             raise ValueError(f"the number {number} is that of another request")
-        if len(self.held) >= self._max_requests:
-            under_way = sum(held.counts for held in self.held.values())
-            if under_way >= self._max_requests:
-                raise LimitError(f"{under_way} requests of this connection are under way, which is the limit")
+        under_way = self.held.requests
+        if under_way >= self._max_requests:
+            raise LimitError(f"{under_way} requests of this connection are under way, which is the limit")
 
     def _wait(self, message: Any, ask: "_Asks") -> None:
         self._account.take("waiting")
-        wait = Wait(message.number, self.held, self.connection, self._answer(message, ask))
+        wait = Wait(message.number, self.held, self.connection, self._answer(message, ask), self._context)
         self._tasks.add(wait.task)
         wait.task.add_done_callback(self._answered)
 
@@ -243,11 +250,30 @@ class Session:
         try:
             answer = await ask()
             if answer is not None:
-                self.connection.send(answer)
+                self._send_counted(answer)
         except Exception as error:
             self._fail(message, error)
 
+    def _send_counted(self, answer: Message) -> None:
+        """Send an answer that may be large: what the clients of a tenant do not read is bounded. Raises LimitError."""
+        payload = encode(answer)
+        if len(payload) > _SMALL_BYTES:
+            self._account.take("unread_bytes", len(payload))
+            self._spawn(self._until_read(len(payload)))
+        self.connection.send_payload(payload)
+
+    async def _until_read(self, size_bytes: int) -> None:
+        try:
+            with suppress(ConnectionLostError):
+                await self.connection.drained()
+        finally:
+            self._account.give_unread(size_bytes)
+
     def _fail(self, message: Any, error: Exception) -> None:
+        if isinstance(error, ProtocolError):
+            log.warning("%s is sent away: %s", self.name, error)
+            self.connection.fail(error)
+            return
         if not isinstance(error, AsyncCacheError | ValueError | TypeError):
             about = self.about | {"request_id": getattr(message, "request_id", "")}
             log.error("%s failed", type(message).__name__, exc_info=error, extra=about)
@@ -265,16 +291,24 @@ class Session:
     # What needs no waiting.
 
     def _prefetch(self, message: messages.Prefetch, prompt: Prompt) -> None:
-        request_id, objects = self._scope.inner(message.request_id), prompt.layout.objects
-        size_bytes = record_bytes(len(prompt), self._layouts.objects(message.prompt))
+        waits = message.wait_for_writers_seconds if isinstance(message, messages.AwaitingPrefetch) else None
+        prefetch = partial(self._cache.prefetch, skip_tokens=message.skip_tokens, wait_for_writers_seconds=waits)
+        self._begin(message, prompt, partial(prefetch, prompt))
+
+    def _prefetch_segments(self, message: messages.PrefetchSegments, parts: Parts) -> None:
+        self._begin(message, parts, partial(self._core.controller.start_parts, parts))
+
+    def _begin(self, message: _Begins, asked: Prompt | Parts, start: Callable[..., Prefetch]) -> None:
+        """Begin a request, on the account of this connection's tenant."""
+        request_id, objects = self._scope.inner(message.request_id), asked.layout.objects
+        size_bytes = record_bytes(len(asked), costs.objects_of(asked.layout))
         is_new = self._holders.find(request_id) is None
         if is_new:
             self._account.take_request(size_bytes)
         try:
-            prefetch = self._cache.prefetch(
-                prompt,
+            prefetch = self._context.run(
+                start,
                 request_id=request_id,
-                skip_tokens=message.skip_tokens,
                 ranks=message.ranks,
                 deadline_seconds=message.deadline_seconds,
                 traceparent=message.traceparent,
@@ -296,26 +330,40 @@ class Session:
     def _unclaim(self, message: messages.Unclaim) -> None:
         request_id = self._scope.inner(message.request_id)
         request = self._claims.pop(request_id, None)
-        if request is not None and self._cache.core.requests.find(request_id) is request:
-            self._cache.core.requests.unclaim(request_id)
+        if request is not None and self._core.requests.find(request_id) is request:
+            self._core.requests.unclaim(request_id)
             self._holders.claimed(request_id, False)
         self._done(message)
 
     def _renew(self, message: messages.Renew) -> None:
-        self._cache.core.requests.renew(self._scope.inner(message.request_id))
+        self._core.requests.renew(self._scope.inner(message.request_id))
         self._done(message)
 
     def _end_request(self, message: messages.EndRequest) -> None:
-        self._cache.core.requests.end(self._scope.inner(message.request_id))
-        done = messages.Done(message.number)
-        self._loop.call_soon(self._send_caught_up, self._cache.core.l1.is_behind, lambda: done)
-
-    def _send_caught_up(self, is_behind: Callable[[], bool], answer: Callable[[], Message]) -> None:
-        """Send what is true when all that was released is given back: of very much, that takes some turns."""
-        if is_behind():
-            self._loop.call_soon(self._send_caught_up, is_behind, answer)
+        l1 = self._core.l1
+        before = l1.given()
+        self._core.requests.end(self._scope.inner(message.request_id))
+        given = l1.given()
+        if given == before:
+            self._send_soon(messages.Done(message.number))
         else:
+            self._loop.call_soon(self._send_caught_up, given, partial(messages.Done, message.number))
+
+    def _send_caught_up(self, given: Sequence[int], answer: Callable[[], Message]) -> None:
+        """Send what is true when all that was released by then is given back: of very much, that takes some turns."""
+        if self._core.l1.has_done(given):
             self.connection.send(answer())
+        else:
+            self._loop.call_soon(self._send_caught_up, given, answer)
+
+    def _acquire_read(self, message: messages.AcquireRead) -> None:
+        self._check_number(message.number)
+        if not self._reads.acquire_nowait(message):
+            self._wait(message, partial(self._reads.acquire, message))
+
+    def _acquire_stream(self, message: messages.AcquireStream) -> None:
+        self._check_number(message.number)
+        self._wait(message, partial(self._reads.stream, message))
 
     def _release_read(self, message: messages.ReleaseRead) -> None:
         self._reads.release(message.read)
@@ -338,12 +386,13 @@ class Session:
         self._done(message)
 
     def _stats(self, message: messages.Stats) -> None:
-        core = self._cache.core
-        self._send_caught_up(core.l1.is_behind, lambda: messages.Counted(message.number, core.stats()))
+        account, hold = self._account, self._shared.hold
+        count = partial(stats_for, self._core, self.tenant, account)
+        self._send_caught_up(self._core.l1.given(), lambda: messages.Counted(message.number, count(hold())))
 
     def _events(self, message: messages.Events) -> None:
         self._check_number(message.number)
-        if sum(isinstance(held, HeldEvents) for held in self.held.values()) >= MAX_STREAMS:
+        if self.held.streams >= MAX_STREAMS:
             raise LimitError(f"a connection reads up to {MAX_STREAMS} streams of events")
         stream = self._cache.core.events.stream(message.capacity, self.tenant.salts)
         events = HeldEvents(message.number, self.held, self.connection, stream)
@@ -353,16 +402,16 @@ class Session:
     # What waits.
 
     async def _query_lookup_hits(self, message: messages.QueryPrefetchLookupHits) -> Message:
-        hits = await self._cache.core.requests.query_lookup_hits(self._scope.inner(message.request_id))
-        return messages.Hits(message.number, self._scope.outer(hits))
+        hits = await self._core.requests.query_lookup_hits(self._scope.inner(message.request_id))
+        return messages.Hits(message.number, *split_hits(self._scope.outer(hits)))
 
     async def _query_status(self, message: messages.QueryPrefetchStatus) -> Message | None:
         request_id = self._scope.inner(message.request_id)
-        result = await self._cache.core.requests.query_status(request_id)
-        if (request := self._cache.core.requests.find(request_id)) is not None:
+        result = await self._core.requests.query_status(request_id)
+        if (request := self._core.requests.find(request_id)) is not None:
             self._claims[request_id] = request
         self._holders.claimed(request_id, True)
-        loaded = messages.Loaded(message.number, self._scope.outer(result))
+        loaded = messages.Loaded(message.number, *split_result(self._scope.outer(result)))
         if result.chunks:
             return loaded
         self._send_soon(loaded)
@@ -371,13 +420,41 @@ class Session:
     async def _lookup(self, message: messages.Lookup, prompt: Prompt) -> Message:
         return messages.Hits(message.number, await self._cache.lookup(prompt))
 
-    async def _explain(self, message: messages.Explain, prompt: Prompt) -> Message:
-        return messages.Explained(message.number, await self._cache.explain(prompt))
+    async def _lookup_segments(self, message: messages.LookupSegments, parts: Parts) -> Message:
+        return messages.Hits(message.number, *split_hits(await self._core.count_hits(parts)))
 
-    async def _acquire_read(self, message: messages.AcquireRead) -> None:
-        request_id = self._scope.inner(message.request_id)
-        lease = self._cache.read(request_id, rank=message.rank, reader=message.reader)
-        await self._reads.acquire(message, lease)
+    async def _explain(self, message: messages.Explain, prompt: Prompt) -> Message:
+        explanation = await self._cache.explain(prompt)
+        if len(explanation.spans) <= _SPANS_AT_ONCE:
+            return messages.Explained(message.number, explanation)
+        parts: list[bytes] = []
+        async for spans in InTurns(explanation.spans, _SPANS_AT_ONCE):
+            parts.append(encode_each(spans))
+        array: Any = encoded_array(len(explanation.spans), parts)
+        return messages.Explained(message.number, msgspec.structs.replace(explanation, spans=array))
+
+    async def _retain(self, message: messages.Retain, prompt: Prompt) -> Message:
+        kept = await self._cache.retain(prompt, tokens=message.tokens, ttl_seconds=message.ttl_seconds)
+        return messages.Kept(message.number, kept)
+
+    async def _list_retained(self, message: messages.ListRetained) -> Message:
+        async with self._account.listing:
+            kept = await self._cache.core.retentions.retained(self.tenant.may_use)
+        return messages.RetainedListed(message.number, kept)
+
+    async def _warm(self, message: messages.Warm, prompt: Prompt) -> Message:
+        size_bytes = record_bytes(len(prompt), self._layouts.objects(message.prompt))
+        self._account.take_request(size_bytes)
+        try:
+            result = await self._cache.warm(prompt, deadline_seconds=message.deadline_seconds)
+        finally:
+            self._account.give_request(size_bytes)
+        return messages.Loaded(message.number, result)
+
+    async def _hint(self, message: messages.Hint, prompt: Prompt) -> Message:
+        known = message.output_tokens, message.returns, message.within_seconds
+        await self._cache.hint(prompt, output_tokens=known[0], returns=known[1], within_seconds=known[2])
+        return messages.Done(message.number)
 
     async def _reserve_store(self, message: messages.ReserveStore, prompt: Prompt) -> Message:
         expired = partial(self._writers.expired, message.number)
@@ -387,57 +464,48 @@ class Session:
     async def _delete(self, message: messages.Delete, prompt: Prompt) -> Message:
         return messages.Removed(message.number, await self._cache.delete(prompt))
 
-    async def _clear(self, message: messages.Clear) -> Message:
-        self.tenant.check_trusted("clearing the cache")
-        return messages.Removed(message.number, await self._cache.clear(message.tier))
+    async def _delete_model(self, message: messages.DeleteModel) -> Message:
+        asked = message.model, message.revision, message.adapter, message.salt
+        deletion = self._shared.deletions.begin(self.tenant, *asked)
+        return messages.ModelDeleted(message.number, told(self.tenant, await asyncio.shield(deletion)))
 
     async def _flush(self, message: messages.Flush) -> Message:
-        return messages.Flushed(message.number, await self._cache.flush(message.deadline_seconds))
-
-    async def _add_backend(self, message: messages.AddBackend) -> Message:
-        self.tenant.check_trusted("changing backends")
-        await self._cache.add_backend(message.url, position=message.position)
-        return messages.Done(message.number)
-
-    async def _drain_backend(self, message: messages.DrainBackend) -> Message:
-        self.tenant.check_trusted("changing backends")
-        status = await self._cache.drain_backend(message.name, deadline_seconds=message.deadline_seconds)
-        return messages.BackendTold(message.number, status)
-
-    async def _remove_backend(self, message: messages.RemoveBackend) -> Message:
-        self.tenant.check_trusted("changing backends")
-        await self._cache.remove_backend(message.name)
-        return messages.Done(message.number)
-
-    async def _list_backends(self, message: messages.ListBackends) -> Message:
-        self.tenant.check_trusted("listing backends")
-        return messages.BackendsListed(message.number, await self._cache.backends())
-
-    async def _reload(self, message: messages.Reload) -> Message:
-        self.tenant.check_trusted("changing settings")
-        return messages.Reloaded(message.number, *await self._reload_settings())
-
-    async def _list_roots(self, message: messages.ListRoots) -> Message:
-        roots = await self._cache.core.listing.roots(self.tenant.may_use)
-        told = [messages.Root(describe(root.layout), root.adapter, root.salt, chunks) for root, chunks in roots]
-        return messages.RootsListed(message.number, told)
-
-    async def _list_chunks(self, message: messages.ListChunks) -> Message:
-        which = message.model, message.salt, message.after or b"", message.limit
-        chunks = await self._cache.core.listing.chunks(self.tenant.may_use, *which)
-        return messages.ChunksListed(message.number, chunks)
+        owners = None if self.tenant.trusted else self.tenant.salts
+        return messages.Flushed(
+            message.number, await self._cache.core.writeback.flush(message.deadline_seconds, owners)
+        )
 
     # The end.
 
     def _lost(self, error: Exception | None) -> None:
-        """Release all that the connection holds."""
+        """Release all that the connection holds: at once if that is little, and else so much of it in each turn."""
         log.info("%s is gone%s", self.name, f": {error}" if error is not None else "", extra=self.about)
+        if len(self.held) <= _RELEASED_AT_ONCE:
+            self._release_all()
+        else:
+            task = self._loop.create_task(self._release_in_turns(), context=self._context)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _release_in_turns(self) -> None:
+        seen: set[Held] = set()
+        try:
+            while new := [held for held in self.held.values() if held not in seen]:  # a wait may have just acquired it
+                seen.update(new)
+                async for part in InTurns(new, _RELEASED_AT_ONCE):
+                    for held in part:
+                        held.release()
+        finally:
+            self._release_all()
+
+    def _release_all(self) -> None:
         try:
             for held in list(self.held.values()):
                 held.release()
             self._reads.close()
             self._writers.close()
         finally:
+            del self._making  # it knows this session, which would wait for a collection of garbage
             self._turn.leave()
             self._layouts.close()
             self._account.give("connections")
@@ -451,29 +519,80 @@ class Session:
             await asyncio.wait(running)
 
 
-def _waits(handler: Callable[[Session, Any, Prompt], Coroutine[Any, Any, Message]]) -> "_Handler":
-    """Have a message about a prompt answered by a task."""
-    return lambda session, message, prompt: session._wait(message, partial(handler, session, message, prompt))
+def _waits(handler: Callable[[Session, Any, A], Coroutine[Any, Any, Message]]) -> Callable[[Session, Any, A], None]:
+    """Have a message about a prompt, or several, answered by a task."""
+    return lambda session, message, asked: session._wait(message, partial(handler, session, message, asked))
 
 
 _Asks = Callable[[], Coroutine[Any, Any, Message | None]]
 _Waits = Callable[[Session, Any], Coroutine[Any, Any, Message | None]]
-_Handler = Callable[[Session, Any, Prompt], None]
 
-_OF_PROMPTS: dict[type[Message], _Handler] = {
+_OF_PROMPTS: dict[type[Message], Callable[[Session, Any, Prompt], None]] = {
     messages.Prefetch: Session._prefetch,
+    messages.AwaitingPrefetch: Session._prefetch,
     messages.Lookup: _waits(Session._lookup),
     messages.Explain: _waits(Session._explain),
+    messages.Retain: _waits(Session._retain),
+    messages.Warm: _waits(Session._warm),
+    messages.Hint: _waits(Session._hint),
     messages.ReserveStore: _waits(Session._reserve_store),
     messages.Delete: _waits(Session._delete),
 }
 
-_OF_STORES = frozenset((messages.ReserveStore, messages.Delete))
+_OF_PARTS: dict[type[Message], Callable[[Session, Any, Parts], None]] = {
+    messages.PrefetchSegments: Session._prefetch_segments,
+    messages.LookupSegments: _waits(Session._lookup_segments),
+}
+
+_READING: tuple[type[Message], ...] = (
+    messages.Prefetch,
+    messages.AwaitingPrefetch,
+    messages.PrefetchSegments,
+    messages.Lookup,
+    messages.LookupSegments,
+    messages.Explain,
+    messages.QueryPrefetchLookupHits,
+    messages.QueryPrefetchStatus,
+    messages.AcquireRead,
+    messages.AcquireStream,
+    messages.Events,
+    messages.ListRoots,
+    messages.ListChunks,
+    messages.ListRetained,
+    messages.Warm,
+    messages.Hint,
+)
+_STORING: tuple[type[Message], ...] = (
+    messages.ReserveStore,
+    messages.Delete,
+    messages.DeleteModel,
+    messages.Flush,
+    messages.Retain,
+)
+_OF_ROLES = {kind: role for role, kinds in (("read", _READING), ("store", _STORING)) for kind in kinds}
+"""The role that may ask for it, beside those that may ask for everything."""
+_OF_ALL_ROLES = frozenset(
+    (
+        messages.Ping,
+        messages.Stats,
+        messages.RegisterLayout,
+        messages.Cancel,
+        messages.Unclaim,
+        messages.Renew,
+        messages.EndRequest,
+        messages.ReleaseRead,
+        messages.StoreData,
+        messages.CommitStore,
+        messages.CloseStore,
+    )
+)
 
 _AT_ONCE: dict[type[Message], Callable[[Session, Any], None]] = {
     messages.RegisterLayout: Session._register_layout,
     messages.Cancel: Session._cancel,
     messages.Unclaim: Session._unclaim,
+    messages.AcquireRead: Session._acquire_read,
+    messages.AcquireStream: Session._acquire_stream,
     messages.ReleaseRead: Session._release_read,
     messages.StoreData: Session._store_data,
     messages.CommitStore: Session._commit_store,
@@ -487,14 +606,7 @@ _AT_ONCE: dict[type[Message], Callable[[Session, Any], None]] = {
 _WAITING: dict[type[Message], _Waits] = {
     messages.QueryPrefetchLookupHits: Session._query_lookup_hits,
     messages.QueryPrefetchStatus: Session._query_status,
-    messages.AcquireRead: Session._acquire_read,
-    messages.Clear: Session._clear,
+    messages.ListRetained: Session._list_retained,
     messages.Flush: Session._flush,
-    messages.AddBackend: Session._add_backend,
-    messages.DrainBackend: Session._drain_backend,
-    messages.RemoveBackend: Session._remove_backend,
-    messages.ListBackends: Session._list_backends,
-    messages.ListRoots: Session._list_roots,
-    messages.Reload: Session._reload,
-    messages.ListChunks: Session._list_chunks,
+    messages.DeleteModel: Session._delete_model,
 }

@@ -1,19 +1,27 @@
 """Whose messages are carried out next: turns of bounded cost, shared among tenants, and among the connections of each.
 
 A cost is a whole number, of a microsecond or so each (`costs`), and known before anything is done. When work of a
-`STEP` has begun, everything else waits for the loop's next turn. Then those who wait, or owe something, get equal
-shares of a `STEP`, and begin while they have any of it left: so one message may cost more than a share, and is paid for
+`step` has begun, everything else waits for the loop's next turn. Then those who wait, or owe something, get equal
+shares of a step, and begin while they have any of it left: so one message may cost more than a share, and is paid for
 before the next (surplus round robin). What a heavy one costs is spread over as many turns as it may take to carry out.
 
-Light messages and heavy ones are paid for from two balances: what is light passes what is heavy, also of one tenant.
+Light messages and heavy ones are paid for from two balances: what is light passes what is heavy, also of one tenant. A
+tenant that neither waits nor owes anything begins something light although the turn is full.
+
+What a message takes of the processor may be more than its cost, on a slow machine for one: a step is as large as the
+loop can compute in `TURN_SECONDS`, with all that follows from it.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 
 STEP = 2000
-"""What may be begun in a turn of the loop, of light messages, and of heavy ones as much again: some milliseconds."""
+"""The most that may be begun in a turn of the loop, of light messages, and of heavy ones as much again."""
+TURN_SECONDS = 0.0015
+"""What the loop should compute in a turn."""
+_LEAST_STEP = STEP // 2
 LIGHT = 250
 """The most that a light message may cost."""
 _AT_A_TIME = 250  # what one connection may do before the next one of its tenant
@@ -22,7 +30,10 @@ _AT_A_TIME = 250  # what one connection may do before the next one of its tenant
 class Party:
     """A tenant, as its connections take turns: two balances, and those who wait."""
 
-    __slots__ = ("busy", "connections", "heavy", "heavy_waiting", "is_active", "light", "light_waiting", "name")
+    __slots__ = (
+        "busy", "connections", "heavy", "heavy_waiting", "is_active", "light", "light_waiting", "name", "passed",
+        "passed_in",
+    )  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -32,6 +43,7 @@ class Party:
         self.busy = 0  # heavy messages that a thread works on
         self.is_active = False  # it waits, or owes something
         self.connections = 0
+        self.passed, self.passed_in = 0, -1  # what it has begun beyond a full turn, and in which
 
     @property
     def is_done(self) -> bool:
@@ -63,12 +75,13 @@ class Turn:
         """Whether light work may begin now, which is paid for then; else `resume` is called when it may."""
         turns, party = self._turns, self._party
         if (
-            turns.left > 0
-            and party.light > 0
+            party.light > 0
             and (not party.light_waiting or (turns.running is self and self._left > 0))
+            and (turns.left > 0 or turns.may_pass(party))
         ):
             turns.left -= cost
             party.light -= cost
+            party.passed += cost
             self._left -= cost
             return True
         if not self._waits:
@@ -81,6 +94,7 @@ class Turn:
         """Pay for light work that was done, or is about to be."""
         self._turns.left -= cost
         self._party.light -= cost
+        self._party.passed += cost
         self._left -= cost
 
     def begin(self, cost: int, work: Callable[[], object]) -> bool:
@@ -130,11 +144,16 @@ class Turn:
 
 
 class Turns:
-    """The turns of all connections of a server."""
+    """The turns of all connections of a server. `clock`: what the loop's thread has computed, in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+        self._clock = clock
+        self.step = STEP
+        """What may be begun in a turn of the loop."""
         self.left = self.heavy_left = STEP
-        """What may be begun in this turn of the loop."""
+        """What may be begun in this one."""
+        self._number = 0  # of this turn
+        self._computed: float | None = None  # what the thread had at its beginning, if the one before it is to be known
         self.running: Turn | None = None
         self._parties: dict[str, Party] = {}
         self._active: deque[Party] = deque()
@@ -158,6 +177,14 @@ class Turns:
         if not party.connections:
             del self._parties[party.name]
 
+    def may_pass(self, party: Party) -> bool:
+        """Whether a tenant may begin something light although the turn is full."""
+        if party.is_active or self.left <= -STEP:
+            return False
+        if party.passed_in != self._number:
+            party.passed_in, party.passed = self._number, 0
+        return party.passed < LIGHT
+
     def activate(self, party: Party) -> None:
         """Come back to a tenant in the loop's next turn, and in those after it until it is done."""
         if not party.is_active:
@@ -177,9 +204,11 @@ class Turns:
     def _next(self) -> None:
         """The next turn of the loop: everybody gets his share, and goes on in order."""
         self._comes_again = False
-        self.left = self.heavy_left = STEP
+        self._fit_step()
+        self._number += 1
+        self.left = self.heavy_left = self.step
         active, self._active = self._active, deque()
-        share = max(STEP // max(len(active), 1), 1)
+        share = max(self.step // max(len(active), 1), 1)
         for party in active:
             party.light = min(party.light + share, STEP)
             party.heavy = min(party.heavy + share, STEP)
@@ -197,6 +226,18 @@ class Turns:
         if self._active and not self._comes_again:
             self._comes_again = True
             self._loop.call_soon(self._next)
+        if not self._comes_again:
+            self._computed = None  # the next turn is not that of the loop
+
+    def _fit_step(self) -> None:
+        """Make a step smaller where the loop computed for too long in the turn that is over, or larger again."""
+        computed = self._clock()
+        if self._computed is not None:
+            seconds = computed - self._computed
+            if seconds > TURN_SECONDS or self.left <= 0:
+                fitting = self.step * min(max(TURN_SECONDS / max(seconds, 1e-6), 0.5), 1.25)
+                self.step = min(max(int(fitting), _LEAST_STEP), STEP)
+        self._computed = computed
 
     def _run(self, party: Party) -> None:
         """Go on with what waits for a tenant, as far as its balances go."""

@@ -12,7 +12,7 @@ from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 from async_cache.server import costs
 from async_cache.server.accounts import Account
-from async_cache.server.held import Held
+from async_cache.server.held import Held, Table
 from async_cache.server.segment import ClientSegment
 from async_cache.server.turns import Turn
 
@@ -29,7 +29,7 @@ class HeldWriter(Held):
     def __init__(
         self,
         number: int,
-        held: dict[int, Held],
+        held: Table,
         connection: Connection,
         writer: Writer,
         account: Account,
@@ -101,7 +101,7 @@ class Writers:
 
     def __init__(
         self,
-        held: dict[int, Held],
+        held: Table,
         connection: Connection,
         segment: ClientSegment | None,
         copiers: Executor,

@@ -6,14 +6,14 @@ and touched no buffer. They use the loop's clock and no threads, so they run in 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 from async_cache.errors import BackendError
-from async_cache.l2.backend import Backend, LoadOutcome, Room
+from async_cache.l2.backend import Backend, Loaded, LoadOutcome, Room, not_told
 from async_cache.l2.memory import STEP_BYTES, MemoryBackend
+from async_cache.l2.wrapper import Wrapper
 from async_cache.prompt.keys import ObjectKey
-from async_cache.values import BackendUsage, Removal
 
 Verb = Literal["lookup", "load", "store", "delete"]
 VERBS: tuple[Verb, ...] = get_args(Verb)
@@ -21,7 +21,7 @@ VERBS: tuple[Verb, ...] = get_args(Verb)
 Buffers = Sequence[memoryview]
 
 
-class WrappedBackend(Backend):
+class WrappedBackend(Wrapper):
     """A backend that hands everything on to `inner`, with its name, limits and placement, and counts by verb.
 
     `calls` are those that have begun, `keys_asked` the keys in them. It never answers a lookup at once, since nothing
@@ -29,77 +29,42 @@ class WrappedBackend(Backend):
     """
 
     def __init__(self, inner: Backend):
-        self.inner = inner
-        self.name = inner.name
-        self.limits, self.placement, self.shared = inner.limits, inner.placement, inner.shared
-        self.ttl_seconds = inner.ttl_seconds
+        super().__init__(inner)
         self.calls: Counter[str] = Counter()
         self.keys_asked: Counter[str] = Counter()
-
-    @property
-    def on_removed(self) -> Callable[[bytes, Removal], None]:
-        """Whom the inner backend tells."""
-        return self.inner.on_removed
-
-    @on_removed.setter
-    def on_removed(self, told: Callable[[bytes, Removal], None]) -> None:
-        self.inner.on_removed = told
 
     async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers) -> None:
         """Wait, or raise, before an inner call: for subclasses. `calls` counts the call already."""
 
-    def register(self, fd: int, memory: memoryview) -> None:
-        self.inner.register(fd, memory)
-
-    async def open(self) -> None:
-        await self.inner.open()
-
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         await self._begin("lookup", keys)
-        return await self.inner.lookup(keys)
-
-    def pin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
-        self.inner.pin_prefix(chunk_hashes)
-
-    def unpin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
-        self.inner.unpin_prefix(chunk_hashes)
-
-    def unpin(self, keys: Sequence[ObjectKey]) -> None:
-        self.inner.unpin(keys)
+        return await super().lookup(keys)
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[LoadOutcome]:
         await self._begin("load", keys, buffers)
-        return await self.inner.load(keys, buffers)
+        return await super().load(keys, buffers)
+
+    async def load_each(self, keys: Sequence[ObjectKey], buffers: Buffers, loaded: Loaded) -> list[LoadOutcome]:
+        await self._begin("load", keys, buffers)
+        return await super().load_each(keys, buffers, loaded)
 
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[int | LoadOutcome]:
         await self._begin("load", keys, buffers)
-        return await self.inner.load_sized(keys, buffers)
+        return await super().load_sized(keys, buffers)
 
     async def load_listed(
         self, keys: Sequence[ObjectKey], sizes: Sequence[int], room: Room
     ) -> list[memoryview | LoadOutcome]:
         await self._begin("load", keys)
-        return await self.inner.load_listed(keys, sizes, room)
+        return await super().load_listed(keys, sizes, room)
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[bool]:
         await self._begin("store", keys, buffers)
-        return await self.inner.store(keys, buffers)
+        return await super().store(keys, buffers)
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
         await self._begin("delete", keys)
-        return await self.inner.delete(keys)
-
-    def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
-        return self.inner.keys()
-
-    def usage(self) -> BackendUsage:
-        return self.inner.usage()
-
-    async def close(self) -> None:
-        await self.inner.close()
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self.inner!r}>"
+        return await super().delete(keys)
 
     async def _begin(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Buffers = ()) -> None:
         self.calls[verb] += 1
@@ -186,6 +151,24 @@ class ThrottledBackend(WrappedBackend):
                 await asyncio.sleep(sum(map(len, buffers)) / self._bytes_per_second)
         await asyncio.sleep(self._lookup_latency_seconds if verb == "lookup" else self._latency_seconds)
 
+    async def load_each(self, keys: Sequence[ObjectKey], buffers: Buffers, loaded: Loaded) -> list[LoadOutcome]:
+        """Load as `load` does, in as much time; each object is said to be loaded when it has passed the pipe."""
+        if self._bytes_per_second is None:
+            return await super().load_each(keys, buffers, loaded)
+        self.calls["load"] += 1
+        self.keys_asked["load"] += len(keys)
+        await asyncio.sleep(self._latency_seconds)
+        async with self._pipe:
+            way = _Way(self._bytes_per_second, loaded)
+            try:
+                outcomes = await self.inner.load_each(keys, buffers, lambda n: way.enters(n, len(buffers[n])))
+                for number, (buffer, outcome) in enumerate(zip(buffers, outcomes, strict=True)):
+                    way.enter(number, len(buffer), is_loaded=outcome is LoadOutcome.LOADED)
+                await asyncio.sleep(way.seconds_left)
+            finally:
+                way.close()
+        return outcomes
+
 
 class FailingBackend(WrappedBackend):
     """A backend whose calls of one verb fail: `times` of them, from the `nth` on.
@@ -217,7 +200,17 @@ class FailingBackend(WrappedBackend):
             raise self._error
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[LoadOutcome]:
-        outcomes, bad = await super().load(keys, buffers), self._bad("load")
+        return await self.load_each(keys, buffers, not_told)
+
+    async def load_each(self, keys: Sequence[ObjectKey], buffers: Buffers, loaded: Loaded) -> list[LoadOutcome]:
+        await self._begin("load", keys, buffers)
+        bad = self._bad("load")
+
+        def told(number: int) -> None:
+            if keys[number] not in bad:
+                loaded(number)
+
+        outcomes = await self.inner.load_each(keys, buffers, told)
         return [LoadOutcome.FAILED if key in bad else of_inner for key, of_inner in zip(keys, outcomes, strict=True)]
 
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Buffers) -> list[int | LoadOutcome]:
@@ -259,6 +252,42 @@ class BitFlipBackend(WrappedBackend):
         if verb == "load" and self.calls[verb] == self._nth:
             for key in keys:
                 flip_bit(self._memory, key, self._bit)
+
+
+class _Way:
+    """The way of the objects of one call through a pipe, each of which is said to be loaded at its end."""
+
+    def __init__(self, bytes_per_second: float, loaded: Loaded):
+        self._bytes_per_second = bytes_per_second
+        self._loaded = loaded
+        self._loop = asyncio.get_running_loop()
+        self._passed_at = self._loop.time()
+        self._entered: set[int] = set()
+        self._ends: list[asyncio.TimerHandle] = []
+        self._is_closed = False
+
+    def enters(self, number: int, size_bytes: int) -> None:
+        """Let a loaded object in, from whatever thread."""
+        self._loop.call_soon_threadsafe(self.enter, number, size_bytes)
+
+    def enter(self, number: int, size_bytes: int, *, is_loaded: bool = True) -> None:
+        """Let an object in, unless it is in already; nobody hears of one that was not loaded."""
+        if number not in self._entered and not self._is_closed:
+            self._entered.add(number)
+            self._passed_at += size_bytes / self._bytes_per_second
+            if is_loaded:
+                self._ends.append(self._loop.call_at(self._passed_at, self._loaded, number))
+
+    @property
+    def seconds_left(self) -> float:
+        """Until all that has entered has passed."""
+        return self._passed_at - self._loop.time()
+
+    def close(self) -> None:
+        """Say nothing more."""
+        self._is_closed = True
+        for end in self._ends:
+            end.cancel()
 
 
 def flip_bit(memory: MemoryBackend, key: ObjectKey, bit: int = 0) -> bool:

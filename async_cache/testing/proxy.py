@@ -38,7 +38,8 @@ class Proxy:
         self.passed_bytes = 0
         """How much went to clients so far."""
         self._target = (host, port)
-        self._listener: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._accepted: set[socket.socket] = set()  # of which the task has not begun
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()  # of both ends
         self._clients: set[asyncio.StreamWriter] = set()
@@ -49,8 +50,10 @@ class Proxy:
 
     async def open(self) -> None:
         """Listen; from the second time on, at the same port as before."""
-        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
-        self.port = self._listener.sockets[0].getsockname()[1]
+        listener = self._listener = socket.create_server(("127.0.0.1", self.port))
+        listener.setblocking(False)
+        self.port = listener.getsockname()[1]
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     async def close(self) -> None:
         """End all connections, and listen no more; idempotent."""
@@ -61,10 +64,9 @@ class Proxy:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        for writer in self._writers:  # of connections that came as it closed: their tasks ended before they began
-            writer.close()
-        self._writers.clear()
-        self._clients.clear()
+        for sock in self._accepted:  # as it closed: their tasks ended before they began
+            sock.close()
+        self._accepted.clear()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -108,15 +110,18 @@ class Proxy:
         """Refuse new connections until `open`; those that are there stay."""
         listener, self._listener = self._listener, None
         if listener is not None:
+            asyncio.get_running_loop().remove_reader(listener)
             listener.close()
 
     # Connections.
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        self._writers.add(writer)
-        self._clients.add(writer)
-        self._start(self._connect(reader, writer))
+    def _accept(self, listener: socket.socket) -> None:
+        """Accept a connection, in one step: asyncio's own server takes several, and may close amid them."""
+        with suppress(OSError):  # it has gone already
+            sock, _ = listener.accept()
+            self.connections += 1
+            self._accepted.add(sock)
+            self._start(self._connect(sock))
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -124,8 +129,12 @@ class Proxy:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _connect(self, sock: socket.socket) -> None:
         """Connect to the server, and pass bytes both ways until either end closes."""
+        self._accepted.discard(sock)
+        reader, writer = await asyncio.open_connection(sock=sock)
+        self._writers.add(writer)
+        self._clients.add(writer)
         others = None
         try:
             await self._flows.wait()

@@ -32,7 +32,8 @@ class Admission(Observer):
         """Count the chunks of a request, whether they were found or not."""
         request = prefetch.promised
         if isinstance(request, Request) and request.prompt.hashed:
-            self._add(request.prompt.chunk_hashes, 0)
+            for prompt in request.prompt.parts:
+                self._add(prompt.chunk_hashes, 0)
 
     def _add(self, hashes: Sequence[bytes], begin: int) -> None:
         end = min(begin + _AT_ONCE, len(hashes))

@@ -17,6 +17,7 @@ from async_cache.l2.urls.registry import from_url
 from async_cache.ledger.ledger import Ledger
 from async_cache.values import BackendState, BackendStatus
 from async_cache.write.carrier import Carrier
+from async_cache.write.moves import Moves
 from async_cache.write.writeback import Writeback
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,8 @@ log = logging.getLogger(__name__)
 class Backends:
     """Changes which backends there are; a backend's states are in `BackendState`.
 
-    What is begun is carried to its end, also where its caller is cancelled. `forget` hears of a backend that nobody
-    uses any more, before it is closed.
+    What is begun is carried to its end, also where its caller is cancelled. `joined` hears of a backend that is
+    used from now on, and `forget` of one that nobody uses any more, before it is closed.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class Backends:
         tombstones: Tombstones,
         config: CacheConfig,
         ledger: Ledger,
+        moves: Moves,
+        joined: Callable[[Guard], None],
         forget: Callable[[Guard], None],
     ):
         self._guards = guards
@@ -43,6 +46,8 @@ class Backends:
         self._tombstones = tombstones
         self._config = config
         self._ledger = ledger
+        self._moves = moves
+        self._joined = joined
         self._forget = forget
         self._opening: set[str] = set()
         self._copies: dict[Guard, Copy] = {}
@@ -65,6 +70,8 @@ class Backends:
         backend raises as it opens.
         """
         there = self._guards.current
+        if position is not None and type(position) is not int:
+            raise TypeError(f"position must be an int, not {type(position).__name__}")
         if position is not None and not 0 <= position <= len(there):
             raise ValueError(f"position must be from 0 to {len(there)}, not {position}")
         behind = there[position:] if position is not None else ()
@@ -84,7 +91,8 @@ class Backends:
         guard = Guard.of(backend, self._config, self._ledger)
         self._guards.add(guard, behind)
         self._writeback.add(guard)
-        log.info("backend %s was added", guard.name)
+        self._joined(guard)
+        log.info("backend %s was added", guard.name, extra=guard.about)
 
     async def drain(self, name: str, deadline_seconds: float | None = None) -> BackendStatus:
         """Write nothing new to a backend, and copy what only it has to the others that are written to.
@@ -110,18 +118,21 @@ class Backends:
         return self._status(guard)
 
     async def _drain(self, guard: Guard) -> None:
-        log.info("backend %s is being drained", guard.name)
+        log.info("backend %s is being drained", guard.name, extra=guard.about)
         await self._writeback.end(guard)
+        arrived = self._moves.copying(guard)
         while True:
             others = self._guards.others(guard)
-            copy = Copy(guard, partial(self._guards.others, guard), self._stages, self._tombstones)
+            copy = Copy(guard, partial(self._guards.others, guard), self._stages, self._tombstones, arrived=arrived)
             self._copies[guard] = copy
             copied = await copy.run()
             if set(others).issubset(self._guards.others(guard)):
                 break  # else some of it may have left with one of the others
         if not copied.failed:
             guard.state = BackendState.DRAINED
-        log.info("backend %s is %s: %d objects were copied", guard.name, guard.state.value, copied.copied)
+        log.info(
+            "backend %s is %s: %d objects were copied", guard.name, guard.state.value, copied.copied, extra=guard.about
+        )
 
     def _stages(self) -> list[list[Guard]]:
         """To whom what is drained goes: as if it were committed now."""
@@ -142,7 +153,7 @@ class Backends:
         await self._carrier.wait(removal)
 
     async def _remove(self, guard: Guard) -> None:
-        log.info("backend %s is being removed", guard.name)
+        log.info("backend %s is being removed", guard.name, extra=guard.about)
         drain = self._drains.get(guard)
         if drain is not None:
             drain.cancel()
@@ -151,12 +162,14 @@ class Backends:
         await guard.stores_ended(None)
         await asyncio.sleep(0)  # lookups that were to begin in this turn have begun
         await guard.wait_until_unused()
+        await self._moves.leave(guard, self._config.close_timeout_seconds)
         await self._writeback.forget(guard)
         self._forget(guard)
         await guard.close(self._config.close_timeout_seconds)
+        self._ledger.closed(guard.name)
         self._copies.pop(guard, None)
         self._guards.left(guard)
-        log.info("backend %s was removed", guard.name)
+        log.info("backend %s was removed", guard.name, extra=guard.about)
 
     async def close(self) -> None:
         """Cancel what is under way: whoever waits for it gets CacheClosedError."""
@@ -176,5 +189,8 @@ class Backends:
             admit=placement.admit,
             promoted=queue.promoted if queue is not None else 0,
             unpromoted=queue.unpromoted if queue is not None else 0,
+            refused=dict(queue.refused) if queue is not None else {},
+            write_budget=placement.write_budget,
+            budget_left_bytes=max(guard.budget.left_bytes, 0) if guard.budget is not None else None,
             copied=copy.copied if copy is not None else None,
         )

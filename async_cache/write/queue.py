@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from enum import Enum
 from functools import partial
@@ -15,18 +15,23 @@ from msgspec import Struct
 from async_cache.errors import BackendError
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
+from async_cache.l2.backend import Coming
 from async_cache.l2.guard import Call, Guard
 from async_cache.l2.guard.breaker import BreakerState
+from async_cache.l2.guard.fair import FairQueue
 from async_cache.l2.guard.guards import held_by
 from async_cache.l2.placement import Placing
 from async_cache.observe import Observers, notify
 from async_cache.prompt.keys import ObjectKey
+from async_cache.write.wear import note_budget, recall_budget
 
 log = logging.getLogger(__name__)
 
 _BATCH_BYTES = 32 * 2**20
+_OBJECT_BYTES = 4096  # that an object costs beside its own: a name, a record, a page
 _BATCH_OBJECTS = 256  # of a call: the loop handles so many in a millisecond or two, and a disk has time for their names
 _PREFIX_CHUNKS = 2048  # in front of a batch that are kept, in one step of the loop: two or three milliseconds
+_OWNER = "\0write-back"  # of what it looks up; no salt has a control character
 _ATTEMPTS = 5
 _FEWER_BITS = 2  # a quarter as many chunks with each call that raised: one in the last attempt
 _FIRST_BACKOFF_SECONDS = 0.1
@@ -38,7 +43,7 @@ class Pending(Struct, eq=False, gc=False):
     """A chunk that some backend has not stored yet. How many queues it is in is its entry's `unwritten`."""
 
     entry: Entry
-    epoch: int  # the flushes that had been called when it began to wait
+    epoch: int  # in which it began to wait, see `flushes`
     hashes: Sequence[bytes]  # of a prompt that it is a chunk of
     number: int  # which of them it is
     stored: int = 0  # the objects that some backend has stored since then, by bit
@@ -53,12 +58,16 @@ class Tried(NamedTuple):
     raised: int = 0
 
 
+_NEW = Tried()
+
+
 class Outcome(Enum):
     """How a chunk left a queue."""
 
     STORED = "stored"
     DROPPED = "dropped"  # the backend did not take it, or L1 needed its room
     WITHDRAWN = "withdrawn"  # it was deleted, or more of it waits for its turn
+    REFUSED = "refused"  # the backend could never take it
 
 
 class Write:
@@ -88,6 +97,7 @@ class WriteQueue:
         commits_paused: Callable[[], Awaitable[None]],
         others: Callable[[Guard], Sequence[Guard]],
         left: "Callable[[WriteQueue, Pending, Outcome, int], None]",
+        refused: Callable[[Entry], None],
         observers: Observers,
     ):
         self.guard = guard
@@ -95,16 +105,25 @@ class WriteQueue:
         """What its writes in flight may hold of L1, and what is promoted may take that waits or is in flight."""
         self.promoted = self.unpromoted = 0
         """Chunks that were offered, and stored or not."""
-        self.waiting: OrderedDict[Pending, Tried] = OrderedDict()
+        self.waiting: FairQueue[Pending] = FairQueue()
+        """Those of one owner wait for each other, and not for all of another's."""
+        self._tried: dict[Pending, Tried] = {}  # of those that wait again
         self.in_flight: dict[Pending, Tried] = {}
         self._l1 = l1
         self._commits_paused = commits_paused
         self._others = others
-        self._tell_left = left
+        self._tell_left, self._tell_refused = left, refused
         self._observers = observers
+        self.refused: Counter[str] = Counter()
+        """Chunks that were not admitted, by the parameter of the backend's URL that was against it.
+
+        `capacity`: they are larger than all that it has room for.
+        """
+        self._promised: dict[Pending, int] = {}  # of the budget, by what was admitted
         self._offered: dict[Pending, int] = {}  # what is promoted, each with its bytes
         self._offered_bytes = 0
         self._ending = False
+        self._told_too_large = False
         self._writes: set[Write] = set()
         self._held_bytes = 0
         self._wake = asyncio.Event()
@@ -112,21 +131,63 @@ class WriteQueue:
     @property
     def pending(self) -> int:
         """Chunks that wait, or are being written."""
-        return len(self.waiting.keys() | self.in_flight.keys()) if self.in_flight else len(self.waiting)
+        return len(self.waiting) + sum(pending not in self.waiting for pending in self.in_flight)
 
     def add(self, pending: Pending) -> bool:
         """Let a chunk wait for its turn; False if it does already."""
-        waiting = self.waiting
-        if pending in waiting or self._ending:
+        if pending in self.waiting or self._ending:
             return False
-        if not waiting:
-            self._wake.set()
-        waiting[pending] = Tried()
+        self._push(pending)
+        if self.guard.budget is not None and pending not in self._promised:
+            self._promised[pending] = pending.entry.room_bytes
+            self.guard.budget.promise(pending.entry.owner, pending.entry.room_bytes)
         return True
+
+    def _push(self, pending: Pending) -> None:
+        if not self.waiting:
+            self._wake.set()
+        entry = pending.entry
+        self.waiting.push(entry.owner, entry.room_bytes + _OBJECT_BYTES * entry.present.bit_count(), pending)
+
+    def admits(self, entry: Entry, pending: Pending | None, asked: int) -> bool:
+        """Whether a chunk that was asked for so often is to be stored here; if not, that is counted, and remembered."""
+        if pending is not None and (pending in self.waiting or pending in self.in_flight):
+            return True  # it was admitted
+        placement, budget = self.guard.backend.placement, self.guard.budget
+        if placement.admit > max(asked, 1):
+            why = "admit"
+        elif budget is not None and not budget.admits(entry.owner, entry.room_bytes, asked):
+            why = "write_budget"
+        else:
+            return True
+        self._refuse(entry, why)
+        return False
+
+    def _refuse(self, entry: Entry, why: str) -> None:
+        self.refused[why] += 1
+        self.guard.refused(entry.chunk_hash)
+        self._tell_refused(entry)
+
+    def _first_that_fits(self) -> Pending | None:
+        """What waits longest; what is larger than all that the backend has room for is refused, and waits no longer.
+
+        Others' chunks would make room for it, in vain.
+        """
+        while (pending := self.waiting.first()) is not None:
+            size_bytes = pending.entry.layout.objects.bytes_in_units(self.guard.backend.unit_bytes)
+            usage = self.guard.usage()
+            if usage is None or usage.capacity_bytes is None or size_bytes <= usage.capacity_bytes:
+                break
+            self._tell_too_large(size_bytes, usage.capacity_bytes)
+            self._refuse(pending.entry, "capacity")
+            self.discard(pending, Outcome.REFUSED)
+        return pending
 
     def has_room_for(self, entry: Entry) -> bool:
         """Whether a chunk may be offered; if not, that is counted."""
+        budget = self.guard.budget
         fits = self._offered_bytes + entry.room_bytes <= self.share_bytes
+        fits = fits and (budget is None or budget.admits(entry.owner, entry.room_bytes, asked=2))  # it was found
         self.unpromoted += not fits
         return fits
 
@@ -154,11 +215,15 @@ class WriteQueue:
             self._offered_bytes -= size
             self.promoted += outcome is Outcome.STORED
             self.unpromoted += outcome is not Outcome.STORED
+        if pending not in self.waiting and (promised := self._promised.pop(pending, 0)) and self.guard.budget:
+            self.guard.budget.release(promised)
         self._tell_left(self, pending, outcome, stored)
 
     def discard(self, pending: Pending, outcome: Outcome) -> None:
         """Let a chunk wait no longer. Where it is in flight, that goes on."""
-        if self.waiting.pop(pending, None) is not None:
+        if pending in self.waiting:
+            self.waiting.remove(pending)
+            self._tried.pop(pending, None)
             self._left(pending, outcome, 0)
 
     async def writes_ended(self, chunk_hashes: Collection[bytes] | None) -> bool:
@@ -175,6 +240,7 @@ class WriteQueue:
 
     async def run(self) -> None:
         """Write what waits, a batch at a time, until cancelled."""
+        await recall_budget(self.guard)
         backoff = _FIRST_BACKOFF_SECONDS
         while True:
             while not self.waiting:
@@ -184,10 +250,11 @@ class WriteQueue:
             try:
                 answered = await self._write_next()
             except Exception:  # it must end neither the queue nor the hope of those who wait for a flush
-                log.exception("write-back to %s failed", self.guard.name)
+                log.exception("write-back to %s failed", self.guard.name, extra=self.guard.about)
                 for pending in list(self.in_flight):
                     self._settle(pending, 0, raised=True)
                 answered = False
+            await note_budget(self.guard, idle=not self.waiting)
             if answered:
                 backoff = _FIRST_BACKOFF_SECONDS
             elif self.waiting:
@@ -229,16 +296,16 @@ class WriteQueue:
         size = objects = 0
         together = _BATCH_OBJECTS
         is_well = self.guard.breaker.state is BreakerState.CLOSED
-        for pending, tried in self.waiting.items():
+        while (pending := self._first_that_fits()) is not None:
             size += pending.entry.room_bytes
             objects += pending.entry.present.bit_count()
+            tried = self._tried.get(pending, _NEW)
             if tried.raised and is_well:
                 together = min(together, _BATCH_OBJECTS >> _FEWER_BITS * tried.raised)
             if batch and (size > limit or objects > _BATCH_OBJECTS or len(batch) >= together):
                 break
-            batch.append(pending)
-        for pending in batch:
-            self.in_flight[pending] = self.waiting.pop(pending)
+            batch.append(self.waiting.pop())
+            self.in_flight[pending] = self._tried.pop(pending, _NEW)
         return batch
 
     async def _write(self, batch: list[Pending]) -> bool:
@@ -261,8 +328,8 @@ class WriteQueue:
             unstored = {pending for key, pending in keys.items() if key not in stored}
             for pending, mask in masks.items():
                 self._settle(pending, 0 if pending in unstored else mask, raised=not answered)
-        follows = next(iter(self.waiting.values()), None)
-        return not unstored or (bool(stored) and follows == Tried())
+        follows = self.waiting.first()
+        return not unstored or (bool(stored) and follows is not None and follows not in self._tried)
 
     async def _store(self, batch: list[Pending], keys: dict[ObjectKey, Pending], stored: set[ObjectKey]) -> bool:
         """Store what the backend lacks, and add to `stored` what it has then; whether it spoke of each object."""
@@ -270,7 +337,7 @@ class WriteQueue:
         call: Call[list[bool]] | None = None
         write = self._hold(batch)
         try:
-            there = await guard.lookup(list(keys))
+            there = await guard.lookup(list(keys), _OWNER)
             if there is None:
                 return False
             guard.unpin_found(list(keys), there)
@@ -282,6 +349,8 @@ class WriteQueue:
                 stored.update(await held_by(self._others(guard), unsolicited))
                 missing = [key for key in missing if key not in stored]
             if missing:
+                entries = dict.fromkeys([keys[key].entry for key in missing])
+                guard.coming([Coming(entry.chunk_hash, entry.parent, entry.origin) for entry in entries])
                 call = guard.begin_store(missing, [self._buffer(keys[key].entry, key) for key in missing])
             if call is not None:
                 done = await call.result()
@@ -300,6 +369,18 @@ class WriteQueue:
                 call.cancel()
                 call.when_ended(partial(self._release, write))
 
+    def _tell_too_large(self, size_bytes: int, capacity_bytes: int) -> None:
+        """Say once of a backend that it can never store chunks of such a size."""
+        if not self._told_too_large:
+            self._told_too_large = True
+            log.warning(
+                "backend %s stores no chunk of %d bytes: its capacity is %d",
+                self.guard.name,
+                size_bytes,
+                capacity_bytes,
+                extra=self.guard.about,
+            )
+
     async def _tell_stored(
         self, keys: dict[ObjectKey, Pending], chunks: Iterable[Pending], stored: Collection[ObjectKey]
     ) -> None:
@@ -311,7 +392,7 @@ class WriteQueue:
             for key in pending.entry.layout.objects.keys([(pending.entry.chunk_hash, pending.entry.lacks)])
         }
         if asked:
-            there = await self.guard.lookup(list(asked))
+            there = await self.guard.lookup(list(asked), _OWNER)
             if there is not None:
                 self.guard.unpin_found(list(asked), there)
             parts.update(compress(asked.values(), map(not_, there)) if there is not None else asked.values())
@@ -344,7 +425,8 @@ class WriteQueue:
         elif stored:
             self._left(pending, Outcome.STORED, stored)
         elif tried.attempts < _ATTEMPTS and not self._ending:
-            self.waiting[pending] = tried
+            self._tried[pending] = tried
+            self._push(pending)
         else:
             self._left(pending, Outcome.DROPPED, 0)
 
@@ -357,6 +439,7 @@ class WriteQueue:
     def check_integrity(self) -> None:
         """Assert that the bytes that are offered are counted."""
         assert self._offered_bytes == sum(self._offered.values())
+        assert all(pending in self.waiting or pending in self.in_flight for pending in self._promised)
         assert all(pending in self.waiting or pending in self.in_flight for pending in self._offered)
 
     def __repr__(self) -> str:

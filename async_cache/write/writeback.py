@@ -7,6 +7,7 @@ and counted. Only writes in flight hold memory.
 
 import asyncio
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 
 from async_cache.config import CacheConfig
 from async_cache.l1.entry import Entry
@@ -18,20 +19,16 @@ from async_cache.observe import Observers
 from async_cache.read.load import ChunkLoad
 from async_cache.values import BackendState, FlushResult
 from async_cache.write.admission import Admission
+from async_cache.write.flushes import Flushes
 from async_cache.write.queue import Outcome, Pending, WriteQueue
+from async_cache.write.tally import Tallies
+from async_cache.write.wear import note_budget
 
 _COMMITS_GO_FIRST_SECONDS = 0.025  # how long a write gives way to a burst of commits, which ends with ...
 _PAUSE_SECONDS = 0.003  # ... so long a time without one
 _EARLY_SECONDS = 0.001  # a timer may fire so early
-
-
-class Flush:
-    """Somebody waits for `left` chunks: those that began to wait in its epoch or before."""
-
-    def __init__(self, epoch: int, left: int):
-        self.epoch = epoch
-        self.left = left
-        self.done = asyncio.Event()
+_AGAIN = {2, 4, 8}  # times that a chunk was asked for: then a backend with a budget is asked once more to take it
+_NOTED_SECONDS = 2.0  # for what is noted at the end
 
 
 class Writeback:
@@ -41,7 +38,8 @@ class Writeback:
         self.dropped = 0
         """Chunks that no backend has stored, and none will be asked to."""
         self._written = 0
-        self._reported = (0, 0)  # written and dropped, as of the last flush
+        self._reported = (0, 0)  # written and dropped, as of the last flush, ...
+        self._refused = 0  # ... and refused
         self._l1 = l1
         self._guards = guards
         self._observers = observers
@@ -53,8 +51,8 @@ class Writeback:
         self._admission: Admission | None = None  # while a backend admits only what was asked for
         self._pending: dict[Entry, Pending] = {}
         self._offered: dict[Entry, Pending] = {}
-        self._flushes: set[Flush] = set()
-        self._epoch = 0  # how many flushes there have been
+        self._tallies = Tallies()
+        self._flushes = Flushes()
         self._closed = False
         self._clock = asyncio.get_running_loop().time
         self._committed_at = 0.0  # when the last one was
@@ -72,7 +70,13 @@ class Writeback:
 
     def _begin(self, guard: Guard) -> None:
         queue = WriteQueue(
-            guard, self._l1, self._commits_paused, self._guards.others, self._left_queue, self._observers
+            guard,
+            self._l1,
+            self._commits_paused,
+            self._guards.others,
+            self._left_queue,
+            self._refused_by_a_backend,
+            self._observers,
         )
         self._queues[guard] = queue
         self._tasks[queue] = asyncio.create_task(queue.run())
@@ -84,7 +88,10 @@ class Writeback:
         self._later = [self._queues[guard] for guard in later]
         active = [guard for guard in self._guards.current if guard.state is BackendState.ACTIVE]
         self._promoting = [self._queues[guard] for guard in active if guard.backend.placement.promote]
-        thresholds = {guard.backend.placement.admit for guard in (*at_once, *later)} - {1}
+        written = (*at_once, *later)
+        thresholds = {guard.backend.placement.admit for guard in written} - {1}
+        if any(guard.budget is not None for guard in written):
+            thresholds |= _AGAIN
         if thresholds and self._admission is None:
             self._admission = Admission(self._asked_for)
             self._observers.add(self._admission)
@@ -129,6 +136,11 @@ class Writeback:
         """Chunks that some backend has not stored."""
         return len(self._pending)
 
+    @property
+    def refused(self) -> int:
+        """How often a backend did not admit a chunk."""
+        return sum(queue.refused.total() for queue in self._queues.values())
+
     def keeps(self, entry: Entry) -> bool:
         """Whether a chunk waits for a backend, and L1 may have all that there is of it."""
         return entry in self._pending
@@ -145,16 +157,19 @@ class Writeback:
         self._committed_at = self._clock()
         queues, later = self._at_once, self._later
         if self._admission is not None:
-            asked = self._admission.count(entry.chunk_hash)
-            queues, later = _admitting(queues, asked), _admitting(later, asked)
+            asked, waits = self._admission.count(entry.chunk_hash), self._pending.get(entry)
+            queues = [queue for queue in queues if queue.admits(entry, waits, asked)]
+            later = [queue for queue in later if queue.admits(entry, waits, asked)]
         if not queues:
             queues, later = later[:1], later[1:]
         if queues:
             pending = self._pending.get(entry)
             if pending is None:
                 pending = self._offered.pop(entry, None) or Pending(entry, 0, hashes or (entry.chunk_hash,), number)
-                pending.epoch = self._epoch
+                pending.epoch = self._flushes.began(entry.owner)
                 self._pending[entry] = pending
+                if (tally := self._tallies.find(entry.owner)) is not None:
+                    tally.pending += 1
             pending.later = tuple(later)
             for queue in queues:
                 if queue.add(pending):
@@ -188,7 +203,7 @@ class Writeback:
     def _offer(self, entry: Entry, queue: WriteQueue) -> None:
         pending = self._pending.get(entry) or self._offered.get(entry)
         if pending is None:
-            pending = self._offered[entry] = Pending(entry, self._epoch, (entry.chunk_hash,), 0)
+            pending = self._offered[entry] = Pending(entry, 0, (entry.chunk_hash,), 0)
         if queue.offer(pending):
             entry.unwritten += 1
 
@@ -225,15 +240,19 @@ class Writeback:
         if entry.unwritten or self._take_turn(pending):
             return
         del self._pending[entry]
-        if not entry.present & ~pending.stored:
-            self._written += 1
-        elif outcome is not Outcome.WITHDRAWN and pending.dropped:
-            self.dropped += 1
-        for flush in self._flushes:
-            if pending.epoch <= flush.epoch:
-                flush.left -= 1
-                if not flush.left:
-                    flush.done.set()
+        written = not entry.present & ~pending.stored
+        dropped = not written and outcome is not Outcome.WITHDRAWN and pending.dropped
+        self._written += written
+        self.dropped += dropped
+        if (tally := self._tallies.find(entry.owner)) is not None:
+            tally.pending -= 1
+            tally.written += written
+            tally.dropped += dropped
+        self._flushes.ended(entry.owner, pending.epoch)
+
+    def _refused_by_a_backend(self, entry: Entry) -> None:
+        if (tally := self._tallies.find(entry.owner)) is not None:
+            tally.refused += 1
 
     def _left_for(self, stored_by: WriteQueue, later: tuple[WriteQueue, ...]) -> tuple[WriteQueue, ...]:
         """Who still has a turn after a backend has stored a chunk: FIRST behind it has not."""
@@ -258,31 +277,49 @@ class Writeback:
         queue = self._queues.get(guard)
         return queue is None or await queue.writes_ended(chunk_hashes)
 
-    async def flush(self, deadline_seconds: float | None) -> FlushResult:
-        """Wait until everything that waits now is stored or dropped, or the deadline has passed."""
-        flush = Flush(self._epoch, len(self._pending))
-        self._epoch += 1
-        self._flushes.add(flush)
-        if self._closed or not flush.left:
-            flush.done.set()
+    def tell_apart(self, owners: Iterable[str]) -> None:
+        """Count for these owners what is pending, written and dropped of their own, from now on."""
+        self._tallies.keep(owners, (entry.owner for entry in self._pending))
+
+    def pending_of(self, owners: Collection[str]) -> int:
+        """Chunks of owners who are told apart that some backend has not stored."""
+        return self._tallies.pending(owners)
+
+    def dropped_of(self, owners: Collection[str]) -> int:
+        """Chunks of owners who are told apart that no backend has stored, and none will be asked to."""
+        return self._tallies.dropped(owners)
+
+    async def flush(self, deadline_seconds: float | None, owners: Collection[str] | None = None) -> FlushResult:
+        """Wait until everything that waits now is stored or dropped, or the deadline has passed.
+
+        What is to be committed when a load has ended is not waited for, and counts as pending. With `owners`, who are
+        told apart, it is theirs that is waited for, and told.
+        """
+        flush = self._flushes.begin(owners)
         try:
-            async with asyncio.timeout(deadline_seconds):
+            async with asyncio.timeout(deadline_seconds if not self._closed else 0):
                 await flush.done.wait()
         except TimeoutError:
             pass
         finally:
-            self._flushes.discard(flush)
+            self._flushes.leave(flush)
+        left = self._flushes.left(flush)
+        if owners is not None:
+            written, dropped, refused = self._tallies.take(owners)
+            pending = left + sum(map(self._l1.deferred_by_owner.__getitem__, owners))
+            return FlushResult(written, pending, dropped, refused)
         written, dropped = self._reported
         self._reported = self._written, self.dropped
-        return FlushResult(self._written - written, flush.left, self.dropped - dropped)
+        pending = left + self._l1.deferred
+        refused, self._refused = self._refused, self.refused
+        return FlushResult(self._written - written, pending, self.dropped - dropped, self.refused - refused)
 
     async def close(self) -> None:
         """Stop writing. Calls that are out belong to the guards."""
         self._closed = True
         for pending in self._pending.values():
             pending.later = ()  # a cycle that no collection would find: see `Pending`
-        for flush in self._flushes:
-            flush.done.set()
+        self._flushes.end_all()
         await self._end_tasks(list(self._tasks))
 
     async def _end_tasks(self, queues: Sequence[WriteQueue]) -> None:
@@ -291,6 +328,9 @@ class Writeback:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_NOTED_SECONDS):
+                await asyncio.gather(*(note_budget(queue.guard, idle=True) for queue in queues))
 
     async def _commits_paused(self) -> None:
         """Return when a burst of commits is over, or has lasted long.
@@ -308,6 +348,7 @@ class Writeback:
         assert all(pending.entry.unwritten == places.count(pending) for pending in places[:256])
         assert {*self._pending.values(), *self._offered.values()} == set(places)
         assert self._pending.keys().isdisjoint(self._offered)
+        assert self._flushes.chunks == len(self._pending)
         assert all(pending.entry.pins for queue in queues for pending in queue.in_flight)
         assert not any(pending.entry.detached for queue in queues for pending in queue.waiting)
         for queue in queues:
@@ -315,8 +356,3 @@ class Writeback:
 
     def __repr__(self) -> str:
         return f"<Writeback, {self.pending} pending, {self.dropped} dropped>"
-
-
-def _admitting(queues: Sequence[WriteQueue], asked: int) -> list[WriteQueue]:
-    """Those that admit what was asked for so often."""
-    return [queue for queue in queues if queue.guard.backend.placement.admit <= max(asked, 1)]

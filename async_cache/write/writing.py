@@ -2,19 +2,21 @@
 
 import asyncio
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from async_cache.aio.slices import InTurns, turn
 from async_cache.aio.sweeper import Sweeper
 from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
-from async_cache.errors import CacheClosedError
+from async_cache.errors import CacheClosedError, LimitError
 from async_cache.handles.writer import Block, Life, Opened, WriteChunk, Writer
 from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
 from async_cache.ledger.roots import Roots
 from async_cache.prompt.layout import Prompt, check_index
+from async_cache.read.filling import Filling
 from async_cache.values import Shortfall
 from async_cache.write.writeback import Writeback
 
@@ -53,9 +55,9 @@ class Writing:
         hashing: Worker,
         config: CacheConfig,
         roots: Roots | None = None,
+        filling: Filling | None = None,
     ):
-        self.filling: Counter[bytes] = Counter()
-        """Chunks for which a writer has room, and how many rooms: they are about to be committed."""
+        self._filling = filling if filling is not None else Filling()
         self._roots = roots if roots is not None else Roots()
         self._l1 = l1
         self._writeback = writeback
@@ -125,12 +127,9 @@ class Writing:
         try:
             dropped = await self._look_up(prompt, rank, start_chunk, missing, resident)
             await self._make_room(prompt, rank, missing[:most], resident, made)
-            for begin in range(0, len(made), _AT_ONCE):
-                await self._turn(begin)
-                chunks += [
-                    WriteChunk(missing[n], made[n].offset, prompt.layout, rank, n, life)
-                    for n in range(begin, min(begin + _AT_ONCE, len(made)))
-                ]
+            async for positions in InTurns(range(len(made)), _AT_ONCE):
+                self._check_open()
+                chunks += [WriteChunk(missing[n], made[n].offset, prompt.layout, rank, n, life) for n in positions]
         except BaseException:
             self._l1.discard_soon(made)
             raise
@@ -139,19 +138,15 @@ class Writing:
         for entry, index in dropped:
             if entry.dropped and not entry.detached:  # whoever stores a prompt again wants it in L2
                 self._writeback.enqueue(entry, prompt.chunk_hashes, index)
+        if missing and not made and (over := self._l1.over_quota(prompt, rank)) is not None:
+            raise LimitError(over)
         shortfall = Shortfall.MEMORY if len(made) < len(missing) else None
-        self.filling.update([reservation.chunk_hash for reservation in made])
+        self._filling.begun([reservation.chunk_hash for reservation in made])
         self._roots.note(prompt)
         opened = OpenWriter(writer, prompt, rank, missing, made, expired)
         self._open.add(opened)
         lend, commit = partial(self._lend, opened), partial(self._commit, opened)
         return Opened(tuple(chunks), life, shortfall, lend, commit, partial(self._close, opened), _settled)
-
-    async def _turn(self, done: int) -> None:
-        """Let others have their turn, between two parts of a long prompt. Raises CacheClosedError."""
-        if done:
-            await asyncio.sleep(0)
-            self._check_open()
 
     def _check_open(self) -> None:
         if self._l1.closed:
@@ -166,9 +161,10 @@ class Writing:
         """
         dropped: list[tuple[Entry, int]] = []
         hashes, mask = prompt.chunk_hashes, prompt.layout.objects.rank_masks[rank]
-        for begin in range(0, len(hashes), _AT_ONCE):
-            await self._turn(begin)
-            found = list(map(self._l1.find, hashes[begin : begin + _AT_ONCE]))
+        begin = 0
+        async for some in InTurns(hashes, _AT_ONCE):
+            self._check_open()
+            found = list(map(self._l1.find, some))
             there = [entry for entry in found if entry is not None]
             self._l1.lease(there)
             resident += there
@@ -178,6 +174,7 @@ class Writing:
                 if index >= start_chunk and mask & ~(entry.present if entry is not None else 0)
             ]
             dropped += [(entry, n) for n, entry in enumerate(found, begin) if entry is not None and entry.dropped]
+            begin += len(some)
         return dropped
 
     async def _make_room(
@@ -190,11 +187,12 @@ class Writing:
         l1, hashes, beside_all = self._l1, prompt.chunk_hashes, True
         while len(made) < len(missing):
             part = missing[len(made) : len(made) + _RESERVED_AT_ONCE]
-            some = l1.reserve(prompt.layout, [(hashes[index], rank) for index in part], prompt.salt)
+            some = l1.reserve(prompt.layout, [(hashes[index], rank) for index in part], prompt.salt, prompt.adapter)
             made += some
             if len(some) == len(part):
                 if len(made) < len(missing):
-                    await self._turn(len(made))
+                    await turn()
+                    self._check_open()
             elif beside_all and self._writeback.stores:
                 beside_all = False
                 unwritten = [entry for entry in resident if entry.unwritten or entry.dropped]
@@ -214,15 +212,9 @@ class Writing:
         mask = prompt.layout.objects.rank_masks[opened.rank]
         hashes = prompt.chunk_hashes
         before = hashes[index - 1] if index else None
-        self._filled(hashes[index])
+        self._filling.ended(hashes[index])
         self._writeback.enqueue(self._l1.commit(opened.reservations[position], mask, before), hashes, index)
         self._open.add(opened)
-
-    def _filled(self, chunk_hash: bytes) -> None:
-        """One room less is to be filled of a chunk."""
-        left = self.filling.pop(chunk_hash, 0) - 1
-        if left > 0:
-            self.filling[chunk_hash] = left
 
     def _close(self, opened: OpenWriter, uncommitted: list[tuple[int, Block | None]]) -> None:
         """Give back the rooms that were not committed; in quarantine goes what somebody still sees."""
@@ -235,7 +227,7 @@ class Writing:
         uncommitted.clear()
         while lent:  # taken out one by one: no block is kept from being gone
             reservation, block = lent.pop()
-            self._filled(reservation.chunk_hash)
+            self._filling.ended(reservation.chunk_hash)
             self._l1.quarantine(reservation)
             weakref.finalize(block, self._unseen_now, reservation).atexit = False
             del block
@@ -244,7 +236,7 @@ class Writing:
 
     def _discard(self, rooms: Sequence[Reservation]) -> None:
         for room in rooms:
-            self._filled(room.chunk_hash)
+            self._filling.ended(room.chunk_hash)
         self._l1.discard(rooms)
 
     def _unseen_now(self, reservation: Reservation) -> None:

@@ -53,3 +53,16 @@ async def test_whoever_cannot_wait_does_what_it_takes() -> None:
     assert done == list(range(3000))
     await asyncio.sleep(0)
     assert len(done) == 3000
+
+
+async def test_what_is_few_goes_ahead_of_what_waits_where_it_may() -> None:
+    backlog, done = Backlog(1000), list[int]()
+    backlog.do(done.extend, range(3000))
+    given = backlog.given
+    backlog.do_ahead(done.extend, [-1] * FEW)
+    assert done == [*range(1000), *[-1] * FEW]
+    assert backlog.given == given and not backlog.has_done(given)
+    backlog.do_ahead(done.extend, [-2] * (FEW + 1))
+    await backlog.done()
+    assert done[1000 + FEW :] == [*range(1000, 3000), *[-2] * (FEW + 1)]
+    assert backlog.has_done(backlog.given)

@@ -116,6 +116,26 @@ def test_what_is_added_while_another_expires_expires_too() -> None:
     run(scene)
 
 
+def test_items_that_come_and_go_before_they_are_due_wake_nobody() -> None:
+    async def scene(bench: Bench) -> None:
+        expiry = bench.expiry(60)
+        expiry.add("first")
+        await asyncio.sleep(1)
+        sweeps = bench.sweeper.sweeps
+        expiry.discard("first")
+        for number in range(50):
+            expiry.add(number)
+            await asyncio.sleep(0.1)
+            expiry.discard(number)
+        assert bench.sweeper.sweeps == sweeps
+        expiry.add("last")
+        added = now()
+        await asyncio.sleep(DAY)
+        assert bench.expired == [("last", added + 60)]
+
+    run(scene)
+
+
 def test_a_day_without_items_costs_one_sweep() -> None:
     async def scene(bench: Bench) -> None:
         bench.expiry(1)

@@ -78,6 +78,23 @@ def uses_its_parents(parents: Any) -> None:
     blocking.close()
 
 
+def waits_for_its_parents(parents: Any) -> None:
+    blocking, events, *writers = parents[2], *parents[-2:], parents[4], parents[6]
+
+    def leave() -> None:
+        with writers[0]:
+            pass
+
+    for call in (*(writer[1].commit for writer in writers), leave, lambda: next(events), events.close):
+        try:
+            call()
+            say("nothing is said")
+        except Exception as error:
+            say(f"{type(error).__name__}: {error}")
+    say(str([chunk.committed for writer in writers for chunk in writer]))
+    blocking.close()
+
+
 # The parent.
 
 
@@ -93,6 +110,7 @@ async def main() -> None:
             held.append(await each.store(SECOND))
             write(next(iter(held[-1])), SECOND)
         blocking.prefetch(FIRST).load_done.result()
+        held += await asyncio.to_thread(lambda: (blocking.events(), blocking.store(OWN)))
         leases = (await client.stats()).leases
         await fork(held)
         assert (await client.stats()).leases == leases
@@ -108,6 +126,7 @@ async def main() -> None:
         assert (await cache.flush()).pending == 0
         await assert_nothing_held(cache)
         blocking.ping()
+        held[-1].close()
         blocking.close()
     say("parent ok")
 

@@ -118,6 +118,24 @@ def test_a_request_from_store_to_end(client: BlockingClient) -> None:
         client.query_status("r")
 
 
+def test_a_request_for_segments_from_store_to_end(client: BlockingClient) -> None:
+    layout = PROMPT.layout
+    parts = [PROMPT, layout.segment(range(9), context=[1]), layout.segment(range(9, 13))]
+    for part in parts[:2]:
+        fill(client, part)
+    assert [hits.chunks for hits in client.lookup_segments(parts).parts] == [CHUNKS, 2, 0]
+    prefetch = client.prefetch_segments(parts, request_id="r")
+    assert [hits.chunks for hits in prefetch.lookup_done.result(SOON).parts] == [CHUNKS, 2, 0]
+    assert [result.chunks for result in prefetch.load_done.result(SOON).parts] == [CHUNKS, 2, 0]
+    with client.read("r") as lease:
+        assert [(chunk.part, chunk.index) for chunk in lease] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+        assert all(bytes(chunk.views[0]) == pattern(parts[chunk.part], chunk.index) for chunk in lease)
+    with pytest.raises(UnknownRequestError):
+        client.query_status("r")
+    with pytest.raises(ValueError, match="1 to 256 parts"):
+        client.prefetch_segments([])
+
+
 def test_every_member_answers(client: BlockingClient) -> None:
     client.flush(SOON)
     fill(client, PROMPT)
@@ -346,7 +364,7 @@ class Late(concurrent.futures.Future):  # type: ignore[type-arg]
         raise TimeoutError
 
 
-@pytest.mark.parametrize("call", ["query_status", "read"])
+@pytest.mark.parametrize("call", ["query_status", "read", "stream"])
 def test_what_comes_as_its_waiter_gives_up_is_not_lost(
     call: str, client: BlockingClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,12 +375,36 @@ def test_what_comes_as_its_waiter_gives_up_is_not_lost(
         patch.setattr(concurrent.futures, "Future", Late)
         got = getattr(client, call)("r", timeout_seconds=0.01)
     got = got or getattr(client, call)("r", timeout_seconds=SOON)
-    if call == "read":
-        assert verify(got, PROMPT) == list(range(CHUNKS))
+    if call in ("read", "stream"):
+        assert [bytes(chunk.views[0]) for chunk in got] == [pattern(PROMPT, n) for n in range(CHUNKS)]
         got.release()
     else:
         assert got.chunks == CHUNKS
         client.end_request("r")
+
+
+def test_a_thread_gets_chunks_as_they_come(client: BlockingClient, server: ThreadedServer, gate: GatedBackend) -> None:
+    longer = make_prompt(CHUNKS + 2)
+    fill(client, longer)
+    client.flush()
+    client.clear()
+    fill(client, PROMPT)
+    gate.hold("load")
+    prefetch = client.prefetch(longer, request_id="r")
+    with client.stream("r", timeout_seconds=0.2) as stream:
+        chunks = iter(stream)
+        came = [next(chunks) for _ in range(CHUNKS)]
+        assert [bytes(chunk.views[0] or b"") for chunk in came] == [pattern(longer, n) for n in range(CHUNKS)]
+        with pytest.raises(TimeoutError):
+            next(chunks)
+        with pytest.raises(RuntimeError):
+            _ = stream.result
+        server.call(gate.release)
+        assert [chunk.index for chunk in stream] == list(range(CHUNKS + 2))  # from the first on, or where it was
+        assert stream.result == prefetch.load_done.result(SOON)
+        assert verify(stream.lease, longer) == list(range(CHUNKS + 2))
+    with pytest.raises(RuntimeError, match="released"):
+        next(iter(stream))
 
 
 def test_a_call_in_the_clients_own_thread_that_would_wait_for_ever_is_refused(client: BlockingClient) -> None:
@@ -553,7 +595,7 @@ def test_close_tells_those_who_wait_in_other_threads(server: ThreadedServer, gat
     prefetch = client.prefetch(PROMPT, request_id="r")
     before = gate.calls["lookup"]
     waits = [in_thread(call) for call in (lambda: client.lookup(PROMPT), lambda: client.query_status("r"))]
-    waits += [in_thread(client.read, "r"), prefetch.lookup_done, prefetch.load_done]
+    waits += [in_thread(client.read, "r"), in_thread(client.stream, "r"), prefetch.lookup_done, prefetch.load_done]
     waiting_calls(server, gate, "lookup", before + 1)
     client.ping()
     client.close()
@@ -581,11 +623,11 @@ class ClosedBetween(BlockingClient):
         return client
 
 
-@pytest.mark.parametrize("member", ["prefetch", "stats", "read", "store"])
+@pytest.mark.parametrize("member", ["prefetch", "stats", "read", "stream", "store"])
 def test_a_call_that_is_overtaken_by_a_close_is_told(member: str, server: ThreadedServer) -> None:
     client = ClosedBetween(server.url).open()
     client.between = True
-    arguments: dict[str, Any] = {"prefetch": [PROMPT], "store": [PROMPT], "read": ["r"]}
+    arguments: dict[str, Any] = {"prefetch": [PROMPT], "store": [PROMPT], "read": ["r"], "stream": ["r"]}
     call = in_thread(getattr(client, member), *arguments.get(member, []))
     if member == "prefetch":
         prefetch = call.result(SOON)

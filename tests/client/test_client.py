@@ -1,12 +1,14 @@
 """`connect`: how a client gets to its server, what breaks with the connection, and how it gets back."""
 
 import asyncio
+import math
 import os
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +21,14 @@ from contract.support import fill, make_layout, make_prompt, outcomes, read_back
 
 from async_cache import (
     AccessDeniedError,
+    BlockingClient,
     CacheClient,
     CacheClosedError,
     CacheConfig,
     ConfigError,
     ConnectionLostError,
     LimitError,
+    ObjectGroup,
     ProtocolError,
     RequestConflictError,
     ServerConfig,
@@ -35,6 +39,7 @@ from async_cache import (
 )
 from async_cache.client.link import Link, Lost
 from async_cache.l2.memory import MemoryBackend
+from async_cache.prompt.layout import HASH_AT_ONCE_TOKENS
 from async_cache.protocol import messages
 from async_cache.protocol.frames import frame
 from async_cache.protocol.messages import encode
@@ -136,7 +141,7 @@ async def test_a_server_that_was_there_first_is_found_at_the_first_attempt(url: 
 
 
 async def test_what_is_no_address_is_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match="allowed: unix:///path or tcp://host:port"):
+    with pytest.raises(ConfigError, match="allowed: unix:///path, tcp://host:port or tls://host:port"):
         connect("localhost:7000")
 
 
@@ -144,6 +149,25 @@ async def test_what_is_no_address_is_refused_at_once() -> None:
 def test_a_namespace_that_can_not_be_used_is_refused_at_once(namespace: str) -> None:
     with pytest.raises(ValueError, match="namespace"):
         connect("unix:///s", namespace)
+
+
+@pytest.mark.parametrize("make", [connect, BlockingClient])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("heartbeat_seconds", [0, -1, math.nan, math.inf, "x", True]),
+        ("connect_timeout_seconds", [-1, math.nan, math.inf, 10**400, "1", None]),
+        ("token", [5, b"token", "\ud800"]),
+        ("namespace", [5, None]),
+        ("tls", [True]),
+    ],
+)
+def test_an_argument_that_can_not_be_used_is_named_at_once(
+    name: str, values: list[Any], make: Callable[..., Any]
+) -> None:
+    for value in values:
+        with pytest.raises(ConfigError, match=name):
+            make("tls://localhost:1", **{name: value})
 
 
 @pytest.mark.parametrize("token", [None, "wrong", TOKENS[0] + "x", "", "x" * 5000])
@@ -765,3 +789,19 @@ async def test_a_backend_that_a_client_adds_can_be_drained_and_removed_however_l
             await client.drain_backend(added.name)
             await client.remove_backend(added.name)
             assert await client.backends() == []
+
+
+async def test_a_long_prompt_is_hashed_though_the_default_executor_is_full_of_what_blocks(url: str) -> None:
+    loop, freed = asyncio.get_running_loop(), threading.Event()
+    layout = make_layout(ObjectGroup((16,), "uint8"), chunk_tokens=64)
+    long = [layout.prompt(range(start, start + HASH_AT_ONCE_TOKENS + 64)) for start in (0, 1)]
+    async with serve(url), connect(url) as client:
+        try:
+            blocked = [loop.run_in_executor(None, freed.wait) for _ in range(64)]
+            async with asyncio.timeout(SECONDS):
+                assert (await client.lookup(long[0])).chunks == 0
+                async with client.store(long[1]) as writer:
+                    assert writer.is_open
+        finally:
+            freed.set()
+        await asyncio.gather(*blocked)

@@ -249,3 +249,17 @@ async def test_a_machine_of_the_other_byte_order_is_refused(url: str, monkeypatc
         with pytest.raises(ConfigError, match="little-endian"):
             async with serve(f"{url}-2"):
                 raise AssertionError
+
+
+def test_what_an_attempt_was_told_is_told_and_not_that_the_time_of_the_last_was_short(url: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(url.removeprefix("unix://"))
+        listener.listen()
+
+        async def use() -> None:
+            opening = asyncio.create_task(connect(url, connect_timeout_seconds=0.15).open())
+            (await asyncio.to_thread(listener.accept))[0].close()  # and those that come after it wait
+            with pytest.raises(ConnectionLostError, match=r"closed|reset"):
+                await opening
+
+        asyncio.run(use())

@@ -43,3 +43,18 @@ def test_what_was_opened_before_a_fork_says_so_in_the_child(loop: str) -> None:
                 *(f"CacheClosedError: the client {refused}" for _ in range(2)),
                 "parent ok",
             ]
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_what_was_begun_before_a_fork_neither_waits_nor_commits_in_the_child(loop: str) -> None:
+    with short_directory() as directory:
+        url = f"unix://{directory}/s"
+        with serve_in_process(url), forking("waits_for_its_parents", loop, url, directory) as said:
+            refused = "was opened before a fork: open another one in the child"
+            assert said.splitlines() == [
+                *(f"CacheClosedError: the writer {refused}" for _ in range(3)),
+                *(f"CacheClosedError: the client {refused}" for _ in range(2)),
+                "nothing is said",
+                str([False] * 9),
+                "parent ok",
+            ]

@@ -51,6 +51,22 @@ async def test_blocks_are_written_to_the_file_at_their_offsets(segment: Segment)
         assert os.pread(segment.fd, 2 * PAGE, offset) == bytes(view)
 
 
+async def test_pages_of_a_window_are_never_given_back(segment: Segment) -> None:
+    window = segment.window(3 * PAGE)
+    assert window is not None and (len(window), window.readonly) == (3 * PAGE, False)
+    (offset, block), (_, other) = segment.blocks(2 * PAGE, 2)
+    for each in (block, other):
+        memoryview(each).cast("B")[:] = b"x" * (2 * PAGE)
+    assert offset == 0 and bytes(window) == b"x" * (3 * PAGE)
+    del block, other, each
+    gc.collect()
+    while segment.give_back():
+        pass
+    assert bytes(window) == b"x" * (3 * PAGE)
+    assert os.pread(segment.fd, 8 * PAGE, 0) == b"x" * (3 * PAGE) + bytes(5 * PAGE)
+    assert segment.window(100 * PAGE) is not None
+
+
 async def test_there_are_no_more_blocks_than_fit(segment: Segment) -> None:
     held = segment.blocks(3 * PAGE, 5)
     assert len(held) == 2

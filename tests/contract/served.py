@@ -16,7 +16,7 @@ from async_cache.client.memory import Segment
 from async_cache.config import ServerConfig
 from async_cache.l2 import Backend
 from async_cache.memory.mapping import map_read_only
-from async_cache.protocol.messages import VERSION, Welcome
+from async_cache.protocol.messages import NEWER, VERSION, Welcome
 from async_cache.server import Server
 from async_cache.server.access import Tenant
 from async_cache.server.segment import ClientSegment
@@ -34,9 +34,10 @@ class BoundTenant(Tenant):
 class ServedCache(CacheClient):
     """A client, and for the tests the cache behind its server."""
 
-    def __init__(self, cache: AsyncCache, server: Server, kind: str):
+    def __init__(self, cache: AsyncCache, server: Server, kind: str, tenant: Tenant | None = None):
         super().__init__(self._connect)
         self._cache, self._server, self._kind = cache, server, kind
+        self._tenant = tenant or (BoundTenant() if kind == "bound" else Tenant())
 
     def check_integrity(self) -> None:
         self._cache.check_integrity()
@@ -44,7 +45,7 @@ class ServedCache(CacheClient):
     async def _connect(self, lost: Lost, timeout_seconds: float) -> Link:
         """A connection without a socket of the machine, or a greeting: `mapped`, `framed`, or `bound` to salts."""
         mapped = self._kind == "mapped"
-        tenant = BoundTenant() if self._kind == "bound" else Tenant()
+        tenant = self._tenant
         segment = Segment() if mapped else None
         received = ClientSegment(os.dup(segment.fd), len(self._cache.memory)) if segment else None
         session = self._server.session(tenant, "", received, mapped=mapped)
@@ -53,7 +54,8 @@ class ServedCache(CacheClient):
             segment.grow(len(self._cache.memory))
             arena = map_read_only(self._cache.core.arena.fd, len(self._cache.memory))
         ttl = self._cache.core.config.result_ttl_seconds
-        link = Link(Welcome(VERSION, len(self._cache.memory), mapped, tenant.trusted, ttl), arena, segment, lost)
+        welcome = Welcome(VERSION, len(self._cache.memory), mapped, tenant.trusted, ttl, list(NEWER))
+        link = Link(welcome, arena, segment, lost)
         loop = asyncio.get_running_loop()
         ours, theirs = socketpair() if isinstance(loop, async_solipsism.EventLoop) else socket.socketpair()
         await loop.connect_accepted_socket(lambda: session.connection, theirs)

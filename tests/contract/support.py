@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from inspect import isawaitable
 from typing import Any
 
-from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup
+from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, Shortfall
 from async_cache.l2 import Backend
 from async_cache.l2.backend import LoadOutcome
 from async_cache.prompt.keys import ObjectKey
@@ -134,6 +134,17 @@ async def read_back(cache: AsyncCache, prompt: Prompt, **options: Any) -> int:
             async with cache.read(prefetch.request_id, rank=rank, reader=reader) as lease:
                 assert verify(lease, prompt, rank) == indices
     return result.chunks
+
+
+async def assert_fails_alone(cache: AsyncCache, bad: Prompt, sound: Prompt) -> None:
+    """What cannot be read of one prompt is no reason to leave its backend alone, however often it is asked for."""
+    for _ in range(2 * CacheConfig().breaker_failures):
+        prefetch = cache.prefetch(bad)
+        result = await prefetch.load_done
+        assert (result.chunks, result.shortfall) == (0, Shortfall.BACKEND_ERROR)
+        await cache.end_request(prefetch.request_id)
+    assert {backend.breaker for backend in await cache.backends()} == {"closed"}
+    assert await read_back(cache, sound) == len(sound)
 
 
 async def count_hits(cache: AsyncCache, prompt: Prompt) -> int:

@@ -9,6 +9,8 @@ import torch
 
 from async_cache import AsyncCache, CacheConfig, ConfigError, ModelLayout, ObjectGroup
 from async_cache.l2.memory import MemoryBackend
+from async_cache.prompt.arguments import check_traceparent
+from async_cache.prompt.layout import check_ranks
 
 from .support import (
     LAYOUT,
@@ -45,6 +47,8 @@ CALLS = {
     "prefetch with a negative deadline": (ValueError, lambda c: c.prefetch(PROMPT, deadline_seconds=-1)),
     "prefetch with a deadline that is no number": (ValueError, lambda c: c.prefetch(PROMPT, deadline_seconds=math.nan)),
     "prefetch with a deadline as text": (TypeError, lambda c: c.prefetch(PROMPT, deadline_seconds="1")),
+    "prefetch with a traceparent that is too short": (ValueError, lambda c: c.prefetch(PROMPT, traceparent="00")),
+    "add_backend at a place as text": (TypeError, lambda c: c.add_backend("memory://x", position="0")),
     "lookup of tokens": (TypeError, lambda c: c.lookup([1, 2, 3, 4])),
     "query_lookup_hits of a number": ((TypeError, KeyError), lambda c: c.query_lookup_hits(5)),
     "query_status of None": ((TypeError, KeyError), lambda c: c.query_status(None)),
@@ -60,6 +64,8 @@ CALLS = {
     "store of a negative start": (ValueError, lambda c: c.store(PROMPT, start_chunk=-1)),
     "store of a fractional start": (TypeError, lambda c: c.store(PROMPT, start_chunk=1.0)),
     "flush with a negative deadline": (ValueError, lambda c: c.flush(deadline_seconds=-1)),
+    "flush with an endless deadline": (ValueError, lambda c: c.flush(deadline_seconds=math.inf)),
+    "flush with a deadline beyond any float": (ValueError, lambda c: c.flush(deadline_seconds=10**400)),
     "flush with a deadline as text": (TypeError, lambda c: c.flush(deadline_seconds="1")),
     "delete of tokens": (TypeError, lambda c: c.delete([1, 2, 3, 4])),
     "clear of an unknown tier": (ValueError, lambda c: c.clear(tier="l3")),
@@ -265,6 +271,43 @@ def test_a_layout_that_makes_no_sense_raises(error, make):
 def test_a_setting_that_can_not_be_used_stops_the_start(settings):
     with pytest.raises(ConfigError):
         CacheConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: ObjectGroup(16, "uint8"), "shape must be a tuple of integers, not 16"),
+        (lambda: ObjectGroup((4,), "uint8", ranks=5), "ranks must be a sequence, not int"),
+        (lambda: ModelLayout("m", SMALL), "groups must be a sequence, not ObjectGroup"),
+        (lambda: LAYOUT.prompt([1, 2, 3, 4], media=5), "media must be pairs of (token offset, digest), not 5"),
+        (lambda: AsyncCache(CacheConfig(quotas="a")), "quotas must be a list of texts as \"salt?l1=2GiB\", not 'a'"),
+        (lambda: check_ranks(0, 1), "ranks must be a sequence, not int"),
+        (lambda: check_traceparent("00"), "traceparent must have 55 characters, not 2"),
+    ],
+    ids=range(7),
+)
+def test_what_is_wrong_is_told_by_its_name(make, told):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        make()
+    assert str(caught.value) == told
+
+
+def test_the_integers_of_a_shape_may_be_those_of_numpy():
+    assert ObjectGroup((numpy.int64(2), 3), "uint8") == ObjectGroup((2, 3), "uint8")
+    with pytest.raises(ValueError, match="positive integers"):
+        ObjectGroup((True,), "uint8")
+
+
+async def test_a_slice_of_a_lease_or_writer_is_a_tuple_of_its_chunks():
+    async with open_cache() as cache:
+        async with cache.store(PROMPT) as writer:
+            assert writer[1:] == (writer[1], writer[2])
+            for chunk in writer:
+                chunk.commit()
+        await cache.prefetch(PROMPT, request_id="a").load_done
+        async with cache.read("a") as lease:
+            assert lease[:2] == (lease[0], lease[1])
+            assert lease[::-2] == (lease[2], lease[0])
 
 
 def test_an_unknown_setting_stops_the_start():

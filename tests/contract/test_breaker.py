@@ -2,7 +2,8 @@
 
 import pytest
 
-from async_cache import Shortfall
+from async_cache import BackendError, Shortfall
+from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing.backends import GatedBackend
 
@@ -10,10 +11,13 @@ from .support import (
     Recorder,
     Scripted,
     advance,
+    assert_fails_alone,
     assert_nothing_held,
     count_hits,
     fill,
+    fill_l2,
     make_prompt,
+    object_keys,
     open_cache,
     read_back,
     seed,
@@ -142,3 +146,50 @@ async def test_fewer_than_three_failures_cut_off_nothing(failures):
         backend.lookup_error = None
         assert await read_back(cache, PROMPT) == 3
         await settle()
+
+
+@pytest.mark.parametrize(
+    "answer", [BackendError("bad sector"), LoadOutcome.FAILED], ids=lambda answer: type(answer).__name__
+)
+@pytest.mark.parametrize("chunks", [1, 3])
+async def test_what_fails_alone_in_its_call_leaves_its_backend_in_use(chunks, answer):
+    backend, bad, sound = Scripted(MemoryBackend()), make_prompt(chunks, 1), make_prompt(3, 2)
+    async with open_cache(backend) as cache:
+        await fill_l2(cache, bad, sound)
+        backend.load_answers = dict.fromkeys(object_keys(bad), answer)
+        await assert_fails_alone(cache, bad, sound)
+        backend.load_answers = {}
+        await fill(cache, bad)  # anew
+        await cache.flush()
+        await cache.clear(tier="l1")
+        assert await read_back(cache, bad) == chunks
+        await assert_nothing_held(cache, backend)
+
+
+async def test_a_chunk_that_cannot_be_stored_leaves_its_backend_in_use():
+    backend, sound = Scripted(MemoryBackend()), make_prompt(3, 2)
+    async with open_cache(backend) as cache:
+        await fill_l2(cache, sound)
+        backend.store_answer = BackendError("refused")
+        await fill(cache, make_prompt(1))
+        assert (await cache.flush()).dropped == 1
+        assert {backend.breaker for backend in await cache.backends()} == {"closed"}
+        assert await read_back(cache, sound) == 3
+        await assert_nothing_held(cache, backend)
+
+
+async def test_loads_that_fail_one_after_the_other_leave_their_backend_alone_though_it_finds_them():
+    backend, prompts = Scripted(MemoryBackend()), [make_prompt(1, number) for number in range(4)]
+    async with open_cache(backend) as cache:
+        await fill_l2(cache, *prompts)
+        backend.load_answers = {key: BackendError("dead") for prompt in prompts for key in object_keys(prompt)}
+        assert [(await ask_and_load(cache, prompt)).chunks for prompt in prompts] == [0] * 4
+        assert backend.calls["load"] == 3
+        assert {backend.breaker for backend in await cache.backends()} == {"open"}
+
+
+async def ask_and_load(cache, prompt):
+    prefetch = cache.prefetch(prompt)
+    result = await prefetch.load_done
+    await cache.end_request(prefetch.request_id)
+    return result

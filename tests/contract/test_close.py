@@ -11,6 +11,7 @@ from async_cache.testing.backends import GatedBackend
 from .support import (
     PAGE,
     Recorder,
+    Scripted,
     attempt,
     fill,
     make_layout,
@@ -133,6 +134,27 @@ async def test_a_dead_disk_does_not_hold_up_the_close():
     assert asyncio.get_running_loop().time() - started < 60
     gate.release("load", "store")
     await settle()
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("fault", ["silent", "refuses", ""])
+async def test_what_could_not_be_written_back_is_said_once(fault, caplog):
+    backend = Scripted(MemoryBackend())
+    backend.store_answer = fault != "refuses"
+    gate = GatedBackend(backend)
+    cache = AsyncCache(CacheConfig(l1_bytes=16 * PAGE, l2=[], close_timeout_seconds=2), backends=[gate])
+    await cache.open()
+    gate.hold("store")
+    await fill(cache, PROMPT)
+    if fault != "silent":
+        gate.release("store")
+    await cache.close()
+    late = 2 if fault == "silent" else 0
+    said = [record.getMessage() for record in caplog.records if record.name == "async_cache.core"]
+    assert said == [
+        f"chunks that were committed are not in L2 as the cache closes: 2, {late} of them for want of time "
+        "(close_timeout_seconds = 2)"
+    ] * bool(fault)
 
 
 async def test_a_read_that_is_open_when_the_cache_closes_can_be_left():

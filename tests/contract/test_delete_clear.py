@@ -2,12 +2,16 @@
 
 import asyncio
 from contextlib import suppress
+from itertools import count
 
 import pytest
 
-from async_cache import BackendError, Deleted, Shortfall
+from async_cache import BackendError, CacheClosedError, Deleted, Shortfall
+from async_cache.aio import backlog
 from async_cache.l2.memory import MemoryBackend
+from async_cache.prompt.keys import ObjectKey
 from async_cache.testing.backends import GatedBackend, WrappedBackend
+from async_cache.write import removal
 
 from .support import (
     TWO_RANKS,
@@ -24,6 +28,53 @@ from .support import (
     settle,
     verify,
 )
+
+
+class Endless(MemoryBackend):
+    """Lists ever different objects, few of which it has, and takes its time."""
+
+    async def keys(self):
+        async for item in super().keys():
+            yield item
+        for number in count():
+            if number % 256 == 0:
+                await asyncio.sleep(10)
+            yield ObjectKey(number.to_bytes(32, "big"), 0, 0), 16
+
+
+async def test_to_clear_storage_whose_listing_does_not_end_ends_and_says_what_is_left():
+    backend = Endless()
+    async with open_cache(backend) as cache:
+        await fill(cache, make_prompt(4))
+        await cache.flush()
+        with pytest.raises(
+            BackendError, match=r"still lists objects after 3600 s: 4 objects were deleted, and .* left"
+        ):
+            await cache.clear("all")
+        assert 3600 < asyncio.get_running_loop().time() < 3700
+        assert backend.usage().objects == 0
+        await fill(cache, make_prompt(2))
+        assert await read_back(cache, make_prompt(2)) == 2
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("turns", range(0, 40, 3))
+@pytest.mark.parametrize("what", ["delete", "clear"])
+async def test_a_removal_that_the_close_of_the_cache_cancels_leaves_no_tombstone(what, turns, monkeypatch):
+    monkeypatch.setattr(removal, "_AT_ONCE", 1)
+    monkeypatch.setattr(backlog, "FEW", 1)
+    prompt = make_prompt(6)
+    async with open_cache(MemoryBackend()) as cache:
+        await fill(cache, prompt)
+        core = cache.core
+        removing = asyncio.create_task(cache.delete(prompt) if what == "delete" else cache.clear("all"))
+        await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await core.remover.close()
+        assert not core.remover._tombstones
+        with suppress(CacheClosedError):
+            await removing
 
 
 @pytest.mark.parametrize("where", ["l1", "l2", "both"])

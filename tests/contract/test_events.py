@@ -12,8 +12,11 @@ from async_cache.testing.backends import flip_bit
 from .support import (
     LAYOUT,
     TWO_RANKS,
+    advance,
+    count_hits,
     fill,
     fill_l2,
+    make_layout,
     make_prompt,
     make_tokens,
     object_keys,
@@ -150,6 +153,127 @@ async def test_what_is_damaged_is_removed_and_may_be_stored_again():
         assert await told(cache, events) == [stored(prompt, 0), stored(prompt, 0, "l2", "memory")]
         await cache.delete(prompt)
         assert [type(event) for event in await told(cache, events)] == [Removed, Removed]
+
+
+async def test_what_leaves_with_a_backend_is_lost_there_once_whatever_its_ranks():
+    prompt = make_prompt(2, layout=TWO_RANKS)
+    async with open_cache(MemoryBackend("near"), MemoryBackend("far")) as cache:
+        await fill_l2(cache, prompt)
+        events = cache.events()
+        await cache.remove_backend("near")
+        lost = [Removed(chunk_hash, "l2", "near", Removal.LOST) for chunk_hash in prompt.chunk_hashes]
+        assert by_hash(await told(cache, events)) == by_hash(lost)
+        assert await count_hits(cache, prompt) == 2  # by the other one
+        await cache.remove_backend("far")
+        assert {event.backend for event in await told(cache, events)} == {"far"}
+        (span,) = (await cache.explain(prompt)).spans
+        assert (span.removal, span.backend) == (Removal.LOST, "far")
+
+
+async def test_a_backend_that_comes_back_may_lose_what_it_has_again():
+    prompt = make_prompt(1)
+    backend = MemoryBackend("near")
+    async with open_cache(backend) as cache:
+        core = core_of(cache)
+        await fill_l2(cache, prompt)
+        events = cache.events()
+        for _ in range(2):
+            await cache.remove_backend("near")
+            assert await told(cache, events) == [Removed(prompt.chunk_hashes[0], "l2", "near", Removal.LOST)]
+            await core.backends.add(backend)
+            assert await count_hits(cache, prompt) == 1
+
+
+async def test_a_backend_that_cannot_list_leaves_without_a_word():
+    class Silent(MemoryBackend):
+        async def keys(self):
+            await asyncio.get_running_loop().create_future()
+            yield
+
+    prompt = make_prompt(1)
+    async with open_cache(Silent("near")) as cache:
+        await fill_l2(cache, prompt)
+        events = cache.events()
+        began = asyncio.get_running_loop().time()
+        await cache.remove_backend("near")
+        assert asyncio.get_running_loop().time() - began < 12
+        assert await told(cache, events) == []
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, TWO_RANKS], ids=["one object", "two ranks"])
+@pytest.mark.parametrize("here", [True, False], ids=["in memory", "elsewhere"])
+async def test_what_is_drained_is_stored_where_it_goes_and_then_leaves(here, layout):
+    """A chunk of which L1 knows nothing comes without its parent, and is told to those only who hear of all salts."""
+    prompt = make_prompt(3, layout=layout)
+    async with open_cache(MemoryBackend("near")) as cache:
+        await fill(cache, prompt)
+        await cache.flush()
+        if not here:
+            await cache.clear("l1")
+        await cache.add_backend("memory://far")
+        events, of_a_tenant = cache.events(), core_of(cache).events.stream(100, [prompt.salt])
+        await cache.drain_backend("near")
+        wanted = by_hash([stored(prompt, n, "l2", "far", parent=here) for n in range(3)])
+        assert by_hash(await told(cache, events)) == wanted
+        assert by_hash(await told(cache, of_a_tenant)) == (wanted if here else [])
+        await cache.remove_backend("near")
+        assert {(event.backend, event.removal) for event in await told(cache, events)} == {("near", Removal.LOST)}
+
+
+async def test_a_chunk_whose_objects_are_copied_side_by_side_is_stored_once():
+    """Some chunks have objects in two of the slices that a backend lists."""
+    prompt = make_prompt(1000, layout=make_layout(world_size=3))
+    async with open_cache(MemoryBackend("near"), pages=4000) as cache:
+        await fill_l2(cache, prompt)
+        await cache.add_backend("memory://far")
+        events = cache.events()
+        await cache.drain_backend("near")
+        assert by_hash(await told(cache, events)) == by_hash(
+            [stored(prompt, n, "l2", "far", parent=False) for n in range(1000)]
+        )
+
+
+async def test_what_is_drained_in_part_is_not_stored():
+    """The backend has one rank of two: whatever else has the other, where that is copied to is not whole."""
+    prompt = make_prompt(1, layout=TWO_RANKS)
+    near = MemoryBackend("near")
+    await seed(near, prompt, ranks=[0])
+    async with open_cache(near) as cache:
+        await fill(cache, make_prompt(1, 2, TWO_RANKS), ranks=[0])  # so that the layout is known
+        await cache.flush()
+        await cache.clear("l1")
+        await cache.add_backend("memory://far")
+        events = cache.events()
+        await cache.drain_backend("near")
+        assert await told(cache, events) == []
+
+
+async def test_what_expires_is_removed_when_it_does_and_not_before():
+    prompt, renewed, deleted = make_prompt(2), make_prompt(1, 2), make_prompt(1, 3)
+    backend = MemoryBackend("far")
+    backend.ttl_seconds = 60.0  # as a Valkey with `ttl=60`
+    async with open_cache(backend) as cache:
+        events = cache.events()
+        await fill_l2(cache, prompt)
+        await fill_l2(cache, renewed)
+        await fill_l2(cache, deleted)
+        await advance(30)
+        await cache.delete(deleted)
+        await cache.delete(renewed)
+        await fill_l2(cache, renewed)
+        await told(cache, events)
+        await advance(29)
+        assert await told(cache, events) == []
+        await advance(2)
+        expired = [Removed(chunk_hash, "l2", "far", Removal.EXPIRED) for chunk_hash in prompt.chunk_hashes]
+        assert by_hash(await told(cache, events)) == by_hash(expired)
+        await advance(40)
+        assert await told(cache, events) == [Removed(renewed.chunk_hashes[0], "l2", "far", Removal.EXPIRED)]
+
+
+def by_hash(events):
+    """A backend lists what it has in any order."""
+    return sorted(events, key=lambda event: event.chunk_hash)
 
 
 async def test_events_are_those_after_the_call():

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from async_cache import AsyncCache, CacheClosedError, CacheConfig, ObjectGroup, Shortfall
+from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.memory import MemoryBackend
 from async_cache.testing import FailingBackend, GatedBackend
 from async_cache.testing.backends import WrappedBackend
@@ -12,14 +13,17 @@ from async_cache.testing.backends import WrappedBackend
 from .support import (
     PAGE,
     TWO_RANKS,
+    Scripted,
     assert_nothing_held,
     fill,
     fill_l2,
     make_layout,
     make_prompt,
+    object_keys,
     open_cache,
     read_back,
     seed,
+    verify,
 )
 
 
@@ -148,6 +152,38 @@ async def test_a_commit_completes_a_chunk_that_somebody_reads():
         assert await read_back(cache, short) == 2
         await cache.flush()
         assert sum([key.group == 1 async for key, _ in memory.keys()]) == 2
+
+
+@pytest.mark.parametrize("answer", [LoadOutcome.FAILED, LoadOutcome.LOADED])
+async def test_a_commit_of_what_a_load_is_just_filling_is_kept(answer):
+    layout = make_layout(ObjectGroup((8,), "uint8"), ObjectGroup((8,), "uint8", window_chunks=1))
+    long, short = make_prompt(3, layout=layout), make_prompt(2, layout=layout)
+    memory = MemoryBackend()
+    scripted = Scripted(memory)
+    backend = GatedBackend(scripted)
+    async with open_cache(backend) as cache:
+        await fill_l2(cache, long)
+        await cache.prefetch(long, request_id="long").load_done
+        scripted.load_answers = dict.fromkeys(object_keys(short, groups=[1]), answer)
+        backend.hold("load")
+        loading = cache.prefetch(short, request_id="short")
+        assert (await loading.lookup_done).chunks == 2
+        await backend.reached("load")
+        await fill(cache, short)
+        stored = scripted.stored.copy()
+        assert (await cache.flush()).pending == 1
+        backend.release()
+        result = await loading.load_done
+        assert result.chunks == 2
+        async with cache.read("short") as lease:
+            assert verify(lease, short) == [0, 1]
+        await cache.end_request("long")
+        assert (await cache.flush()).pending == 0
+        await cache.clear(tier="l1")
+        scripted.load_answers = {}
+        assert await read_back(cache, short) == 2
+        await assert_nothing_held(cache)
+        assert (scripted.stored != stored) == (answer is LoadOutcome.FAILED)
 
 
 async def test_what_is_committed_while_l1_is_cleared_is_not_lost():

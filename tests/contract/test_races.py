@@ -300,7 +300,8 @@ class Engine:
 
     async def live(self, name):
         for number in range(40):
-            act = self.random.choice([self.store, self.read, self.read, self.read, self.leave, self.delete, self.clear])
+            acts = [self.store, self.read, self.read, self.read, self.leave, self.delete, self.clear, self.keep]
+            act = self.random.choice(acts)
             await act(self.prompt(), f"{name}-{number}")
             await asyncio.sleep(self.random.choice([0, 0.1, 1]))
             self.cache.check_integrity()
@@ -352,6 +353,16 @@ class Engine:
             with suppress(BackendError):  # what a backend was not able to delete is told
                 await self.cache.delete(prompt)
 
+    async def keep(self, prompt, request_id):
+        match self.random.randrange(4):
+            case 0 | 1:
+                kept = await self.cache.retain(prompt, ttl_seconds=self.random.choice([0, 1, 50]))
+                assert kept.chunks == len(prompt) or kept.clipped is not None or not kept.expires_in_seconds
+            case 2:
+                assert (await self.cache.warm(prompt, deadline_seconds=1)).chunks <= len(prompt)
+            case 3:
+                await self.cache.hint(prompt, output_tokens=3, returns=self.random.choice([None, True, False]))
+
     async def clear(self, prompt, request_id):
         if self.random.random() < 0.1:
             with suppress(BackendError):
@@ -400,6 +411,7 @@ async def test_engines_that_do_as_they_like_read_right_bytes_and_leave_nothing_b
         "result_ttl_seconds": 5,
         "lease_ttl_seconds": 30,
         "reservation_ttl_seconds": 20,
+        "policy": ("lru", "prefix")[number % 2],
     }
     async with open_cache(*backends, pages=48, **settings) as cache:
         idle = (await cache.stats()).l1_used_bytes
@@ -407,6 +419,7 @@ async def test_engines_that_do_as_they_like_read_right_bytes_and_leave_nothing_b
         await asyncio.gather(*(engine.live(f"{name}") for name, engine in enumerate(engines)))
         await asyncio.sleep(1000)
         await cache.flush()
+        assert await cache.retained() == []
         await assert_nothing_held(cache, *backends)
         assert sum(engine.steps for engine in engines) == 240
         for backend in backends:

@@ -234,6 +234,18 @@ async def test_what_l2_does_not_take_is_dropped_and_counted_and_stays_in_l1(answ
         await assert_nothing_held(cache, backend)
 
 
+@pytest.mark.embedded
+async def test_a_backend_that_can_never_take_an_object_says_so_once(caplog):
+    backend = MemoryBackend("small", capacity_bytes=1)
+    async with open_cache(backend) as cache:
+        for number in range(2):
+            await fill(cache, make_prompt(3, number))
+            assert (await cache.flush(deadline_seconds=3600)).refused == 3
+    said = [record.getMessage() for record in caplog.records if record.name == "async_cache.write.queue"]
+    size_bytes = make_prompt(3).layout.block_bytes[0]
+    assert said == [f"backend small stores no chunk of {size_bytes} bytes: its capacity is 1"]
+
+
 async def test_what_was_dropped_is_written_when_it_is_stored_again():
     backend = Scripted(MemoryBackend())
     backend.store_answer = False

@@ -381,3 +381,19 @@ async def test_a_writer_that_two_tasks_open_at_once_reserves_once():
         assert (await cache.stats()).reserved_bytes == 4 * PAGE
         writer.close()
         await assert_nothing_held(cache)
+
+
+async def test_who_forgets_to_await_is_told_so():
+    async with open_cache() as cache:
+        await fill(cache, make_prompt(2))
+        prefetch = cache.prefetch(make_prompt(2))
+        await prefetch.load_done
+        for made in (
+            cache.store(make_prompt(2, 2)),
+            cache.read(prefetch.request_id),
+            cache.stream(prefetch.request_id),
+        ):
+            assert len(made) == 0
+            for use in (made.__enter__, made.__iter__, lambda made=made: made.chunks):
+                with pytest.raises(RuntimeError, match="`async with` or `await` it first"):
+                    use()

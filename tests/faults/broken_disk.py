@@ -50,6 +50,13 @@ class BrokenDisk:
     def mounted(self) -> Iterator["BrokenDisk"]:
         self._source.mkdir()
         self._mount.mkdir()
+        with self.mounted_again():
+            yield self
+
+    @contextmanager
+    def mounted_again(self) -> Iterator["BrokenDisk"]:
+        """In the same place, when it has died."""
+        subprocess.run(["umount", "--lazy", self._mount], capture_output=True)
         try:
             with process(__name__, self._source, self._mount, self._kind) as self.child:
                 if self.child.stdout.readline() != "mounted\n":

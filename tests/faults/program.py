@@ -32,6 +32,7 @@ from async_cache import (
 from async_cache.l2 import Backend
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.memory import MemoryBackend
+from async_cache.retention.policies import make_policy
 from async_cache.testing import WrappedBackend, flip_bit
 
 from .interleaving import ShuffledLoop
@@ -153,9 +154,15 @@ class Rough(WrappedBackend):
 
 
 class Program:
-    """One run: make it, then `await main()`. `reached` counts what happened at all."""
+    """One run: make it, then `await main()`. `reached` counts what happened at all. `policy`: of all tiers."""
 
-    def __init__(self, loop: ShuffledLoop, reached: Counter[str], wrap: Callable[["Rough"], Backend] = lambda b: b):
+    def __init__(
+        self,
+        loop: ShuffledLoop,
+        reached: Counter[str],
+        wrap: Callable[["Rough"], Backend] = lambda b: b,
+        policy: str = "lru",
+    ):
         self.loop = loop
         self.random: random.Random = loop.random
         self.reached = reached
@@ -184,7 +191,8 @@ class Program:
         self.unbounded = not bounded
         capacities = self.random.choice(([None], [None], [None, None])) if not bounded else [8 * PAGE, None]
         self.backends = [
-            Rough(MemoryBackend(f"backend {n}", capacity_bytes=capacity), self) for n, capacity in enumerate(capacities)
+            Rough(MemoryBackend(f"backend {n}", capacity_bytes=capacity, policy=make_policy(policy, loop.time)), self)
+            for n, capacity in enumerate(capacities)
         ]
         config = CacheConfig(
             l1_bytes=self.random.choice((9, 14, 24)) * PAGE,
@@ -197,6 +205,7 @@ class Program:
             reservation_ttl_seconds=RESERVATION_TTL,
             load_inflight_bytes=self.random.choice((PAGE, 2**20)),
             writeback_share=self.random.choice((0.25, 0.5)),
+            policy=policy,
         )
         self.cache = AsyncCache(config, backends=[wrap(backend) for backend in self.backends])
         self.check_every = self.random.choice((1,) + (25,) * 9)

@@ -29,7 +29,7 @@ from soak import rounds
 from async_cache import AsyncCache, AsyncCacheError, BackendError, CacheConfig, ObjectKey, Shortfall
 from async_cache.l2.filesystem.backend import FileSystemBackend
 
-from .disk import CHUNK_PAGES, LAYOUT, held_by_process, listing, path_of, process, rests, say
+from .disk import CHUNK_PAGES, LAYOUT, held_by_process, listing, place_of, process, rests, say
 
 try:
     from .broken_disk import BrokenDisk
@@ -114,9 +114,11 @@ async def test_what_another_backend_has_is_served_from_there(disk, tmp_path, fau
 async def test_a_bad_sector_is_lost_alone_and_the_next_store_replaces_it(disk):
     """The head is served, nobody else notices, and the breaker stays closed, however often it is asked for."""
     prompts = [PROMPT, OTHER, THIRD]
-    bad = path_of(disk.source, ObjectKey(PROMPT.chunk_hashes[2], 0, 1))
-    async with open_cache(FileSystemBackend(disk.path), breaker_failures=2, breaker_reset_seconds=600) as cache:
+    key = ObjectKey(PROMPT.chunk_hashes[2], 0, 1)
+    backend = FileSystemBackend(disk.path, segment_bytes=1)  # the sectors of a file are those of an object
+    async with open_cache(backend, breaker_failures=2, breaker_reset_seconds=600) as cache:
         await fill_l2(cache, *prompts)
+        bad = place_of(disk.source, key).path
         with disk.broken("bad", bad.name):
             result = await cache.prefetch(PROMPT, request_id="a").load_done
             assert (result.chunks, result.shortfall) == (2, Shortfall.BACKEND_ERROR)
@@ -125,9 +127,8 @@ async def test_a_bad_sector_is_lost_alone_and_the_next_store_replaces_it(disk):
                 assert [await read_back(cache, prompt) for prompt in prompts] == [2, CHUNKS, CHUNKS]
                 if number % 2:
                     await cache.clear("l1")
-        before = bad.stat().st_ino
         await fill_l2(cache, PROMPT)
-        assert bad.stat().st_ino != before
+        assert place_of(disk.source, key).path != bad
         assert [await read_back(cache, prompt) for prompt in prompts] == [CHUNKS] * 3
         await assert_nothing_held(cache)
 
@@ -230,6 +231,7 @@ async def test_a_stuck_read_harms_nobody_and_its_memory_is_given_back_when_it_en
     held = {OTHER: "second", THIRD: "third"}
     async with open_cache(broken, well, pages=3 * ROOM // PAGE, **SHORT) as cache:
         await fill(cache, OTHER)
+        assert len(await listing(broken)) == CHUNKS * len(LAYOUT.groups)
         with disk.broken("read", "stuck"):
             stuck = cache.prefetch(PROMPT, request_id="stuck")
             assert (await stuck.lookup_done).chunks == CHUNKS

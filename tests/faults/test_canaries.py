@@ -114,7 +114,7 @@ class CanaryProgram(Program):
 def test_memory_is_not_reused_while_somebody_owns_it(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     reached: Counter[str] = Counter()
-    for seed in seeds(quick=120, long=10_000):
+    for seed in seeds(quick=400, long=10_000):
         run(seed, lambda loop: CanaryProgram(loop, reached).main())
         assert not caplog.records, f"{REPLAY}={seed}: what went wrong was only logged"
     if REPLAY not in os.environ:

@@ -23,6 +23,7 @@ from contract.support import (
     make_layout,
     object_keys,
     open_cache,
+    pattern,
     read_back,
     seed,
     verify,
@@ -35,6 +36,7 @@ from async_cache import (
     CacheClosedError,
     CacheConfig,
     ObjectGroup,
+    SegmentPrefetch,
     Shortfall,
     UnknownRequestError,
     WriterClosedError,
@@ -132,6 +134,37 @@ async def read(cache, prompt):
             verify(lease, prompt, rank)
 
 
+async def stream(cache, prompt):
+    prefetch = cache.prefetch(prompt, request_id="a")
+    for rank in range(2):
+        async with cache.stream("a", rank=rank) as chunks:
+            came = [chunk async for chunk in chunks]
+            assert len(came) == CHUNKS or chunks.result.shortfall is Shortfall.CANCELLED
+            assert chunks.result == await prefetch.load_done
+            verify(chunks, prompt, rank)
+
+
+def make_parts(layout):
+    """Prompts that the backends have, all of them or a part."""
+    return [make_prompt(1, layout, chunks) for chunks in (2, CHUNKS, 3)]
+
+
+async def read_parts(cache, prompt):
+    parts = make_parts(prompt.layout)
+    prefetch = cache.prefetch_segments(parts, request_id="a")
+    await prefetch.lookup_done
+    for rank in range(2):
+        async with cache.read("a", rank=rank) as lease:
+            await asyncio.sleep(0)
+            for chunk in lease:
+                if chunk.views[1] is not None:
+                    assert bytes(chunk.views[1]) == pattern(parts[chunk.part], chunk.index, rank, 1)
+
+
+async def look_up_parts(cache, prompt):
+    await cache.lookup_segments(make_parts(prompt.layout))
+
+
 async def look_up(cache, prompt):
     await cache.lookup(prompt)
 
@@ -168,8 +201,14 @@ async def clear_all(cache, prompt):
     await cache.clear(tier="all")
 
 
-PREFETCHING = {wait_for_both: "a", query: "ab", read: "ba"}  # alone, or with another one after or before it
-OTHERS = [look_up, look_further, store_and_flush, delete, clear_l1, clear_all]
+PREFETCHING = {
+    wait_for_both: "a",
+    query: "ab",
+    read: "ba",
+    stream: "ab",
+    read_parts: "ab",
+}  # alone, or with another one after or before it
+OTHERS = [look_up, look_up_parts, look_further, store_and_flush, delete, clear_l1, clear_all]
 
 
 def make_prompt(number, layout, chunks=CHUNKS):
@@ -215,7 +254,7 @@ async def trial(backends, layout, work, blow, steps):
         tasks, stored = asyncio.all_tasks(), sum(backend.usage().objects for backend in backends)
         prefetch, bystander = None, None
         if work in PREFETCHING:
-            prefetches = {request_id: cache.prefetch(prompt, request_id=request_id) for request_id in PREFETCHING[work]}
+            prefetches = {request_id: begin(cache, work, prompt, request_id) for request_id in PREFETCHING[work]}
             prefetch, bystander = prefetches["a"], prefetches.get("b")
         task, struck = await strike(work(cache, prompt), steps, lambda task: blow(cache, task, prefetch))
         if blow in CANCEL_TASK:
@@ -237,13 +276,20 @@ async def trial(backends, layout, work, blow, steps):
     return struck
 
 
+def begin(cache, work, prompt, request_id):
+    if work is read_parts and request_id == "a":
+        return cache.prefetch_segments(make_parts(prompt.layout), request_id=request_id)
+    return cache.prefetch(prompt, request_id=request_id)
+
+
 async def outlast(cache, prompt, prefetch, bystander, blow, struck):
     """The one that was struck has all or nothing, the one beside it has all."""
     result = await prefetch.load_done
+    chunks = sum(map(len, make_parts(prompt.layout))) if isinstance(prefetch, SegmentPrefetch) else CHUNKS
     if struck and blow in CANCEL_REQUEST:
-        assert (result.chunks, result.shortfall) in [(CHUNKS, None), (0, Shortfall.CANCELLED)]
+        assert (result.chunks, result.shortfall) in [(chunks, None), (0, Shortfall.CANCELLED)]
     else:
-        assert (result.chunks, result.shortfall) == (CHUNKS, None)
+        assert (result.chunks, result.shortfall) == (chunks, None)
     if bystander is not None:
         assert (await bystander.load_done).chunks == CHUNKS
         for rank in range(2):

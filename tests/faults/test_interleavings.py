@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from async_cache.retention.policies import NAMES
+
 from .interleaving import REPLAY, ShuffledLoop, run, seeds
 from .program import Program
 from .small_steps import small_steps
@@ -56,6 +58,15 @@ def test_in_whatever_order_callbacks_run_the_cache_keeps_its_word(
     if REPLAY not in os.environ:
         seldom = {what: reached[what] for what in REACHED if reached[what] < 5}
         assert not seldom, f"too seldom to prove anything: {seldom}"
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("policy", [name for name in NAMES if name != "lru"])
+def test_whatever_the_policy_the_cache_keeps_its_word(policy: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+    for seed in seeds(quick=60, long=5000):
+        run(seed, lambda loop: Program(loop, Counter(), policy=policy).main())
+        assert not caplog.records, f"{REPLAY}={seed}: what went wrong was only logged"
 
 
 @pytest.mark.parametrize("seed", [950_426])

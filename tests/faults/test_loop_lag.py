@@ -12,7 +12,6 @@ step of the loop does is counted, too, in calls: as many for a prompt of 4,000 c
 import asyncio
 import gc
 import json
-import os
 import random
 import subprocess
 import sys
@@ -29,7 +28,6 @@ import pytest
 import uvloop
 from blockbuster import BlockBusterFunction, blockbuster_ctx
 from contract.support import (
-    OBJECT_BYTES,
     PAGE,
     TWO_RANKS,
     count_hits,
@@ -49,17 +47,30 @@ from async_cache.l2.memory import MemoryBackend
 from async_cache.testing.backends import WrappedBackend
 from faults.small_steps import small_steps
 
+from .disk import claim, damage_record, place_of
+
 GOAL_MS = 20
+INDEX_PAGES = 8  # of the directory, on the disk
 COLLECTION_MS = rounds(20, 150)
 REFERENCE_MS = 20  # what `reference_ms` takes on an idle machine
 
 TICK_SECONDS = 0.001
 CHUNKS_AT_ONCE = 4096
-LINKS = 50_000  # to one file; file systems have a limit
 WIDE = make_prompt(CHUNKS_AT_ONCE, 1, make_layout(world_size=8))
 REAL = make_prompt(512, 2)
 POPULAR = [make_prompt(8, number) for number in range(10, 60)]
-BLOCKING = ("os.open", "os.preadv", "os.pwritev", "os.fsync", "os.posix_fallocate", "fcntl.flock")  # it knows the rest
+BLOCKING = (
+    "os.open",
+    "os.preadv",
+    "os.pwritev",
+    "os.pread",
+    "os.pwrite",
+    "os.fstat",
+    "os.fsync",
+    "os.fdatasync",
+    "os.posix_fallocate",
+    "fcntl.flock",
+)  # it knows the rest
 
 
 @contextmanager
@@ -108,15 +119,12 @@ async def bad_day(backend):
 @pytest.mark.parametrize("options", [{}, {"durability": "fsync"}, {"direct": True}], ids=str)
 def test_nothing_blocks_in_the_loop(tmp_path, caplog, options):
     def backend():
-        return FileSystemBackend(tmp_path, capacity_bytes=len(LONG) * PAGE + 60 * OBJECT_BYTES, **options)
-
-    def path(key):
-        return tmp_path / f"{key.chunk_hash.hex()}.{key.rank}.{key.group}.kv"
+        return FileSystemBackend(tmp_path, capacity_bytes=(len(LONG) + 60 + INDEX_PAGES) * PAGE, **options)
 
     with nothing_blocks():
         asyncio.run(busy(backend()))
-        path(object_keys(LONG)[4]).write_bytes(bytes(80))
-        path(object_keys(RANKS)[-1]).unlink()
+        place_of(tmp_path, object_keys(LONG)[4]).write(bytes(80))
+        damage_record(tmp_path, object_keys(RANKS)[-1])
         asyncio.run(bad_day(backend()))
     assert "Blocking call" not in caplog.text  # raised, and taken for a failure of the disk
 
@@ -184,15 +192,6 @@ class Sink(WrappedBackend):
         return await super().store(keys, buffers) if self.real else [True] * len(keys)
 
 
-def link(directory, keys):
-    """Names for a directory: they are found there, and can not be loaded."""
-    for number, key in enumerate(keys):
-        if number % LINKS == 0:
-            source = directory / f"source-{number}"
-            source.write_bytes(bytes(80))
-        os.link(source, directory / f"{key.chunk_hash.hex()}.{key.rank}.{key.group}.kv")
-
-
 async def store(cache, prompt, ranks=(0,)):
     for rank in ranks:
         async with cache.store(prompt, rank=rank) as writer:
@@ -224,7 +223,7 @@ async def probe(chunks, directory):
     bulk = [make_prompt(CHUNKS_AT_ONCE, 1000 + number) for number in range(chunks // CHUNKS_AT_ONCE)]
     more = [make_prompt(CHUNKS_AT_ONCE, 2000 + number) for number in range(1 + len(bulk) // 8)]
     known = [make_prompt(CHUNKS_AT_ONCE, 3000 + number) for number in range(len(bulk) - 8)]
-    link(directory, [key for prompt in (WIDE, *known) for key in object_keys(prompt)])
+    claim(directory, [key for prompt in (WIDE, *known) for key in object_keys(prompt)])
     gc.collect()
     gc.freeze()  # a collection visits what the cache makes, and not what Python has imported
     sink = Sink(FileSystemBackend(directory))
@@ -350,15 +349,16 @@ class Steps:
 async def life(steps, chunks):
     """What happens to a prompt of so many chunks and two ranks; what the test does itself takes a step for a chunk."""
     prompt, beside, absent = (make_prompt(chunks, number, TWO_RANKS) for number in (101, 102, 103))
-    for each in (prompt, beside, absent):
+    longer = make_prompt(2 * chunks, 101, TWO_RANKS)
+    for each in (prompt, beside, absent, longer):
         each.hash()
     async with open_cache(MemoryBackend(), pages=3 * chunks) as cache:
 
         async def fill(prompt, ranks=(0, 1)):
             for rank in ranks:
                 async with cache.store(prompt, rank=rank) as writer:
-                    for chunk in list(writer):
-                        chunk.commit()
+                    for number in range(len(writer)):
+                        writer[number].commit()
                         await asyncio.sleep(0)
                     await steps.begin("a writer ends")
                 await steps.begin("a writer begins")
@@ -406,6 +406,23 @@ async def life(steps, chunks):
             await cache.end_request(each.request_id)
         await steps.begin("a writer that gives up")
         (await cache.store(absent)).close()
+        await steps.begin("retain")
+        assert (await cache.retain(prompt)).chunks == chunks
+        await steps.begin("retain a longer one")
+        assert (await cache.retain(longer)).chunks == chunks
+        await steps.begin("retain no more")
+        for each in (prompt, longer):
+            assert (await cache.retain(each, ttl_seconds=0)).chunks == 0
+        await steps.begin("explain")
+        assert (await cache.explain(longer)).chunks == 2 * chunks
+        await steps.begin("warm")
+        assert (await cache.warm(longer)).chunks == chunks
+        await steps.begin("stream")
+        request_id = cache.prefetch(prompt).request_id
+        async with cache.stream(request_id) as stream:
+            async for _ in stream:
+                await asyncio.sleep(0)
+        await cache.end_request(request_id)
         await steps.begin("delete")
         assert (await cache.delete(prompt)).chunks == chunks
         await steps.begin("clear all")

@@ -16,11 +16,11 @@ from soak import rounds
 from async_cache import Shortfall
 from async_cache.l2.filesystem.backend import FileSystemBackend
 
-from .disk import CHUNK_PAGES, LAYOUT, TRAILER_BYTES, listing, process, rests, say
+from .disk import CHUNK_PAGES, LAYOUT, PAGE_BYTES, allocated, listing, places, process, rests, say
 
 CHUNKS = 6
 PROMPTS = [make_prompt(CHUNKS, number, LAYOUT) for number in range(8)]
-CHUNK_BYTES = sum(group.size_bytes for group in LAYOUT.groups)
+CHUNK_BYTES = sum(-(-group.size_bytes // PAGE_BYTES) for group in LAYOUT.groups) * PAGE_BYTES
 CAPACITY_BYTES = len(PROMPTS) * CHUNKS * CHUNK_BYTES // 2
 PROCESSES = 2
 
@@ -117,8 +117,8 @@ async def test_two_processes_store_load_delete_and_evict_the_same(tmp_path, reco
             async with cache.read(prefetch.request_id) as lease:
                 check(lease, prompt)
     assert rests(tmp_path) == []
-    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
-    assert 0 < sum(sizes) - TRAILER_BYTES * len(sizes) <= CAPACITY_BYTES
+    assert places(tmp_path)
+    assert allocated(tmp_path) <= CAPACITY_BYTES
 
 
 if __name__ == "__main__":

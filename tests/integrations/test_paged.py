@@ -13,12 +13,22 @@ from typing import Any
 import pytest
 import torch
 
-from async_cache import BlockingClient, LoadResult, LookupHits, connect
+from async_cache import BlockingClient, LoadResult, LookupHits, Prompt, connect
+from async_cache.advice import Pace
 from async_cache.client.blocking import BlockingPrefetch
 from async_cache.integrations.optional import OptionalClient
-from async_cache.integrations.paged import Geometry, Orders, PagedScheduler, PagedWorker, Pages, SaveOrder
-from async_cache.integrations.paged.orders import NO_BLOCK, Tables
+from async_cache.integrations.paged import (
+    Geometry,
+    HostDevice,
+    Orders,
+    PagedScheduler,
+    PagedWorker,
+    Pages,
+    SaveOrder,
+)
+from async_cache.integrations.paged.orders import NO_BLOCK, LoadOrder, Tables
 from async_cache.integrations.paged.saves import Report, SavesUnderWay
+from async_cache.integrations.paged.wishes import wishes_of
 from tests.integrations.support import BLOCK, CHUNK, Request, Served, caches, geometry, served, until
 
 TOKENS = list(range(3 * CHUNK + 2))
@@ -35,7 +45,8 @@ class Engine:
         self.scheduler = PagedScheduler(OptionalClient(lambda: self.client), where, saves=saves)
         self.caches = [caches(where, filled=filled) for _ in range(where.layout.world_size)]
         self.workers = [
-            PagedWorker(lambda: connect(server.url), where, pages, rank=rank) for rank, pages in enumerate(self.caches)
+            PagedWorker(lambda: connect(server.url), where, HostDevice(where, pages), rank=rank)
+            for rank, pages in enumerate(self.caches)
         ]
         self.failed: set[int] = set()
 
@@ -53,9 +64,9 @@ class Engine:
             worker.finish(orders.finished)
         return orders
 
-    def save(self, request: Request, tables: Tables) -> None:
+    def save(self, request: Request, tables: Tables, identity: dict[str, str] | None = None) -> None:
         """Compute and save all of it, and finish it."""
-        self.scheduler.add(request, {}, 0, load=False)
+        self.scheduler.add(request, identity or {}, 0, load=False)
         self.step({request.request_id: request.num_tokens}, tables)
         assert self.scheduler.finish(request.request_id)
         self.step({}, tables)
@@ -99,6 +110,43 @@ def holds_nothing(server: Served) -> bool:
     return not (stats.requests or stats.leases or stats.reserved_bytes)
 
 
+def test_what_a_request_wishes_to_be_kept_is_kept_when_it_is_saved(
+    server: Served, engine: Callable[..., Engine]
+) -> None:
+    first = engine(geometry(), filled=True)
+    wishes = wishes_of({"async_cache": {"retain": [{"tokens": 2 * CHUNK, "ttl": "1h"}, {}], "returns": True}})
+    request = Request("a", [*TOKENS, 1, 2, 3])
+    first.scheduler.add(request, {}, 0, load=False)
+    first.step({"a": request.num_tokens}, (BLOCKS,))
+    assert first.scheduler.finish("a", prompt_tokens=len(TOKENS), wishes=wishes)
+    assert first.client.retained() == []
+    first.step({}, (BLOCKS,))
+    assert until(first.workers[0].sent) == {"a"}
+    first.scheduler.sent(["a"])
+    kept = until(lambda: (kept := first.client.retained()) and len(kept) == 2 and kept)
+    assert [(it.chunks, it.clipped, round(it.expires_in_seconds, -2)) for it in kept] == [
+        (3, None, 300),
+        (2, None, 3600),
+    ]
+    second = Request("b", TOKENS)
+    first.scheduler.add(second, {}, len(TOKENS), load=False)  # the engine holds it all: nothing is to be saved first
+    assert not first.scheduler.finish(
+        "b", prompt_tokens=len(TOKENS), wishes=wishes_of({"async_cache": {"retain": [{"ttl": 0}]}})
+    )
+    assert until(lambda: len(first.client.retained()) == 1)
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [{"retain": [{"ttl": "2h"}]}, {"retain": [{"tokens": -1}]}, {"retain": [{"ttl": -1}]}, {"retain": [{}] * 5},
+     {"returns": "x"}, {"within_seconds": float("nan")}, {"more": 1}, []],
+)  # fmt: skip
+def test_wishes_that_cannot_be_are_refused(wish: object) -> None:
+    assert wishes_of(None) == wishes_of({"other": 1}) == wishes_of({"async_cache": {}})
+    with pytest.raises(ValueError, match=r".+"):
+        wishes_of({"async_cache": wish})
+
+
 def test_what_one_engine_saved_another_loads_into_other_blocks(server: Served, engine: Callable[..., Engine]) -> None:
     where = geometry(world_size=2)
     first, second = engine(where, filled=True), engine(where)
@@ -113,6 +161,50 @@ def test_what_one_engine_saved_another_loads_into_other_blocks(server: Served, e
         for layer in ours:
             assert torch.equal(ours[layer][BLOCKS[:6]], theirs[layer][OTHER_BLOCKS[:6]])
             assert not theirs[layer][OTHER_BLOCKS[6]].any()
+    until(lambda: holds_nothing(server))
+
+
+def test_one_passage_behind_a_fixed_context_is_a_leading_run_whatever_follows(
+    server: Served, engine: Callable[..., Engine]
+) -> None:
+    first, second = engine(geometry(), filled=True), engine(geometry())
+    context, one, other, question = (list(range(1000 * n, 1000 * n + CHUNK)) for n in range(4))
+    salted = {"salt": "passages"}
+    first.save(Request("a", [*context, *one, *other, *question]), ([*BLOCKS, 8],), salted)
+    for name, tokens, identity, found in (
+        ("the same passage", [*context, *one, *question], salted, 2),
+        ("and another one", [*context, *one, *question, *other], salted, 2),
+        ("the passage behind another one", [*context, *other, *one], salted, 1),
+        ("without its context", [*one, *question], salted, 0),
+        ("under another salt", [*context, *one, *question], {}, 0),
+    ):
+        request = Request(name, [*tokens, 1])
+        second.scheduler.add(request, identity, 0, load=True)
+        assert second.match(request) == found * CHUNK
+        second.scheduler.finish(name)
+        second.step({}, ())
+    until(lambda: holds_nothing(server))
+
+
+def test_chunks_are_copied_while_the_rest_is_still_on_its_way(server: Served, engine: Callable[..., Engine]) -> None:
+    where = geometry()
+    first, second = engine(where, filled=True), engine(where)
+    first.save(Request("a", TOKENS), (BLOCKS,))
+    server.forget()
+    prompts = [where.layout.prompt(TOKENS[: chunks * CHUNK]) for chunks in (1, 3)]
+    with BlockingClient(server.url) as client:
+        assert client.warm(prompts[0]).chunks == 1
+        server.hold("load")
+        client.prefetch(prompts[1], request_id="r")
+        worker, ours, theirs = second.workers[0], first.caches[0], second.caches[0]
+        worker.load([LoadOrder("b", "r", 0, 3 * CHUNK, (OTHER_BLOCKS,))])
+        until(lambda: all(torch.equal(ours[layer][BLOCKS[:2]], theirs[layer][OTHER_BLOCKS[:2]]) for layer in ours))
+        assert not worker.received().request_ids
+        server.release()
+        until(lambda: "b" in worker.received().request_ids)
+        for layer in ours:
+            assert torch.equal(ours[layer][BLOCKS[:6]], theirs[layer][OTHER_BLOCKS[:6]])
+        client.end_request("r")
     until(lambda: holds_nothing(server))
 
 
@@ -246,7 +338,7 @@ def test_blocks_that_a_load_does_not_fill_are_told(server: Served, engine: Calla
 def test_a_load_that_does_not_end_is_given_up_and_computed(
     server: Served, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("async_cache.integrations.paged.worker._LOAD_SECONDS", 0.05)
+    monkeypatch.setattr("async_cache.integrations.paged.copies._LOAD_SECONDS", 0.05)
     where = geometry()
     engine(where, filled=True).save(Request("a", TOKENS), (BLOCKS,))
     server.forget()
@@ -304,6 +396,7 @@ class Scripted:
 
     def __init__(self) -> None:
         self.prefetches: list[BlockingPrefetch] = []
+        self.prompts: list[Prompt] = []
         self.ended: list[str] = []
         self.failures: list[Exception] = []
         self.result_ttl_seconds = 60.0
@@ -325,7 +418,8 @@ class Scripted:
     def clear(self, tier: str, *, timeout_seconds: float) -> None:
         self.cleared.append(tier)
 
-    def prefetch(self, prompt: object, *, skip_tokens: int) -> BlockingPrefetch:
+    def prefetch(self, prompt: Prompt, *, skip_tokens: int) -> BlockingPrefetch:
+        self.prompts.append(prompt)
         self.prefetches.append(BlockingPrefetch(f"read-{len(self.prefetches)}", lambda _: None))
         return self.prefetches[-1]
 
@@ -336,10 +430,10 @@ class Scripted:
         pass
 
 
-def hits(expected: float | None) -> LookupHits:
+def hits(expected: float | None, recompute_from: int | None = None) -> LookupHits:
     return LookupHits(
         request_id="", start_chunk=0, chunks=3, tokens=24, l1_chunks=0, l2_chunks=3, found_chunks=3,
-        expected_load_seconds=expected,
+        expected_load_seconds=expected, recompute_from=recompute_from,
     )  # fmt: skip
 
 
@@ -376,6 +470,66 @@ def test_a_load_gets_blocks_when_it_is_expected_to_end_within_the_threshold(
     assert answers[7] is None, "the expectation has failed: the load may take any time"
     client.prefetches[0].load_done.set_result(result(2, 0.8))
     assert scheduler.match(request, 0) == (16, True)
+
+
+def test_what_is_faster_to_compute_is_not_loaded(scripted: tuple[PagedScheduler, Scripted, list[float]]) -> None:
+    scheduler, client, _ = scripted
+    request = Request("a", TOKENS)
+    scheduler.add(request, {}, 0, load=True)
+    client.prefetches[0].lookup_done.set_result(hits(expected=9.0, recompute_from=2))
+    assert scheduler.match(request, 0) == (None, False), "it asks for what is in memory"
+    assert client.ended == [client.prefetches[0].request_id]
+    assert [len(prompt) for prompt in client.prompts] == [len(TOKENS) // CHUNK, 2]
+    client.prefetches[1].lookup_done.set_result(hits(expected=0.0))
+    client.prefetches[1].load_done.set_result(result(2, 0.0))
+    assert scheduler.match(request, 0)[0] == 2 * CHUNK
+
+    whole = Request("b", TOKENS)
+    scheduler.add(whole, {}, 0, load=True)
+    client.prefetches[2].lookup_done.set_result(hits(expected=9.0, recompute_from=0))
+    assert scheduler.match(whole, 0) == (0, False), "all of it is computed, at once"
+    assert client.prefetches[2].request_id in client.ended and len(client.prefetches) == 3
+
+
+def test_what_this_engine_computes_faster_by_its_measured_pace_is_not_loaded() -> None:
+    client, now = Scripted(), [100.0]
+    scheduler = PagedScheduler(client, geometry(), advises=True, clock=lambda: now[0])  # type: ignore[arg-type]
+
+    def answer(name: str, expected_load_seconds: float) -> Any:
+        request = Request(name, TOKENS)
+        scheduler.add(request, {}, 0, load=True)
+        client.prefetches[-1].lookup_done.set_result(hits(expected_load_seconds))
+        return scheduler.match(request, 0)
+
+    def step(tokens: int, seconds: float) -> None:
+        scheduler.step({"other": tokens}, lambda _: None)
+        now[0] += seconds
+
+    assert answer("unknown", 9.0) == (None, False), "it waits for the load: no pace is known"
+    step(4096, 4.0)
+    step(1, 0.5)  # only decoding: it says nothing
+    assert scheduler._pace is not None and scheduler._pace.tokens_per_second == 1024
+    now[0] += 60.0
+    assert answer("slow to load", 1.0) == (0, False), "24 tokens are computed in a fortieth of a second"
+    now[0] += 60.0
+    assert answer("fast to load", 0.01)[0] == 24
+    scheduler.close()
+
+
+def test_the_pace_of_an_engine_is_that_of_its_steps_and_hardly_that_of_its_pauses() -> None:
+    now = [0.0]
+    pace = Pace(lambda: now[0])
+    for _ in range(40):
+        pace.step(2048)
+        now[0] += 0.5
+    assert pace.tokens_per_second == 4096
+    now[0] += 60.0  # nothing to do
+    pace.step(2048)
+    assert 0.96 * 4096 < pace.tokens_per_second < 4096
+    for _ in range(20):
+        now[0] += 0.25
+        pace.step(2048)
+    assert 0.99 * 8192 < pace.tokens_per_second <= 8192
 
 
 def test_a_load_of_which_nothing_is_known_gets_blocks_when_it_has_ended(
@@ -529,16 +683,12 @@ def test_a_reset_empties_the_server_and_forgets_what_it_has_said(server: Served,
 
 
 class HeldCopies:
-    """A worker's copies to the server, which wait until they are let go."""
+    """The copies of a worker's device, which wait until they are let go."""
 
     def __init__(self, worker: PagedWorker):
         self.may_go = threading.Event()
-        self._gather = worker._gather
-        worker._gather = self.gather  # type: ignore[method-assign]
-
-    def gather(self, *args: Any) -> bool:
-        assert self.may_go.wait(10)
-        return self._gather(*args)
+        assert isinstance(worker._device, HostDevice)
+        worker._device._copier.submit(self.may_go.wait, 10)
 
 
 def preempt(request: Request) -> None:

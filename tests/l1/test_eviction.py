@@ -176,7 +176,7 @@ def test_room_is_found_among_scattered_small_chunks_without_looking_at_all_of_th
     names = list(l1.index)
     random.Random(pages).shuffle(names)
     l1.touch(names)
-    policy = l1._policy
+    policy = l1.shares.of("").policy
     assert isinstance(policy, CountingPolicy)
     policy.looked_at = 0
     assert len(l1.reserve(make_layout(pages), [(name("b", n), 0) for n in range(count)])) == count
@@ -188,9 +188,9 @@ def test_what_can_not_be_evicted_for_it_is_found_out_at_once() -> None:
     l1 = make_store(4096)
     put(l1, ONE, "a", 4096)
     leased = lease(l1, "a", range(0, 4096, 2))
-    order = [*l1._victims()]
+    order = [*l1._victims.of("")]
     assert put(l1, TWO, "b", 1) == 0
-    assert [*l1._victims()] == order and len(l1.index) == 4096
+    assert [*l1._victims.of("")] == order and len(l1.index) == 4096
     release(l1, leased)
 
 

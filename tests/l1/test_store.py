@@ -30,8 +30,15 @@ def unwritten():
 
 
 @pytest.fixture
-def l1(unwritten):
-    store = L1Store(Arena(PAGES * PAGE_BYTES), LeastRecentlyUsed(), unwritten.append)
+def deferred():
+    return []
+
+
+@pytest.fixture
+def l1(unwritten, deferred):
+    store = L1Store(
+        Arena(PAGES * PAGE_BYTES), LeastRecentlyUsed(), unwritten.append, on_deferred_commit=deferred.append
+    )
     yield store
     store.check_integrity()
     store.close()
@@ -157,14 +164,29 @@ def test_an_incomplete_block_is_replaced_or_completed_if_somebody_reads_it_or_wr
         l1.release((entry,))
 
 
-def test_what_a_load_writes_to_is_not_copied_to(l1):
-    part, whole = (l1.reserve(WINDOW, [(b"a", 0)])[0] for _ in range(2))
+@pytest.mark.parametrize("brings", [0, 2])
+@pytest.mark.parametrize("removed", [False, True])
+def test_what_is_committed_where_a_load_writes_to_is_there_when_that_has_ended(l1, deferred, brings, removed):
+    part, whole, again = (l1.reserve(WINDOW, [(b"a", 0)])[0] for _ in range(3))
     entry = l1.commit(part, 1)
-    loading = l1.reserve_within(entry, 0)
-    l1.commit(whole, 3)
-    assert entry.present == 1
-    l1.commit(loading, 2)
-    assert (entry.present, entry.filling, entry.pins) == (3, 0, 0)
+    loading, other = l1.reserve_within(entry, 0), l1.reserve_within(entry, 0)
+    begin, end = WINDOW.objects.spans[0][1]
+    for value, reservation in ((7, whole), (8, again)):
+        l1.arena.view[reservation.offset + begin : reservation.offset + end] = bytes([value]) * (end - begin)
+        assert l1.commit(reservation, 3) is entry
+    assert (entry.present, l1.deferred) == (1, 2)
+    l1.check_integrity()
+    if removed:
+        l1.remove((entry,))
+    l1.discard((other,))
+    assert l1.deferred == 2
+    if brings:
+        l1.commit(loading, brings)
+    else:
+        l1.discard((loading,))
+    assert (entry.present, entry.filling, entry.pins, l1.deferred, l1.reserved_bytes) == (3, 0, 0, 0, 0)
+    assert l1.arena.view[entry.offset(0) + begin] == (0 if brings else 7)
+    assert deferred == ([] if brings or removed else [entry])
 
 
 def test_a_removed_chunk_keeps_its_memory_until_it_is_released(l1):

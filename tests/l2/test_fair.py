@@ -2,6 +2,7 @@
 
 import asyncio
 
+from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup
 from async_cache.l2.guard.breaker import Breaker, BreakerState
 from async_cache.l2.guard.fair import FairQueue, Gate
 from async_cache.l2.guard.guard import Guard, Timeouts
@@ -123,3 +124,64 @@ def test_a_search_that_is_queued_for_long_is_not_ill_and_others_need_not_wait_fo
         assert guard.breaker.state is BreakerState.CLOSED and not guard.uses
 
     run_virtual(search())
+
+
+def test_who_puts_in_one_at_a_time_gets_no_more_than_who_puts_in_all_at_once():
+    queue = FairQueue()
+    for n in range(200):
+        queue.push("small", 1, f"small {n}")
+    queue.push("large", 50, "large 0")
+    came = []
+    for _ in range(104):
+        item = queue.pop()
+        came.append(item)
+        if item.startswith("large"):
+            queue.push("large", 50, f"large {len(came)}")
+    assert sum(item.startswith("large") for item in came) <= 3
+
+
+def test_a_step_does_not_look_at_all_owners():
+    queue = FairQueue()
+    for n in range(20_000):
+        queue.push(f"owner {n}", 1, n)
+    items = drained(queue)  # in a second even here, which is far from all of them each time
+    assert sorted(items) == list(range(20_000))
+    assert not queue._order and not queue._ahead
+
+
+class Deleting(MemoryBackend):
+    """Notes whose objects are deleted, each time for a second."""
+
+    async def open(self):
+        await super().open()
+        self.asked = []
+
+    async def delete(self, keys):
+        self.asked.append(keys[0].chunk_hash)
+        await asyncio.sleep(1)
+        return await super().delete(keys)
+
+
+def test_deletions_of_others_have_their_turn_and_their_time_begins_with_it():
+    group = ObjectGroup((1,), "uint8")
+    layouts = [ModelLayout("m", (group,) * groups, chunk_tokens=1) for groups in (1, 4096)]
+    backend = Deleting()
+
+    async def remove():
+        async with AsyncCache(CacheConfig(l1_bytes=2**24, store_timeout_seconds=1.5), [backend]) as cache:
+            small, large = layouts[0].prompt([1], salt="blue"), layouts[1].prompt([1, 2, 3], salt="red")
+            for prompt in (small, large):
+                async with cache.store(prompt) as writer:
+                    for chunk in writer:
+                        chunk.commit()
+            await cache.flush()
+            red = [asyncio.create_task(cache.delete(large)) for _ in range(3)]
+            await asyncio.sleep(0)
+            blue = asyncio.create_task(cache.delete(small))
+            red[2].cancel()
+            assert (await blue).chunks == 1
+            assert backend.asked.index(small.chunk_hashes[0]) <= 16, "behind a part of another's, which is 16 calls"
+            assert sum([(await task).chunks for task in red[:2]]) >= 3
+            assert not cache.core.guards.current[0].removals.inside
+
+    run_virtual(remove())

@@ -2,17 +2,19 @@
 
 import random
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from faults.disk import place_of
 
 from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.chunks import Chunk
 from async_cache.l2.filesystem.backend import FileSystemBackend
-from async_cache.l2.index import Chunk, Index
+from async_cache.l2.index import Index
 from async_cache.l2.memory import MemoryBackend
-from async_cache.l2.record import file_name
 from async_cache.prompt.keys import ObjectKey
+from async_cache.retention.policies import NAMES, make_policy
 from async_cache.testing import flip_bit
 from async_cache.testing.conformance import content, find, get, key, put, views
 from async_cache.values import Removal
@@ -25,16 +27,30 @@ class MostRecentlyUsed:
         self.items: dict[bytes, Chunk] = {}
         self.told: list[tuple[bytes, Removal]] = []
 
+    def enter(self, item: Chunk, parent: Chunk | None, kept: bool = False) -> None:
+        self.use(item)
+
     def use(self, item: Chunk, before: Chunk | None = None) -> None:
         self.items.pop(item.chunk_hash, None)
         self.items[item.chunk_hash] = item
 
+    def use_all(self, items: Iterable[Chunk]) -> None:
+        for item in items:
+            self.use(item)
+
     def suspend(self, item: Chunk) -> None:
-        raise AssertionError("an index suspends nothing")
+        assert self.items.pop(item.chunk_hash) is item
+
+    def resume(self, item: Chunk) -> None:
+        assert item.chunk_hash not in self.items
+        self.items[item.chunk_hash] = item
 
     def left(self, item: Chunk, removal: Removal) -> None:
-        assert self.items.pop(item.chunk_hash) is item
+        self.items.pop(item.chunk_hash, None)
         self.told.append((item.chunk_hash, removal))
+
+    def learned(self) -> Iterator[bytes]:
+        return iter(())
 
     def victims(self) -> Iterator[Chunk]:
         return iter(list(reversed(self.items.values())))
@@ -69,6 +85,16 @@ def test_the_policy_says_who_leaves_and_is_told_why() -> None:
     assert (index.objects, index.used_bytes) == (0, 0)
 
 
+def test_what_is_there_is_told_without_a_pin_or_a_touch() -> None:
+    index, policy = filled(3)
+    order = list(policy.items)
+    assert index.present_whole(hashes(2, 9, 0), [(0, 0)]) == [True, False, True]
+    assert index.present_whole(hashes(0, 1), [(5, 5)]) == [False, False]
+    assert index.present_whole(hashes(0), [(0, 0), (5, 5)]) is None, "with some of its objects"
+    assert index.present_whole([], [(0, 0)]) == []
+    assert not index.pins and list(policy.items) == order
+
+
 def test_a_chunk_has_left_when_its_last_object_has() -> None:
     index, policy = filled(0)
     for group in range(3):
@@ -87,9 +113,28 @@ def test_what_is_pinned_is_passed_over_and_nothing_leaves_if_that_is_not_enough(
     assert index.evict(21) is None
     assert policy.told == []
     assert index.evict(20) == [key(2), key(0)]
-    index.unpin([key(3), key(1)])
+    index.unpin([key(1), key(3)])
     assert index.evict(1) == [key(3)]
     index.check_integrity()
+
+
+def test_what_is_pinned_for_long_is_looked_at_once_and_leaves_first_when_it_is_let_go() -> None:
+    for name in NAMES:
+        index = Index(make_policy(name, lambda: 0.0))
+        for n in range(40):
+            index.put(key(n), 10)
+        index.pin_prefix(hashes(0, 1, 2))
+        for _ in range(20):
+            assert len(index.evict(10) or ()) == 1
+            index.check_integrity()
+        assert all(index.present([key(0), key(1), key(2)]))
+        index.unpin_chunks(hashes(0, 1, 2))
+        index.check_integrity()
+        if name in ("lru", "fifo", "arc"):
+            assert index.evict(30) == [key(2), key(1), key(0)]
+        assert index.evict(index.used_bytes) is not None
+        assert (index.objects, index.used_bytes) == (0, 0)
+        index.check_integrity()
 
 
 def test_what_is_pinned_at_once_is_all_or_nothing() -> None:
@@ -194,12 +239,15 @@ def test_the_totals_hold_whatever_is_called(seed: int) -> None:
 # The backends that use it.
 
 
+DIRECTORY_BYTES = 6 * 4096  # of the disk, beside what is stored; an object takes whole pages
+
+
 def backends(folder: Path) -> list[tuple[Backend, MostRecentlyUsed]]:
     """One of each, with room for four objects of 100 bytes."""
     policies = MostRecentlyUsed(), MostRecentlyUsed()
     return [
         (MemoryBackend(capacity_bytes=400, policy=policies[0]), policies[0]),
-        (FileSystemBackend(folder / "kv", capacity_bytes=400, policy=policies[1]), policies[1]),
+        (FileSystemBackend(folder / "kv", capacity_bytes=4 * 4096 + DIRECTORY_BYTES, policy=policies[1]), policies[1]),
     ]
 
 
@@ -214,7 +262,7 @@ async def test_a_backend_asks_its_policy_and_tells_it_why_something_left(tmp_pat
         if isinstance(backend, MemoryBackend):
             assert flip_bit(backend, key(3))
         else:
-            (tmp_path / "kv" / file_name(key(3))).write_bytes(bytes(164))
+            place_of(tmp_path / "kv", key(3)).write(bytes(100))
         assert await get(backend, [3], 100) == [LoadOutcome.CORRUPT]
         assert policy.told == [
             (key(0).chunk_hash, Removal.CAPACITY),
@@ -225,12 +273,16 @@ async def test_a_backend_asks_its_policy_and_tells_it_why_something_left(tmp_pat
 
 
 async def test_what_somebody_else_removed_from_a_directory_is_lost(tmp_path: Path) -> None:
-    _, (backend, policy) = backends(tmp_path)
+    policy = MostRecentlyUsed()
+    backend = FileSystemBackend(tmp_path / "kv", policy=policy)
     await backend.open()
     await put(backend, range(2), 100)
-    (tmp_path / "kv" / file_name(key(1))).unlink()
+    other = FileSystemBackend(tmp_path / "kv")
+    await other.open()
+    assert await other.delete([key(1)]) == 1
     assert await get(backend, [0, 1], 100) == [content(0, 100), LoadOutcome.GONE]
     assert policy.told == [(key(1).chunk_hash, Removal.LOST)]
+    await other.close()
     await backend.close()
 
 
@@ -245,7 +297,10 @@ async def test_a_chunk_that_is_stored_makes_no_room_for_itself(tmp_path: Path) -
 
 def bounded(folder: Path) -> list[MemoryBackend | FileSystemBackend]:
     """One of each, with room for twelve objects of 100 bytes."""
-    return [MemoryBackend(capacity_bytes=1200), FileSystemBackend(folder / "kv", capacity_bytes=1200)]
+    return [
+        MemoryBackend(capacity_bytes=1200),
+        FileSystemBackend(folder / "kv", capacity_bytes=12 * 4096 + DIRECTORY_BYTES),
+    ]
 
 
 async def left_of(backend: Backend, count: int) -> int:
@@ -270,7 +325,7 @@ async def test_a_backend_evicts_tails_first_where_some_of_what_was_looked_up_was
     tmp_path: Path,
 ) -> None:
     other = FileSystemBackend(tmp_path)
-    backend = FileSystemBackend(tmp_path, capacity_bytes=1200)
+    backend = FileSystemBackend(tmp_path, capacity_bytes=12 * 4096 + DIRECTORY_BYTES + 4 * 4096)
     await backend.open()
     await other.open()
     await put(backend, range(4), 100)

@@ -1,14 +1,20 @@
 """The memory backend: the suite, and what it promises beyond the contract."""
 
 import asyncio
+import gc
 import random
+import sys
+import weakref
 from pathlib import Path
 
 import pytest
 
-from async_cache.l2.backend import Backend, LoadOutcome
+from async_cache.l2.backend import Backend, Coming, LoadOutcome
 from async_cache.l2.memory import STEP_BYTES, MemoryBackend
 from async_cache.prompt.keys import ObjectKey
+from async_cache.prompt.origin import Origin
+from async_cache.retention.policies import NAMES, make_policy
+from async_cache.retention.quotas import Bounds, Quota
 from async_cache.testing import flip_bit
 from async_cache.testing.conformance import (
     CANCEL_AFTER_STEPS,
@@ -202,3 +208,34 @@ def test_it_works_under_virtual_time_and_takes_none() -> None:
 def test_a_capacity_that_holds_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="capacity_bytes"):
         MemoryBackend(capacity_bytes=0)
+
+
+@pytest.mark.parametrize("policy", NAMES)
+async def test_nothing_is_left_of_one_that_nobody_has_any_more(policy: str) -> None:
+    """As of one that a server has removed: its records are unknown to the collector, and know each other."""
+    backend = MemoryBackend(policy=make_policy(policy, asyncio.get_running_loop().time))
+    backend.bound(Bounds([Quota("", None, l2_bytes=20_000)], lambda quota: quota.l2_bytes))
+    hashes = [bytes([n]) * 32 for n in range(1, 100)]
+    before = list(map(sys.getrefcount, hashes))
+    backend.asked(hashes, 99, 1, Origin("", "m"))
+    backend.coming([Coming(chunk_hash, None, Origin("", "m")) for chunk_hash in hashes])
+    await backend.store([ObjectKey(chunk_hash, 0, 0) for chunk_hash in hashes], views([bytes(100)] * len(hashes)))
+    await backend.close()
+    del backend
+    gc.collect()
+    assert list(map(sys.getrefcount, hashes)) == before
+
+
+async def test_one_that_nobody_has_any_more_goes_without_a_collection() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        backend = MemoryBackend()
+        gone = weakref.ref(backend)
+        await backend.open()
+        await put(backend, range(3), 100)
+        await backend.close()
+        del backend
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -3,12 +3,14 @@
 import asyncio
 
 import pytest
+import uvloop
 
+from async_cache.ledger.expiries import Expiries
 from async_cache.ledger.ledger import REMOVALS, UNKNOWN_OWNER, Ledger, Left
 from async_cache.observe import Observer, Observers
 from async_cache.values import Removal
 
-CAPACITY, QUOTA, DELETED, EXPIRED, DAMAGED, LOST = Removal
+CAPACITY, QUOTA, DELETED, EXPIRED, DAMAGED, LOST, _ = Removal
 ONE, TWO, THREE = (bytes([n]) * 32 for n in (1, 2, 3))
 
 
@@ -127,6 +129,37 @@ async def test_what_is_to_expire_is_lost_before_and_expired_after():
     ledger.left("valkey", ONE, LOST)  # a load has shown it
     await asyncio.sleep(0)
     assert [removal for _, _, removal, _ in listener.told] == [EXPIRED]
+
+
+@pytest.mark.parametrize("order", [("near", "far"), ("far", "near")])
+async def test_what_expires_in_two_places_is_gone_with_the_last_of_them(order):
+    ledger, listener = listened()
+    for backend in order:
+        ledger.stored(backend, ONE, {"near": 20.0, "far": 60.0}[backend])
+    ledger._began -= 21
+    ledger.left("near", ONE, LOST)  # found out there
+    assert ledger.find(ONE).backend == "far", "which is to have it"
+    ledger._began -= 40
+    left = ledger.find(ONE)
+    assert (left.removal, left.backend) == (EXPIRED, "far") and left.seconds_ago == pytest.approx(1, abs=0.2)
+    ledger.left("far", ONE, LOST)
+    await asyncio.sleep(0)
+    assert [(backend, removal) for backend, _, removal, _ in listener.told] == [("near", LOST), ("far", EXPIRED)]
+
+
+def test_more_that_expires_at_once_than_is_told_at_once_is_told_by_any_loop():
+    async def main():
+        told = []
+        expiries = Expiries(1000, lambda backend, chunk_hash: told.append(chunk_hash))
+        now = asyncio.get_running_loop().time()
+        for n in range(600):
+            expiries.add(now, "valkey", n.to_bytes(32, "big"))
+        while len(told) < 700:
+            expiries.add(now, "valkey", len(told).to_bytes(32, "little"))
+            await asyncio.sleep(0)
+        expiries.close()
+
+    uvloop.run(asyncio.wait_for(main(), 20))
 
 
 async def test_closed_it_remembers_nothing():

@@ -34,6 +34,16 @@ def test_the_oldest_are_forgotten():
     assert [root.adapter for root in roots.beside(ours)] == ["4", "3", "2"]
 
 
+def test_who_has_most_loses_his_own():
+    roots = Roots(most=4)
+    theirs = LAYOUT.prompt(TOKENS, salt="blue")
+    roots.note(theirs)
+    for number in range(20):
+        roots.note(LAYOUT.prompt(TOKENS, adapter=str(number), salt="red"))
+    assert [root.salt for root in roots] == ["red"] * 3 + ["blue"]
+    assert [root.adapter for root in roots] == ["19", "18", "17", ""]
+
+
 @pytest.mark.parametrize(
     ("layout", "adapter", "differs"),
     [

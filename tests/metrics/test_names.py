@@ -26,3 +26,11 @@ def test_other_never_takes_a_place() -> None:
     names = Names(1)
     names.show("a")
     assert not names.rank({"a": 1, OTHER: 100})
+
+
+def test_nobody_goes_while_there_is_room():
+    names = Names(2)
+    assert not names.rank({"a": 5.0})  # counted, and not shown yet
+    names.show("a")
+    assert not names.rank({"a": 1.0, "b": 5.0})
+    assert names.show("a") == "a" and names.show("b") == "b"

@@ -15,6 +15,7 @@ from async_cache.metrics import Watch, exposition
 from async_cache.metrics.names import OTHER
 from async_cache.metrics.residence import Residence
 from async_cache.metrics.traffic import Tokens
+from async_cache.metrics.watch import Sample
 from async_cache.prompt.layout import Prompt
 from async_cache.testing.backends import FailingBackend, GatedBackend
 from async_cache.testing.virtual import run_virtual
@@ -140,6 +141,24 @@ async def test_labels_are_bounded_whatever_clients_make_up() -> None:
         assert sum(mine) == 1, "it begins at 0: what was other stays there"
         assert len({tenant for tenant, _ in watch.traffic.by_names}) == 33
         assert watch.traffic.by_names[OTHER, OTHER].requests > 0
+        assert watch.traffic.all.requests == 121, "also those that are not shown any more"
+
+
+def test_the_last_five_minutes_are_kept() -> None:
+    async def main() -> None:
+        async with watched() as (cache, watch):
+            await ask(cache, make_prompt(1), "acme/1")
+            await asyncio.sleep(100.1)
+            await fill(cache, make_prompt(1))
+            await ask(cache, make_prompt(1), "acme/2")
+            history = watch.history
+            assert [round(sample.seconds) for sample in history] == [*range(0, 101, 2), 100]
+            assert [sample.requests for sample in history] == [0, *[1] * 50, 2]
+            assert history[-1] == Sample(history[-1].seconds, 2, 2 * CHUNK_TOKENS, CHUNK_TOKENS, 0)
+            await asyncio.sleep(1000)
+            assert [round(watch.history[-1].seconds - watch.history[0].seconds), len(watch.history)] == [298, 151]
+
+    run_virtual(main())
 
 
 def test_how_long_chunks_stay_is_seen_in_a_sample() -> None:

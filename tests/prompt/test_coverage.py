@@ -101,3 +101,31 @@ def test_nothing_found_serves_the_empty_prefix(window: int | None) -> None:
     layout = layout_of((window, None))
     assert list(coverage.lengths(layout, [])) == list(coverage.lengths(layout, [0, 0])) == [0]
     assert list(coverage.needed(layout, 0)) == []
+
+
+# Several prompts.
+
+
+def test_of_each_run_a_prefix_is_needed_whatever_is_of_the_others() -> None:
+    layout = layout_of((None, None))
+    runs = [range(3), range(3, 5), [0, 1, 5]]
+    assert [list(coverage.run_of(run, [1, 2, 3, 4, 5, 6])) for run in runs] == [[1, 2, 3], [4, 5], [1, 2, 6]]
+    assert list(coverage.needed_of(layout, runs, [1, 2, 2])) == [1, 1, 0, 1, 1]
+    assert list(coverage.covered(runs, [1, 2, 2])) == [1, 1, 0, 1, 1]
+    assert list(coverage.numbers_of(runs, [1, 2, 2])) == [0, 3, 4, 0, 1]
+    assert list(coverage.needed_of(layout, runs, [0, 0, 0])) == list(coverage.covered(runs, [0, 0, 0])) == []
+
+
+def test_a_cut_falls_into_each_run_where_its_numbers_reach_it() -> None:
+    runs = [range(3), range(3, 5), [0, 1, 5]]
+    assert [[coverage.before(run, cut) for run in runs] for cut in (0, 2, 4, 9)] == [
+        [0, 0, 0],
+        [2, 0, 2],
+        [3, 1, 2],
+        [3, 2, 3],
+    ]
+
+
+def test_a_chunk_that_two_runs_have_needs_what_either_needs() -> None:
+    full_and_window = layout_of((None, None), (1, None))
+    assert list(coverage.needed_of(full_and_window, [[0, 1, 2], [0, 1, 3]], [3, 1])) == [0b11, 0b01, 0b11]

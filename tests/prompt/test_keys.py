@@ -363,7 +363,7 @@ VECTORS: list[dict[str, Any]] = json.loads(
 
 
 def test_there_are_vectors_of_all_domains() -> None:
-    kinds = {"tokens", "blocks", "digests"}
+    kinds = {"tokens", "context", "blocks", "digests"}
     assert kinds == {kind for kind in kinds for vector in VECTORS if kind in vector}
 
 
@@ -371,6 +371,9 @@ def test_there_are_vectors_of_all_domains() -> None:
 def test_the_reference_has_the_keys_of_the_document(vector: dict[str, Any]) -> None:
     root = reference_root(*vector["fields"])
     chunk_tokens = vector["layout"]["chunk_tokens"]
+    if "context" in vector:
+        digest = blake3(b"".join(map(u32, vector["context"]))).hexdigest()
+        assert vector["fields"][0] == f"segment/{len(vector['context'])}/{digest}"
     if "tokens" in vector:
         media = [(offset, bytes.fromhex(digest)) for offset, digest in vector["media"]]
         hashes = reference_tokens(root, vector["tokens"], chunk_tokens, media)
@@ -391,7 +394,10 @@ def test_a_prompt_has_the_keys_of_the_document(vector: dict[str, Any]) -> None:
     labels = {"salt": vector["salt"], "adapter": vector["adapter"]}
     if "tokens" in vector:
         media = [(offset, bytes.fromhex(digest)) for offset, digest in vector["media"]]
-        prompt = layout.prompt(vector["tokens"], media=media, **labels)
+        if "context" in vector:
+            prompt = layout.segment(vector["tokens"], context=vector["context"], media=media, **labels)
+        else:
+            prompt = layout.prompt(vector["tokens"], media=media, **labels)
     elif "digests" in vector:
         prompt = layout.prompt_from_digests([bytes.fromhex(digest) for digest in vector["digests"]], **labels)
     else:

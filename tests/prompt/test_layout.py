@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 import weakref
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,11 @@ SEPARATED: dict[str, Callable[[], Prompt]] = {
     "domain": lambda: LAYOUT.prompt_from_hashes(BLOCKS, 2),
     "block_tokens": lambda: LAYOUT.prompt_from_hashes(BLOCKS, 4),
     "digests": lambda: LAYOUT.prompt_from_digests(BLOCKS),
+    "a segment": lambda: LAYOUT.segment(IDS),
+    "a context": lambda: LAYOUT.segment(IDS, context=[7]),
+    "a context of zeros": lambda: LAYOUT.segment(IDS, context=[0]),
+    "a longer context of zeros": lambda: LAYOUT.segment(IDS, context=[0, 0]),
+    "behind the same ids": lambda: LAYOUT.segment(IDS, context=IDS[:4]),
     "model": lambda: replace(LAYOUT, model="other").prompt(IDS),
     "revision": lambda: replace(LAYOUT, revision="other").prompt(IDS),
     "adapter": lambda: LAYOUT.prompt(IDS, adapter="a"),
@@ -66,6 +73,62 @@ def test_what_differs_in_one_field_never_meets(field: str) -> None:
     assert prompt.chunk_hashes
     assert prompt.root not in [other.root for other in others]
     assert not set(prompt.chunk_hashes) & {one for other in others for one in other.chunk_hashes}
+
+
+def test_ten_thousand_pairs_that_differ_in_one_thing_share_no_chunk_and_equal_ones_share_all() -> None:
+    random = Random(18)
+    halves = replace(LAYOUT, chunk_tokens=2)
+    for n in range(10_000):
+        ids, context = ([random.randrange(9) for _ in range(size)] for size in (12, random.randrange(6)))
+        salt, adapter = random.choice("ab"), random.choice("ab")
+        labels = {"salt": salt, "adapter": adapter}
+        one = LAYOUT.segment(ids, context=context, **labels)
+        assert LAYOUT.segment(ids, context=context, **labels).same_as(one)
+        match n % 7:
+            case 0:
+                other = LAYOUT.segment(ids, context=context, salt=salt + "c", adapter=adapter)
+            case 1:
+                other = LAYOUT.segment(ids, context=context, salt=salt, adapter=adapter + "c")
+            case 2:
+                other = LAYOUT.segment(ids, context=[*context, 0], **labels)
+            case 3:
+                other = LAYOUT.segment(ids, context=[token + 1 for token in context] or [1], **labels)
+            case 4:
+                other = halves.segment(ids, context=context, **labels)
+            case 5:
+                other = LAYOUT.prompt(ids, **labels)
+            case _:
+                other = LAYOUT.prompt(context + ids, **labels)
+        assert not other.same_as(one) and not one.same_as(other)
+        assert not set(one.chunk_hashes) & set(other.chunk_hashes)
+
+
+def test_a_segment_counts_its_context_apart() -> None:
+    segment = LAYOUT.segment(np.arange(9), context=array("i", [5, 6, 7]))
+    assert (segment.tokens, len(segment), segment.base_tokens) == (9, 2, 3)
+    assert LAYOUT.segment(range(9)).base_tokens == LAYOUT.prompt(range(9)).base_tokens == 0
+
+
+def test_a_segment_is_chained_within_itself() -> None:
+    one, other = LAYOUT.segment([1, 2, 3, 4, 5, 6, 7, 8]), LAYOUT.segment([1, 2, 3, 4, 9, 9, 9, 9])
+    assert one.chunk_hashes[0] == other.chunk_hashes[0] and one.chunk_hashes[1] != other.chunk_hashes[1]
+
+
+def test_what_can_be_no_segment_is_refused() -> None:
+    with pytest.raises(ValueError, match="a layout with windows has no segments"):
+        MIXED.segment(IDS)
+    with pytest.raises(TypeError, match="token ids must be"):
+        LAYOUT.segment(IDS, context="text")
+    with pytest.raises(ValueError, match="token ids must be between"):
+        LAYOUT.segment(IDS, context=[-1])
+
+
+def test_a_segment_under_another_layout_has_the_same_context() -> None:
+    segment = LAYOUT.segment([1, 2, 3, 4, 5, 6], context=[7])
+    two = replace(LAYOUT, chunk_tokens=2)
+    under = segment.under(two, "a")
+    assert under is not None and under.same_as(two.segment([1, 2, 3, 4], context=[7], adapter="a"))
+    assert under.base_tokens == 1 and segment.under(MIXED, "") is None
 
 
 @pytest.mark.parametrize(
@@ -352,3 +415,9 @@ def test_what_is_known_of_masks_goes_with_its_layout_and_waits_for_no_collection
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_prompts_of_one_origin_have_it_in_common() -> None:
+    """A collection of garbage looks at each object: of a million chunks, at one."""
+    first, second = (LAYOUT.prompt(range(8), salt="one", adapter="a") for _ in range(2))
+    assert first.origin is second.origin

@@ -105,13 +105,13 @@ def test_a_host_and_a_port_are_taken_apart(url: str, host: str, port: int) -> No
     ],
 )
 def test_what_lacks_a_host_or_a_port_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="allowed: unix:///path or tcp://host:port"):
+    with pytest.raises(ConfigError, match="allowed: unix:///path, tcp://host:port or tls://host:port"):
         Address.parse(url)
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64, ".a"])
 def test_a_name_that_no_host_can_have_is_refused(host: str) -> None:
-    with pytest.raises(ConfigError, match="allowed: unix:///path or tcp://host:port"):
+    with pytest.raises(ConfigError, match="allowed: unix:///path, tcp://host:port or tls://host:port"):
         Address.parse(f"tcp://{host}:7000")
 
 
@@ -134,7 +134,9 @@ def test_nothing_but_an_address_belongs_into_the_url(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["", "/run/cache.sock", "localhost:7000", "http://localhost:80", "unix", "://"])
 def test_another_scheme_is_refused_with_those_that_there_are(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"unknown scheme .*; allowed: unix:///path or tcp://host:port"):
+    with pytest.raises(
+        ConfigError, match=r"unknown scheme .*; allowed: unix:///path, tcp://host:port or tls://host:port"
+    ):
         Address.parse(url)
 
 

@@ -241,6 +241,31 @@ async def test_a_fault_of_whoever_receives_is_logged_and_ends_the_connection(cap
     assert "could not be handled" in caplog.text
 
 
+@pytest.mark.parametrize("paused", [False, True])
+async def test_a_peer_that_is_sending_when_it_is_sent_away_hears_why(paused: bool) -> None:
+    async with open_end() as end:
+        if paused:
+            end.connection.pause_reading()
+        end.connection.fail(LimitError("too much"))
+        await asyncio.sleep(0)
+        for number in range(1, 100):
+            await end.say(Ping(number))
+            await asyncio.sleep(0)
+        assert await end.hear() == [Failed(0, "limit", "too much")]
+        assert not end.lost.done() and not end.received
+        end.peer.close()
+        assert await end.lost is None
+
+
+async def test_a_peer_that_was_sent_away_and_stays_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("async_cache.protocol.connection._HEARS_SECONDS", 0.05)
+    async with open_end() as end:
+        end.connection.fail(LimitError("too much"))
+        with pytest.raises(OSError, match=r"roken pipe|reset"):
+            await asyncio.wait_for(asyncio.get_running_loop().sock_sendall(end.peer, bytes(2**26)), 5)
+        await end.lost
+
+
 async def test_a_peer_that_goes_is_noticed_once() -> None:
     async with open_end() as end:
         end.peer.close()

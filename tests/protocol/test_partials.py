@@ -7,9 +7,12 @@ from typing import Any
 
 import async_solipsism
 
+from async_cache.limits import TenantLimits
 from async_cache.protocol.frames import frame
 from async_cache.protocol.messages import Failed, Ping, StoreData, encode
 from async_cache.protocol.partials import Partials
+from async_cache.server.accounts import Account
+from async_cache.server.partials import TenantPartials
 
 from .test_connection import End
 
@@ -134,3 +137,44 @@ async def test_what_all_peers_half_send_is_bounded() -> None:
         made[3].peer.close()
         await made[3].lost
         assert partials.size_bytes == 0
+
+
+def test_what_is_given_up_for_all_together_is_not_that_of_its_tenant_any_more() -> None:
+    """A connection that was told to fail may take its time to end."""
+
+    async def work() -> None:
+        together = Partials(10.0, limit_bytes=1000)
+        red, blue = (Account(name, TenantLimits(), 2**20) for name in ("red", "blue"))
+        reds, blues = TenantPartials(together, red), TenantPartials(together, blue)
+        for number in range(2):
+            reds.keep(Receiver(), number, 400)
+        blues.keep(Receiver(), 1, 600)
+        assert (red.used["partial_bytes"], blue.used["partial_bytes"], together.size_bytes) == (400, 600, 1000)
+        await asyncio.sleep(11.0)
+        assert (red.used["partial_bytes"], blue.used["partial_bytes"], together.size_bytes) == (0, 0, 0)
+        together.close()
+
+    in_virtual_time(work())
+
+
+def test_those_of_one_tenant_are_bounded_and_make_room_for_each_other_only() -> None:
+    async def work() -> None:
+        together = Partials(10.0)
+        red, blue = (Account(name, TenantLimits(partial_bytes=1000), 2**20) for name in ("red", "blue"))
+        reds, blues = TenantPartials(together, red), TenantPartials(together, blue)
+        receivers = [Receiver() for _ in range(4)]
+        blues.keep(receivers[3], 1, 900)
+        reds.keep(receivers[0], 1, 400)
+        reds.keep(receivers[1], 1, 400)
+        reds.keep(receivers[0], 2, 100)  # its frame is complete, and the next one is newer than the other's
+        reds.keep(receivers[2], 1, 600)
+        assert [receiver.error is not None for receiver in receivers] == [False, True, False, False]
+        assert str(receivers[1].error).startswith("partial_bytes: ")
+        assert (red.used["partial_bytes"], together.size_bytes) == (700, 1600)
+        for receiver in receivers:
+            reds.drop(receiver)
+            reds.drop(receiver)
+        assert (red.used["partial_bytes"], together.size_bytes) == (0, 900)
+        together.close()
+
+    in_virtual_time(work())

@@ -75,6 +75,8 @@ class Wild:
             return rng.choice(
                 (b"", b"x", rng.randbytes(rng.randrange(100)), bytes(4 * rng.randrange(9)), rng.choice(_POOL))
             )
+        if kind is bool:
+            return rng.random() < 0.5
         return None if kind is types.NoneType else self.message(kind)
 
     def bounded(self, base: Any, meta: Meta) -> Any:

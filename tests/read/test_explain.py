@@ -22,13 +22,15 @@ from contract.support import (
     open_cache,
     read_back,
 )
+from faults.disk import place_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_cache import AsyncCache, CacheConfig, ChunkState, Missed, Removal
 from async_cache.l2.filesystem.backend import FileSystemBackend
+from async_cache.l2.filesystem.files import PAGE_BYTES, Puncher
 from async_cache.l2.memory import MemoryBackend
-from async_cache.read.explain import spans
+from async_cache.read.explain import Spans
 
 CHUNKS = 6
 TOKENS = {name: make_tokens(CHUNKS // 2) + make_tokens(CHUNKS // 2, number) for number, name in enumerate("abc", 2)}
@@ -157,7 +159,10 @@ TOLD = st.sampled_from(
 
 @given(st.lists(TOLD, max_size=30))
 def test_spans_cover_all_chunks_each_with_its_own(told):
-    made = list(spans(told))
+    spans = Spans()
+    for begin in range(0, len(told), 3):
+        spans.add(told[begin : begin + 3])
+    made = spans.end()
     assert sum(span.chunks for span in made) == len(told)
     at = 0
     for span in made:
@@ -174,30 +179,27 @@ def test_spans_cover_all_chunks_each_with_its_own(told):
 # Every reason, made for real, by the store that is used by default.
 
 
-async def test_a_file_that_is_damaged_lost_deleted_or_evicted_says_so(tmp_path: Path):
-    prompt, other = make_prompt(4), make_prompt(40, 2)
-    backend = FileSystemBackend(tmp_path, capacity_bytes=40 * 16)
+async def test_what_is_damaged_lost_deleted_or_evicted_on_a_disk_says_so(tmp_path: Path):
+    prompt = make_prompt(4)
+    backend = FileSystemBackend(tmp_path, capacity_bytes=48 * PAGE_BYTES)
     async with open_cache(backend, pages=256) as cache:
         await fill_l2(cache, prompt)
-        damage, lose = (file_of(tmp_path, prompt, n) for n in (2, 3))
-        damage.write_bytes(bytes(len(damage.read_bytes())))
+        damaged, lost = (place_of(tmp_path, key) for key in object_keys(prompt, chunks=[2, 3]))
+        damaged.write(bytes(damaged.size_bytes))
         assert await read_back(cache, prompt) == 2
         assert (await cache.lookup(prompt)).missed == Missed(ChunkState.REMOVED, Removal.DAMAGED)
         await cache.clear("l1")
-        lost = cache.prefetch(prompt, skip_tokens=12)
-        lose.unlink()
-        await lost.load_done
+        last = cache.prefetch(prompt, skip_tokens=12)
+        with lost.path.open("r+b") as segment:
+            Puncher().clear(segment.fileno(), lost.offset, lost.offset + PAGE_BYTES)
+        await last.load_done
         assert (await cache.explain(prompt)).spans[-1].removal is Removal.LOST
         await cache.delete(LAYOUT.prompt(make_tokens(1)))
         assert (await cache.lookup(prompt)).missed == Missed(ChunkState.REMOVED, Removal.DELETED)
-        await fill_l2(cache, other)
+        for number in (2, 3, 4):
+            await fill_l2(cache, make_prompt(20, number))
         evicted = (await cache.explain(prompt)).spans[1]
         assert (evicted.removal, evicted.backend) == (Removal.CAPACITY, backend.name)
-
-
-def file_of(directory: Path, prompt, number: int) -> Path:
-    (key,) = object_keys(prompt, chunks=[number])
-    return directory / f"{key.chunk_hash.hex()}.{key.rank}.{key.group}.kv"
 
 
 # Long prompts.

@@ -1,21 +1,25 @@
 """The deciding step of a prefetch: whatever raises in it, or calls back after it, nothing stays held."""
 
 import asyncio
+import gc
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from faults.small_steps import small_steps
 
-from async_cache import AsyncCache, CacheConfig, ModelLayout, ObjectGroup, Shortfall
+from async_cache import AsyncCache, BackendError, CacheConfig, ModelLayout, ObjectGroup, ObjectKey, Shortfall
 from async_cache.l1.store import L1Store
+from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.memory import MemoryBackend
 from async_cache.observe import Observer, Observers
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
+from async_cache.read.batches import Batch
 from async_cache.read.decision import Decider, _join
+from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Loader
 from async_cache.read.lookup import Found
 from async_cache.read.plan import Planner
@@ -295,3 +299,42 @@ async def test_a_share_that_is_taken_again_before_its_release_in_parts_has_come_
             gate.release()
             async with asyncio.timeout(5):
                 assert [(await prefetch.load_done).chunks for prefetch in prefetches] == [4, 4]
+
+
+def loads_and_batches() -> list[ChunkLoad | Batch]:
+    return [each for each in gc.get_objects() if isinstance(each, ChunkLoad | Batch)]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+async def test_a_load_that_came_to_nothing_leaves_nothing_to_the_collector(how: str) -> None:
+    """What a call raised keeps its frames, and they keep the loads: a server collects such cycles but rarely."""
+
+    class Broken(MemoryBackend):
+        async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+            raise BackendError("broken")
+
+    gate = GatedBackend(MemoryBackend() if how == "cancelled" else Broken())
+    async with AsyncCache(CacheConfig(l1_bytes=2**20), [gate]) as cache:
+        for rank in (0, 1):
+            await fill(cache, rank)
+        await cache.flush()
+        await cache.clear("l1")
+        gc.collect()
+        gc.disable()
+        before = loads_and_batches()  # of other tests
+        try:
+            gate.hold("load")
+            prefetch = cache.prefetch(PROMPT)
+            await gate.reached("load")
+            if how == "cancelled":
+                prefetch.cancel()
+            else:
+                gate.release("load")
+                assert (await prefetch.load_done).shortfall is Shortfall.BACKEND_ERROR
+            await cache.end_request(prefetch.request_id)
+            del prefetch
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert [each for each in loads_and_batches() if not any(each is other for other in before)] == []
+        finally:
+            gc.enable()

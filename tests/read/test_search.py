@@ -1,7 +1,8 @@
 """Looking a prompt up from its head on: what is found is what the whole prompt would give, in time that follows it."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from unittest.mock import patch
 
 import pytest
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prompt.test_coverage import layouts, serves
 
-from async_cache import AsyncCache, CacheConfig, LookupHits, ModelLayout, ObjectGroup
+from async_cache import AsyncCache, BackendError, CacheConfig, LookupHits, ModelLayout, ObjectGroup, Shortfall
+from async_cache.aio.slices import turn
+from async_cache.l2.backend import LookupNowait
 from async_cache.l2.memory import MemoryBackend
 from async_cache.prompt.keys import ObjectKey
-from async_cache.read import search
+from async_cache.read import hits, search
 from async_cache.read.search import Search
 from async_cache.testing.backends import WrappedBackend
 
@@ -35,13 +38,36 @@ def one_part(self: Search) -> Iterator[tuple[int, int]]:
     yield 0, len(self.asked.hashes)
 
 
+class Follower(MemoryBackend):
+    """It answers at once when it has heard of what others stored, and not before."""
+
+    follows = True
+
+    def __init__(self, hears: Callable[[], Awaitable[object]] = turn):
+        super().__init__()
+        self.asked = 0  # keys that were asked for one by one
+        self._hears = hears
+
+    def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
+        return None
+
+    present_nowait = lookup_nowait
+
+    async def lookup_later(self) -> LookupNowait | None:
+        return super().lookup_nowait if await self._hears() is not False else None
+
+    async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        self.asked += len(keys)
+        return await super().lookup(keys)
+
+
 async def hits_of(
-    layout: ModelLayout, l1: Sequence[int], l2: Sequence[int], start: int, *, wrapped: bool
+    layout: ModelLayout, l1: Sequence[int], l2: Sequence[int], start: int, *, way: str
 ) -> list[LookupHits]:
     """What a lookup and a prefetch say of a cache with these objects."""
-    memory = MemoryBackend()
+    memory = Follower() if way == "later" else MemoryBackend()
     prompt = layout.prompt(range(CHUNKS * layout.chunk_tokens))
-    backend = WrappedBackend(memory) if wrapped else memory
+    backend = WrappedBackend(memory) if way == "asked" else memory
     async with AsyncCache(CacheConfig(l1_bytes=2**20, l2=[]), [backend]) as cache:
         for digest, mask in zip(prompt.chunk_hashes, l2, strict=True):
             keys = [ObjectKey(digest, *which) for which in layout.objects.members[mask]]
@@ -61,21 +87,33 @@ async def hits_of(
         return [counted, promised]
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["at once", "asked"])
+@pytest.mark.parametrize("way", ["at once", "later", "asked"])
 @settings(max_examples=150, deadline=None)
 @given(contents(), st.integers(1, 4))
 def test_what_is_found_is_what_the_whole_prompt_gives(
-    wrapped: bool, case: tuple[ModelLayout, list[int], list[int], int], second: int
+    way: str, case: tuple[ModelLayout, list[int], list[int], int], second: int
 ) -> None:
     layout, l1, l2, start = case
     with patch.object(search, "_FEW_CHUNKS", 0), patch.object(search, "_SECOND_CHUNKS", second):
-        told = asyncio.run(hits_of(layout, l1, l2, start, wrapped=wrapped))
+        told = asyncio.run(hits_of(layout, l1, l2, start, way=way))
     with patch.object(Search, "parts", one_part):
-        assert told == asyncio.run(hits_of(layout, l1, l2, start, wrapped=wrapped))
+        assert told == asyncio.run(hits_of(layout, l1, l2, start, way=way))
     exists = [here | there for here, there in zip(l1, l2, strict=True)]
-    for hits, found in zip(told, (exists, exists[start:]), strict=True):
+    for said, found in zip(told, (exists, exists[start:]), strict=True):
         longest = max(n for n in range(len(found) + 1) if serves(layout, found, n))
-        assert hits.found_chunks == hits.chunks == longest
+        assert said.found_chunks == said.chunks == longest
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_a_count_that_is_at_hand_is_what_a_prefetch_is_promised(seed: int) -> None:
+    chance, layout = random.Random(seed), make_layout(ObjectGroup((1,), "uint8"))
+    full = layout.objects.full_mask
+    l1, l2 = ([full * (chance.random() < part) for _ in range(CHUNKS)] for part in (0.4, 0.9))
+    with patch.object(hits, "_FIRST", 2), patch.object(hits, "_AT_ONCE", 3), patch.object(hits, "_TOUCHED_AT_ONCE", 2):
+        counted, promised = await hits_of(layout, l1, l2, 0, way="at once")
+    told = [(it.chunks, it.l1_chunks, it.l2_chunks, it.found_chunks, it.load_bytes) for it in (counted, promised)]
+    assert told[0] == told[1]
+    assert (counted.missed is None) == (counted.chunks == CHUNKS)
 
 
 class Asked(MemoryBackend):
@@ -169,3 +207,66 @@ async def test_the_tail_leaves_l2_before_the_head_however_many_parts_it_was_aske
             *reversed(prompt.chunk_hashes),
             *reversed(LAYOUT.prompt(list(range(200_000, 200_012))).chunk_hashes),
         ]
+
+
+async def test_what_has_heard_of_others_is_not_asked_for_each_chunk_of_a_miss() -> None:
+    backend = Follower()
+    async with open_cache(backend) as cache:
+        stored, absent = make_prompt(3), make_prompt(3000, 2)
+        await fill_l2(cache, stored)
+        backend.asked = 0  # by the store
+        for prompt, chunks in ((absent, 0), (stored, 3), (absent, 0)):
+            assert (await cache.lookup(prompt)).chunks == chunks
+            prefetch = cache.prefetch(prompt, request_id="r")
+            assert (await prefetch.load_done).chunks == chunks
+            await cache.end_request("r")
+        assert backend.asked == 0
+        assert backend.pins == 0
+
+
+async def test_where_it_cannot_answer_later_either_it_is_asked() -> None:
+    async def in_vain() -> bool:
+        return False
+
+    backend = Follower(in_vain)
+    async with open_cache(backend) as cache:
+        await fill_l2(cache, make_prompt(3))
+        backend.asked = 0  # by the store
+        assert (await cache.lookup(make_prompt(5))).chunks == 3
+        assert backend.asked == 5
+        assert backend.pins == 0
+
+
+async def test_where_it_fails_to_hear_of_others_what_it_might_have_is_not_there() -> None:
+    async def broken() -> None:
+        raise BackendError("broken")
+
+    backend = Follower(broken)
+    async with open_cache(backend) as cache:
+        await fill_l2(cache, make_prompt(3))
+        backend.asked = 0  # by the store
+        prefetch = cache.prefetch(make_prompt(3), request_id="r")
+        hits = await prefetch.lookup_done
+        assert (hits.chunks, hits.shortfall) == (0, Shortfall.BACKEND_ERROR)
+        assert backend.asked == backend.pins == 0
+
+
+async def test_what_is_deleted_while_it_hears_of_others_is_not_found() -> None:
+    hearing, heard = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        hearing.set()
+        await heard.wait()
+
+    backend = Follower(wait)
+    async with open_cache(backend) as cache:
+        prompt = make_prompt(3)
+        await fill_l2(cache, prompt)
+        counting, prefetch = asyncio.create_task(cache.lookup(prompt)), cache.prefetch(prompt, request_id="r")
+        await hearing.wait()
+        deleting = asyncio.create_task(cache.delete(prompt))
+        await asyncio.sleep(0)
+        heard.set()
+        assert (await prefetch.load_done).chunks == (await counting).chunks == 0
+        assert (await deleting).chunks == 3
+        assert backend.pins == 0

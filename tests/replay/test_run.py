@@ -9,8 +9,8 @@ from kvcache_sim.plan import build_execution_plan
 from kvcache_sim.policies import simulate_policy
 from kvcache_sim.trace import parse_trace_file
 
+from async_cache.recording.trace import Trace, read_trace
 from async_cache.replay.sweep import sweep
-from async_cache.replay.trace import Trace, read_trace
 
 TRACES = Path(__file__).parents[2] / "benchmarks" / "traces"
 GIB = 2**30
@@ -63,13 +63,13 @@ def test_prefix_closes_its_part_of_the_gap_between_them(name: str) -> None:
 @pytest.mark.parametrize("policy", ["lru", "fifo", "s3fifo", "arc", "tinylfu", "prefix", "foresight"])
 def test_with_room_for_all_every_policy_finds_all_that_came_before(policy: str) -> None:
     trace = trace_of("synthetic")
-    short = Trace(trace.requests[:300], trace.chunk_tokens)
+    short = Trace(trace.requests[:300])
     (point,) = sweep(short, [policy], [10**16], BYTES_PER_TOKEN, measured_share=1.0)
     seen: set[bytes] = set()
     hits = 0
     for request in short.requests:
         known = next((n for n, chunk in enumerate(request.path) if chunk not in seen), len(request.path))
-        hits += min(known * short.chunk_tokens, request.tokens)
+        hits += min(known * request.chunk_tokens, request.tokens)
         seen.update(request.path)
     assert point.found.hit_tokens == hits
     assert not point.found.full

@@ -85,6 +85,69 @@ def test_suspended_items_may_be_left_out_until_they_are_used(name: str) -> None:
     tree.check_order()
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_suspended_is_looked_at_once_and_comes_back_in_its_place(name: str, seed: int) -> None:
+    """A caller that keeps chunks for long, always with all that they build on, as one does that retains prefixes."""
+    random = Random(seed)
+    tree = Tree(make_policy(name, clock_of(random)), random)
+    kept: set[bytes] = set()
+    suspended: set[bytes] = set()
+    for _ in range(60):
+        path = tree.path()
+        if random.random() < 0.6:
+            tree.policy.asked(path, 4 * len(path), 4)
+            tree.store(path)
+            tree.use(path)
+            suspended.difference_update(path)
+            kept.update(path if random.random() < 0.2 else ())
+        elif random.random() < 0.3:
+            kept.difference_update(path)
+            for key in kept.copy():  # what builds on what is kept no more
+                parent = tree.parents[key]
+                while parent is not None and parent in kept:
+                    parent = tree.parents[parent]
+                if parent is not None:
+                    kept.discard(key)
+            for key in [key for key in tree.there if key in suspended - kept]:  # what others build on first
+                tree.policy.resume(tree.there[key])
+                suspended.discard(key)
+        wanted = min(random.randrange(4), len(tree.there.keys() - kept))
+        for chunk in tree.policy.victims() if wanted else ():
+            if chunk.chunk_hash in kept:
+                assert name == "prefix" or chunk.chunk_hash not in suspended
+                tree.policy.suspend(chunk)
+                suspended.add(chunk.chunk_hash)
+            elif chunk.chunk_hash not in tree.parents.values():
+                tree.remove(chunk)
+                wanted -= 1
+            if not wanted:
+                break
+        order = [chunk.chunk_hash for chunk in tree.policy.victims()]
+        assert len(set(order)) == len(order) and tree.there.keys() - suspended <= set(order)
+        if name != "fifo":
+            places = {key: place for place, key in enumerate(order)}
+            for key in order:
+                parent = tree.parents[key]
+                assert parent is None or parent in suspended or places.get(parent, len(order)) > places[key]
+
+
+@pytest.mark.parametrize("name", ["lru", "fifo", "s3fifo", "arc"])
+def test_what_was_suspended_comes_back_as_the_first(name: str) -> None:
+    policy = make_policy(name, lambda: 0.0)
+    chunks = [Chunk(chunk_hash(number)) for number in range(6)]
+    for chunk in chunks:
+        policy.enter(chunk, None)
+    first = next(iter(policy.victims()))
+    policy.suspend(first)
+    assert next(iter(policy.victims())) is not first
+    policy.resume(first)
+    assert next(iter(policy.victims())) is first
+    policy.resume(first)
+    policy.left(first, Removal.CAPACITY)
+    assert set(policy.victims()) == set(chunks) - {first}
+
+
 def test_a_policy_that_there_is_none_of_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"'lfu'.*prefix, lru, fifo, s3fifo, arc, tinylfu"):
         make_policy("lfu", lambda: 0.0)

@@ -13,7 +13,7 @@ from .support import BIG
 
 PROMPT = make_prompt(10)
 REQUESTS = 10
-LEASES = REQUESTS * len(PROMPT)
+LEASES = (REQUESTS + 1) * len(PROMPT)  # two equal parts are leased once
 RESERVATIONS = 20
 BIG_CHUNKS = 4
 
@@ -33,6 +33,8 @@ async def hold(url, manner):
                 await cache.query_status(prefetch.request_id)
             if number % 3 == 2:
                 held.append(await cache.read(prefetch.request_id))
+        await cache.prefetch_segments([PROMPT, make_prompt(len(PROMPT))], request_id="parts").load_done
+        held.append(await cache.read("parts"))
         for number in range(RESERVATIONS):
             writer = await cache.store(reserved_prompt(number))
             (chunk,) = writer

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from urllib.request import Request, urlopen
 
 from .programs import ServerProcess, server
 
+SECONDS = 20
 TOKEN, BOUND_TOKEN = "token-of-operations", "token-of-acme-number-one"
 TENANTS = f"""
 [server.tenants.operations]
@@ -72,6 +74,8 @@ def web(directory: Path, *listen: str, http: str = "127.0.0.1:0", **options: Any
 
 def http_url(served: ServerProcess) -> str:
     """Where a server says that it answers HTTP."""
-    match = re.search(r"HTTP at (http://\S+)", served.log)
-    assert match, served.log
+    deadline = time.monotonic() + SECONDS
+    while not (match := re.search(r"HTTP at (http://[\w.:\[\]]+)", served.log)):  # a thread writes the log
+        assert time.monotonic() < deadline, served.log
+        time.sleep(0.01)
     return match[1]

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 TESTS = Path(__file__).parents[1]
-END_SECONDS = 10
+END_SECONDS = 30
 
 
 class ServerProcess:
@@ -36,6 +36,14 @@ class ServerProcess:
 
     def descriptors(self) -> int:
         return self._process.num_fds()
+
+    def open_files(self) -> list[str]:
+        """What its descriptors mean, as the kernel says it."""
+        paths = []
+        for descriptor in Path(f"/proc/{self.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # it was closed meanwhile
+                paths.append(os.readlink(descriptor))
+        return paths
 
     def descendants(self) -> list[psutil.Process]:
         return self._process.children(recursive=True)

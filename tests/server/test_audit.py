@@ -9,9 +9,11 @@ from typing import get_args
 
 import pytest
 from contract.support import fill, make_layout, make_prompt, object_keys, read_back
+from faults.disk import place_of
 
 import async_cache
 from async_cache import BlockingClient, ConfigError, ObjectGroup, connect
+from async_cache.l2.filesystem.format import index_name, segment_name
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
 
@@ -54,8 +56,12 @@ async def use_all(cache, number):
     prefetch = cache.prefetch(prompt)
     cache.unclaim(await cache.query_status(prefetch.request_id))
     await cache.end_request(prefetch.request_id)
+    prefetch = cache.prefetch(prompt, wait_for_writers_seconds=1)
+    async with cache.stream(prefetch.request_id) as stream:
+        assert len([chunk async for chunk in stream]) == CHUNKS
     cache.prefetch(poisoned).cancel()
     await cache.delete(poisoned)
+    await cache.delete_model("nobody's")
     await cache.explain(prompt)
     async with cache.events() as events:
         await cache.delete(prompt)
@@ -63,19 +69,30 @@ async def use_all(cache, number):
     await fill(cache, prompt)
     await cache.flush()
     assert await cache.roots() and await cache.chunks(limit=10)
+    assert (await cache.retain(prompt)).chunks == CHUNKS
+    assert await cache.retained()
+    assert (await cache.retain(prompt, ttl_seconds=0)).chunks == 0
+    await cache.hint(prompt, output_tokens=1, returns=False)
+    assert (await cache.warm(prompt)).chunks == CHUNKS
     with pytest.raises(ConfigError):
         await cache.reload()
+    parts = [prompt, prompt.layout.segment(range(number, number + 8), context=[1])]
+    assert (await cache.lookup_segments(parts)).chunks == CHUNKS
+    prefetch = cache.prefetch_segments(parts)
+    assert (await prefetch.load_done).chunks == CHUNKS
+    await cache.end_request(prefetch.request_id)
     await cache.stats()
     await cache.ping()
     return prompt
 
 
 def damage(directory, prompt):
-    """Put the poison into the files of a prompt, and files of its own beside them."""
+    """Put the poison into the objects of a prompt, and files of its own beside theirs."""
     for key in object_keys(prompt):
-        path = directory / f"{key.chunk_hash.hex()}.{key.rank}.{key.group}.kv"
-        path.write_bytes(POISON + path.read_bytes()[len(POISON) :])
-    (directory / f"{'0' * 64}.0.0.kv").write_bytes(POISON)
+        place = place_of(directory, key)
+        place.write(POISON[: place.size_bytes])
+    (directory / segment_name(7, 0)).write_bytes(POISON)
+    (directory / index_name(7, 0)).write_bytes(POISON)
     (directory / "evil.pkl").write_bytes(POISON)
 
 

@@ -91,7 +91,7 @@ def received(sock):
 
 def test_a_layout_that_takes_long_to_read_is_refused_before_it_is_read(served):
     group = ["Group", [1], "uint8", None, [0] * 4096]
-    payload = messages._encoder.encode(["RegisterLayout", 1, 0, ["Layout", "x", [group] * 4000, 1, 1, 1, ""]])
+    payload = messages.encode(["RegisterLayout", 1, 0, ["Layout", "x", [group] * 4000, 1, 1, 1, ""]])
     with Peer(served.url, token=RED) as red:
         red.socket.sendall(frame(payload))
         (refused,) = red.answers(1)

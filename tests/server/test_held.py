@@ -1,6 +1,8 @@
 """What a connection holds: prefetches that end with their requests, and waits that are undone."""
 
 import asyncio
+import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,11 +13,11 @@ from contract.support import LAYOUT, fill, make_prompt, make_tokens
 from async_cache import AsyncCache, CacheConfig, ServerConfig, connect
 from async_cache.limits import UNLIMITED
 from async_cache.protocol import messages
-from async_cache.protocol.prompts import pack
+from async_cache.protocol.prompts import describe, pack
 from async_cache.server import Server
 from async_cache.server.access import Scope, Tenant
 from async_cache.server.accounts import Account
-from async_cache.server.held import Held, Wait
+from async_cache.server.held import Table, Wait
 from async_cache.server.prefetches import HeldPrefetch, Holders, Holding
 
 from .programs import server
@@ -29,7 +31,7 @@ class Sent:
     """Stands for a connection: keeps what is sent."""
 
     def __init__(self) -> None:
-        self.held: dict[int, Held] = {}
+        self.held = Table()
         self.messages: list[Any] = []
 
     def send(self, message: Any) -> None:
@@ -145,9 +147,9 @@ async def test_two_servers_of_one_cache_hold_nothing_of_requests_that_are_over(t
                 (session,) = opened._sessions
                 assert not session.held
         for opened in servers:
-            assert cache.core.observers.over
+            assert cache.core.observers.ending
             await opened.close()
-        assert not cache.core.observers.over
+        assert not cache.core.observers.ending
         with pytest.raises(Exception, match="opened once"):
             await servers[0].open()
 
@@ -182,3 +184,27 @@ async def test_who_holds_a_request_is_told_of_its_end_before_another_is_answered
                 holder.socket.setblocking(False)
                 assert holder.answers(1) == [messages.RequestOver(number)]
                 holder.socket.settimeout(10)
+
+
+async def calls_to_refuse(held: int) -> int:
+    """The calls that one more message takes, of a connection that holds so much already."""
+    async with AsyncCache(CacheConfig(l1_bytes=2**20, l2=[])) as cache:
+        opened = Server(cache, ServerConfig(listen=["unix:///unused"], max_requests=held))
+        session = opened.session(Tenant(), "", None, mapped=False)
+        session._handle(messages.RegisterLayout(1, 0, describe(LAYOUT)))
+        for n in range(held):
+            session._handle(messages.Prefetch(n, pack(make_prompt(1, n), 0, trusted=False), f"{n}"))
+        assert session.held.requests == held
+        wire, calls = pack(PROMPT, 0, trusted=False), Counter[str]()
+        sys.setprofile(lambda frame, event, _: calls.update((event,)))
+        session._handle(messages.Prefetch(held, wire, "one more"))
+        sys.setprofile(None)
+        assert held not in session.held
+        session.connection.connection_lost(None)
+        await opened.close()
+        return calls["call"] + calls["c_call"]
+
+
+async def test_what_a_refusal_costs_does_not_grow_with_what_is_held() -> None:
+    """Else whoever holds all that it may hold makes each further message dear."""
+    assert await calls_to_refuse(400) <= await calls_to_refuse(10) + 5

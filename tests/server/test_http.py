@@ -4,10 +4,11 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+import uvloop
 from contract.support import fill, make_layout, make_prompt, make_tokens
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -17,7 +18,7 @@ from async_cache.l2.memory import MemoryBackend
 from async_cache.metrics import Watch
 from async_cache.server import Server
 from async_cache.server.access import tenant_of
-from async_cache.server.http import HTTPServer
+from async_cache.server.http import HTTPServer, serving
 from async_cache.server.http.health import Problem, problems
 from async_cache.testing.backends import GatedBackend
 from async_cache.testing.virtual import run_virtual
@@ -212,6 +213,44 @@ async def test_a_server_ends_in_time_whoever_asks_slowly(tmp_path: Path) -> None
     assert "ERROR" not in site.served.log
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /healthz HTTP/1.1\r\nHost: loc",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /heal",
+        b"POST /explain HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{",
+    ],
+    ids=["nothing", "half a head", "half a second head", "half a body"],
+)
+async def test_who_does_not_send_a_request_to_its_end_is_let_go(
+    sent: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "_REQUEST_SECONDS", 0.3)
+    async with inside(tmp_path, GatedBackend(MemoryBackend())) as (_, site), asyncio.timeout(20):
+        host, port = site.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(sent)
+        with suppress(ConnectionResetError):
+            answered = await reader.read()
+            assert answered.count(b"200 OK") == sent.count(b"\r\n\r\nGET")
+        writer.close()
+        assert (await asyncio.to_thread(site.json, "/healthz"))[0] == 200
+
+
+async def test_an_explanation_that_takes_too_long_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("async_cache.server.http.site._EXPLAIN_SECONDS", 0.05)
+    backend = GatedBackend(MemoryBackend(), "lookup")
+    async with inside(tmp_path, backend) as (cache, site):
+        await fill(cache, make_prompt(1))
+        question = "/explain?tokens=" + ",".join(map(str, range(8)))
+        code, told = await asyncio.to_thread(site.json, question)
+        assert (code, "ask for a part" in told["error"]) == (503, True)
+        await cache.close()
+        backend.release()
+        assert (await asyncio.to_thread(site.json, question))[0] == 503
+
+
 def test_no_http_is_no_http(tmp_path: Path) -> None:
     with server(tmp_path, server_http="") as served:
         assert "HTTP" not in served.log
@@ -291,6 +330,19 @@ def test_a_task_that_outlives_its_deadline_a_lag_and_a_dead_sweeper_make_it_unhe
             backend.release()
 
     run_virtual(main())
+
+
+def test_a_request_whose_deadline_is_now_is_looked_at_as_any_other() -> None:
+    async def main() -> None:
+        backend = GatedBackend(MemoryBackend(), "lookup")
+        async with AsyncCache(CacheConfig(l1_bytes=2**20), [backend]) as cache:
+            watch = Watch(cache.core, tenant_of)
+            prefetch = cache.prefetch(make_prompt(1), deadline_seconds=1e-4)  # uvloop counts milliseconds
+            assert not prefetch.lookup_done.done()
+            assert problems(watch) == []
+            backend.release()
+
+    uvloop.run(main())
 
 
 def test_a_request_without_a_deadline_may_take_as_long_as_its_calls() -> None:

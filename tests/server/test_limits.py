@@ -1,7 +1,9 @@
 """What one tenant may have: what is over a limit is told so at once, with the limit's name, and others go on."""
 
 import asyncio
+import gc
 import itertools
+import weakref
 
 import pytest
 from contract.support import fill, make_layout, make_prompt
@@ -130,6 +132,7 @@ async def test_one_tenant_cannot_hold_all_of_l1_by_prefetches(served):
         assert again.chunks == 12, "chunks that are held twice are counted once"
         await fill(blue, prompt_of(32, 53, "blue"))
         assert (await blue.prefetch(prompt_of(32, 53, "blue")).load_done).chunks == 32
+        await blue.flush()
     async with connect(served.url) as watcher:
         await given_back(watcher)
 
@@ -251,3 +254,13 @@ def test_the_limits_of_a_tenant_are_those_of_all_but_for_its_own(tmp_path):
 def test_absurd_limits_are_refused_and_named(tmp_path, table, line):
     with pytest.raises(ConfigError, match=line.split()[0]):
         settings(f"{TENANT}[server.{table}]\n{line}\n", tmp_path)
+
+
+async def test_a_layout_that_outlives_a_server_does_not_keep_what_counted_it():
+    account, layout = Account("", UNLIMITED, MIB), make_layout()
+    account.know_layout(layout, 1)
+    gone = weakref.ref(account)
+    del account
+    gc.collect()
+    assert gone() is None
+    del layout  # and that is told to nobody

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import fcntl
+import json
 import logging
 import os
 import signal
@@ -244,3 +245,18 @@ def test_hello_without_a_descriptor_of_ours_reads_in_frames(tmp_path):
         with suppress(BlockingIOError):
             peer._greet(frame(encode(Hello(VERSION, descriptors=False))), None)
         assert peer.welcome.trusted and not peer.welcome.mapped and peer.arena_fd is None
+
+
+async def test_a_line_about_a_backend_has_its_name_as_a_field(tmp_path):
+    with server(tmp_path, l2=["valkey://127.0.0.1:1"], server_log_format="json") as served:
+        async with connect(served.url) as cache:
+            await cache.add_backend("memory://near")
+            await cache.remove_backend("near")
+    about = {}
+    for line in map(json.loads, served.log.splitlines()):
+        if "backend" in line:
+            about.setdefault(line["backend"], []).append(line["message"])
+    away, near = about.pop("valkey://127.0.0.1:1"), about.pop("near")
+    assert "it is tried again when it is needed" in away[0]
+    assert [message.split("near ")[1] for message in near] == ["was added", "is being removed", "was removed"]
+    assert about == {}

@@ -5,13 +5,15 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from contract.support import fill, make_prompt, verify
 
-from async_cache import AccessDeniedError, ConfigError, connect
+from async_cache import AccessDeniedError, ConfigError, ConnectionLostError, connect
 from async_cache.aio.sweeper import Sweeper
+from async_cache.server.reload import settled
 from async_cache.testing.virtual import run_virtual
 
 from .programs import ServerProcess, program_output, server
@@ -36,6 +38,11 @@ async def said(served: ServerProcess, text: str) -> None:
 async def hang_up(served: ServerProcess, text: str) -> None:
     os.kill(served.pid, signal.SIGHUP)
     await said(served, text)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
 
 
 async def test_live_settings_are_used_and_others_wait(tmp_path: Path) -> None:
@@ -67,6 +74,33 @@ async def test_live_settings_are_used_and_others_wait(tmp_path: Path) -> None:
         assert "settings wait for a restart: server.shutdown_timeout_seconds" in served.log
 
 
+async def test_a_file_that_does_not_answer_holds_up_nobody(tmp_path: Path) -> None:
+    config = tmp_path / "cache.toml"
+    write(config, in_server="max_connections = 9")
+    with server(tmp_path, config=config, l2=()) as served:
+        async with connect(served.url) as cache:
+            config.unlink()
+            os.mkfifo(config)
+            reloading = asyncio.create_task(cache.reload())
+            async with asyncio.timeout(30):
+                writer = await opened(config)  # somebody reads, and waits
+                await fill(cache, make_prompt(2))
+                assert (await cache.lookup(make_prompt(2))).chunks == 2
+                write(tmp_path / "new.toml", in_server="max_connections = 8")
+                os.replace(tmp_path / "new.toml", config)
+                os.close(writer)
+                assert await reloading == (["server.max_connections"], [])
+
+
+async def opened(pipe: Path) -> int:
+    """A pipe to write to, when somebody reads from it."""
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            await asyncio.sleep(0.01)
+
+
 async def test_what_cannot_be_used_changes_nothing(tmp_path: Path) -> None:
     config = tmp_path / "cache.toml"
     write(config, in_server="max_connections = 9")
@@ -82,6 +116,30 @@ async def test_what_cannot_be_used_changes_nothing(tmp_path: Path) -> None:
             config.unlink()
             with pytest.raises(ConfigError, match="cannot read"):
                 await cache.reload()
+
+
+def test_a_file_that_is_being_written_is_not_believed(tmp_path: Path) -> None:
+    """Half of it would have no tenants, and let everybody in."""
+    config = tmp_path / "cache.toml"
+    write(config, tenants=("operations", "acme"))
+    whole = config.read_text()
+
+    async def main() -> None:
+        clock = asyncio.get_running_loop().time
+        waiting = asyncio.create_task(settled(config))
+        for end in range(0, len(whole), 9):
+            config.write_text(whole[:end])
+            await asyncio.sleep(0.06)
+            assert not waiting.done()
+        config.write_text(whole)
+        began = clock()
+        await waiting
+        assert clock() - began < 0.3
+        config.unlink()
+        await settled(config)
+        assert clock() - began < 0.5
+
+    run_virtual(main())
 
 
 async def test_backends_come_and_go_under_load_and_no_request_is_lost(tmp_path: Path) -> None:
@@ -131,6 +189,22 @@ async def test_tenants_come_and_go(tmp_path: Path) -> None:
         async with connect(served.url, token=TOKENS["acme"]) as cache:
             await cache.ping()
         assert TOKENS["acme"] not in served.log
+
+
+@pytest.mark.parametrize("at", ["unix://{}/s", "tcp://127.0.0.1:0"])
+async def test_who_loses_its_token_while_it_sends_hears_that(tmp_path: Path, at: str) -> None:
+    config = tmp_path / "cache.toml"
+    write(config, tenants=("operations", "acme"))
+    with server(tmp_path, at.format(tmp_path), config=config) as served:
+        async with connect(served.url, token=TOKENS["acme"], heartbeat_seconds=None) as cache:
+            await cache.ping()
+            write(config, tenants=("operations",))
+            os.kill(served.pid, signal.SIGHUP)
+            while "settings are changed" not in served.log:
+                time.sleep(0.01)  # noqa: ASYNC251 - the loop is busy, and reads nothing
+            prefetch = cache.prefetch(make_prompt(2))
+            with pytest.raises(ConnectionLostError, match="the token was removed"):
+                await prefetch.lookup_done
 
 
 async def test_the_command_says_what_has_changed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from subprocess import PIPE, Popen
 import psutil
 import pytest
 from contract.support import count_hits, fill, make_layout, make_prompt, verify
+from faults.disk import places, rests
 from soak import rounds
 
 from async_cache import AsyncCacheError, BlockingClient, ConnectionLostError, ObjectGroup, connect
@@ -84,7 +85,7 @@ def assert_nothing_is_left(directory, served):
     assert not psutil.pid_exists(served.pid)
     assert {path.name for path in directory.iterdir()} <= {"log", "l2"}
     l2 = directory / "l2"
-    assert [path.name for path in l2.iterdir() if path.suffix != ".kv"] == []
+    assert rests(l2) == []
 
 
 def segments(pid="self"):
@@ -99,8 +100,8 @@ def segments(pid="self"):
 
 
 def whole(directory):
-    """The objects that were stored are whole: a file that was not finished is not there."""
-    sizes = {path.stat().st_size for path in (directory / "l2").glob("*.kv")}
+    """The objects that were stored are whole: one that was not finished is not there."""
+    sizes = {place.size_bytes for place in places(directory / "l2").values()}
     return len(sizes) <= len(LAYOUT.groups)
 
 

@@ -298,3 +298,26 @@ async def settled(future):
         return (await future).chunks
     except LimitError as error:
         return type(error)
+
+
+async def test_large_answers_count_until_they_are_read(tmp_path):
+    (tmp_path / "config.toml").write_text(f'{CONFIG}[server.tenants.bound.limits]\nunread_bytes = "512KiB"\n')
+    url = f"unix://{tmp_path}/s"
+    with server(tmp_path, url, config=tmp_path / "config.toml", result_ttl_seconds=60) as served:
+        async with connect(served.url, token=TOKEN) as owner:
+            await fill(owner, make_prompt(1000, layout=make_layout(ObjectGroup((1,), "uint8"), chunk_tokens=1)))
+        with Peer(served.url, token=TOKEN) as peer:
+            peer.send(*(messages.ListChunks(peer.number()) for _ in range(50)))
+            async with connect(served.url, token=TOKEN) as other:
+
+                async def all_are_answered():
+                    return (await other.stats()).limits["waiting"].used <= 1
+
+                await wait_until(all_are_answered)
+                assert (await other.stats()).limits["unread_bytes"].used > 256 * 1024
+            answers = await asyncio.to_thread(peer.answers, 50)
+            listed = [answer for answer in answers if isinstance(answer, messages.ChunksListed)]
+            refused = [answer for answer in answers if isinstance(answer, messages.Failed)]
+            assert listed and refused and all(one.message.startswith("unread_bytes: ") for one in refused)
+            peer.send(messages.ListChunks(peer.number()))
+            assert type(peer.answers(1)[0]) is messages.ChunksListed, "those that were read do not count"

@@ -137,6 +137,8 @@ DENIED = {
     "store": lambda cache, prompt: fill(cache, prompt),
     "delete": lambda cache, prompt: cache.delete(prompt),
     "clear l1": lambda cache, prompt: cache.clear("l1"),
+    "prefetch of parts": lambda cache, prompt: cache.prefetch_segments([prompt]).lookup_done,
+    "lookup of parts": lambda cache, prompt: cache.lookup_segments([prompt]),
     "clear all": lambda cache, prompt: cache.clear("all"),
     "add a backend": lambda cache, prompt: cache.add_backend("memory://x"),
     "drain a backend": lambda cache, prompt: cache.drain_backend("x"),
@@ -178,6 +180,27 @@ async def test_a_bound_token_reads_the_right_bytes_in_frames(served, where, layo
             await bound.store(prompt, rank=1)
         assert (await bound.delete(prompt)).chunks == CHUNKS
         assert await count_hits(engine, prompt) == 0
+
+
+async def test_a_server_hashes_the_segments_of_a_bound_token_itself_with_their_context(served):
+    tokens, context = list(range(500, 513)), [1, 2, 3]
+    own, foreign = (LAYOUT.segment(tokens, context=context, salt=salt) for salt in ("red", "blue"))
+    async with connect(served.url) as engine, connect(served.url, token=RED) as bound:
+        await fill(bound, own)
+        assert await count_hits(engine, own) == len(own) == 3  # which was found by its digests
+        assert await count_hits(bound, LAYOUT.segment(tokens, context=[1, 2], salt="red")) == 0
+        assert await count_hits(bound, LAYOUT.prompt(tokens, salt="red")) == await count_hits(engine, foreign) == 0
+        for client in (bound, engine):
+            prefetch = client.prefetch_segments([own, LAYOUT.prompt(tokens, salt="red")], request_id="parts")
+            result = await prefetch.load_done
+            assert [part.chunks for part in result.parts] == [3, 0]
+            assert {part.request_id for part in (result, *result.parts)} == {"parts"}
+            assert [part.base_tokens for part in result.parts] == [3, 0]
+            async with client.read("parts") as lease:
+                assert verify(lease, own) == [0, 1, 2]
+        with pytest.raises(AccessDeniedError):
+            await bound.prefetch_segments([foreign]).lookup_done
+        await given_back(engine)
 
 
 async def test_salts_keep_the_same_tokens_apart_and_a_shared_one_does_not(served):

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from async_cache.server.turns import LIGHT, STEP, Turns
+from async_cache.server.turns import LIGHT, STEP, TURN_SECONDS, Turns
 
 PING = 10
 
@@ -44,7 +44,7 @@ async def turn_over(count):
 
 
 async def test_what_one_turn_of_the_loop_begins_is_bounded_however_many_ask():
-    turns = Turns()
+    turns = Turns(lambda: 0.0)
     clients = [Client(turns, "red") for _ in range(200)]
     for client in clients:
         client.go_on()
@@ -62,7 +62,7 @@ async def test_what_one_turn_of_the_loop_begins_is_bounded_however_many_ask():
 @pytest.mark.parametrize("heavy", [False, True])
 @pytest.mark.parametrize("tenants", [2, 8, 64])
 async def test_tenants_with_equal_demands_get_equal_shares(tenants, heavy):
-    turns = Turns()
+    turns = Turns(lambda: 0.0)
     clients = [Client(turns, f"tenant {n}", cost=LIGHT * 4 if heavy else PING, heavy=heavy) for n in range(tenants)]
     for client in clients:
         client.go_on()
@@ -73,7 +73,7 @@ async def test_tenants_with_equal_demands_get_equal_shares(tenants, heavy):
 
 
 async def test_sixty_four_connections_of_one_tenant_get_no_more_than_one():
-    turns = Turns()
+    turns = Turns(lambda: 0.0)
     many = [Client(turns, "many") for _ in range(64)]
     one = Client(turns, "one")
     for client in [*many, one]:
@@ -85,7 +85,7 @@ async def test_sixty_four_connections_of_one_tenant_get_no_more_than_one():
 
 
 async def test_tenants_with_small_and_large_messages_get_the_same():
-    turns = Turns()
+    turns = Turns(lambda: 0.0)
     small, large = (Client(turns, f"{n} steps", cost=n * STEP, heavy=True) for n in (1, 50))
     for client in (small, large):
         client.go_on()
@@ -94,7 +94,7 @@ async def test_tenants_with_small_and_large_messages_get_the_same():
 
 
 async def test_what_is_light_passes_what_is_heavy_also_of_one_tenant():
-    turns = Turns()
+    turns = Turns(lambda: 0.0)
     heavy, light = Client(turns, "red", cost=500 * STEP, heavy=True), Client(turns, "red", messages=5)
     heavy.go_on()
     heavy.begin_next()
@@ -106,7 +106,7 @@ async def test_what_is_light_passes_what_is_heavy_also_of_one_tenant():
 
 
 async def test_what_costs_much_is_spread_over_as_many_turns():
-    turns = Turns()
+    turns = Turns(lambda: 0.0)
     client = Client(turns, "red", cost=100 * STEP, heavy=True)
     client.go_on()
     await turn_over(98)
@@ -116,7 +116,7 @@ async def test_what_costs_much_is_spread_over_as_many_turns():
 
 
 async def test_nothing_runs_when_everything_is_paid_for_or_waits_for_a_thread():
-    turns = Turns()
+    turns = Turns(lambda: 0.0)
     client = Client(turns, "red", cost=3 * STEP, messages=1, heavy=True)
     client.go_on()
     client.turn.hold()
@@ -130,7 +130,7 @@ async def test_nothing_runs_when_everything_is_paid_for_or_waits_for_a_thread():
 
 
 async def test_a_connection_that_is_gone_begins_nothing_and_leaves_nothing():
-    turns = Turns()
+    turns = Turns(lambda: 0.0)
     red, other = Client(turns, "red", heavy=True, cost=2 * STEP, messages=2), Client(turns, "red", messages=0)
     red.go_on()
     begun = []
@@ -144,7 +144,7 @@ async def test_a_connection_that_is_gone_begins_nothing_and_leaves_nothing():
 
 
 async def test_one_that_waits_to_send_has_its_turn_and_one_that_gave_up_does_not_take_one():
-    turns = Turns()
+    turns = Turns(lambda: 0.0)
     client = Client(turns, "red")
     client.go_on()
     waiting = [asyncio.create_task(client.turn.comes(100)) for _ in range(3)]
@@ -157,9 +157,54 @@ async def test_one_that_waits_to_send_has_its_turn_and_one_that_gave_up_does_not
 async def test_heavy_work_that_begins_late_and_is_paid_for_leaves_the_next_turn_nothing_to_do():
     faults = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
-    turns = Turns()
+    turns = Turns(lambda: 0.0)
     client = Client(turns, "red")
     client.turn.begin(STEP, lambda: None)
     client.turn.begin(LIGHT, lambda: None)
     await turn_over(10)
     assert not faults
+
+
+class Thread:
+    """Stands for the loop's thread, which computes for so long for a unit of what is begun."""
+
+    def __init__(self):
+        self.turns, self.begun, self.slow, self.seen = Turns(self.computed), 0, 1.0, []
+        self.seconds = 0.0
+
+    def computed(self):
+        seconds = (self.turns.step - self.turns.left) * 1e-6 * self.slow if self.seconds else 1.0
+        self.seen.append(seconds)
+        self.seconds += seconds
+        return self.seconds
+
+
+async def test_less_is_begun_in_a_turn_where_it_takes_longer_and_as_much_as_ever_where_it_does_not():
+    thread = Thread()
+    client = Client(thread.turns, "red")
+    client.go_on()
+    for slow, step in ((1.2, TURN_SECONDS / 1.2e-6), (1000.0, STEP / 2), (1.0, TURN_SECONDS / 1e-6), (0.5, STEP)):
+        thread.slow = slow
+        await turn_over(30)
+        assert thread.turns.step == pytest.approx(step, rel=0.15), slow
+        assert slow == 1000.0 or thread.seen[-1] <= 1.15 * TURN_SECONDS
+    client.left = 0
+
+
+async def test_who_has_asked_for_nothing_yet_is_not_behind_those_who_fill_the_turn():
+    turns = Turns(lambda: 0.0)
+    many = [Client(turns, "many") for _ in range(64)]
+    for client in many:
+        client.go_on()
+    await turn_over(10)
+    for _ in range(10):
+        assert turns.left <= 0
+        ping, flood = Client(turns, "blue", messages=5), Client(turns, "green")
+        ping.go_on()
+        flood.go_on()
+        assert not ping.left, "at once"
+        assert flood.done < 2 * LIGHT, "but no more than what is light"
+        flood.left = 0
+        for client in (ping, flood):
+            client.turn.leave()
+        await turn_over(3)

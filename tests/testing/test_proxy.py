@@ -1,7 +1,9 @@
 """The proxy: it passes bytes, and does to them what it was told."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 from typing import TypeVar
 
 import pytest
@@ -173,8 +175,8 @@ async def test_closing_ends_all_connections_and_tasks(proxy: Proxy, state: str) 
 
 async def test_closing_ends_a_connection_whose_task_was_cancelled_before_it_began(echo: Echo) -> None:
     class Struck(Proxy):
-        def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            super()._accept(reader, writer)
+        def _accept(self, listener: socket.socket) -> None:
+            super()._accept(listener)
             for task in self._tasks:
                 task.cancel()
             struck.set()
@@ -184,4 +186,18 @@ async def test_closing_ends_a_connection_whose_task_was_cancelled_before_it_bega
         reader, writer = await dial(proxy)
         await soon(struck.wait())
     assert await soon(reader.read()) == b""
+    writer.close()
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_what_connects_as_it_refuses_is_not_lost(echo: Echo, turns: int) -> None:
+    """A server of asyncio leaves open what it was just accepting, and nobody knows of it."""
+    async with Proxy("127.0.0.1", echo.port) as proxy:  # type: ignore[attr-defined]
+        sock = socket.create_connection(("127.0.0.1", proxy.port))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await proxy.refuse()
+    reader, writer = await asyncio.open_connection(sock=sock)
+    with suppress(ConnectionResetError):  # it was not accepted
+        assert await soon(reader.read()) == b""
     writer.close()

@@ -255,3 +255,77 @@ def test_what_could_not_be_read_once_and_was_stored_anew_is_left_out_after_that(
                 await cache.clear(tier="l1")
 
     play(backend, scene)
+
+
+class Owned(Timed):
+    """Notes how many chunks had been asked for before each, by a byte of their hash."""
+
+    def __init__(self, inner: Backend):
+        super().__init__(inner)
+        self.order: list[bytes] = []
+
+    async def before(self, verb: str, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:
+        if verb == "store":
+            self.order += [key.chunk_hash for key in keys]
+            await asyncio.sleep(1)
+
+
+def test_chunks_of_others_are_stored_before_all_of_one_and_a_flush_of_their_own_does_not_wait_for_it() -> None:
+    owned = Owned(MemoryBackend())
+    large = ModelLayout("large", (ObjectGroup((PAGE,), "uint8"),), chunk_tokens=4)
+
+    async def scene(cache: AsyncCache) -> None:
+        writeback, clock = cache.core.writeback, asyncio.get_running_loop().time
+        writeback.tell_apart(["red", "blue"])
+        red, blue = (large.prompt(range(4 * count), salt=salt) for count, salt in ((40, "red"), (2, "blue")))
+        for prompt in (red, blue):
+            async with cache.store(prompt) as writer:
+                for chunk in writer:
+                    chunk.commit()
+        assert (writeback.pending_of(["red"]), writeback.pending_of(["blue"])) == (40, 2)
+        began = clock()
+        assert await writeback.flush(None, ["blue"]) == FlushResult(2, 0, 0)
+        assert clock() - began < 4 and writeback.pending_of(["red"]) > 30
+        assert owned.order.index(blue.chunk_hashes[1]) < 10
+        assert await writeback.flush(0.5, ["red"]) != FlushResult(0, 0, 0)
+        assert (await cache.flush()).pending == 0
+        assert await writeback.flush(None, ["blue"]) == FlushResult(0, 0, 0)
+        assert writeback.dropped_of(["red", "blue"]) == 0 and writeback.pending_of(["red", "blue"]) == 0
+
+    play(owned, scene, writeback_share=4 / 64)  # four chunks at a time
+
+
+WIDE = ModelLayout("wide", tuple(ObjectGroup((16,), "uint8") for _ in range(8)), chunk_tokens=4)
+
+
+class InPages(WrappedBackend):
+    """A backend in which each object takes a page."""
+
+    def __init__(self, inner: Backend):
+        super().__init__(inner)
+        self.unit_bytes = PAGE
+
+
+@pytest.mark.parametrize("capacity_bytes", [127, 7 * PAGE], ids=["bytes", "pages"])
+def test_a_chunk_that_is_larger_than_the_storage_is_refused_at_once_and_nothing_makes_room_for_it(
+    capacity_bytes: int,
+) -> None:
+    inner = MemoryBackend(capacity_bytes=capacity_bytes)
+    backend = InPages(inner) if capacity_bytes >= PAGE else inner
+
+    async def scene(cache: AsyncCache) -> None:
+        cache.core.writeback.tell_apart(["red", "blue"])
+        await store(cache, 1)
+        assert await cache.flush() == FlushResult(1, 0, 0)
+        now = asyncio.get_running_loop().time()
+        for number, salt in enumerate(("red", "red", "blue")):
+            async with cache.store(WIDE.prompt([number] * 4, salt=salt)) as writer:
+                writer[0].commit()
+        assert await cache.flush(1000) == FlushResult(0, 0, 0, refused=3)
+        assert asyncio.get_running_loop().time() - now < 0.1
+        assert inner.usage().objects == 1
+        assert (await cache.backends())[0].refused == {"capacity": 3}
+        of = cache.core.writeback.flush
+        assert [(await of(1, {salt})).refused for salt in ("red", "blue", "red")] == [2, 1, 0]
+
+    play(backend, scene)

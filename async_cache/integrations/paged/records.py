@@ -36,9 +36,9 @@ class Record:
     """What is known of one request of the engine. See `Stage`."""
 
     __slots__ = (
-        "asked_at", "first_token", "fresh_seconds", "give_up_at", "heard", "hits", "identity", "loads", "needs",
-        "no_room_since", "offer_from", "offer_until", "preemptions", "prefetch", "request", "result", "saved_chunks",
-        "saves", "stage", "stale",
+        "advised", "asked_at", "asked_tokens", "first_token", "fresh_seconds", "give_up_at", "heard", "hits",
+        "identity", "loads", "needs", "no_room_since", "offer_from", "offer_until", "preemptions", "prefetch",
+        "request", "result", "saved_chunks", "saves", "stage", "stale",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, identity: Mapping[str, Any], *, loads: bool):
@@ -49,6 +49,8 @@ class Record:
         self.stage = Stage.DONE
         self.prefetch: BlockingPrefetch | None = None
         self.asked_at = 0.0
+        self.asked_tokens = 0
+        self.advised: int | None = None  # the chunk from which on it is faster to compute than to load
         self.heard = 0  # what had come from the server by then
         self.fresh_seconds = 0.0  # how long what was loaded is there
         self.give_up_at: float | None = None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from async_cache.advice import Adviser, Pace
 from async_cache.client.blocking import BlockingClient, BlockingFuture, BlockingPrefetch
 from async_cache.errors import AsyncCacheError
 from async_cache.integrations.optional import OptionalClient
@@ -14,8 +15,10 @@ from async_cache.integrations.paged.records import EngineRequest, Record, Stage
 from async_cache.integrations.paged.reports import Tally
 from async_cache.integrations.paged.resets import Resets
 from async_cache.integrations.paged.saves import SavesUnderWay
+from async_cache.integrations.paged.wishes import NOTHING as NO_WISHES
+from async_cache.integrations.paged.wishes import Wishes
 from async_cache.prompt.layout import Prompt
-from async_cache.values import LoadResult, LookupHits
+from async_cache.values import LoadResult, LookupHits, Retained
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ class PagedScheduler:
 
     `threshold_seconds`: a load that is expected to end within it gets its blocks before it has ended.
     `known` is told of the prompt of a request, as far as it is looked up or saved.
+    `advises`: what is expected to be computed faster than it is loaded, at the pace that the engine is measured at, is
+    not loaded; else that is so where the server says so.
     `free_blocks`: how many the engine has now. A request that is offered a place and does not fit delays all behind it.
     """
 
@@ -53,6 +58,7 @@ class PagedScheduler:
         threshold_seconds: float = 0.1,
         free_blocks: Callable[[], float] = lambda: math.inf,
         known: Callable[[Any, Prompt], None] | None = None,
+        advises: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._client = client
@@ -66,11 +72,14 @@ class PagedScheduler:
         self.tally = Tally()
         """What lookups and loads came to."""
         self._clock = clock
+        self._pace = Pace(clock) if advises else None
+        self._adviser = Adviser(0, clock)
         self._records: dict[str, Record] = {}
         self._arriving: dict[Record, int] = {}  # placed and not computed yet, with the blocks that they will need
         self._orders = Orders()
         self._finished: list[str] = []
         self._sending: set[str] = set()  # finished, and not saved yet
+        self._to_keep: dict[str, list[tuple[Prompt, float]]] = {}  # of these, for so many seconds
         self._offered: dict[bytes, float] = {}  # when, by the last chunk of what the engine held
         self._complaint = Complaint()
         self._under_way = SavesUnderWay(self._layout.world_size)
@@ -129,9 +138,11 @@ class PagedScheduler:
         record = self._records[request.request_id] = Record(request, identity, loads=load and self._loads)
         self._look_up(record, computed_tokens)
 
-    def _look_up(self, record: Record, computed_tokens: int) -> None:
+    def _look_up(self, record: Record, computed_tokens: int, most_tokens: int | None = None) -> None:
         self._end(record)
         tokens = record.request.num_tokens - 1  # the last is computed, for what comes after it
+        if most_tokens is not None:
+            tokens = min(tokens, most_tokens)
         if not record.loads or tokens // self._chunk_tokens <= computed_tokens // self._chunk_tokens:
             return
         client = self._opened()
@@ -142,6 +153,7 @@ class PagedScheduler:
             record.heard = client.heard()
             record.fresh_seconds = min(_FRESH_SECONDS, client.result_ttl_seconds / 2)
             record.prefetch = client.prefetch(prompt, skip_tokens=computed_tokens)
+            record.asked_tokens = tokens
             record.stage = Stage.LOOKING
             self.tally.follow(record.prefetch, prompt.tokens - computed_tokens)
             self._tell_known(record, prompt)
@@ -168,8 +180,13 @@ class PagedScheduler:
                 record.result = self._outcome(record, prefetch.load_done)
             elif not prefetch.lookup_done.done():
                 return self._still_looking(record)
-            elif not self._ends_soon(record, prefetch):
-                return NOT_YET
+            else:
+                ends_soon = self._ends_soon(record, prefetch)
+                if record.advised is not None:  # that is faster than to load it
+                    self._look_up(record, computed_tokens, record.advised * self._chunk_tokens)
+                    return NOT_YET if record.stage is Stage.LOOKING else NOTHING
+                if not ends_soon:
+                    return NOT_YET
         found = record.result or record.hits
         return self._offer(record, found, computed_tokens) if found is not None else NOTHING
 
@@ -208,12 +225,24 @@ class PagedScheduler:
         now = self._clock()
         if record.hits is None:
             record.hits = hits = self._outcome(record, prefetch.lookup_done)
+            record.advised = self._advised(hits, record.asked_tokens) if hits is not None else None
             if hits is None or hits.expected_load_seconds is None:
                 record.offer_from = math.inf
             else:
                 record.offer_from = now + hits.expected_load_seconds - self._threshold_seconds
                 record.offer_until = now + hits.expected_load_seconds + self._threshold_seconds
         return record.offer_from <= now <= record.offer_until
+
+    def _advised(self, hits: LookupHits, asked_tokens: int) -> int | None:
+        """The chunk from which on it is faster to compute than to load, by the server or by this engine's own pace."""
+        if hits.recompute_from is not None or self._pace is None:
+            return hits.recompute_from
+        self._adviser.tokens_per_second = self._pace.tokens_per_second
+        to_load = range(hits.l1_chunks, hits.chunks)  # as if all that is in memory came first
+        missing_tokens = asked_tokens - (hits.start_chunk + hits.chunks) * self._chunk_tokens
+        return self._adviser.recompute_from(
+            hits.start_chunk, to_load, hits.chunks, self._chunk_tokens, hits.expected_load_seconds, missing_tokens
+        )
 
     def _offer(self, record: Record, found: LookupHits | LoadResult, computed_tokens: int) -> Answer:
         loaded_seconds = found.seconds if isinstance(found, LoadResult) else _FRESH_SECONDS
@@ -287,8 +316,12 @@ class PagedScheduler:
             if record is not None and record.stage is Stage.LOADING:
                 self._end(record)
 
-    def finish(self, request_id: str) -> bool:
-        """End a request, done or aborted; whether its blocks have to wait until the workers have saved them."""
+    def finish(self, request_id: str, *, prompt_tokens: int | None = None, wishes: Wishes = NO_WISHES) -> bool:
+        """End a request, done or aborted; whether its blocks have to wait until the workers have saved them.
+
+        `prompt_tokens`: so long was its prompt; what follows was generated, which the server is told as a hint. What it
+        wishes to be kept is kept when it is saved.
+        """
         record = self._records.pop(request_id, None)
         if record is None:
             return request_id in self._sending
@@ -296,12 +329,53 @@ class PagedScheduler:
         if waits:
             self._finished.append(request_id)
             self._sending.add(request_id)
+        if prompt_tokens is not None:
+            self._hint(record, prompt_tokens, wishes)
+            self._keep(record, prompt_tokens, wishes, saves_first=waits)
         self._release(record)
         return waits
 
+    def _hint(self, record: Record, prompt_tokens: int, wishes: Wishes) -> None:
+        client, output_tokens = self._opened(), record.request.num_tokens - prompt_tokens
+        if client is not None and prompt_tokens >= self._chunk_tokens:
+            try:
+                client.hint_nowait(
+                    self._prompt(record, prompt_tokens),
+                    output_tokens=output_tokens,
+                    returns=wishes.returns,
+                    within_seconds=wishes.within_seconds,
+                )
+            except (AsyncCacheError, ValueError) as error:
+                self._complaint.log(error)
+
+    def _keep(self, record: Record, prompt_tokens: int, wishes: Wishes, *, saves_first: bool) -> None:
+        """Have the server keep what a request wishes, when it has been saved: before, it is not there."""
+        for wish in wishes.retain:
+            tokens = prompt_tokens if wish.tokens is None else min(wish.tokens, prompt_tokens)
+            try:
+                kept = self._prompt(record, tokens), wish.ttl_seconds
+            except (AsyncCacheError, ValueError) as error:
+                self._complaint.log(error)
+                continue
+            if saves_first:
+                self._to_keep.setdefault(record.request.request_id, []).append(kept)
+            else:
+                self._retain(*kept)
+
+    def _retain(self, prompt: Prompt, ttl_seconds: float) -> None:
+        client = self._opened()
+        if client is not None:
+            try:
+                client.retain_nowait(prompt, ttl_seconds=ttl_seconds, told=_log_clipped)
+            except (AsyncCacheError, ValueError) as error:
+                self._complaint.log(error)
+
     def sent(self, request_ids: Iterable[str]) -> None:
         """Note finished requests that the workers have saved."""
-        self._sending.difference_update(request_ids)
+        for request_id in request_ids:
+            self._sending.discard(request_id)
+            for prompt, ttl_seconds in self._to_keep.pop(request_id, ()):
+                self._retain(prompt, ttl_seconds)
 
     def _release(self, record: Record) -> None:
         """Let go of all that is held or expected for a request that is over."""
@@ -310,7 +384,7 @@ class PagedScheduler:
 
     def _end(self, record: Record) -> None:
         """Release all that the prefetch holds, whatever its stage."""
-        record.stage = Stage.DONE
+        record.stage, record.advised = Stage.DONE, None
         prefetch, record.prefetch = record.prefetch, None
         record.hits = record.result = None
         record.needs = (-1, 0, 0)
@@ -327,6 +401,8 @@ class PagedScheduler:
     ) -> Orders:
         """The orders of a step that computes so many tokens of each request."""
         orders, self._orders = self._orders, Orders()
+        if self._pace is not None:
+            self._pace.step(sum(scheduled.values()))
         orders.preempted = list(preempted)
         orders.finished, self._finished = self._finished, []
         for request_id in orders.preempted:
@@ -379,3 +455,8 @@ class PagedScheduler:
             self._offered.clear()
         self._offered[last] = now
         return 0
+
+
+def _log_clipped(kept: Retained) -> None:
+    if kept.clipped is not None:
+        log.info("%d chunks of a prompt are kept, less than its request asked for: %s", kept.chunks, kept.clipped.value)

@@ -2,6 +2,7 @@
 
     backend    `CodecBackend`: wraps a backend; threads encode and decode
     codec      one object: the steps in their order, and the checks of what comes back
+    steps      what is done to the bytes of an object, one after the other
     header     the format of an encoded object's header
     names      what the objects of a codec are called in the store
     scratch    the memory for encoded objects, which is bounded

@@ -9,20 +9,24 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from os import cpu_count
 from threading import Event
 from typing import Any
 
+from blake3 import blake3
+
 from async_cache.errors import BackendError, ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome, Room, check_lengths
+from async_cache.l2.backend import Backend, Loaded, LoadOutcome, LookupNowait, Room, check_lengths, not_told
 from async_cache.l2.codec.codec import Codec
 from async_cache.l2.codec.header import HEADER_BYTES, Header
 from async_cache.l2.codec.scratch import MemoryFile, Scratch, lots
 from async_cache.l2.record import TRAILER_BYTES
 from async_cache.l2.workers import DaemonExecutor, settle
+from async_cache.l2.wrapper import Wrapper
 from async_cache.prompt.keys import ObjectKey
-from async_cache.values import BackendUsage, Removal
+from async_cache.prompt.origin import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,7 @@ SLABS = 2  # for loads, and as many for stores: while one lot is encoded or deco
 THREADS = min(cpu_count() or 1, 4)
 
 _MOST_ROTTEN = 65_536  # what is forgotten is found again, and again not decoded
+_MOST_NOTE_BYTES = 2**24
 _MOST_BYTES = 2**32  # of an object: what says that it is longer is none
 
 _Work = Iterator[tuple[int, ObjectKey, memoryview, memoryview]]
@@ -38,7 +43,7 @@ _Place = Callable[[int, memoryview], memoryview | LoadOutcome]
 """Where the object of this number goes that is encoded in these bytes, or what is wrong with it."""
 
 
-class CodecBackend(Backend):
+class CodecBackend(Wrapper):
     """The backend `inner`, in which every object is as `codec` encodes it; it opens and closes with this one.
 
     Room, sizes and what `keys` lists are those of the encoded objects. An object that cannot be decoded is CORRUPT and
@@ -49,25 +54,19 @@ class CodecBackend(Backend):
     def __init__(self, inner: Backend, codec: Codec, *, threads: int = THREADS):
         if type(inner).load_sized is Backend.load_sized:
             raise ConfigError(f"codec: {type(inner).__name__} loads only what it is told the size of (no load_sized)")
-        self.inner, self.codec = inner, codec
-        self.name = inner.name
-        self.limits = inner.limits
-        self.placement, self.shared, self.ttl_seconds = inner.placement, inner.shared, inner.ttl_seconds
+        super().__init__(inner)  # whom it tells of removals hears of ours: names have their chunk hashes
+        self.codec = codec
+        inner.seal_names(self._sealed, self._read)
         self._names, *self._older = codec.names
+        self.follows = inner.follows and not self._older  # what has an older name has to be asked for by that
         self._found_older: Counter[ObjectKey] = Counter()  # pins of objects under older keys, by their names
         self._rotten: set[ObjectKey] = set()  # names of what cannot be decoded, and could not be removed
         self._threads = threads
         self._executors: tuple[DaemonExecutor, ...] = ()
         self._memory: MemoryFile | None = None
 
-    @property
-    def on_removed(self) -> Callable[[bytes, Removal], None]:
-        """Whom the inner backend tells: the names of its objects have the chunk hashes of ours."""
-        return self.inner.on_removed
-
-    @on_removed.setter
-    def on_removed(self, told: Callable[[bytes, Removal], None]) -> None:
-        self.inner.on_removed = told
+    def register(self, fd: int, memory: memoryview) -> None:
+        """Nothing: what is encoded lies in memory of our own, which `inner` has."""
 
     async def open(self) -> None:
         self._memory = memory = MemoryFile(2 * SLABS)
@@ -88,7 +87,17 @@ class CodecBackend(Backend):
     # What is there.
 
     def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
-        found = self.inner.lookup_nowait(chunk_hashes, self._names.objects(objects))
+        return self._said(self.inner.lookup_nowait, chunk_hashes, objects)
+
+    async def lookup_later(self) -> LookupNowait | None:
+        lookup = await self.inner.lookup_later()
+        return partial(self._said, lookup) if lookup is not None else None
+
+    def _said(
+        self, lookup: LookupNowait, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]
+    ) -> list[bool] | None:
+        """What is there by what the inner backend says at once; None if that does not tell."""
+        found = lookup(chunk_hashes, self._names.objects(objects))
         if found is None or (not self._rotten and (not self._older or all(found))):
             return found
         there = [chunk_hash for chunk_hash, is_there in zip(chunk_hashes, found, strict=True) if is_there]
@@ -113,11 +122,31 @@ class CodecBackend(Backend):
                 found[n] = False
         return found
 
-    def pin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
-        self.inner.pin_prefix(chunk_hashes)
+    async def notes(self) -> dict[str, bytes]:
+        encoded = await self.inner.notes()
+        decoded = await asyncio.gather(*(self._in_thread(self._read, name, note) for name, note in encoded.items()))
+        return {name: note for name, note in zip(encoded, decoded, strict=True) if note is not None}
 
-    def unpin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
-        self.inner.unpin_prefix(chunk_hashes)
+    async def keep_note(self, name: str, note: bytes | None) -> None:
+        encoded = await self._in_thread(self._sealed, name, note) if note is not None else None
+        await self.inner.keep_note(name, encoded)
+
+    async def _in_thread(self, step: Callable[[str, bytes], Any], name: str, note: bytes) -> Any:
+        return await asyncio.wrap_future(self._encoders.submit(step, name, note))
+
+    def _sealed(self, name: str, note: bytes) -> bytes:
+        """A note as it lies in the store: encoded like an object of a key that none has."""
+        encoded = bytearray(self.codec.bound_bytes(len(note)))
+        size = self.codec.encode(_key_of(name), memoryview(note), memoryview(encoded), Event())
+        return bytes(encoded[:size])
+
+    def _read(self, name: str, encoded: bytes) -> bytes | None:
+        header = Header.parse(encoded[:HEADER_BYTES])
+        if header is None or header.size_bytes > _MOST_NOTE_BYTES:
+            return None
+        note = bytearray(header.size_bytes)
+        whole = self.codec.decode(_key_of(name), memoryview(bytearray(encoded)), memoryview(note), Event())
+        return bytes(note) if whole else None
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         names = []
@@ -149,46 +178,58 @@ class CodecBackend(Backend):
                 if (key := names.key(name)) is not None:
                     yield key, size_bytes
 
-    def usage(self) -> BackendUsage:
-        return self.inner.usage()
+    async def keys_of(self, selection: Selection) -> AsyncIterator[tuple[ObjectKey, int]]:
+        async for name, size_bytes in self.inner.keys_of(selection):
+            for names in self.codec.names:
+                if (key := names.key(name)) is not None:
+                    yield key, size_bytes
 
     # Loads.
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+        return await self.load_each(keys, buffers, not_told)
+
+    async def load_each(
+        self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], loaded: Loaded
+    ) -> list[LoadOutcome]:
         check_lengths(keys, buffers)
         # With room for what a store keeps behind an object, which it may read along with it.
         bounds = [self.codec.bound_bytes(len(buffer)) + TRAILER_BYTES for buffer in buffers]
-        loaded = await self._load_all(keys, bounds, lambda n, encoded: buffers[n])
-        return [found if isinstance(found, LoadOutcome) else LoadOutcome.LOADED for found in loaded]
+        bodies = await self._load_all(keys, bounds, lambda n, encoded: buffers[n], loaded)
+        return [found if isinstance(found, LoadOutcome) else LoadOutcome.LOADED for found in bodies]
+
+    load_sized = Backend.load_sized  # there is none: the sizes of what is decoded are those of the keys
 
     async def load_listed(
         self, keys: Sequence[ObjectKey], sizes: Sequence[int], room: Room
     ) -> list[memoryview | LoadOutcome]:
         # What is stored under another key, or at another level, than what was listed may be longer.
-        return await self._load_all(keys, [2 * size for size in sizes], lambda n, encoded: _room(encoded, room))
+        return await self._load_all(
+            keys, [2 * size for size in sizes], lambda n, encoded: _room(encoded, room), not_told
+        )
 
     async def _load_all(
-        self, keys: Sequence[ObjectKey], bounds: Sequence[int], place: _Place
+        self, keys: Sequence[ObjectKey], bounds: Sequence[int], place: _Place, loaded: Loaded
     ) -> list[memoryview | LoadOutcome]:
         """Load objects that are encoded in so many bytes at most, in lots, and decode each to its place."""
-        calls = [self._load(lot, keys[lot], bounds[lot], place) for lot in lots(bounds)]
+        calls = [self._load(lot, keys[lot], bounds[lot], place, loaded) for lot in lots(bounds)]
         if len(calls) == 1:
             told = [await calls[0]]
         else:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(call, name=f"{self.name} load") for call in calls]
             told = [task.result() for task in tasks]
-        loaded = list(chain.from_iterable(of_lot for of_lot, _ in told))
+        bodies = list(chain.from_iterable(of_lot for of_lot, _ in told))
         faults = [fault for _, fault in told if fault is not None]
-        if faults and loaded.count(LoadOutcome.FAILED) == len(loaded):
+        if faults and bodies.count(LoadOutcome.FAILED) == len(bodies):
             raise faults[0]
-        return loaded
+        return bodies
 
     async def _load(
-        self, lot: slice, keys: Sequence[ObjectKey], bounds: Sequence[int], place: _Place
+        self, lot: slice, keys: Sequence[ObjectKey], bounds: Sequence[int], place: _Place, loaded: Loaded
     ) -> tuple[list[memoryview | LoadOutcome], BackendError | None]:
         """What became of the objects of one lot, and why nothing was brought where that is so."""
-        loaded: list[memoryview | LoadOutcome] = [LoadOutcome.FAILED] * len(keys)
+        bodies: list[memoryview | LoadOutcome] = [LoadOutcome.FAILED] * len(keys)
         whole: list[bool | None] = [None] * len(keys)
         async with self._load_scratch.borrow(bounds) as scratch:
             try:
@@ -196,24 +237,30 @@ class CodecBackend(Backend):
                 todo = []
                 for n, size in enumerate(sizes):
                     if isinstance(size, LoadOutcome):
-                        loaded[n] = size
+                        bodies[n] = size
                         continue
                     encoded = scratch[n][:size]
-                    body = loaded[n] = place(lot.start + n, encoded)
+                    body = bodies[n] = place(lot.start + n, encoded)
                     if isinstance(body, memoryview):
                         todo.append((n, keys[n], encoded, body))
                     elif body is LoadOutcome.CORRUPT:
                         whole[n] = False
-                await self._in_threads(self._decoders, self.codec.decode, todo, whole)
+                await self._in_threads(
+                    self._decoders,
+                    self.codec.decode,
+                    todo,
+                    whole,
+                    lambda n, is_whole: is_whole and loaded(lot.start + n),
+                )
             except BackendError as error:
                 return [LoadOutcome.FAILED] * len(keys), error
         corrupt = [n for n, is_whole in enumerate(whole) if is_whole is False]
         for n in corrupt:
-            loaded[n] = LoadOutcome.CORRUPT
+            bodies[n] = LoadOutcome.CORRUPT
         if corrupt:
             logger.warning("%s: %d objects cannot be decoded: they are damaged, or forged", self.name, len(corrupt))
             await self._remove_rotten([keys[n] for n in corrupt])
-        return loaded, None
+        return bodies, None
 
     async def _remove_rotten(self, keys: Sequence[ObjectKey]) -> None:
         """Remove what cannot be decoded; where that fails, lookups do not find it, until it is stored anew."""
@@ -263,15 +310,18 @@ class CodecBackend(Backend):
         step: Callable[[ObjectKey, memoryview, memoryview, Event], Any],
         todo: Sequence[tuple[int, ObjectKey, memoryview, memoryview]],
         results: list[Any],
+        done: Callable[[int, Any], object] = lambda n, result: None,
     ) -> None:
-        """Let threads take a step for each object, and put what it returns into the results.
+        """Let threads take a step for each object, put what it returns into the results, and say that it is done.
 
         However it ends, no thread touches any of the memory then. Raises BackendError where it was closed meanwhile.
         """
         if not self._executors:
             raise BackendError(f"{self.name} is closed")
         stop, work = Event(), iter(todo)
-        futures = [executor.submit(_work, step, work, results, stop) for _ in range(min(self._threads, len(todo)))]
+        futures = [
+            executor.submit(_work, step, work, results, done, stop) for _ in range(min(self._threads, len(todo)))
+        ]
         await settle(futures, stop, self._given_up)
 
     async def close(self) -> None:
@@ -294,13 +344,22 @@ class CodecBackend(Backend):
         assert all(pins > 0 for pins in self._found_older.values())
 
 
+def _key_of(name: str) -> ObjectKey:
+    return ObjectKey(blake3(b"async_cache note\n" + name.encode()).digest(), 0, 0)
+
+
 def _work(
-    step: Callable[[ObjectKey, memoryview, memoryview, Event], Any], work: _Work, results: list[Any], stop: Event
+    step: Callable[[ObjectKey, memoryview, memoryview, Event], Any],
+    work: _Work,
+    results: list[Any],
+    done: Callable[[int, Any], object],
+    stop: Event,
 ) -> None:
     """Take the step for each object until none is left, or the call was stopped."""
     with suppress(InterruptedError):
         for n, key, source, target in work:
-            results[n] = step(key, source, target, stop)
+            results[n] = result = step(key, source, target, stop)
+            done(n, result)
 
 
 def _room(encoded: memoryview, room: Room) -> memoryview | LoadOutcome:

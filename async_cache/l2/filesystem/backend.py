@@ -1,57 +1,86 @@
-"""Objects as files of a local directory, bounded by size, verified at every load.
+"""Objects in the segments of a local directory, bounded by size, verified at every load.
 
-The loop decides, in an index that it alone changes; what blocks runs in threads: loads, which never queue behind
-anything else; changes of the directory, in the order in which they were decided; searches for names; and the scan of
-recovery. `record` has the format.
+The loop decides, in a catalog that it alone changes; what blocks runs in threads. `docs/disk.md` has the format.
 """
 
 import asyncio
+import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from heapq import merge
-from itertools import islice
-from threading import Event
-from typing import Any, Literal, Self
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from itertools import compress
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote, unquote
 
-from aiofiles.os import makedirs, wrap
-
+from async_cache.aio.slices import InTurns
+from async_cache.config import parse_bytes
 from async_cache.errors import BackendError, ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
-from async_cache.l2.filesystem.directory import Found, RecordDirectory, RecordFault
-from async_cache.l2.filesystem.faults import Faults
-from async_cache.l2.index import Chunk, Index
-from async_cache.l2.urls.url import BackendURL, capacity, one_of, whole_number
-from async_cache.l2.workers import DaemonExecutor, settle
+from async_cache.l2.backend import (
+    Backend,
+    Coming,
+    Loaded,
+    LoadOutcome,
+    LookupNowait,
+    Reader,
+    Sealer,
+    check_lengths,
+    not_told,
+    telling,
+)
+from async_cache.l2.chunks import Chunk
+from async_cache.l2.filesystem import notes
+from async_cache.l2.filesystem.directory import Directory, Moved
+from async_cache.l2.filesystem.format import MOST_PAGES, PAGE_BYTES
+from async_cache.l2.filesystem.journal import GROWTH_BYTES
+from async_cache.l2.filesystem.log import Log, Settings
+from async_cache.l2.filesystem.marker import Foreign
+from async_cache.l2.filesystem.work import Threads
+from async_cache.l2.index import Index
+from async_cache.l2.urls.url import BackendURL, a_policy, capacity, one_of, whole_number
 from async_cache.prompt.keys import ObjectKey
+from async_cache.prompt.origin import Origin, Selection
 from async_cache.retention.policy import EvictionPolicy
+from async_cache.retention.quotas import Bounds
+from async_cache.retention.recall import seal, unseal
 from async_cache.values import BackendUsage, Removal
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 CAPACITY_BYTES = 10 * 2**30
+LEAST_CAPACITY_BYTES = GROWTH_BYTES + 4 * PAGE_BYTES
+"""An index file with a page to spare, a page for the marker, one for what tells of origins, and one for an object."""
+SEGMENT_BYTES = 128 * 2**20
+MOST_SEGMENT_BYTES = MOST_PAGES * PAGE_BYTES
 CLOSE_SECONDS = 2.0
+LEARNED = "learned"
+"""The name of the note on what the policy has learned."""
+TRIES = 3  # in a directory that has moved before one is done
+SELECTED = 4096  # chunks that are looked at in one step, a millisecond or so
 SLICE = 256  # what the loop does with many objects, it does for so many at a time: a millisecond
 
-_open_directory = wrap(RecordDirectory)
-_sizes = wrap(RecordDirectory.sizes)
-_next = wrap(next)
-_take = wrap(lambda iterator, count: list(islice(iterator, count)))
+
+def _as_it_is(name: str, content: bytes) -> bytes:
+    return content
 
 
 class FileSystemBackend(Backend):
     """The directory `path`, made if it is not there; other processes may use it at the same time.
 
-    `capacity_bytes` bounds the sum of the objects' sizes (a file has 64 bytes more; None: no bound): chunks without a
-    pin make room, in the order of `policy`, the least recently used first by default. `durability="fsync"`: what was
+    `capacity_bytes` bounds the room that the whole directory takes on the disk (None: no bound): chunks without a pin
+    make room, in the order of `policy`, the least recently used first by default. `durability="fsync"`: what was
     stored survives a power failure; otherwise it is written when the kernel likes to, and what was torn is found out
     by its checksum. `direct` keeps objects of whole pages in page-aligned memory out of the page cache, where the file
-    system can. `threads` read at a time.
+    system can. `threads` read at a time. Files grow to `segment_bytes`, or to the size of a longer object.
 
     Raises ConfigError for arguments, and in `open` for a path, that cannot be used.
     """
+
+    retains = True
+    follows = True
+    unit_bytes = PAGE_BYTES
 
     def __init__(
         self,
@@ -61,24 +90,31 @@ class FileSystemBackend(Backend):
         durability: Literal["none", "fsync"] = "none",
         direct: bool = False,
         threads: int = 4,
+        segment_bytes: int = SEGMENT_BYTES,
         policy: EvictionPolicy[Chunk] | None = None,
     ):
-        if capacity_bytes is not None and capacity_bytes < 1:
-            raise ConfigError(f"capacity_bytes must be at least 1, or None for no bound, not {capacity_bytes}")
+        if capacity_bytes is not None and capacity_bytes < LEAST_CAPACITY_BYTES:
+            raise ConfigError(
+                f"capacity_bytes must be at least {LEAST_CAPACITY_BYTES}, for the directory itself and a page of "
+                f"{PAGE_BYTES} bytes for an object, or None for no bound, not {capacity_bytes}"
+            )
         if durability not in ("none", "fsync"):
             raise ConfigError(f"durability must be 'none' or 'fsync', not {durability!r}")
         if threads < 1:
             raise ConfigError(f"threads must be at least 1, not {threads}")
+        if not 1 <= segment_bytes <= MOST_SEGMENT_BYTES:
+            raise ConfigError(f"segment_bytes must be from 1 to {MOST_SEGMENT_BYTES}, not {segment_bytes}")
         self.path = os.fspath(path)
         self.name = f"fs://{self.path if self.path.isprintable() else quote(os.fsencode(self.path))}"
         self.capacity_bytes = capacity_bytes
-        self._fsync, self._direct, self._threads = durability == "fsync", direct, threads
-        self._index = Index(policy, lambda *removed: self.on_removed(*removed))
-        self._faults = Faults()
-        self._writing_bytes = 0
-        self._unlinking: list[list[ObjectKey]] = []  # no longer in the index, perhaps still on the disk
-        self._watches: dict[int, set[ObjectKey]] = {}
-        self._executors: tuple[DaemonExecutor, ...] = ()
+        self._fsync, self._direct = durability == "fsync", direct
+        self.learns = policy is not None
+        self._settings = Settings(capacity_bytes, segment_bytes, threads)
+        self._index = Index(policy, telling(self), unit_bytes=PAGE_BYTES)
+        self._seal: Sealer = _as_it_is
+        self._read: Reader = _as_it_is
+        self._is_open = False
+        self._opening: asyncio.Task[None] | None = None  # of the directory that has the path by now
 
     @classmethod
     def from_url(cls, url: BackendURL) -> Self:
@@ -95,44 +131,153 @@ class FileSystemBackend(Backend):
             durability=one_of(none="none", fsync="fsync"),
             direct=one_of(true=True, false=False),
             threads=whole_number(most=9999),
+            segment_bytes=parse_bytes,
+            policy=a_policy,
         )
         path = "/" + "/".join(part for part in path.split("/") if part not in ("", "."))  # one name for one directory
         capacity_bytes = parameters.pop("capacity", CAPACITY_BYTES)
         return cls(path, capacity_bytes=capacity_bytes, **parameters)
 
+    # Opening and closing.
+
     async def open(self) -> None:
-        self._loads = DaemonExecutor(self._threads, f"{self.name} load")
-        self._changes = DaemonExecutor(1, f"{self.name} change")
-        self._searches = DaemonExecutor(1, f"{self.name} search")
-        self._scans = DaemonExecutor(1, f"{self.name} scan")
-        executors = (self._loads, self._changes, self._searches, self._scans)
-        self._given_up = asyncio.get_running_loop().create_future()
+        self._threads = Threads(self.name, self._settings.readers)
         try:
-            await makedirs(self.path, 0o700, exist_ok=True, executor=self._changes)
-            self._directory = await _open_directory(
-                self.path, fsync=self._fsync, direct=self._direct, executor=self._changes
-            )
-            self._executors = executors
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            directory = await self._threads.run(self._threads.changes, self._open_directory)
+        except (Foreign, FileExistsError, NotADirectoryError, PermissionError) as error:
             raise ConfigError(f"{self.name} cannot be used: {error}") from error
         except OSError as error:
             raise BackendError(f"{self.name} cannot be opened: {error}") from error
+        else:
+            self._is_open = True
+            await self._recall()
+            self._log = Log(directory, self._index, self._threads, self._settings)
         finally:
-            if not self._executors:
-                _shutdown(executors)
-        self._recovery = asyncio.create_task(self._recover(), name=f"{self.name} recovery")
+            if not self._is_open:
+                self._threads.shutdown()
+
+    async def _recall(self) -> None:
+        """Have the policy go on from what it had learned when the directory was closed, before chunks are found."""
+        try:
+            note = await self._threads.run(self._threads.changes, notes.read_one, self.path, LEARNED)
+            for _ in self._index.recall(unseal(note)) if note is not None else ():
+                await asyncio.sleep(0)
+        except (OSError, ValueError) as error:
+            logger.warning("%s: what the policy had learned cannot be read: %s", self.name, error)
+
+    async def _note_learned(self) -> None:
+        """Have what the policy has learned outlive a restart."""
+        pieces = []
+        for piece in self._index.learned():
+            pieces.append(piece)
+            await asyncio.sleep(0)
+        if pieces and self._log.work.used:
+            with suppress(BackendError):  # it learns anew
+                await self.keep_note(LEARNED, seal(pieces))
+
+    def _open_directory(self) -> Directory:
+        os.makedirs(self.path, 0o700, exist_ok=True)
+        return Directory(
+            self.path, name=self.name, fsync=self._fsync, direct=self._direct, seal=self._seal, read=self._read
+        )
+
+    async def _in_place(self, call: Callable[[Log], Awaitable[T]]) -> T:
+        """Do something in the directory that has the path. Raises BackendError, and what it raises."""
+        try:
+            for tries_left in reversed(range(TRIES)):
+                log = self._log
+                try:
+                    return await call(log)
+                except Moved:
+                    if not self._is_open:
+                        raise BackendError(f"{self.name} is closed") from None
+                    if not tries_left:
+                        raise
+                    await self._open_anew(log)
+            raise AssertionError
+        except OSError as error:
+            raise BackendError(f"{self.name}: {error}") from error
+
+    async def _open_anew(self, moved: Log) -> None:
+        """Go on in the directory that has the path now, unless that was seen to. Raises OSError."""
+        if moved is self._log:
+            if self._opening is None or self._opening.done():
+                self._opening = asyncio.create_task(self._replace(moved), name=f"{self.name} opening")
+            await asyncio.shield(self._opening)
+        await self._log.following.recovery()
+
+    async def _replace(self, moved: Log) -> None:
+        try:
+            directory = await self._threads.run(self._threads.changes, self._open_directory)
+        except Foreign as error:
+            raise OSError(errno.ENOTDIR, str(error), self.path) from error
+        logger.warning("%s: another directory has the path now, or the old one was removed: opened anew", self.name)
+        await moved.abandon()
+        while chunks := self._index.some(SLICE):
+            self._index.remove(chunks, Removal.LOST)
+            await asyncio.sleep(0)
+        self._log = Log(directory, self._index, self._threads, self._settings)
+
+    async def close(self) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
+        try:
+            if self._opening is not None:
+                self._opening.cancel()
+                await asyncio.wait([self._opening])
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._note_learned()
+                    await self._log.put_in_order()
+            await self._log.abandon()
+            self._threads.shutdown()
+            if await self._threads.ended(CLOSE_SECONDS):
+                self._log.directory.release()
+        finally:  # also where the caller waits no longer: who waits for a thread that is stuck would do so for ever
+            self._log.work.over = True
+            self._threads.shutdown()
+            self._threads.given_up.set_result(None)
+        while self._index.clear(SLICE):  # noqa: ASYNC110 (nothing is waited for)
+            await asyncio.sleep(0)
+
+    # Lookups.
 
     def lookup_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
-        return [True] * len(chunk_hashes) if self._index.pin_chunks(chunk_hashes, objects) else None
+        self._log.work.used = True
+        if self._index.pin_chunks(chunk_hashes, objects):
+            self._log.ahead.found(chunk_hashes)
+            return [True] * len(chunk_hashes)
+        return self._lookup_known(chunk_hashes, objects) if self._log.following.knows_all() else None
+
+    async def lookup_later(self) -> LookupNowait | None:
+        with suppress(BackendError):  # `lookup` says what it knows
+            await self._in_place(lambda log: log.following.catch_up())
+            self._log.room.make(0)
+            return self._lookup_known
+        return None
+
+    def _lookup_known(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
+        present = self._index.pin_whole(chunk_hashes, objects)
+        if present is not None:
+            self._log.ahead.found(compress(chunk_hashes, present))
+        return present
+
+    def present_nowait(self, chunk_hashes: Sequence[bytes], objects: Sequence[tuple[int, int]]) -> list[bool] | None:
+        self._log.work.used = True
+        present = self._index.present_whole(chunk_hashes, objects)
+        return present if present is not None and (all(present) or self._log.following.knows_all()) else None
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        self._log.work.used = True
         present = self._index.pin_present(keys)
         if all(present):
+            self._log.ahead.found([key.chunk_hash for key in keys])
             return present
         unknown = [key for key, found in zip(keys, present, strict=True) if not found]
         known = [key for key, found in zip(keys, present, strict=True) if found]
         try:
-            await self._look_on_disk(unknown)
+            await self._in_place(lambda log: log.following.catch_up())
         except BackendError:
             if not known:  # else it says what it knows
                 raise
@@ -141,21 +286,11 @@ class FileSystemBackend(Backend):
             raise
         discovered = iter(self._index.pin_present(unknown))
         found = [there or next(discovered) for there in present]
-        self._index.touch(reversed([key.chunk_hash for key, there in zip(keys, found, strict=True) if there]))
-        self._make_room(0)
+        chunk_hashes = [key.chunk_hash for key, there in zip(keys, found, strict=True) if there]
+        self._index.touch(reversed(chunk_hashes))
+        self._log.ahead.found(chunk_hashes)
+        self._log.room.make(0)
         return found
-
-    async def _look_on_disk(self, keys: Sequence[ObjectKey]) -> None:
-        """Add to the index what another process has stored, or what recovery has not reached yet."""
-        with self._watch() as removed:
-            removed.update(*self._unlinking)  # the search may still see them
-            sizes = await _sizes(self._directory, keys, executor=self._searches)
-            for key, size_bytes in zip(keys, sizes, strict=True):
-                if isinstance(size_bytes, int) and key not in removed and not self._faults.is_unreadable(key):
-                    self._index.put(key, size_bytes)
-        faults = [fault for fault in sizes if isinstance(fault, OSError)]
-        if faults and len(faults) == len(sizes):
-            raise BackendError(f"{self.name}: {faults[0]}") from faults[0]
 
     def pin_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
         self._index.pin_prefix(chunk_hashes)
@@ -166,102 +301,98 @@ class FileSystemBackend(Backend):
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         self._index.unpin(keys)
 
+    # What is known of chunks and their owners, and what is kept.
+
+    def bound(self, bounds: Bounds) -> None:
+        self._index.bound(bounds)
+
+    def asked(self, path: Sequence[bytes], tokens: int, chunk_tokens: int, origin: Origin) -> None:
+        self._index.asked(path, tokens, chunk_tokens, origin)
+
+    def hint(
+        self, path: Sequence[bytes], output_tokens: int | None, returns: bool | None, within_seconds: float | None
+    ) -> None:
+        self._index.hint(path, output_tokens, returns, within_seconds)
+
+    def coming(self, chunks: Sequence[Coming]) -> None:
+        self._index.coming(chunks)
+
+    def retain(self, chunk_hashes: Sequence[bytes]) -> None:
+        self._index.pin_prefix(chunk_hashes)
+
+    def unretain(self, chunk_hashes: Sequence[bytes]) -> None:
+        self._index.unpin_chunks(chunk_hashes)
+
+    async def notes(self) -> dict[str, bytes]:
+        return await self._noting(notes.read, self.path)
+
+    async def keep_note(self, name: str, note: bytes | None) -> None:
+        await self._noting(notes.write, self.path, name, note)
+
+    async def _noting(self, function: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return await self._threads.run(self._threads.changes, function, *arguments)
+        except OSError as error:
+            raise BackendError(f"{self.name}: {error}") from error
+
+    # Loads, stores, and what leaves.
+
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
-        return self._noted(keys, await self._read(self._directory.load, keys, buffers))
+        return await self.load_each(keys, buffers, not_told)
+
+    async def load_each(
+        self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], loaded: Loaded
+    ) -> list[LoadOutcome]:
+        check_lengths(keys, buffers)
+        return (await self._log.loading.load(keys, buffers, loaded, exact=True))[0]
 
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
-        sizes = await self._read(self._directory.load_sized, keys, buffers)
-        told = self._noted(keys, [LoadOutcome.LOADED if isinstance(size, int) else size for size in sizes])
-        return [size if isinstance(size, int) else outcome for size, outcome in zip(sizes, told, strict=True)]
-
-    async def _read(
-        self, load: Callable[..., None], keys: Sequence[ObjectKey], buffers: Sequence[memoryview]
-    ) -> list[Any]:
-        """What a `load` of the directory says of each object: its threads share the work."""
         check_lengths(keys, buffers)
-        todo = zip(range(len(keys)), keys, buffers, strict=True)
-        outcomes: list[Any] = [None] * len(keys)
-        stop = Event()
-        # Submitted without aiofiles: `settle` must know of each call whether it has begun.
-        futures = [self._loads.submit(load, todo, outcomes, stop) for _ in range(min(self._threads, len(keys)))]
-        await settle(futures, stop, self._given_up)
-        return outcomes
-
-    def _noted(self, keys: Sequence[ObjectKey], outcomes: list[Any]) -> list[LoadOutcome]:
-        """What is told of each object, which the index and the faults hear of first."""
-        if outcomes.count(LoadOutcome.LOADED) == len(outcomes):
-            self._faults.over(keys)
-            return outcomes
-        return self._note_losses(keys, outcomes)
-
-    def _note_losses(self, keys: Sequence[ObjectKey], outcomes: list[LoadOutcome | OSError]) -> list[LoadOutcome]:
-        """What is told of each object, after a load that did not bring all of them."""
-        told = [_told(outcome) if isinstance(outcome, OSError) else outcome for outcome in outcomes]
-        failed = [key for key, outcome in zip(keys, told, strict=True) if outcome is LoadOutcome.FAILED]
-        unreadable = self._faults.failed(failed, beside_others=len(failed) < len(keys))
-        stuck = [key for key, outcome in zip(keys, outcomes, strict=True) if isinstance(outcome, RecordFault)]
-        unreadable += self._faults.failed(stuck, beside_others=True)
-        for lost, removal in ((LoadOutcome.GONE, Removal.LOST), (LoadOutcome.CORRUPT, Removal.DAMAGED)):
-            self._drop([key for key, outcome in zip(keys, told, strict=True) if outcome is lost], removal)
-        self._drop(unreadable, Removal.DAMAGED)
-        faults = [outcome for outcome in outcomes if isinstance(outcome, OSError)]
-        if unreadable:
-            logger.warning("%s: %d objects cannot be read: %s", self.name, len(unreadable), faults[0])
-        elif faults and len(faults) == len(keys):
-            raise BackendError(f"{self.name}: {faults[0]}") from faults[0]
-        return told
+        outcomes, placed = await self._log.loading.load(keys, buffers, not_told, exact=False)
+        return [
+            found[0] if outcome is LoadOutcome.LOADED and found is not None else outcome
+            for outcome, found in zip(outcomes, placed, strict=True)
+        ]
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         check_lengths(keys, buffers)
         chunk_hashes = [key.chunk_hash for key in keys]
         self._index.pin_prefix(chunk_hashes)  # none of them makes room for another one
         try:
-            missing = [i for i, found in enumerate(self._index.present(keys)) if not found or keys[i] in self._faults]
-            room = self._reserve([len(buffers[i]) for i in missing])
-            todo = [i for i, fits in zip(missing, room, strict=True) if fits]
-            faults = await self._write([keys[i] for i in todo], [buffers[i] for i in todo]) if todo else []
-            stored = self._index.present(keys)  # without what was deleted meanwhile
+            return await self._in_place(lambda log: log.storing.store(keys, buffers))
         finally:
             self._index.unpin_prefix(chunk_hashes)
-        if not any(stored) and (of_disk := [fault for fault in faults if not isinstance(fault, RecordFault)]):
-            raise BackendError(f"{self.name}: {of_disk[0]}") from of_disk[0]
-        return stored
-
-    async def _write(self, keys: list[ObjectKey], buffers: list[memoryview]) -> list[OSError]:
-        """Write objects for which there is room, and index them; returns the faults."""
-        stop = Event()
-        replaced = {key for key in keys if key in self._faults}
-        future = self._changes.submit(self._directory.store, keys, buffers, replaced, stop)
-        with self._watch() as removed:
-            try:
-                await settle([future], stop, self._given_up)
-            finally:  # a cancelled call may have written some of them
-                self._writing_bytes -= sum(map(len, buffers))
-                errors = future.result() if future.done() and not future.cancelled() else []
-                for key, buffer, error in zip(keys, buffers, errors, strict=False):
-                    if error is None:
-                        self._faults.over((key,))
-                        if key not in removed:
-                            self._index.put(key, len(buffer))
-        if doubtful := [key for key in keys if key in removed]:
-            with suppress(BackendError):  # a miss, then
-                await self._look_on_disk(doubtful)  # deleted after it was stored, or missed by a load before
-        return [error for error in errors if error is not None]
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
-        try:
-            return await asyncio.shield(self._unlink(list(keys), Removal.DELETED))
-        except OSError as error:
-            raise BackendError(f"{self.name}: {error}") from error
+        keys = list(dict.fromkeys(keys))
+        return await self._in_place(lambda log: log.delete(keys))
+
+    # All of it.
 
     async def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
-        await asyncio.wait([self._recovery])
+        await self._log.following.recovery(None)
+        with suppress(BackendError):
+            await self._in_place(lambda log: log.following.look())
         chunk_hashes = self._index.chunk_hashes()
         for begin in range(0, len(chunk_hashes), SLICE):
             for chunk_hash in chunk_hashes[begin : begin + SLICE]:
                 for item in self._index.objects_of(chunk_hash):
                     yield item
             await asyncio.sleep(0)
+
+    async def keys_of(self, selection: Selection) -> AsyncIterator[tuple[ObjectKey, int]]:
+        await self._log.following.recovery(None)
+        await self._in_place(lambda log: log.following.look())
+        async for part in InTurns(self._index.chunks(), SELECTED):
+            for chunk in self._index.of(part, selection):
+                for item in self._index.objects_of(chunk.chunk_hash):
+                    yield item
+
+    def chunks_without_origin(self) -> int:
+        return self._index.without_origin
+
+    def seal_names(self, seal: Sealer, read: Reader) -> None:
+        self._seal, self._read = seal, read
 
     @property
     def pins(self) -> int:
@@ -271,108 +402,6 @@ class FileSystemBackend(Backend):
     def usage(self) -> BackendUsage:
         return BackendUsage(self._index.objects, self._index.used_bytes, self.capacity_bytes)
 
-    async def close(self) -> None:
-        executors, self._executors = self._executors, ()
-        if executors:
-            self._recovery.cancel()
-            await asyncio.wait([self._recovery])
-            _shutdown(executors)
-            try:
-                ended = await asyncio.gather(*(executor.ended(CLOSE_SECONDS) for executor in executors))
-            finally:  # also where the caller waits no longer: who waits for a thread that is stuck would do so for ever
-                self._given_up.set_result(None)
-            while self._index.clear(SLICE):  # noqa: ASYNC110 (nothing is waited for)
-                await asyncio.sleep(0)
-            if all(ended):  # a thread that is stuck could otherwise meet a number that means another file by then
-                self._directory.close()
-
     def check_integrity(self) -> None:
-        """Assert that the totals are those of the records."""
-        self._index.check_integrity()
-        assert self._writing_bytes >= 0
-
-    # Room, and what is removed for it.
-
-    def _reserve(self, sizes: list[int]) -> list[bool]:
-        """For each size, whether there is room now for an object that will be written."""
-        whole = self._make_room(sum(sizes))
-        room = []
-        for size_bytes in sizes:
-            room.append(whole or self._make_room(size_bytes))
-            self._writing_bytes += size_bytes if room[-1] else 0
-        return room
-
-    def _make_room(self, size_bytes: int) -> bool:
-        """Evict until so many bytes fit; False, and nothing is evicted, if the pins do not allow it."""
-        if self.capacity_bytes is None:
-            return True
-        evicted = self._index.evict(self._index.used_bytes + self._writing_bytes + size_bytes - self.capacity_bytes)
-        if evicted:
-            self._unlink(evicted, Removal.CAPACITY)
-        return evicted is not None
-
-    def _unlink(self, keys: list[ObjectKey], removal: Removal) -> "asyncio.Future[int]":
-        """Drop objects and remove their files, after the changes that were submitted before."""
-        self._drop(keys, removal)
-        self._faults.over(keys)
-        future = asyncio.wrap_future(self._changes.submit(self._directory.unlink, keys))
-        self._unlinking.append(keys)
-        future.add_done_callback(self._unlinked)
-        return future
-
-    def _drop(self, keys: Sequence[ObjectKey], removal: Removal) -> None:
-        """Take objects out of the index, and tell those who wait for a thread."""
-        for key in keys:
-            self._index.drop(key, removal)
-        for watch in self._watches.values():
-            watch.update(keys)
-
-    def _unlinked(self, future: "asyncio.Future[int]") -> None:
-        self._unlinking.pop(0)  # one thread does them, in order
-        if error := future.exception():
-            logger.warning("%s: cannot remove: %s", self.name, error)
-
-    @contextmanager
-    def _watch(self) -> Iterator[set[ObjectKey]]:
-        """The objects that were dropped while one waits for a thread: what it says of them is out of date."""
-        removed: set[ObjectKey] = set()
-        self._watches[id(removed)] = removed
-        try:
-            yield removed
-        finally:
-            del self._watches[id(removed)]
-
-    async def _recover(self) -> None:
-        """Index what is on the disk, the newest first, as older than all that was used since the start."""
-        try:
-            with self._watch() as removed:
-                removed.update(*self._unlinking)
-                scan = self._directory.scan()
-                runs: list[list[Found]] = []
-                while run := await _next(scan, None, executor=self._scans):
-                    runs.append(run)
-                records = merge(*map(_drain, runs), reverse=True)
-                del runs
-                while batch := await _take(records, SLICE, executor=self._scans):
-                    for _, chunk_hash, rank, group, size_bytes in batch:
-                        key = ObjectKey(chunk_hash, rank, group)
-                        if key not in removed and not self._faults.is_unreadable(key):
-                            self._index.put_oldest(key, size_bytes)
-                    self._make_room(0)
-        except Exception:  # the root of a task; what is not indexed is found by lookups
-            logger.exception("%s: recovery failed", self.name)
-
-
-def _drain(run: list[Found]) -> Iterator[Found]:
-    """Iterate from the end, such that what was taken is freed at once, and not all together with the run."""
-    while run:
-        yield run.pop()
-
-
-def _told(fault: OSError) -> LoadOutcome:
-    return LoadOutcome.CORRUPT if isinstance(fault, RecordFault) else LoadOutcome.FAILED
-
-
-def _shutdown(executors: Sequence[DaemonExecutor]) -> None:
-    for executor in executors:
-        executor.shutdown()
+        """Assert that the totals are those of the objects, and of what is being written."""
+        self._log.check_integrity()

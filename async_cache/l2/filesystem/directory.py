@@ -1,413 +1,260 @@
-"""A directory of records (see `l2.record`), one file for each. All of it blocks: it is for threads.
+"""A directory with the log of one store: what it is, and what is recorded in it. It blocks: for threads.
 
-A writer fills a file `tmp.<random>` and renames it, so that an object appears whole or not at all, whoever else writes
-the same one.
+Each kind of thread has its own: some write bodies (`write`), one changes all else (`commit`, `drop`, `rewrite`), one
+searches (`look`), and one recovers.
 """
 
 import errno
-import fcntl
-import logging
 import os
-import stat
 import time
-import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
-from itertools import islice
-from mmap import PAGESIZE, mmap
-from secrets import token_hex
 from threading import Event
-from typing import TypeVar
 
-from xxhash import xxh3_64, xxh3_64_intdigest
+from msgspec import Struct
 
-from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.record import TRAILER_BYTES, body_bytes, file_name, is_trailer, parse_name, write_trailer
-from async_cache.prompt.keys import ObjectKey
+from async_cache.l2.backend import Reader, Sealer
+from async_cache.l2.filesystem.bodies import Bodies, Body
+from async_cache.l2.filesystem.clearing import Clearing, Hole
+from async_cache.l2.filesystem.files import FULL, Files, OpenFile
+from async_cache.l2.filesystem.format import (
+    PAGE_BYTES,
+    RECORD_BYTES,
+    Record,
+    pages,
+    unfinished_name,
+)
+from async_cache.l2.filesystem.journal import GROWTH_BYTES, Journal
+from async_cache.l2.filesystem.marker import check_marker
+from async_cache.l2.filesystem.origins import Origins
+from async_cache.l2.filesystem.runs import Runs
+from async_cache.l2.filesystem.transfers import Transfers
+from async_cache.l2.filesystem.writers import Writers
 
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
-
-BLOCK_BYTES = 512 * 1024  # hashed while it is still in the processor's cache
-SCAN_ENTRIES = 256  # in one step of the thread: two milliseconds for which the loop may have to wait
-
-_TEMPORARY = "tmp."
-_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
-_READ = _SAFE | os.O_RDONLY | os.O_NONBLOCK  # a pipe under an object's name must not block
-_CREATE = _SAFE | os.O_WRONLY | os.O_CREAT | os.O_EXCL
-_LOADED = LoadOutcome.LOADED  # by name it would cost a tenth of a microsecond, with the interpreter's lock
-_NO_FILE = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO}  # nothing, or a link, a directory ...
-_MORE_TRIES = 2
-_QUICK_SECONDS = 0.1  # a drive tries a bad sector for longer
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # of which no name can be the reason
-
-Scratch = bytearray | mmap
-Buffer = memoryview | Scratch
-Found = tuple[int, bytes, int, int, int]
-"""Modification time in ns, chunk hash, rank, group, bytes of the body: flat, and so of no interest to the collector."""
+CHECK_SECONDS = 5.0  # after which it is not believed that nothing was removed, whatever the time of the directory says
+_AWAY = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN, errno.ENODEV}
 
 
-class RecordFault(OSError):
-    """A fault that is of one record, and says nothing of the disk: its name cannot be taken or removed."""
+class Moved(OSError):
+    """The path of a directory means another one by now, or none."""
+
+    def __init__(self, path: str):
+        super().__init__(errno.ENOENT, "it was removed, or another one has its place", path)
 
 
-class RecordDirectory:
-    """The records of one directory, which is opened once: what becomes of its path later does not matter.
+class Commit(Struct, eq=False):
+    """Records of bodies that were written to these segments, and why they could not be appended."""
 
-    Where a call takes `stop`, setting it ends the call between two blocks: what it returns is of no use then. Each
-    method raises OSError.
+    segments: set[str]
+    records: bytes
+    fault: OSError | None = None
+
+
+class Directory:
+    """One directory, opened once: `has_moved` says whether its path means another one by now.
+
+    Raises Foreign or OSError.
     """
 
-    def __init__(self, path: str, *, fsync: bool, direct: bool):
-        self._fsync, self._direct = fsync, direct
-        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._close = weakref.finalize(self, os.close, self._fd)  # at once where the one who opened it was cancelled
-        self._close.atexit = False
+    def __init__(self, path: str, *, name: str, fsync: bool, direct: bool, seal: Sealer, read: Reader):
+        self.path, self.name, self._fsync = path, name, fsync
+        self._file = OpenFile(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        self.fd = self._file.fd
         if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-            self.close()
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            code = errno.EROFS if os.fstatvfs(self.fd).f_flag & os.ST_RDONLY else errno.EACCES
+            raise PermissionError(code, os.strerror(code), path)
+        check_marker(self.fd, path, os.listdir(self.fd), fsync=fsync)
+        self.origins = Origins(self.fd, seal, read)
+        self.origins.learn_all()
+        self.files = Files(self.fd)
+        transfers = Transfers(self.files, direct=direct)
+        self.bodies, self.runs = Bodies(self.files, transfers), Runs(self.files, transfers)
+        journal = Journal.create(self.fd)
+        journal.probe(self.bodies.puncher)
+        self.writer = journal.writer
+        self.writers = Writers(self.fd, name, journal)
+        self.clearing = Clearing(self.fd, self.files, self.bodies)
+        self._checked: tuple[int, float] = -1, 0.0  # the time that the directory had, and when it was looked at
+        self.promised_bytes = 0  # of room for an index file that is written anew
+        self._fresh: list[Journal] = []  # an index file that is being written anew
+        self.waiting: deque[Commit] = deque()
+        self._named: set[str] = set()  # files whose names survive a power failure
+        self.doubtful: set[str] = set()  # segments of which a sync has failed: nothing more is recorded of them
+        if fsync:
+            os.fsync(self.fd)
 
-    def close(self) -> None:
-        """Close the directory; idempotent."""
-        self._close()
+    @property
+    def journal(self) -> Journal:
+        """The index file that we write."""
+        return self.writers.journal
 
-    # Loads.
-
-    def load(
-        self,
-        todo: Iterator[tuple[int, ObjectKey, memoryview]],
-        outcomes: list[LoadOutcome | OSError | None],
-        stop: Event,
-    ) -> None:
-        """Fill bodies until nothing is left to do, and put into `outcomes`, at the place of each, how it went.
-
-        Several threads may share the iterator: one that is fast, or was woken first, does more of the work.
-        """
-        tail = self._tail(spare_bytes=1)
-        for place, key, body in todo:
-            if stop.is_set():
-                break
-            try:
-                at_once = len(body) <= BLOCK_BYTES and not self._direct and self._load_at_once(key, body, tail)
-                outcomes[place] = _LOADED if at_once else self._load(key, body, tail, stop)
-            except OSError as error:
-                outcomes[place] = self._load_again(error, partial(self._load, key, body, tail, stop), stop)
-
-    def load_sized(
-        self,
-        todo: Iterator[tuple[int, ObjectKey, memoryview]],
-        outcomes: list[int | LoadOutcome | OSError | None],
-        stop: Event,
-    ) -> None:
-        """Fill buffers that may be longer than the bodies, as `load` does; what was loaded has its size as outcome."""
-        tail = self._tail(spare_bytes=1)
-        for place, key, buffer in todo:
-            if stop.is_set():
-                break
-            load = partial(self._load_sized, key, buffer, tail, stop)
-            try:
-                outcomes[place] = load()
-            except OSError as error:
-                outcomes[place] = self._load_again(error, load, stop)
-
-    def _load_again(self, fault: OSError, load: Callable[[], T], stop: Event) -> T | LoadOutcome | OSError:
-        """Load again what could not be read: a fault may be of the moment, as a stale handle is, but is quick then."""
-        latest = time.monotonic() + _QUICK_SECONDS
-        for _ in range(_MORE_TRIES):
-            if fault.errno in _NO_FILE or isinstance(fault, RecordFault) or stop.is_set() or time.monotonic() > latest:
-                break
-            try:
-                return load()
-            except OSError as again:
-                fault = again
-        return LoadOutcome.GONE if fault.errno in _NO_FILE else fault.with_traceback(None)  # whose frames hold the body
-
-    def _load_at_once(self, key: ObjectKey, body: memoryview, tail: Scratch) -> bool:
-        """Whether a small object was loaded by three system calls and nothing between them; if not, `_load` says why.
-
-        Each call gives the interpreter's lock away: what runs before it is got back is waited for.
-        """
-        fd = os.open(file_name(key), _READ, dir_fd=self._fd)
+    def has_moved(self) -> bool:
+        """Whether the path is that of another directory by now, or of none, or our index file was removed from it."""
         try:
-            count = os.preadv(fd, (body, tail), 0)
-        finally:
-            _close(fd)
-        return count == len(body) + TRAILER_BYTES and is_trailer(tail, key, len(body), xxh3_64_intdigest(body))
-
-    def _load(self, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> LoadOutcome:
-        fd = os.open(file_name(key), _READ, dir_fd=self._fd)
-        try:
-            return self._read(fd, key, body, tail, stop)
-        finally:
-            _close(fd)
-
-    def _load_sized(self, key: ObjectKey, buffer: memoryview, tail: Scratch, stop: Event) -> int | LoadOutcome:
-        fd = os.open(file_name(key), _READ, dir_fd=self._fd)
-        try:
-            size_bytes = _body_bytes(os.fstat(fd)) or 0
-            outcome = self._read(fd, key, buffer[:size_bytes], tail, stop)
-            return size_bytes if outcome is _LOADED else outcome
-        finally:
-            _close(fd)
-
-    def _read(self, fd: int, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> LoadOutcome:
-        if self._direct:
-            self._use_direct(fd, body)
-        if read_record(fd, key, body, tail, stop):
-            return _LOADED
-        self._remove_corrupt(fd, file_name(key))
-        return LoadOutcome.CORRUPT
-
-    def _remove_corrupt(self, fd: int, name: str) -> None:
-        """Remove this file, and not what another writer has put there meanwhile. Raises RecordFault if it stays."""
-        try:
-            if os.path.samestat(os.fstat(fd), self._stat(name)):
-                os.unlink(name, dir_fd=self._fd)
-        except FileNotFoundError:
-            return
+            status = os.fstat(self.fd)
+            if not os.path.samestat(os.stat(self.path), status):
+                return True
+            while status.st_mtime_ns != self._checked[0] or time.monotonic() > self._checked[1] + CHECK_SECONDS:
+                journal = self.journal
+                try:
+                    os.stat(journal.name, dir_fd=self.fd)
+                except FileNotFoundError:
+                    if journal is self.journal:  # else it was written anew
+                        return True
+                else:
+                    self._checked = status.st_mtime_ns, time.monotonic()
         except OSError as error:
-            raise RecordFault(error.errno, f"cannot remove what is corrupt: {error.strerror}", name) from None
+            if error.errno not in _AWAY:
+                raise
+            return True
+        return False
 
-    # Stores.
+    def look(self, *, adopt: bool, lists: bool) -> Iterator[tuple[Journal, list[Record]]]:
+        """What others have recorded since it was looked for last, in steps, see `Writers`. Raises Moved."""
+        if self.has_moved():
+            raise Moved(self.path)
+        yield from self.writers.look(adopt=adopt, lists=lists)
 
-    def store(
-        self, keys: Sequence[ObjectKey], bodies: Sequence[memoryview], replaced: Collection[ObjectKey], stop: Event
-    ) -> list[OSError | None]:
-        """Write the records that are not there yet, or are to be replaced; for each key None, or why it failed.
+    @property
+    def makes_holes(self) -> bool:
+        """Whether single bodies give their room back; where not, files do when they are removed."""
+        return self.bodies.puncher.makes_holes
 
-        There are fewer answers than keys if the call was stopped.
+    @property
+    def room_bytes(self) -> int:
+        """The room on the disk of all that is no body of ours.
+
+        That is the marker, index files with a page to spare, what tells of origins, and what another version stores.
         """
-        errors: list[OSError | None] = []
-        written_ns = time.time_ns()
-        for key, body in zip(keys, bodies, strict=True):
-            if stop.is_set():
-                break
-            try:
-                if key in replaced or not self._has(key, len(body)):
-                    self._store(key, body, written_ns - len(errors), stop)
-                errors.append(None)
-            except OSError as error:
-                errors.append(error.with_traceback(None))
-        if self._fsync:
-            try:
-                os.fsync(self._fd)
-            except OSError as error:
-                return [error] * len(errors)
-        return errors
+        fresh_bytes = sum(journal.allocated_bytes for journal in self._fresh)
+        sizes = [max(fresh_bytes, self.promised_bytes), *(each.allocated_bytes for each in self.writers.all())]
+        small_files = len(self.origins.known)  # and the marker, since 0 has no file
+        others_bytes = self.clearing.left_bytes + self.writers.former_bytes
+        return PAGE_BYTES * (small_files + sum(map(pages, sizes))) + others_bytes
 
-    def _store(self, key: ObjectKey, body: memoryview, written_ns: int, stop: Event) -> None:
-        name = file_name(key)
-        temporary, fd = self._create_temporary()
-        try:
+    # What is recorded.
+
+    def write(self, bodies: Sequence[Body], stop: Event) -> None:
+        """Write bodies, see `Bodies`. Raises Moved where they would not be found."""
+        if self.has_moved():
+            raise Moved(self.path)
+        self.journal.reserve(len(bodies))
+        self.bodies.write(bodies, stop)
+
+    def commit(self, commit: Commit) -> None:
+        """Record that bodies are there, together with all others that wait for it. Raises OSError: then none is."""
+        batch = []
+        with suppress(IndexError):
+            while True:
+                batch.append(self.waiting.popleft())
+        if batch:  # else it was done together with another one
             try:
-                if self._direct:
-                    self._use_direct(fd, body)
-                write_record(fd, key, body, self._tail(spare_bytes=0), stop)
-                with suppress(OSError):  # the order of the tail and the head of a prefix, which recovery goes by
-                    os.utime(fd, ns=(written_ns, written_ns))
-                if self._fsync:
-                    os.fsync(fd)
-                self._rename(temporary, name)
-            finally:
-                os.close(fd)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary, dir_fd=self._fd)
+                self._commit({segment for each in batch for segment in each.segments}, batch)
+            except OSError as error:
+                for each in batch:
+                    each.fault = error.with_traceback(None)
+        if commit.fault is not None:
+            raise commit.fault
+
+    def _commit(self, segments: set[str], batch: list[Commit]) -> None:
+        if self._fsync:
+            for segment in segments:
+                self._sync(segment)
+            names = {*segments, self.journal.name}
+            if names - self._named:
+                os.fsync(self.fd)
+                self._named |= names
+        self.journal.append(b"".join([each.records for each in batch]))
+        if self._fsync:
+            self.journal.sync()
+
+    def _sync(self, segment: str) -> None:
+        """Have a segment survive a power failure. Where that failed once, no later try tells anything: the kernel takes
+        for written what it could not write."""
+        if segment in self.doubtful:
+            raise OSError(errno.EIO, "a sync of its segment failed", segment)
+        try:
+            self.bodies.sync(segment)
+        except OSError:
+            self.doubtful.add(segment)
             raise
 
-    def _has(self, key: ObjectKey, size_bytes: int) -> bool:
+    def drop(self, holes: Sequence[Hole], emptied: Collection[str]) -> None:
+        """Record that bodies are there no more, clear them, and remove segments that are empty. Raises OSError."""
+        data = b"".join([hole.record for hole in holes])
         try:
-            return self.size(key) == size_bytes
-        except OSError:  # what cannot be looked at is replaced
-            return False
-
-    def _rename(self, temporary: str, name: str) -> None:
-        try:
-            os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            self.journal.append(data)
         except OSError as error:
-            if error.errno in _NO_ROOM:
+            if error.errno not in FULL:
                 raise
-            raise RecordFault(error.errno, error.strerror, name) from None
+            self.clearing.clear(holes, emptied)  # which makes room for the record
+            self.journal.append(data)
+        else:
+            self.clearing.clear(holes, emptied)
 
-    def _create_temporary(self) -> tuple[str, int]:
-        """A new file, locked as long as it is open: the kernel ends the lock with its process.
+    @staticmethod
+    def rewriting_bytes(count: int) -> int:
+        """The room that a new index file of so many objects takes beside the old ones."""
+        return count * RECORD_BYTES + 3 * GROWTH_BYTES
 
-        That tells the file of a dead writer from one in use, without anything to hold and clear away per process.
-        """
-        while True:
-            name = _TEMPORARY + token_hex(8)
-            fd = os.open(name, _CREATE, 0o600, dir_fd=self._fd)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            except OSError:
-                os.close(fd)
-                os.unlink(name, dir_fd=self._fd)
-                raise
-            if os.fstat(fd).st_nlink:
-                return name, fd
-            os.close(fd)  # a scan took it for a leftover, in the instant before it was locked
+    def rewrite(self) -> None:
+        """Begin an index file that is to take the place of all of ours: `append` fills it."""
+        generation = self.journal.generation + 1
+        for unfinished in self._fresh:  # it was given up
+            with suppress(OSError):
+                os.unlink(unfinished_name(self.writer, unfinished.generation), dir_fd=self.fd)
+        journal = Journal.create_unfinished(self.fd, self.writer, generation)
+        self._fresh, self._begun_at = [journal], self.journal.size_bytes
+        self._retiring = self.writers.settled()
 
-    # Names.
+    def append(self, records: bytes) -> None:
+        """Record in the new index file what is there."""
+        (fresh,) = self._fresh
+        fresh.append(records)
 
-    def size(self, key: ObjectKey) -> int | None:
-        """The bytes of an object's body, by the size of its file; None if there is none."""
+    def end_rewrite(self) -> None:
+        """Put the new index file in the place of the others, with what was recorded since it was begun."""
+        (fresh,) = self._fresh
+        fresh.append(self.journal.behind(self._begun_at))
+        fresh.sync()
+        temporary = unfinished_name(fresh.writer, fresh.generation)
+        self.writers.add(fresh)  # first: else it is taken for that of another
         try:
-            status = self._stat(file_name(key))
-        except FileNotFoundError:
-            return None
-        return _body_bytes(status)
+            os.rename(temporary, fresh.name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except OSError:
+            self.writers.drop(fresh)
+            raise
+        self.writers.journal = fresh
+        self._fresh = []
+        if self._fsync:
+            os.fsync(self.fd)
+        for journal in self._retiring:
+            # What could not be removed must have a writer whom an index tells to be ours.
+            if journal.writer == self.writer or not self.clearing.has_failed:
+                self._remove_journal(journal)
 
-    def sizes(self, keys: Sequence[ObjectKey]) -> list[int | OSError | None]:
-        """The `size` of each object, or why it cannot be told."""
-        return [self._size_or_fault(key) for key in keys]
+    def _remove_journal(self, journal: Journal) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(journal.name, dir_fd=self.fd)
+        self.writers.drop(journal)
+        journal.close()
 
-    def _size_or_fault(self, key: ObjectKey) -> int | OSError | None:
-        try:
-            return self.size(key)
-        except OSError as error:
-            return error.with_traceback(None)
+    def close(self, *, emptied: Collection[str], keeps: bool) -> None:
+        """Remove segments that are empty, and the index files of ours if there is nothing that they tell."""
+        self.clearing.try_again()
+        with suppress(OSError):
+            self.clearing.clear((), emptied)
+        keeps |= self.clearing.has_failed
+        ours_last = sorted(self.writers.settled(), key=lambda each: each is self.journal)
+        for journal in ours_last:  # it has what the others must be told
+            if not keeps or journal.size_bytes <= RECORD_BYTES:
+                self._remove_journal(journal)
+            else:
+                journal.cut()
 
-    def unlink(self, keys: Sequence[ObjectKey]) -> int:
-        """Remove the objects that are there, and count them. A fault is raised after all were tried."""
-        removed, fault = 0, None
-        for key in keys:
-            try:
-                os.unlink(file_name(key), dir_fd=self._fd)
-                removed += 1
-            except OSError as error:
-                if error.errno not in _NO_FILE:
-                    fault = error
-        if fault is not None:
-            raise fault
-        return removed
-
-    def scan(self) -> Iterator[list[Found]]:
-        """Iterate over all records, in lists of up to SCAN_ENTRIES with the newest last.
-
-        It also removes what dead writers left behind.
-        """
-        with os.scandir(self._fd) as entries:
-            while batch := list(islice(entries, SCAN_ENTRIES)):
-                if found := sorted(filter(None, map(self._recover, batch))):
-                    yield found
-
-    def _recover(self, entry: "os.DirEntry[str]") -> Found | None:
-        key = parse_name(entry.name)
-        try:
-            if key is not None:
-                status = entry.stat(follow_symlinks=False)
-                size_bytes = _body_bytes(status)
-                return None if size_bytes is None else (status.st_mtime_ns, *key, size_bytes)
-            if entry.name.startswith(_TEMPORARY) and entry.is_file(follow_symlinks=False):
-                self._remove_leftover(entry.name)
-        except OSError as error:
-            if error.errno not in _NO_FILE:
-                logger.warning("cannot recover %s: %s", entry.name, error)
-        return None
-
-    def _remove_leftover(self, name: str) -> None:
-        """Remove a temporary file unless its writer lives, see `_create_temporary`."""
-        fd = os.open(name, _READ, dir_fd=self._fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(name, dir_fd=self._fd)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(fd)
-
-    def _stat(self, name: str) -> os.stat_result:
-        return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
-
-    # O_DIRECT.
-
-    def _tail(self, spare_bytes: int) -> Scratch:
-        """Room for a trailer: an aligned page, or no more than is asked for."""
-        return mmap(-1, PAGESIZE) if self._direct else bytearray(TRAILER_BYTES + spare_bytes)
-
-    def _use_direct(self, fd: int, body: memoryview) -> None:
-        if len(body) % PAGESIZE:
-            return
-        try:
-            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            logger.warning("the file system has no O_DIRECT: going through the page cache")
-            self._direct = False
-
-
-def _body_bytes(status: os.stat_result) -> int | None:
-    """The bytes of the body in a file of this status; None if it cannot be a record."""
-    return body_bytes(status.st_size) if stat.S_ISREG(status.st_mode) else None
-
-
-def _close(fd: int) -> None:
-    """Close a file that was read: what was read is not the worse for a fault in this."""
-    with suppress(OSError):
-        os.close(fd)
-
-
-def read_record(fd: int, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> bool:
-    """Fill `body`, and say whether the file is the record of `key`, of this length, and intact.
-
-    `tail` is longer than a trailer, so that a file that is too long is noticed.
-    """
-    size = len(body)
-    digest = xxh3_64()
-    for begin in range(0, max(size, 1), BLOCK_BYTES):
-        if stop.is_set():
-            raise InterruptedError
-        block = body[begin : begin + BLOCK_BYTES]
-        last = begin + BLOCK_BYTES >= size
-        wanted = len(block) + last * TRAILER_BYTES
-        if _transfer(os.preadv, fd, [block, tail] if last else [block], begin, wanted) != wanted:
-            return False
-        digest.update(block)
-    return is_trailer(tail, key, size, digest.intdigest())
-
-
-def write_record(fd: int, key: ObjectKey, body: memoryview, tail: Scratch, stop: Event) -> None:
-    """Write `body` and its trailer into an empty file.
-
-    `tail` is room for the trailer. If it is longer, it is written whole, as O_DIRECT demands, and cut off again.
-    """
-    size = len(body)
-    digest = xxh3_64()
-    for begin in range(0, max(size, 1), BLOCK_BYTES):
-        if stop.is_set():
-            raise InterruptedError
-        block = body[begin : begin + BLOCK_BYTES]
-        digest.update(block)
-        parts: list[Buffer] = [block]
-        if begin + BLOCK_BYTES >= size:
-            write_trailer(tail, key, size, digest.intdigest())
-            parts.append(tail)
-        wanted = sum(map(len, parts))
-        if _transfer(os.pwritev, fd, parts, begin, wanted) != wanted:
-            raise OSError(errno.EIO, "the file takes no more bytes")
-    if len(tail) > TRAILER_BYTES:
-        os.ftruncate(fd, size + TRAILER_BYTES)
-
-
-def _transfer(
-    call: Callable[[int, list[Buffer], int], int], fd: int, parts: list[Buffer], offset: int, wanted: int
-) -> int:
-    """Do a preadv or pwritev until `wanted` bytes are through, or no more come; the number of bytes."""
-    done = 0
-    while True:
-        try:
-            count = call(fd, parts, offset + done)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
-                raise
-            fcntl.fcntl(fd, fcntl.F_SETFL, 0)  # memory or a rest that is not aligned: on through the page cache
-            continue
-        done += count
-        if done >= wanted or not count:
-            return done
-        while count >= len(parts[0]):
-            count -= len(parts.pop(0))
-        parts[0] = memoryview(parts[0])[count:]
+    def release(self) -> None:
+        """Let go of the files, and of the locks with them: others may answer for what is ours. No thread works here."""
+        self.writers.release()
+        self._fresh = []
+        del self.files, self.bodies, self.runs, self.clearing, self._file

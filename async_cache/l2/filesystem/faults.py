@@ -31,10 +31,6 @@ class Faults:
         """Whether an object could not be read, so that a store is to replace it."""
         return key in self._states
 
-    def is_unreadable(self, key: ObjectKey) -> bool:
-        """Whether an object counts as absent, whatever the directory has under its name."""
-        return self._states.get(key) is FaultState.UNREADABLE
-
     def failed(self, keys: Sequence[ObjectKey], *, beside_others: bool) -> list[ObjectKey]:
         """Take note of objects that could not be read, beside others that could or not; return the UNREADABLE ones."""
         if len(self._states) > _REMEMBERED:

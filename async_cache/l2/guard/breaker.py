@@ -10,7 +10,7 @@ class BreakerState(Enum):
     OPEN -> HALF_OPEN          when a trial begins
     HALF_OPEN -> CLOSED        the trial succeeded
     HALF_OPEN -> OPEN          it failed, or was given up
-    OPEN -> CLOSED             a call that had begun before succeeded
+    OPEN -> CLOSED             a call that had begun before succeeded, of the kind that failed
     """
 
     CLOSED = "closed"
@@ -53,6 +53,15 @@ class Breaker:
         """Count a call that succeeded: the backend is well."""
         self._failures = 0
         self.state = _CLOSED
+
+    def succeeded_beside(self, failures: int, *, is_trial: bool) -> None:
+        """Count a call that succeeded, while those of another kind fail, so many in a row by now.
+
+        A trial shows that the backend answers: others are tried then, and the next failure of that kind opens it again.
+        """
+        self._failures = failures
+        if is_trial or failures < self.limit:
+            self.state = _CLOSED
 
     def failed(self, now: float) -> None:
         """Count a call that failed, or did not end in time."""

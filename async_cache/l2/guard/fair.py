@@ -1,62 +1,104 @@
 """Queues that owners share: who has had least of late comes first, however much the others have put in."""
 
 import asyncio
-from collections import deque
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from heapq import heappop, heappush, heapreplace
+from itertools import count
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+_REMEMBERED = 4096  # owners of whom nothing waits, and who have had more than their turn
+
 
 class _Line(Generic[T]):
-    """What one owner waits with, and what he has had, by the queue's count."""
+    """What one owner waits with, each with its cost, and what he has had, by the queue's count."""
 
-    __slots__ = ("had", "items")
+    __slots__ = ("had", "items", "owner")
 
-    def __init__(self, had: float):
+    def __init__(self, owner: str, had: float):
+        self.owner = owner
         self.had = had
-        self.items: deque[tuple[float, T]] = deque()
+        self.items: OrderedDict[T, float] = OrderedDict()
 
 
 class FairQueue(Generic[T]):
-    """Items of owners, each with a cost; those of one owner come in order (start-time fair queueing)."""
+    """Items of owners, each with a cost; those of one owner come in order (start-time fair queueing).
+
+    Each step takes a time that grows with the logarithm of the number of owners at most.
+    """
 
     def __init__(self) -> None:
         self._lines: dict[str, _Line[T]] = {}
-        self._had = 0.0  # by the owner who came last: who was away has had as much
+        self._line_of: dict[T, _Line[T]] = {}
+        self._order: list[tuple[float, int, _Line[T]]] = []  # a heap; a line that has gone is passed over
+        self._numbers = count()
+        self._had = 0.0  # by the owner who came last: who was away has had as much, ...
+        self._ahead: dict[str, float] = {}  # ... or more, if that was not long ago
 
     def __bool__(self) -> bool:
-        return bool(self._lines)
+        return bool(self._line_of)
+
+    def __len__(self) -> int:
+        return len(self._line_of)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._line_of
 
     def __iter__(self) -> Iterator[T]:
-        return (item for line in self._lines.values() for _, item in line.items)
+        """All items, owner by owner."""
+        return (item for line in self._lines.values() for item in line.items)
 
     def push(self, owner: str, cost: float, item: T) -> None:
-        """Put an item in."""
+        """Put an item in that is not there."""
         line = self._lines.get(owner)
         if line is None:
-            line = self._lines[owner] = _Line(self._had)
-        line.items.append((cost, item))
+            line = self._lines[owner] = _Line(owner, max(self._had, self._ahead.pop(owner, 0.0)))
+            heappush(self._order, (line.had, next(self._numbers), line))
+        line.items[item] = cost
+        self._line_of[item] = line
+
+    def first(self) -> T | None:
+        """The item that comes next."""
+        return next(iter(self._next().items)) if self._lines else None
 
     def pop(self) -> T:
         """Take the next item out; there must be one."""
-        owner, line = min(self._lines.items(), key=lambda pair: pair[1].had)
-        cost, item = line.items.popleft()
+        line = self._next()
+        item, cost = line.items.popitem(last=False)
+        del self._line_of[item]
         self._had = line.had
         line.had += cost
-        if not line.items:
-            del self._lines[owner]
+        if line.items:
+            heapreplace(self._order, (line.had, next(self._numbers), line))
+        else:
+            heappop(self._order)
+            self._end(line)
         return item
 
     def remove(self, item: T) -> None:
-        """Take an item out before it comes."""
-        for owner, line in self._lines.items():
-            rest = deque(pair for pair in line.items if pair[1] is not item)
-            if len(rest) < len(line.items):
-                line.items = rest
-                if not rest:
-                    del self._lines[owner]
-                return
+        """Take an item out before it comes, if it is there."""
+        line = self._line_of.pop(item, None)
+        if line is not None:
+            del line.items[item]
+            if not line.items:
+                self._end(line)
+
+    def _next(self) -> _Line[T]:
+        while (line := self._order[0][2]) is not self._lines.get(line.owner):
+            heappop(self._order)
+        return line
+
+    def _end(self, line: _Line[T]) -> None:
+        del self._lines[line.owner]
+        if not self._lines or len(self._ahead) >= _REMEMBERED:
+            self._ahead.clear()
+        if not self._lines:
+            self._order.clear()
+        elif line.had > self._had:
+            self._ahead[line.owner] = line.had
 
 
 class Gate:
@@ -83,6 +125,15 @@ class Gate:
             else:
                 self._waiting.remove(waiting)
             raise
+
+    @asynccontextmanager
+    async def entered(self, owner: str, cost: int) -> AsyncIterator[None]:
+        """Be inside within the block."""
+        await self.enter(owner, cost)
+        try:
+            yield
+        finally:
+            self.leave(cost)
 
     def leave(self, cost: int) -> None:
         """Make room for others."""

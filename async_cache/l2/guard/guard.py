@@ -2,24 +2,39 @@
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import compress
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from msgspec import Struct
 
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
-from async_cache.l2.backend import Backend, LoadOutcome, Room, nobody_listens
+from async_cache.l2.backend import (
+    Backend,
+    Coming,
+    Loaded,
+    LoadOutcome,
+    LookupNowait,
+    Room,
+    nobody_listens,
+    not_told,
+)
 from async_cache.l2.guard.breaker import Breaker, BreakerState
+from async_cache.l2.guard.budget import WriteBudget
+from async_cache.l2.guard.call import Call
+from async_cache.l2.guard.failures import Failures
 from async_cache.l2.guard.fair import Gate
+from async_cache.l2.guard.listing import Listing, next_keys
 from async_cache.l2.guard.meter import Meter
 from async_cache.ledger.ledger import Ledger
 from async_cache.prompt.keys import ObjectKey
-from async_cache.prompt.layout import ModelLayout
+from async_cache.prompt.layout import ModelLayout, Prompt
+from async_cache.prompt.origin import Selection
+from async_cache.retention.quotas import Bounds
 from async_cache.values import BackendState, BackendUsage, Removal
 
 T = TypeVar("T")
@@ -29,16 +44,9 @@ log = logging.getLogger(__name__)
 _MAX_DOUBTFUL = 65_536  # objects
 _SEARCHED_AT_ONCE = 4096  # objects in a question to a backend: some ten milliseconds of one thread
 _SEARCHED_TOGETHER = 8192  # objects in the questions that are out
+_REMOVED_TOGETHER = 4096  # objects that are looked for, and deleted, at a time
 _LOSSES = {LoadOutcome.GONE: Removal.LOST, LoadOutcome.CORRUPT: Removal.DAMAGED}
-_CLOSED, _OPEN, _HALF_OPEN = BreakerState  # each access to a member by its enum is a call, in Python 3.11
-
-
-class CallTimeoutError(BackendError):
-    """A call took too long. It was cancelled, but may not have ended: until then it owns its buffers."""
-
-
-Listing = list[AsyncIterator[tuple[ObjectKey, int]]]
-"""A listing of a backend's objects: empty until it has begun."""
+_CLOSED, _OPEN, _ = BreakerState  # each access to a member by its enum is a call, in Python 3.11
 
 
 class Timeouts(Struct, frozen=True):
@@ -49,106 +57,13 @@ class Timeouts(Struct, frozen=True):
     store_seconds: float = 30.0
 
 
-class Call(Generic[T]):
-    """One call to a backend, in a task of its own, which owns its buffers until it has ended, whoever gives it up.
-
-    Its outcome is counted once, by whichever comes first: its end, its timeout, or that it is cancelled.
-    """
-
-    __slots__ = ("_answers", "_counted", "_guard", "_is_trial", "_task", "_timeout_seconds", "_verb")
-
-    def __init__(self, guard: "Guard", verb: str, task: "asyncio.Task[T]", timeout_seconds: float, answers: int | None):
-        self._guard = guard
-        self._verb = verb
-        self._task = task
-        self._timeout_seconds = timeout_seconds
-        self._answers = answers
-        self._counted = False
-        self._is_trial = guard.breaker.state is _HALF_OPEN
-        task.add_done_callback(self._ended)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the backend touches nothing any more that it was given."""
-        return self._task.done()
-
-    def ended(self) -> "asyncio.Task[T]":
-        """What to wait for by `asyncio.wait`, and nothing else."""
-        return self._task
-
-    def when_ended(self, callback: Callable[[], object]) -> None:
-        """Call a function in the loop's next turn after the call has ended."""
-        self._task.add_done_callback(lambda _: callback())
-
-    def cancel(self) -> None:
-        """Ask the call to end; unless it was counted before, it says nothing about the backend."""
-        if not self._task.done():
-            self._count_failure(self._guard.abandoned)
-            self._task.cancel()
-
-    def returned(self) -> T | None:
-        """What it returned in the end, good or not, whoever waited for it; None if it raised or has not ended."""
-        task = self._task
-        return task.result() if task.done() and not task.cancelled() and task.exception() is None else None
-
-    async def result(self) -> T:
-        """Wait for what the backend returns, and check it.
-
-        Raises BackendError for a failure or a wrong number of answers, CallTimeoutError for silence. Where the waiter
-        is cancelled, the call goes on.
-        """
-        task = self._task
-        await asyncio.wait((task,), timeout=self._timeout_seconds)
-        if not task.done():
-            why = f"did not answer within {self._timeout_seconds} s"
-            self._count_failure(self._guard.failed, why)
-            task.cancel()
-            raise CallTimeoutError(f"{self._guard.name} {why}")
-        self._ended(task)  # counted before it is told: who makes the next call finds the breaker as it is by now
-        if task.cancelled():
-            raise BackendError(f"the call to {self._guard.name} was cancelled")
-        error = self._error()
-        if error is not None:
-            raise BackendError(f"{self._guard.name} failed: {error}") from error
-        return task.result()
-
-    def _error(self) -> BaseException | None:
-        error = self._task.exception()
-        if error is None and self._answers is not None:
-            result: Any = self._task.result()
-            if not isinstance(result, list) or len(result) != self._answers:
-                return BackendError(f"it did not answer {self._answers} questions with a list of as many answers")
-        return error
-
-    def _ended(self, task: "asyncio.Task[T]") -> None:
-        if task.cancelled():
-            self._count_failure(self._guard.abandoned)
-        elif (error := self._error()) is not None:
-            self._count_failure(self._guard.failed, repr(error))
-        elif _brought_nothing(task.result()):
-            self._count_failure(self._guard.failed, "nothing that was asked for could be read")
-        else:
-            self._count(self._guard.succeeded)
-
-    def _count_failure(self, outcome: Callable[..., None], *arguments: str) -> None:
-        """Count it, unless another call is the trial now, of which one that began before says nothing."""
-        says_something = self._is_trial or self._guard.breaker.state is not _HALF_OPEN
-        self._count(outcome, *arguments, says_something=says_something)
-
-    def _count(self, outcome: Callable[..., None], *arguments: str, says_something: bool = True) -> None:
-        if not self._counted:
-            self._counted = True
-            self._guard.calls[self._verb, outcome.__name__] += 1
-            if says_something:
-                outcome(*arguments)
-
-
 class Guard:
     """A backend with its timeouts, its breaker, its meter, and the calls that are out."""
 
     def __init__(
         self, backend: Backend, breaker: Breaker, timeouts: Timeouts | None = None, ledger: Ledger | None = None
     ):
+        self._loop = asyncio.get_running_loop()
         self.backend = backend
         self.breaker = breaker
         self.timeouts = timeouts if timeouts is not None else Timeouts()
@@ -158,16 +73,24 @@ class Guard:
         """Objects that could not be read: though a lookup may find them, they are to be stored anew."""
         self.calls: Counter[tuple[str, str]] = Counter()
         """How many calls there were, by what was asked and how it ended: succeeded, failed, abandoned."""
+        self.failing: defaultdict[str, Failures] = defaultdict(Failures)
+        """Failures in a row, by what was asked: that a lookup succeeds says nothing of loads that hang."""
         self.answered_at_once = 0
         """Lookups that needed no call."""
         self.stored_bytes = 0
+        budget = backend.placement.write_budget
+        self.budget = WriteBudget(budget, self._loop.time) if budget is not None else None
+        """What may be written to it, where its URL bounds that."""
+        self.bounds = Bounds(most=lambda quota: quota.l2_bytes)
+        """What owners have of it, and may have at most."""
         self.uses = 0
         """Pins that are held, and those who need the backend to stay: it is not closed before they are gone."""
         self._unused: asyncio.Event | None = None  # while somebody waits for that
         self._storing: dict[Call[list[bool]], Sequence[ObjectKey]] = {}
         self._searches = Gate(_SEARCHED_TOGETHER)
+        self.removals = Gate(_REMOVED_TOGETHER)
+        """Through which goes whoever looks for what is to be deleted, and deletes it."""
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._loop = asyncio.get_running_loop()
         self._ledger = ledger if ledger is not None else Ledger()
         self._hears = backend.on_removed = partial(self._ledger.left, backend.name)
 
@@ -188,11 +111,18 @@ class Guard:
             limits.load_timeout_seconds or config.load_timeout_seconds,
             limits.store_timeout_seconds or config.store_timeout_seconds,
         )
+        self.bounds.change(config.parsed_quotas)
+        self.backend.bound(self.bounds)
 
     @property
     def name(self) -> str:
         """The name of the backend."""
         return self.backend.name
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What a line of the log is about."""
+        return {"backend": self.backend.name}
 
     # Calls.
 
@@ -200,9 +130,11 @@ class Guard:
         """Whether the breaker would let a call through now."""
         return self.breaker.allows(self._loop.time())
 
-    def begin_load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> Call[list[LoadOutcome]] | None:
-        """Begin to load objects; None where the backend is left alone."""
-        call = self._begin(self.timeouts.load_seconds, len(keys), self.backend.load, keys, buffers)
+    def begin_load(
+        self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], loaded: Loaded = not_told
+    ) -> Call[list[LoadOutcome]] | None:
+        """Begin to load objects, and hear of each that is `loaded`; None where the backend is left alone."""
+        call = self._begin(self.timeouts.load_seconds, keys, self.backend.load_each, keys, buffers, loaded)
         if call is not None:
             call.when_ended(partial(self._note_losses, call, keys))
         return call
@@ -218,11 +150,11 @@ class Guard:
         self, keys: Sequence[ObjectKey], sizes: Sequence[int], room: Room
     ) -> Call[list[memoryview | LoadOutcome]] | None:
         """Begin to load objects of which one knows what was listed; None where the backend is left alone."""
-        return self._begin(self.timeouts.load_seconds, len(keys), self.backend.load_listed, keys, sizes, room)
+        return self._begin(self.timeouts.load_seconds, keys, self.backend.load_listed, keys, sizes, room)
 
     def begin_store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> Call[list[bool]] | None:
         """Begin to store objects; None where the backend is left alone."""
-        call = self._begin(self.timeouts.store_seconds, len(keys), self.backend.store, keys, buffers)
+        call = self._begin(self.timeouts.store_seconds, keys, self.backend.store, keys, buffers)
         if call is not None:
             self._storing[call] = keys
             call.when_ended(partial(self._store_ended, call, list(map(len, buffers))))
@@ -231,7 +163,10 @@ class Guard:
     def _store_ended(self, call: Call[list[bool]], sizes: Sequence[int]) -> None:
         keys, stored = self._storing.pop(call), call.returned()
         if isinstance(stored, list):
-            self.stored_bytes += sum(compress(sizes, stored))
+            stored_bytes = sum(compress(sizes, stored))
+            self.stored_bytes += stored_bytes
+            if self.budget is not None:
+                self.budget.wrote(stored_bytes)
             for chunk_hash in {key.chunk_hash for key in _those_found(keys, stored)}:
                 self._ledger.stored(self.name, chunk_hash, self.backend.ttl_seconds)
 
@@ -247,13 +182,23 @@ class Guard:
         _, stuck = await asyncio.wait(ends, timeout=self.timeouts.store_seconds)
         return not stuck
 
+    def refused(self, chunk_hash: bytes) -> None:
+        """Remember that the backend was not given a chunk."""
+        self._ledger.refused(self.name, chunk_hash)
+
     def _begin(
-        self, timeout_seconds: float, answers: int | None, verb: Callable[..., Awaitable[T]], *arguments: Any
+        self,
+        timeout_seconds: float,
+        keys: Sequence[ObjectKey],
+        verb: Callable[..., Awaitable[T]],
+        *arguments: Any,
+        answers: bool = True,
     ) -> Call[T] | None:
+        """Call a verb, about these objects, with an answer for each; None where the backend is left alone."""
         if not self.breaker.begin(self._loop.time()):
             return None
-        name = getattr(verb, "__name__", "call").lstrip("_")
-        return Call(self, name, self._start(verb, *arguments), timeout_seconds, answers)
+        name = getattr(verb, "__name__", "call").lstrip("_").removesuffix("_each").removesuffix("_later")
+        return Call(self, name, self._start(verb, *arguments), timeout_seconds, keys, answers=answers)
 
     def _start(self, verb: Callable[..., Awaitable[T]], *arguments: Any) -> "asyncio.Task[T]":
         """A task of its own, owned here until it ends."""
@@ -262,14 +207,27 @@ class Guard:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def lookup_nowait(self, layout: ModelLayout, chunk_hashes: Sequence[bytes], mask: int) -> list[bool] | None:
-        """For each chunk, whether all objects of a mask are present, and then pinned; None: `lookup` must be asked."""
+    async def lookup_later(self) -> LookupNowait | None:
+        """What answers at once when the backend has heard of what others stored; None: `lookup` must be asked.
+
+        Raises BackendError where it failed, stayed silent or is left alone.
+        """
+        with self.kept():
+            return await self._carried_out((), self.backend.lookup_later, timeout_seconds=self.timeouts.lookup_seconds)
+
+    def lookup_nowait(
+        self, layout: ModelLayout, chunk_hashes: Sequence[bytes], mask: int, lookup: LookupNowait | None = None
+    ) -> list[bool] | None:
+        """For each chunk, whether all objects of a mask are present, and then pinned; None: `lookup` must be asked.
+
+        `lookup` is what `lookup_later` said, if that was asked.
+        """
         if self.breaker.state is not _CLOSED or self.backend.shared:  # what others may have changed has to be asked
             return None
         try:
-            found = self.backend.lookup_nowait(chunk_hashes, layout.objects.members[mask])
+            found = (lookup or self.backend.lookup_nowait)(chunk_hashes, layout.objects.members[mask])
         except (Exception, asyncio.CancelledError):
-            log.exception("backend %s could not say at once what it holds", self.name)
+            log.exception("backend %s could not say at once what it holds", self.name, extra=self.about)
             return None
         if found is None:
             return None
@@ -277,11 +235,22 @@ class Guard:
             self.answered_at_once += 1
             self.uses += _count(found) * mask.bit_count()
             return found
-        log.error("backend %s did not answer at once with a list of %d", self.name, len(chunk_hashes))
+        log.error("backend %s did not answer at once with a list of %d", self.name, len(chunk_hashes), extra=self.about)
         if isinstance(found, list):
             there = [(chunk_hash, mask) for chunk_hash, is_there in zip(chunk_hashes, found, strict=False) if is_there]
             self._tell(self.backend.unpin, layout.objects.keys(there))
         return None
+
+    def present_nowait(self, layout: ModelLayout, chunk_hashes: Sequence[bytes], mask: int) -> list[bool] | None:
+        """As `lookup_nowait`, without a pin."""
+        if self.breaker.state is not _CLOSED or self.backend.shared:
+            return None
+        try:
+            found = self.backend.present_nowait(chunk_hashes, layout.objects.members[mask])
+        except (Exception, asyncio.CancelledError):
+            log.exception("backend %s could not say at once what it holds", self.name, extra=self.about)
+            return None
+        return found if isinstance(found, list) and len(found) == len(chunk_hashes) else None
 
     async def lookup(self, keys: Sequence[ObjectKey], owner: str = "") -> list[bool] | None:
         """For each key, whether its object is present, and then pinned.
@@ -293,36 +262,43 @@ class Guard:
         with self.kept():
             try:
                 for begin in range(0, len(keys), _SEARCHED_AT_ONCE):
-                    part = keys[begin : begin + _SEARCHED_AT_ONCE] if len(keys) > _SEARCHED_AT_ONCE else keys
-                    answers = await self._search(part, owner)
+                    objects = min(_SEARCHED_AT_ONCE, len(keys) - begin)
+                    async with self._searches.entered(owner, objects):  # before there is anything of the part
+                        answers = await self._search(keys[begin : begin + objects] if objects < len(keys) else keys)
                     if answers is None:
-                        self.unpin_found(keys, found)
+                        self._unpin_parts(keys, found, 0)
                         return None
                     found += answers
             except asyncio.CancelledError:
-                self.unpin_found(keys, found)
+                self._unpin_parts(keys, found, 0)
                 raise
         return found
 
-    async def _search(self, keys: Sequence[ObjectKey], owner: str) -> list[bool] | None:
-        await self._searches.enter(owner, len(keys))
+    def _unpin_parts(self, keys: Sequence[ObjectKey], found: Sequence[bool], begin: int) -> None:
+        """Give back what was found, a part in each turn of the loop."""
+        while begin < len(found):
+            part = found[begin : begin + _SEARCHED_AT_ONCE]
+            if any(part):
+                self.unpin_found(keys[begin : begin + len(part)], part)
+                self._loop.call_soon(self._unpin_parts, keys, found, begin + len(part))
+                return
+            begin += len(part)
+
+    async def _search(self, keys: Sequence[ObjectKey]) -> list[bool] | None:
+        call = self._begin(self.timeouts.lookup_seconds, keys, self.backend.lookup, keys)
+        if call is None:
+            return None
         try:
-            call = self._begin(self.timeouts.lookup_seconds, len(keys), self.backend.lookup, keys)
-            if call is None:
-                return None
-            try:
-                found = await call.result()
-            except BackendError:
-                self._unpin_late(call, keys)
-                return None
-            except asyncio.CancelledError:
-                call.cancel()
-                self._unpin_late(call, keys)
-                raise
-            self.uses += _count(found)
-            return found
-        finally:
-            self._searches.leave(len(keys))
+            found = await call.result()
+        except BackendError:
+            self._unpin_late(call, keys)
+            return None
+        except asyncio.CancelledError:
+            call.cancel()
+            self._unpin_late(call, keys)
+            raise
+        self.uses += _count(found)
+        return found
 
     def _unpin_late(self, call: Call[list[bool]], keys: Sequence[ObjectKey]) -> None:
         """Give back the pins of an answer that nobody waits for any more."""
@@ -336,21 +312,25 @@ class Guard:
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
         """Remove objects, and say how many were there. Raises BackendError."""
-        deleted = await self._carried_out(self.backend.delete, keys)
+        deleted = await self._carried_out(keys, self.backend.delete, keys)
         if not isinstance(deleted, int):
             raise BackendError(f"{self.name} did not say how much it deleted")
         for chunk_hash in dict.fromkeys([key.chunk_hash for key in keys]):
             self._ledger.left(self.name, chunk_hash, Removal.DELETED)
         return deleted
 
-    async def next_keys(self, listing: Listing, count: int) -> list[tuple[ObjectKey, int]]:
+    async def next_keys(
+        self, listing: Listing, count: int, selection: Selection | None = None
+    ) -> list[tuple[ObjectKey, int]]:
         """The next objects of all that the backend holds, and their sizes in bytes; fewer than `count` at the end.
+
+        Or of what is known to be of a selection.
 
         Raises BackendError.
 
         Each step has the time of a store: a backend that goes on may take as long as it needs for millions.
         """
-        return await self._carried_out(_next_keys, self.backend, listing, count)
+        return await self._carried_out((), next_keys, self.backend, listing, count, selection)
 
     async def close_listing(self, listing: Listing) -> None:
         """End a listing, which may have been left in the middle."""
@@ -361,8 +341,16 @@ class Guard:
             if not closing.cancel() and not closing.cancelled():
                 closing.exception()  # looked at: a listing that cannot be closed does no harm
 
-    async def _carried_out(self, verb: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-        call = self._begin(self.timeouts.store_seconds, None, verb, *arguments)
+    async def _carried_out(
+        self,
+        keys: Sequence[ObjectKey],
+        verb: Callable[..., Awaitable[T]],
+        *arguments: Any,
+        timeout_seconds: float | None = None,
+    ) -> T:
+        """Call a verb and wait for its end, as long as a store may take if nothing else is said."""
+        seconds = timeout_seconds if timeout_seconds is not None else self.timeouts.store_seconds
+        call = self._begin(seconds, keys, verb, *arguments, answers=False)
         if call is None:
             raise BackendError(f"{self.name} is left alone after failures")
         try:
@@ -418,13 +406,55 @@ class Guard:
         with self.in_use(chunk_hashes):
             pass
 
+    def asked(self, prompt: Prompt) -> None:
+        """Tell a backend that learns from it what a request asked for. What it raises is logged."""
+        if self.backend.learns or self.bounds:
+            of = prompt.tokens, prompt.layout.chunk_tokens, prompt.origin
+            self._tell(lambda path: self.backend.asked(path, *of), prompt.chunk_hashes)
+
+    def hint(
+        self, prompt: Prompt, output_tokens: int | None, returns: bool | None, within_seconds: float | None
+    ) -> None:
+        """Tell a backend that learns from it what is known of the future of a prompt. What it raises is logged."""
+        if self.backend.learns:
+            known = output_tokens, returns, within_seconds
+            self._tell(lambda path: self.backend.hint(path, *known), prompt.chunk_hashes)
+
+    def coming(self, chunks: Sequence[Coming]) -> None:
+        """Tell the backend what is about to be stored. What it raises is logged."""
+        self._tell(self.backend.coming, chunks)
+
+    def retain(self, chunk_hashes: Sequence[bytes]) -> None:
+        """Have the backend keep these chunks, there or not, until `unretain`. What it raises is logged."""
+        self._tell(self.backend.retain, chunk_hashes)
+
+    def unretain(self, chunk_hashes: Sequence[bytes]) -> None:
+        """Have the backend keep these chunks no longer. What it raises is logged."""
+        self._tell(self.backend.unretain, chunk_hashes)
+
+    async def notes(self) -> dict[str, bytes]:
+        """The notes that the backend has kept. Raises BackendError."""
+        return await self._carried_out((), self.backend.notes)
+
+    async def keep_note(self, name: str, note: bytes | None) -> None:
+        """Have the backend keep a note, or forget it. Raises BackendError."""
+        await self._carried_out((), self.backend.keep_note, name, note)
+
     def _tell(self, verb: Callable[[Sequence[T]], None], what: Sequence[T]) -> None:
         if not what:
             return
         try:
             verb(what)
         except (Exception, asyncio.CancelledError):
-            log.exception("backend %s could not %s", self.name, getattr(verb, "__name__", verb))
+            log.exception("backend %s could not %s", self.name, getattr(verb, "__name__", verb), extra=self.about)
+
+    def chunks_without_origin(self) -> int | None:
+        """How many chunks the backend has of which it does not know what they are of; None: it knows that of none."""
+        try:
+            return self.backend.chunks_without_origin()
+        except (Exception, asyncio.CancelledError):
+            log.exception("backend %s could not say what it knows", self.name, extra=self.about)
+            return None
 
     def unpin_found(self, keys: Sequence[ObjectKey], found: Sequence[bool]) -> None:
         """Give back the pins of those keys that were found. There may be fewer or more answers than keys."""
@@ -435,7 +465,7 @@ class Guard:
         try:
             return self.backend.usage()
         except (Exception, asyncio.CancelledError):
-            log.exception("backend %s could not say what it holds", self.name)
+            log.exception("backend %s could not say what it holds", self.name, extra=self.about)
             return None
 
     async def close(self, timeout_seconds: float) -> None:
@@ -450,7 +480,7 @@ class Guard:
         for task in stuck:
             task.cancel()
         if stuck:
-            log.warning("backend %s: %d calls have not ended at close", self.name, len(stuck))
+            log.warning("backend %s: %d calls have not ended at close", self.name, len(stuck), extra=self.about)
         for task in tasks - stuck:
             if not task.cancelled():
                 task.exception()  # looked at: nobody else does
@@ -460,27 +490,30 @@ class Guard:
 
     # What calls say of the backend.
 
-    def succeeded(self) -> None:
+    def succeeded(self, verb: str, *, is_trial: bool) -> None:
         """Count a call that succeeded."""
-        if self.breaker.state is not _CLOSED:
-            log.info("backend %s is back", self.name)
-        self.breaker.succeeded()
+        before = self.breaker.state
+        if self.failing:
+            self.failing.pop(verb, None)
+        if self.failing:
+            self.breaker.succeeded_beside(max(map(len, self.failing.values())), is_trial=is_trial)
+        else:
+            self.breaker.succeeded()
+        if before is not self.breaker.state:
+            log.info("backend %s is back", self.name, extra=self.about)
 
     def failed(self, why: str) -> None:
         """Count a call that failed, or did not end in time; `why` is logged."""
         before = self.breaker.state
         self.breaker.failed(self._loop.time())
         left_alone = before is _CLOSED and self.breaker.state is _OPEN
-        log.warning("backend %s: %s%s", self.name, why, "; it is left alone for a while" if left_alone else "")
+        log.warning(
+            "backend %s: %s%s", self.name, why, "; it is left alone for a while" if left_alone else "", extra=self.about
+        )
 
     def abandoned(self) -> None:
         """Count a call that was given up by its caller, and says nothing."""
         self.breaker.abandoned(self._loop.time())
-
-
-def _brought_nothing(result: Any) -> bool:
-    """Whether it is the answer of a load of which every object failed."""
-    return isinstance(result, list) and bool(result) and all(outcome is LoadOutcome.FAILED for outcome in result)
 
 
 def _count(found: Sequence[bool]) -> int:
@@ -490,18 +523,6 @@ def _count(found: Sequence[bool]) -> int:
 
 def _those_found(keys: Sequence[ObjectKey], found: Sequence[bool]) -> list[ObjectKey]:
     return [key for key, there in zip(keys, found, strict=False) if there]
-
-
-async def _next_keys(backend: Backend, listing: Listing, count: int) -> list[tuple[ObjectKey, int]]:
-    """The next objects of a listing, which is begun with the first."""
-    if not listing:
-        listing.append(aiter(backend.keys()))
-    objects: list[tuple[ObjectKey, int]] = []
-    async for key, size_bytes in listing[0]:
-        objects.append((key, size_bytes))
-        if len(objects) == count:
-            break
-    return objects
 
 
 async def _call(verb: Callable[..., Awaitable[T]], arguments: tuple[Any, ...]) -> T:

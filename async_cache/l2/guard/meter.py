@@ -1,6 +1,7 @@
 """What is queued for a backend, and how fast it loads: what `expected_load_seconds` is made from."""
 
 import asyncio
+from collections.abc import Iterable
 
 _DECAY = 0.8  # weight of what was measured before, in the moving averages (EWMA) of bytes and seconds
 _GROWTH = 1.1  # of the fastest call, with each call: a backend may become slower
@@ -62,8 +63,12 @@ class Meter:
                 waiter.cancel()
 
 
-def expected_load_seconds(meters_and_bytes: list[tuple[Meter, int]]) -> float | None:
+def expected_load_seconds(meters_and_bytes: Iterable[tuple[Meter, int]]) -> float | None:
     """How long it should take to load from several backends at once; None if one of them was not measured yet."""
-    expected = [meter.expected_load_seconds(size_bytes) for meter, size_bytes in meters_and_bytes]
-    known = [seconds for seconds in expected if seconds is not None]
-    return max(known, default=0.0) if len(known) == len(expected) else None
+    longest = 0.0
+    for meter, size_bytes in meters_and_bytes:
+        seconds = meter.expected_load_seconds(size_bytes)
+        if seconds is None:
+            return None
+        longest = max(longest, seconds)
+    return longest

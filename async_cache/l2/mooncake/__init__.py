@@ -4,6 +4,7 @@
     process  the helper as this process sees it: calls, answers, and its end
     calls    what the two tell each other
     helper   the process that has Mooncake's client, and maps L1
+    views    where the bytes of a view lie in memory
     pool     records in the pool: read, write, find, remove
 
 The library is in a process of its own because its `setup` and `close` hold the interpreter's lock for seconds, where

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from async_cache.config import parse_bytes
 from async_cache.errors import BackendError, ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
+from async_cache.l2.backend import Backend, LoadOutcome, check_lengths, telling
 from async_cache.l2.index import Index
 from async_cache.l2.mooncake.calls import Find, ListAll, Load, Page, Place, Remove, Setup, Store
 from async_cache.l2.mooncake.process import HelperProcess
@@ -72,7 +72,7 @@ class MooncakeBackend(Backend):
             master, metrics_port, namespace, host, metadata, segment_bytes, protocol, devices, replicas, threads
         )
         self._arena: tuple[int, int, int] | None = None  # its descriptor, where it begins here, and its size
-        self._known = Index(on_removed=lambda *removed: self.on_removed(*removed))
+        self._known = Index(on_removed=telling(self))
         self._failed: dict[ObjectKey, bool] = {}  # could not be read; whether a lookup is not to find it any more
         self._helper: HelperProcess | None = None
         self._connecting: asyncio.Task[HelperProcess] | None = None
@@ -87,9 +87,11 @@ class MooncakeBackend(Backend):
         if url.path.strip("/") or url.username or url.password:
             raise ConfigError("a master has no path and no password")
         try:
-            port = url.port or PORT
+            port = url.port if url.port is not None else PORT
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if not port:
+            raise ConfigError("a master has a port from 1 to 65535")
         parameters = url.parameters(
             namespace=_namespace,
             host=_word,
@@ -119,7 +121,7 @@ class MooncakeBackend(Backend):
         try:
             await self._connected()
         except BackendError as error:
-            log.warning("%s; it is tried again when it is needed", error)
+            log.warning("%s; it is tried again when it is needed", error, extra={"backend": self.name})
         except BaseException:
             await self.close()
             raise

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -134,5 +135,8 @@ class HelperProcess:
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
-    with suppress(ProcessLookupError):
-        process.kill()
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(
+                process.pid, signal.SIGKILL
+            )  # `process.kill` would reap it, before asyncio's thread that waits does

@@ -17,7 +17,7 @@ from obstore.store import ObjectStore
 
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError, ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
+from async_cache.l2.backend import Backend, Loaded, LoadOutcome, check_lengths
 from async_cache.l2.object_store.faults import is_absent, is_denied, is_of_settings, is_of_the_way, told
 from async_cache.l2.object_store.holdings import Holdings
 from async_cache.l2.object_store.location import CONCURRENCY, PART_BYTES, Location
@@ -172,17 +172,29 @@ class ObjectStoreBackend(Backend):
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
         return await self._load_all(self._load, keys, buffers)
 
+    async def load_each(
+        self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], loaded: Loaded
+    ) -> list[LoadOutcome]:
+        async def load(key: ObjectKey, buffer: memoryview, number: int) -> LoadOutcome:
+            outcome = await self._load(key, buffer)
+            if outcome is LoadOutcome.LOADED:
+                loaded(number)
+            return outcome
+
+        return await self._load_all(load, keys, buffers, range(len(keys)))
+
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
         return await self._load_all(self._load_sized, keys, buffers)
 
     async def _load_all(
         self,
-        load: Callable[[ObjectKey, memoryview], Awaitable[T]],
+        load: Callable[..., Awaitable[T]],
         keys: Sequence[ObjectKey],
         buffers: Sequence[memoryview],
+        *more: Sequence[int],
     ) -> list[T | LoadOutcome]:
         check_lengths(keys, buffers)
-        loads = asyncio.ensure_future(side_by_side(self._at_a_time, load, keys, buffers))
+        loads = asyncio.ensure_future(side_by_side(self._at_a_time, load, keys, buffers, *more))
         outcomes = await self._objects.requests.result(loads)
         self._note_failures(keys, outcomes)
         self._raise_if_nothing(outcomes)

@@ -23,7 +23,7 @@ from async_cache.l2.codec.keyfile import read_keys
 from async_cache.l2.codec.parameters import Steps
 from async_cache.l2.placement import MOST_ADMIT, Placing
 from async_cache.l2.urls.schemes import OWN
-from async_cache.l2.urls.url import BackendURL, one_of, whole_number
+from async_cache.l2.urls.url import BackendURL, one_of, size, whole_number
 
 GROUP = "async_cache.backends"
 _ZSTD = "async_cache.l2.codec.zstd:Zstd"
@@ -36,6 +36,7 @@ _PLACEMENT: dict[str, Callable[[str], Any]] = {
     "write": one_of(**{str(placing): placing for placing in Placing}),
     "promote": one_of(true=True, false=False),
     "admit": whole_number(MOST_ADMIT),
+    "write_budget": size,
 }
 """And what of its placement each of these sets, by its own name."""
 _CODEC = {"codec": parameters.codec, "key_file": parameters.key_file}
@@ -47,7 +48,7 @@ def from_url(url: str) -> Backend:
 
     Any URL may set limits (`lookup_timeout`, `load_timeout`, `store_timeout` and `breaker_reset` in seconds,
     `breaker_failures`), which come before the settings of the cache; what the backend is given (`write`, `promote`,
-    `admit`); and how that is stored (`codec`, `key_file`).
+    `admit`, `write_budget`); and how that is stored (`codec`, `key_file`).
 
     Raises ConfigError, which names the URL without its password, and what is allowed or who made it.
     """

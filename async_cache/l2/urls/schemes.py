@@ -25,9 +25,9 @@ _OF_VALKEY = {
 }
 
 OWN = {
-    "memory": Scheme("memory://[name]?capacity=1GiB", "async_cache.l2.memory:MemoryBackend.from_url"),
+    "memory": Scheme("memory://[name]?capacity=1GiB&policy=lru", "async_cache.l2.memory:MemoryBackend.from_url"),
     "fs": Scheme(
-        "fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4",
+        "fs:///path?capacity=10GiB&durability=none|fsync&direct=true|false&threads=4&segment_bytes=128MiB&policy=lru",
         "async_cache.l2.filesystem.backend:FileSystemBackend.from_url",
     ),
     **{

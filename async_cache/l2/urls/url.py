@@ -1,5 +1,6 @@
 """The URL of a backend, split into its parts: what a scheme makes its backend from."""
 
+import asyncio
 import re
 from collections.abc import Callable
 from typing import Any, Self
@@ -7,6 +8,10 @@ from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from async_cache.config import hide_password, parse_bytes
 from async_cache.errors import ConfigError
+from async_cache.retention.policies import make_policy
+from async_cache.retention.policy import EvictionPolicy
+
+_FILES = ("ca", "cert", "key", "key_file", "password_file")  # whose names need not be text
 
 
 class BackendURL(SplitResult):
@@ -40,7 +45,8 @@ class BackendURL(SplitResult):
             raise ConfigError("a fragment means nothing here")
         values: dict[str, Any] = {}
         try:
-            given = parse_qsl(self.query, keep_blank_values=True, strict_parsing=bool(self.query))
+            strict = bool(self.query)
+            given = parse_qsl(self.query, keep_blank_values=True, strict_parsing=strict, errors="surrogateescape")
         except ValueError as error:
             raise ConfigError(str(error)) from error
         for name, text in given:
@@ -49,6 +55,8 @@ class BackendURL(SplitResult):
             if name in values:
                 raise ConfigError(f"parameter {name!r} is repeated")
             try:
+                if name not in _FILES:
+                    text.encode()
                 values[name] = parsers[name](text)
             except ValueError as error:
                 raise ConfigError(f"{name}: {error}") from error
@@ -69,6 +77,19 @@ def capacity(text: str) -> int | None:
     if not size_bytes:
         raise ConfigError('must be more than 0, or "none" for no bound')
     return size_bytes
+
+
+def size(text: str) -> int:
+    """A size in bytes, such as "10GiB"."""
+    size_bytes = parse_bytes(text)
+    if not size_bytes:
+        raise ConfigError("must be more than 0")
+    return size_bytes
+
+
+def a_policy(text: str) -> EvictionPolicy[Any]:
+    """A new eviction policy, by its name. It goes by the clock of the loop in which it is used."""
+    return make_policy(text, lambda: asyncio.get_running_loop().time())
 
 
 def one_of(**values: Any) -> Callable[[str], Any]:

@@ -5,10 +5,12 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Self
+from itertools import count
+from typing import Self, TypeVar
 
+from async_cache.aio.slices import slices
 from async_cache.errors import BackendError, ConfigError
-from async_cache.l2.backend import Backend, LoadOutcome, check_lengths
+from async_cache.l2.backend import Backend, Loaded, LoadOutcome, check_lengths
 from async_cache.l2.record import TRAILER_BYTES
 from async_cache.l2.urls.url import BackendURL
 from async_cache.l2.valkey.items import Item, ask
@@ -27,12 +29,13 @@ log = logging.getLogger(__name__)
 
 FIRST_COUNT_SECONDS = 0.25  # that opening waits for: what holds little is known at once
 PAGE_SECONDS = 5.0  # for a page of a count; what is silent for longer is counted when it is back
-SLICE_KEYS = 1024  # asked about in one round trip: to make more questions would hold the loop
+SLICE_KEYS = 1024  # in one go: to make more questions would hold the loop
 STREAM_BYTES = 2**20  # for which one more connection is worth its while
 MAX_VALUE_BYTES = 512 * 2**20  # that a server takes
 _MAX_DOUBTFUL = 65_536  # objects: beyond, it costs no more than that they are not replaced
 
 _LOADED, _GONE, _CORRUPT, _FAILED = LoadOutcome
+T = TypeVar("T")
 
 
 class ValkeyBackend(Backend):
@@ -74,7 +77,7 @@ class ValkeyBackend(Backend):
             await self.close()
             raise
         except BackendError as error:
-            log.warning("%s; it is tried again when it is needed", error)
+            log.warning("%s; it is tried again when it is needed", error, extra={"backend": self.name})
         except BaseException:
             await self.close()
             raise
@@ -85,8 +88,8 @@ class ValkeyBackend(Backend):
 
     async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
         found: list[bool] = []
-        for begin in range(0, len(keys), SLICE_KEYS):
-            found += await self._look_up(keys[begin : begin + SLICE_KEYS])
+        for some in slices(keys, SLICE_KEYS):
+            found += await self._look_up(some)
         if self._rotten:
             found = [there and key not in self._rotten for key, there in zip(keys, found, strict=True)]
         return found
@@ -103,7 +106,7 @@ class ValkeyBackend(Backend):
             sizes = [size_bytes for size_bytes in map(number_of, lines) if size_bytes is not None]
             if len(sizes) == len(keys):
                 return [size_bytes >= TRAILER_BYTES for size_bytes in sizes]
-        items = self._items(keys)
+        items = [Item(key, self._names.of(key)) for key in keys]
         await self._run(items, partial(ask, (b"STRLEN",)))
         self._raise_if_all_failed(items)
         return [item.number(0) >= TRAILER_BYTES for item in items]
@@ -112,18 +115,31 @@ class ValkeyBackend(Backend):
         """Nothing: there are no pins."""
 
     async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
-        return await self._load_all(self._items(keys, buffers))
+        return await self._in_slices(keys, buffers, self._load_some, _FAILED)
+
+    async def load_each(
+        self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], loaded: Loaded
+    ) -> list[LoadOutcome]:
+        numbers = count()  # the slices come one after the other
+
+        async def load(items: Sequence[Item]) -> list[LoadOutcome]:
+            for item, number in zip(items, numbers, strict=False):
+                item.told = partial(loaded, number)
+            return await self._load_some(items)
+
+        return await self._in_slices(keys, buffers, load, _FAILED)
 
     async def load_sized(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[int | LoadOutcome]:
-        items = self._items(keys, buffers)
-        for item in items:
-            item.may_be_shorter = True
-        outcomes = await self._load_all(items)
-        return [
-            len(item.buffer) if outcome is _LOADED else outcome for item, outcome in zip(items, outcomes, strict=True)
-        ]
+        async def load(items: Sequence[Item]) -> list[int | LoadOutcome]:
+            for item in items:
+                item.may_be_shorter = True
+            outcomes = await self._load_some(items)
+            sizes = (len(item.buffer) for item in items)
+            return [size if of is _LOADED else of for size, of in zip(sizes, outcomes, strict=True)]
 
-    async def _load_all(self, items: Sequence[Item]) -> list[LoadOutcome]:
+        return await self._in_slices(keys, buffers, load, _FAILED)
+
+    async def _load_some(self, items: Sequence[Item]) -> list[LoadOutcome]:
         await self._run(items, self._load)
         for item in items:
             item.outcome = item.outcome or _FAILED
@@ -135,7 +151,9 @@ class ValkeyBackend(Backend):
         return [item.outcome or _FAILED for item in items]
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
-        items = self._items(keys, buffers)
+        return await self._in_slices(keys, buffers, self._store_some, False)
+
+    async def _store_some(self, items: Sequence[Item]) -> list[bool]:
         await self._replace(items)
         fit = [item for item in items if len(item.buffer) <= MAX_VALUE_BYTES - TRAILER_BYTES]
         await self._run([item for item in fit if item.error is None], self._store)
@@ -174,12 +192,29 @@ class ValkeyBackend(Backend):
 
     # Calls.
 
-    def _items(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview] | None = None) -> list[Item]:
-        of = self._names.of
-        if buffers is None:
-            return [Item(key, of(key)) for key in keys]
+    async def _in_slices(
+        self,
+        keys: Sequence[ObjectKey],
+        buffers: Sequence[memoryview],
+        work: Callable[[Sequence[Item]], Awaitable[list[T]]],
+        failed: T,
+    ) -> list[T]:
+        """Do work about objects, so many at a time, and return what became of each.
+
+        It raises BackendError where it fails for all of a slice. That is raised here if it is the first, and else ends
+        the work: the rest has failed, too.
+        """
         check_lengths(keys, buffers)
-        return [Item(key, of(key), buffer) for key, buffer in zip(keys, buffers, strict=True)]
+        of, outcomes = self._names.of, list[T]()
+        for some in slices(range(len(keys)), SLICE_KEYS):
+            try:
+                outcomes += await work([Item(keys[n], of(keys[n]), buffers[n]) for n in some])
+            except BackendError as error:
+                if not outcomes:
+                    raise
+                log.warning("%s: %d of %d objects are given up: %s", self.name, len(keys) - some[0], len(keys), error)
+                break
+        return outcomes + [failed] * (len(keys) - len(outcomes))
 
     def _open_router(self) -> Router:
         if self._router is None:
@@ -270,8 +305,8 @@ class ValkeyBackend(Backend):
     async def _unlink(self, keys: Sequence[ObjectKey]) -> list[Item]:
         """Remove objects, whose sizes are the first answer about each, whether they were there the second."""
         items = []
-        for begin in range(0, len(keys), SLICE_KEYS):
-            some = self._items(keys[begin : begin + SLICE_KEYS])
+        for part in slices(keys, SLICE_KEYS):
+            some = [Item(key, self._names.of(key)) for key in part]
             await self._run(some, partial(ask, (b"STRLEN", b"UNLINK")))
             items += some
         for item in items:
@@ -290,9 +325,9 @@ class ValkeyBackend(Backend):
                 await self._count(router)
             except (BackendError, TimeoutError) as error:  # the latter of a server that is silent
                 self._was_away = True
-                log.debug("%s: what it holds could not be counted: %s", self.name, error)
+                log.debug("%s: what it holds could not be counted: %s", self.name, error, extra={"backend": self.name})
             except Exception:  # the root of a task
-                log.exception("%s: what it holds could not be counted", self.name)
+                log.exception("%s: what it holds could not be counted", self.name, extra={"backend": self.name})
             self._counted.set()
             with suppress(TimeoutError):  # not wait_for: in Python 3.11, it loses a cancel that comes with the event
                 async with asyncio.timeout(self._settings.usage_seconds):

@@ -1,6 +1,6 @@
 """One object of a call: under which name it is asked for, and what became of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 
@@ -13,12 +13,14 @@ from async_cache.prompt.keys import ObjectKey
 _NO_BUFFER = memoryview(b"")
 
 
-class Item(Struct, gc=False, eq=False):
+class Item(Struct, eq=False):
     """An object, and what a server said of it."""
 
     key: ObjectKey
     name: bytes
     buffer: memoryview = _NO_BUFFER
+    told: Callable[[], object] | None = None
+    """Whom to tell that it is loaded, when it is."""
     may_be_shorter: bool = False
     """Whether the object may be shorter than its buffer, which is cut to its size then."""
     lines: Sequence[bytes] = ()

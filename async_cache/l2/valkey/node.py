@@ -199,6 +199,6 @@ class Node:
 
 def _read_password(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text("utf-8-sig").strip()
     except (OSError, ValueError) as error:
         raise BackendError(f"the password cannot be read from {path}: {error}") from error

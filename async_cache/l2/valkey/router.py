@@ -143,7 +143,7 @@ class Router:
             except BackendError as error:
                 self._why = error
         else:
-            log.warning("%s: %s", self._settings.name, self._why)
+            log.warning("%s: %s", self._settings.name, self._why, extra={"backend": self._settings.name})
             self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
         self._refresh_at = loop.time() + self._pause_seconds
 

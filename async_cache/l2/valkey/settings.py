@@ -1,5 +1,6 @@
 """What the URL of a server or a cluster says."""
 
+import os
 import re
 import ssl
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from async_cache.errors import ConfigError
 from async_cache.l2.urls.url import BackendURL, one_of, whole_number
 
 PORT = 6379
+_MAX_PATH_BYTES = 107  # of a Unix socket, see unix(7)
 NAMESPACE = "akv"
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")  # no glob, and nothing that would begin the hash tag of a name
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::([0-9]{1,5}))?")
@@ -26,7 +28,7 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         if not self.port:
-            return self.host
+            return os.fsencode(self.host).decode(errors="backslashreplace")  # the name of a backend is text
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
@@ -126,9 +128,11 @@ def _address(text: str) -> Address:
 
 
 def _socket_path(host: str, path: str) -> Address:
-    path = unquote(path)
+    path = unquote(path, errors="surrogateescape")
     if host or not path.startswith("/") or "\0" in path:
         raise ConfigError("the path of a Unix socket is absolute: valkey+unix:///path")
+    if len(os.fsencode(path)) > _MAX_PATH_BYTES:
+        raise ConfigError(f"the path of a Unix socket has at most {_MAX_PATH_BYTES} bytes")
     return Address(path, 0)
 
 

@@ -185,6 +185,8 @@ class Values:
 
     def _end_of(self, item: Item, outcome: LoadOutcome) -> None:
         item.outcome = outcome
+        if outcome is _LOADED and item.told is not None:
+            item.told()
         self._part, self._body = _HEADER, memoryview(b"")
         self._asked.popleft()
         self._asked_bytes -= len(item.buffer)

@@ -139,6 +139,9 @@ class Wire(asyncio.BufferedProtocol):
         if self._reader is None:
             self.abort("the server said something that it was not asked")
             return
+        if self._reader.done.cancelled():  # in this turn: who waited has not had his own yet
+            self.abort()
+            return
         try:
             self._reader.received(nbytes)
         except BackendError as error:

@@ -1,6 +1,6 @@
-"""Why a prompt is not cached, over HTTP: the question, as parameters or JSON, and the answer by names."""
+"""Why a prompt is not cached, over HTTP: the question, as parameters or JSON."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -10,7 +10,6 @@ from async_cache.core import Core
 from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.prompt.objects import ObjectGroup
 from async_cache.server.access import Tenant
-from async_cache.values import Explanation
 
 MAX_BODY_BYTES = 2**20
 
@@ -51,18 +50,30 @@ class Question(Struct, forbid_unknown_fields=True):
     layout: Layout | None = None
 
 
-async def question_of(request: Request) -> Question:
+class ModelQuestion(Struct, forbid_unknown_fields=True):
+    """A model, or of it one revision, adapter or salt."""
+
+    model: str
+    revision: str | None = None
+    adapter: str | None = None
+    salt: str | None = None
+
+
+Q = TypeVar("Q", bound=Struct)
+
+
+async def question_of(request: Request, kind: type[Q]) -> Q:
     """What is asked, by GET with parameters or by POST with JSON. Raises ValueError."""
     if request.method != "POST":
         told: dict[str, Any] = dict(request.query_params)
         told["tokens"] = told.get("tokens", "").replace(",", " ").split()
-        return msgspec.convert(told, Question, strict=False)
+        return msgspec.convert(told, kind, strict=False)
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > MAX_BODY_BYTES:
             raise ValueError(f"a question has up to {MAX_BODY_BYTES} bytes")
-    return msgspec.json.decode(body, type=Question)
+    return msgspec.json.decode(body, type=kind)
 
 
 def prompt_of(question: Question, core: Core, tenant: Tenant) -> Prompt:
@@ -77,14 +88,3 @@ def _known(question: Question, core: Core) -> ModelLayout:
         if root.salt == question.salt and question.model in ("", root.layout.model):
             return root.layout
     raise ValueError(f"no prompt of model {question.model!r} and this salt was stored of late: give its layout")
-
-
-def answer(explanation: Explanation) -> dict[str, Any]:
-    """An explanation by the names of its fields."""
-    parts = {"spans": list(map(_named, explanation.spans)), "elsewhere": list(map(_named, explanation.elsewhere))}
-    missed = _named(explanation.missed) if explanation.missed is not None else None
-    return _named(explanation) | parts | {"missed": missed}
-
-
-def _named(value: Struct) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__struct_fields__}

@@ -64,7 +64,7 @@ def _most_overdue(core: Core, now: float) -> tuple[Request, float] | None:
 
 
 def _deadline(request: Request, longest_seconds: float) -> float:
-    return request.deadline.when() if request.deadline is not None else request.began + longest_seconds
+    return request.due if request.due is not None else request.began + longest_seconds
 
 
 def _longest_seconds(core: Core) -> float:

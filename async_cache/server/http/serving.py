@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from async_cache.errors import ConfigError
 from async_cache.metrics import Watch
@@ -18,6 +19,7 @@ from async_cache.server.server import Server
 log = logging.getLogger(__name__)
 
 _CONNECTIONS = 64
+_REQUEST_SECONDS = 40  # of a connection, from one answer to the end of the next: beyond `site._EXPLAIN_SECONDS`
 _IDLE_SECONDS = 30
 _CLOSE_SECONDS = 0.4
 
@@ -29,6 +31,33 @@ class _Uvicorn(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Take no signal."""
         yield
+
+
+class _Bounded(H11Protocol):
+    """A connection that ends where a request is not over in time: not sent whole, not answered, or not read."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._begin()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next one."""
+        self._begin()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        super().connection_lost(exc)
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def _begin(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = self.loop.call_later(_REQUEST_SECONDS, self.transport.abort)
 
 
 class HTTPServer:
@@ -56,7 +85,7 @@ class HTTPServer:
             self._site.app,
             lifespan="off",
             ws="none",
-            http="h11",
+            http=_Bounded,
             log_config=None,
             access_log=False,
             server_header=False,

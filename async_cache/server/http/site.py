@@ -1,5 +1,6 @@
 """What is answered over HTTP, and to whom."""
 
+import asyncio
 import ipaddress
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,12 +13,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from async_cache.errors import AccessDeniedError
+from async_cache.errors import AccessDeniedError, BackendError, CacheClosedError, LimitError
 from async_cache.metrics import Watch, exposition
-from async_cache.metrics.families import gauge
+from async_cache.metrics.families import counter, gauge
+from async_cache.prompt.arguments import selection_of
 from async_cache.server.access import Tenant, pass_of
-from async_cache.server.http.explain import answer, prompt_of, question_of
+from async_cache.server.deletions import told
+from async_cache.server.http.explain import ModelQuestion, Question, prompt_of, question_of
 from async_cache.server.http.health import problems
+from async_cache.server.http.keeping import Keeping, KeepQuestion
+from async_cache.server.http.named import named
 from async_cache.server.http.status import status
 from async_cache.server.server import Server
 
@@ -31,6 +36,8 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+_DELETE_SECONDS = 20.0
+_EXPLAIN_SECONDS = 30.0  # for a question to come and to be answered
 _BEARER = "Bearer "
 
 
@@ -40,6 +47,7 @@ class Site:
     def __init__(self, server: Server, watch: Watch):
         self._server = server
         self._watch = watch
+        self._keeping = Keeping(watch.core)
         self.app = Starlette(
             routes=[
                 Route("/", self._answered(self._page, openly=True)),
@@ -47,7 +55,12 @@ class Site:
                 Route("/readyz", self._answered(self._readyz, openly=True)),
                 Route("/metrics", self._answered(self._metrics)),
                 Route("/status", self._answered(self._status)),
-                Route("/explain", self._explain, methods=["GET", "POST"]),
+                Route("/explain", self._asked(self._explain), methods=["GET", "POST"]),
+                Route("/retain", self._asked(self._retain), methods=["POST"]),
+                Route("/retained", self._asked(self._retained)),
+                Route("/warm", self._asked(self._warm), methods=["POST"]),
+                Route("/delete_model", self._asked(self._delete_model), methods=["POST"]),
+                Route("/warm/{name}", self._asked(self._warming)),
             ]
         )
         self.app.router.redirect_slashes = False  # a redirect would go to wherever the request says that it came to
@@ -60,7 +73,7 @@ class Site:
         async def respond(request: Request) -> Response:
             try:
                 tenant = Tenant() if openly else self._admit(request)
-                if not openly:
+                if not openly and not tenant.watches:
                     tenant.check_trusted("watching the server")
                 response = await answer(tenant)
             except AccessDeniedError as error:
@@ -106,30 +119,101 @@ class Site:
             gauge("problem", "1 for what makes /healthz unhealthy", found, ("what",)),
             gauge("connections", "Clients that are connected", {(): self._server.connections}),
         ]
+        if (probe := self._server.probe) is not None:
+            more += [
+                gauge(
+                    "loop_hold_seconds", "The longest that the loop computed, of late", {(): probe.recent.busy_seconds}
+                ),
+                counter("loop_holds", "How often the loop computed for more than 10 ms", {(): probe.held}),
+            ]
+        if (recorder := self._server.recording.recorder) is not None:
+            more += [
+                counter(
+                    "recorded", "Requests and hints that were recorded to the present file", {(): recorder.recorded}
+                ),
+                counter("recording_dropped", "Those that the disk did not take in time", {(): recorder.dropped}),
+                gauge("recording_bytes", "What the files of the recording take", {(): recorder.used_bytes}),
+            ]
         return Response(await exposition(self._watch, more), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _status(self, _: Tenant) -> Response:
-        return _json(status(self._watch, self._server.connections))
+        return _json(status(self._watch, self._server))
 
-    async def _explain(self, request: Request) -> Response:
-        """Why a prompt is not cached, to whoever may use its salt."""
+    # What any tenant may ask, of its own salts.
+
+    def _asked(
+        self, answer: Callable[[Request, Tenant], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """A route: what cannot be answered is told so."""
+
+        async def respond(request: Request) -> Response:
+            try:
+                tenant = self._admit(request)
+                is_json = request.headers.get("content-type", "").startswith("application/json")
+                if request.method == "POST" and not is_json:
+                    raise ValueError("what is posted is application/json")  # which no form of another site can send
+                async with asyncio.timeout(_EXPLAIN_SECONDS):
+                    response = await answer(request, tenant)
+            except AccessDeniedError as error:
+                response = _json({"error": str(error)}, 403 if "authorization" in request.headers else 401)
+            except (ValueError, TypeError) as error:
+                response = _json({"error": str(error)}, 400)
+            except LimitError as error:
+                response = _json({"error": str(error)}, 429)
+            except TimeoutError:
+                response = _json({"error": f"this takes more than {_EXPLAIN_SECONDS:g} s: ask for a part of it"}, 503)
+            except CacheClosedError as error:
+                response = _json({"error": str(error)}, 503)
+            response.headers.update(_HEADERS)
+            return response
+
+        return respond
+
+    async def _explain(self, request: Request, tenant: Tenant) -> Response:
+        """Why a prompt is not cached."""
+        tenant.check_role("read")
+        core = self._watch.core
+        prompt = prompt_of(await question_of(request, Question), core, tenant)
+        return _json(named(await core.explainer.explain(prompt)))
+
+    async def _retain(self, request: Request, tenant: Tenant) -> Response:
+        tenant.check_role("read")
+        question = await question_of(request, KeepQuestion)
+        return _json(await self._keeping.retain(prompt_of(question, self._watch.core, tenant), question))
+
+    async def _retained(self, request: Request, tenant: Tenant) -> Response:
+        return _json(await self._keeping.retained(tenant))
+
+    async def _warm(self, request: Request, tenant: Tenant) -> Response:
+        """Begin to load a prompt: that takes its time, and `/warm/NAME` tells how far it is."""
+        tenant.check_role("read")
+        prompt = prompt_of(await question_of(request, Question), self._watch.core, tenant)
+        name = self._keeping.warm(prompt, tenant)
+        return _json({"name": name} | (self._keeping.progress(name, tenant) or {}), 202, Location=f"/warm/{name}")
+
+    async def _delete_model(self, request: Request, tenant: Tenant) -> Response:
+        """Delete a model, or a part of it: 202 where that takes longer than one waits for an answer, and goes on."""
+        tenant.check_role("store")
+        asked = await question_of(request, ModelQuestion)
+        selection_of(asked.model, asked.revision, asked.adapter, asked.salt)
+        deletion = self._server.deletions.begin(tenant, asked.model, asked.revision, asked.adapter, asked.salt)
+        await asyncio.wait((deletion,), timeout=_DELETE_SECONDS)
+        if not deletion.done():
+            return _json({"state": "deleting"}, 202)
         try:
-            tenant = self._admit(request)
-            if request.method == "POST" and not request.headers.get("content-type", "").startswith("application/json"):
-                raise ValueError("what is posted is application/json")  # which no form of another site can send
-            core = self._watch.core
-            prompt = prompt_of(await question_of(request), core, tenant)
-            response = _json(answer(await core.explainer.explain(prompt)))
-        except AccessDeniedError as error:
-            response = _json({"error": str(error)}, 403 if "authorization" in request.headers else 401)
-        except (ValueError, TypeError) as error:
-            response = _json({"error": str(error)}, 400)
-        response.headers.update(_HEADERS)
-        return response
+            return _json({"state": "deleted"} | named(told(tenant, await deletion)))
+        except BackendError as error:
+            return _json({"error": str(error) if tenant.trusted else "a backend could not delete all of it"}, 502)
+
+    async def _warming(self, request: Request, tenant: Tenant) -> Response:
+        told = self._keeping.progress(request.path_params["name"], tenant)
+        return _json(
+            told if told is not None else {"error": "nothing of this name is being loaded"}, 200 if told else 404
+        )
 
 
-def _json(value: Any, code: int = 200) -> Response:
-    return Response(msgspec.json.encode(value) + b"\n", code, media_type="application/json")
+def _json(value: Any, code: int = 200, **headers: str) -> Response:
+    return Response(msgspec.json.encode(value) + b"\n", code, headers, media_type="application/json")
 
 
 def _is_plain(host: str) -> bool:

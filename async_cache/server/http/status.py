@@ -10,10 +10,11 @@ from async_cache import __version__
 from async_cache.core import Core
 from async_cache.metrics.histogram import Histogram
 from async_cache.metrics.traffic import Traffic
-from async_cache.metrics.watch import Watch
+from async_cache.metrics.watch import Sample, Watch
 from async_cache.read.request import Request
 from async_cache.server.http.health import Problem, problems, shown_id
-from async_cache.values import BackendStatus, CacheStats
+from async_cache.server.server import Server
+from async_cache.values import BackendStatus, CacheStats, Hold, LimitUse
 
 _PENDING, _RECENT, _ROWS = 40, 40, 12  # shown at most
 _LOOKED_AT = 4096  # requests
@@ -64,6 +65,33 @@ class BackendView(Struct, frozen=True):
     queued_bytes: int
 
 
+class Tenanted(Struct, frozen=True):
+    """A tenant that has had a connection: how often it was over a limit, and what it has of each."""
+
+    tenant: str
+    refused: int
+    limits: dict[str, LimitUse]
+
+
+class QuotaUse(Struct, frozen=True):
+    """What a salt has of a tier (`backend` None: L1), of one model or of all (None), and may have at most."""
+
+    salt: str
+    model: str | None
+    backend: str | None
+    used_bytes: int
+    most_bytes: int
+
+
+class RecordingUse(Struct, frozen=True):
+    """Where requests are recorded to, how many were, and how many were not since the disk did not take them."""
+
+    file: str
+    recorded: int
+    dropped: int
+    used_bytes: int
+
+
 class Status(Struct, frozen=True):
     """All of it, at one moment."""
 
@@ -73,6 +101,9 @@ class Status(Struct, frozen=True):
     problems: list[Problem]
     worst_lag_seconds: float
     connections: int
+    hold: Hold | None
+    longest_hold: Hold | None
+    tenants: list[Tenanted]
     stats: CacheStats
     pending: int
     unclaimed: int
@@ -85,13 +116,17 @@ class Status(Struct, frozen=True):
     missed: dict[str, int]
     trimmed: dict[str, int]
     removed: dict[str, int]
+    quotas: list[QuotaUse]
     flights: list[Flight]
     recent: list[Flight]
     backends: list[BackendView]
+    history: list[Sample]
+    recording: RecordingUse | None = None
 
 
-def status(watch: Watch, connections: int) -> Status:
-    """What there is to be seen of a cache now."""
+def status(watch: Watch, server: Server) -> Status:
+    """What there is to be seen of a cache now, and of the server that serves it."""
+    probe = server.probe
     core, traffic, now = watch.core, watch.traffic, watch.clock()
     rows = [Tokens(*names, t.requests, t.asked, t.l1_hits, t.l2_hits) for names, t in traffic.by_names.items()]
     rows.sort(key=lambda row: -row.asked)
@@ -101,7 +136,10 @@ def status(watch: Watch, connections: int) -> Status:
         uptime_seconds=now - watch.began,
         problems=problems(watch),
         worst_lag_seconds=watch.worst_lag_seconds,
-        connections=connections,
+        connections=server.connections,
+        hold=probe.recent if probe is not None else None,
+        longest_hold=probe.longest if probe is not None else None,
+        tenants=[Tenanted(account.name, account.refused, account.told()) for account in server.accounts],
         stats=core.stats(),
         pending=core.requests.pending,
         unclaimed=core.requests.unclaimed,
@@ -114,10 +152,20 @@ def status(watch: Watch, connections: int) -> Status:
         missed=dict(traffic.missed),
         trimmed=dict(traffic.trimmed),
         removed={removal.value: count for removal, count in core.l1.left.items()},
+        quotas=_quotas(core),
         flights=_flights(core, watch, now),
         recent=_recent(traffic, watch, now),
         backends=_backends(core),
+        history=watch.history,
+        recording=_recording(server),
     )
+
+
+def _recording(server: Server) -> RecordingUse | None:
+    recorder = server.recording.recorder
+    if recorder is None:
+        return None
+    return RecordingUse(str(recorder.path), recorder.recorded, recorder.dropped, recorder.used_bytes)
 
 
 def _rest(rows: list[Tokens]) -> list[Tokens]:
@@ -170,6 +218,13 @@ def _recent(traffic: Traffic, watch: Watch, now: float) -> list[Flight]:
         )
         for it in traffic.recent[:_RECENT]
     ]
+
+
+def _quotas(core: Core) -> list[QuotaUse]:
+    """Those that are used most first."""
+    tiers = [(None, core.l1.bounds), *((guard.name, guard.bounds) for guard in core.guards)]
+    rows = [QuotaUse(it.salt, it.model, name, it.used_bytes, it.most_bytes) for name, bounds in tiers for it in bounds]
+    return sorted(rows, key=lambda row: -row.used_bytes / row.most_bytes)[:_PENDING]
 
 
 def _backends(core: Core) -> list[BackendView]:

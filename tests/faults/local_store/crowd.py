@@ -1,10 +1,12 @@
 """A process that uses a directory which others use, too: it does as it is told, line by line, or what it likes.
 
-`python -m faults.local_store.crowd DIRECTORY CAPACITY`. A line is a JSON list, such as `["store", 1, 2]`; so is the
-answer. `["live", SEED, SECONDS]` is a life of its own, of which it says how often what came of it.
+`python -m faults.local_store.crowd DIRECTORY CAPACITY calm`. A line is a JSON list, such as `["store", 1, 2]`; so is
+the answer. `["live", SEED, SECONDS]` is a life of its own, of which it says how often what came of it.
 """
 
 import asyncio
+import ctypes
+import errno
 import json
 import random
 import sys
@@ -15,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem import FileSystemBackend, files, following, journal, rewriting
+from async_cache.l2.filesystem import backend as filesystem
 from async_cache.testing.conformance import key
 from faults.disk import process, say
 
-from .story import found, load, store
+from .story import Manner, found, load, store
 
 OBJECTS = range(2400)
 MOST_OBJECTS = 8  # of one call
@@ -62,8 +65,8 @@ class Member:
 class Crowd:
     """Processes on one directory."""
 
-    def __init__(self, directory: Path, capacity_bytes: int, stack: ExitStack):
-        self._arguments = directory, capacity_bytes
+    def __init__(self, directory: Path, capacity_bytes: int, manner: Manner, stack: ExitStack):
+        self._arguments = directory, capacity_bytes, manner
         self._stack = stack
         self.members: list[Member] = []
 
@@ -86,15 +89,24 @@ class Crowd:
 
 
 @contextmanager
-def crowd(directory: Path, capacity_bytes: int, members: int) -> Iterator[Crowd]:
+def crowd(directory: Path, capacity_bytes: int, members: int, manner: Manner = "calm") -> Iterator[Crowd]:
     with ExitStack() as stack:
-        together = Crowd(directory, capacity_bytes, stack)
+        together = Crowd(directory, capacity_bytes, manner, stack)
         together.join(members)
         yield together
         together.leave()
 
 
-async def obey(directory: str, capacity_bytes: str) -> None:
+async def obey(directory: str, capacity_bytes: str, manner: Manner) -> None:
+    filesystem.CLOSE_SECONDS = 60  # a busy machine takes its time to leave all in order
+    match manner:
+        case "restless":
+            rewriting.SPARE_BYTES, following.ADOPT_SECONDS = 2000, 0.5
+        case "without holes":
+            files._fallocate = lambda *_: ctypes.set_errno(errno.EOPNOTSUPP) or -1
+        case "without locks":
+            journal.lock = lambda fd: None
+            following.BEAT_SECONDS, following.ADOPT_SECONDS, journal.DEAD_SECONDS = 0.5, 0.5, 10.0
     backend = FileSystemBackend(directory, capacity_bytes=int(capacity_bytes))
     await backend.open()
     say('"open"')

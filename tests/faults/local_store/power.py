@@ -76,7 +76,7 @@ class Recorder(tracing.Watcher):
         match call.name:
             case "open" | "openat":
                 inode = Path(f"/proc/{call.process}/fd/{result}").stat().st_ino
-                if aside:
+                if aside and inode in self._files:  # else another thread has removed it meanwhile
                     return ("size", self._files[inode], 0) if call.flags & os.O_TRUNC else None
                 self._numbers += 1
                 self._files[inode] = self._numbers

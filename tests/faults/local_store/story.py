@@ -6,14 +6,13 @@ The bytes of an object follow from its number, so that a wrong byte shows wherev
 import asyncio
 import os
 from collections.abc import Collection, Iterable, Sequence
-from importlib.util import find_spec
 from mmap import PAGESIZE, mmap
 from pathlib import Path
 from typing import Literal
 
 from async_cache.errors import BackendError
 from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem import FileSystemBackend, rewriting
 from async_cache.testing.conformance import content, key
 
 _SIZES = (1, 100, PAGESIZE, 5000, 3 * PAGESIZE, 20_001)
@@ -21,10 +20,9 @@ CAPACITY_BYTES = 64 * PAGESIZE
 SLACK_BYTES = 32 * PAGESIZE  # of a directory, beside the bodies of its objects in whole pages
 STORED = 16  # objects of one life
 
-ONE_FILE_EACH = find_spec("async_cache.l2.filesystem.bodies") is None
-"""Whether it is the store of before, which keeps a file an object: some of its faults are known."""
-
 Durability = Literal["none", "fsync"]
+Manner = Literal["calm", "restless", "without holes", "without locks"]
+"""How a store lives: `restless` writes its index anew very often; the others are what its file system lacks."""
 
 # What is done one after the other, or at once; and to which objects.
 _STEPS: tuple[tuple[tuple[str, list[int]], ...], ...] = (
@@ -70,9 +68,9 @@ class Life:
 
     ABSENT, STORING, STORED, DELETING, DELETED = range(5)
 
-    def __init__(self, number: int = 0, capacity_bytes: int = CAPACITY_BYTES):
+    def __init__(self, number: int = 0, capacity_bytes: int = CAPACITY_BYTES, manner: Manner = "calm"):
         self.first = number * STORED  # of its objects
-        self._capacity_bytes = capacity_bytes
+        self._capacity_bytes, self._manner = capacity_bytes, manner
         self._shared = mmap(-1, PAGESIZE)
 
     def so_far(self) -> bytes:
@@ -108,7 +106,11 @@ class Life:
 
     async def live(self, directory: Path, durability: Durability) -> None:
         """All steps, from the opening to the close. A call may fail: then nothing is told of its objects."""
-        backend = FileSystemBackend(directory, capacity_bytes=self._capacity_bytes, durability=durability)
+        settings = {}
+        if self._manner == "restless":
+            settings["segment_bytes"] = 8 * PAGESIZE
+            rewriting.SPARE_BYTES = -(2**40)  # in this process, which is of one life
+        backend = FileSystemBackend(directory, capacity_bytes=self._capacity_bytes, durability=durability, **settings)
         try:
             await backend.open()
         except BackendError:

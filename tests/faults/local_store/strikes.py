@@ -1,7 +1,7 @@
 """A program that lives a store's life again and again, and strikes it at the next system call each time.
 
-Run as a program of its own, since it forks: `python -m faults.local_store.strikes kill DIRECTORY fsync 1`. It says how
-often which call was struck.
+Run as a program of its own, since it forks: `python -m faults.local_store.strikes kill DIRECTORY fsync 1 calm`. It says
+how often which call was struck.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from faults.disk import process, say
 
 from . import tracing
 from .power import Recorder
-from .story import CAPACITY_BYTES, STORED, Durability, Life, check, disk_bytes, found, load, store
+from .story import CAPACITY_BYTES, STORED, Durability, Life, Manner, check, disk_bytes, found, load, store
 
 NOT_HERE = "not here"
 LACKS = {
@@ -36,8 +36,12 @@ LACKS = {
 }
 """What a file system may not have, and what it says then."""
 FOR_MANY_BYTES = 4 * CAPACITY_BYTES
+KILLS = 10  # one after the other
 QUOTA_BYTES = 100 * 4096
 BATCHES = [range(begin, begin + 4) for begin in range(0, 160, 4)]  # some 370 pages
+
+CAN_WAIT = ("open", "openat", "fcntl", "flock", "fsync", "fdatasync", "ftruncate", "fallocate")
+"""Calls that a signal may interrupt."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 ERRORS = (errno.EIO, *FULL)
@@ -73,12 +77,31 @@ class Kill(Strike):
         raise tracing.Killed
 
 
+class Never(Strike):
+    """Waits for no call."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
 class Fail(Strike):
     """Has the nth call fail: the disk has a fault, or is full."""
 
     def strike(self, call: tracing.Call) -> int | None:
-        self.error = ERRORS[self._nth % len(ERRORS)]
+        errors = (*ERRORS, errno.EMFILE) if "open" in call.name else ERRORS
+        self.error = errors[self._nth % len(errors)]
         return self.error
+
+
+class Hinder(Strike):
+    """Has the nth call be interrupted by a signal, or write a part only."""
+
+    def strike(self, call: tracing.Call) -> int | None:
+        if not call.name.startswith("pwrite"):
+            return errno.EINTR if call.name in CAN_WAIT else None
+        count = random.Random(self._nth).choice((1, len(call.data) // 2, max(len(call.data) - 1, 1)))
+        call.write_some(count)
+        return -count
 
 
 class Visit(Strike):
@@ -136,11 +159,13 @@ def look(
     tracing.run_alone(lambda: asyncio.run(check(directory, numbers, must, must_not, capacity_bytes=capacity_bytes)))
 
 
-def each_anew(folder: Path, durability: Durability, step: int, strike: Callable[[int], Strike]) -> Counter[str]:
+def each_anew(
+    folder: Path, durability: Durability, step: int, manner: Manner, strike: Callable[[int], Strike]
+) -> Counter[str]:
     """A new directory for every call."""
     struck: Counter[str] = Counter()
     for nth in count(1, step):
-        life, directory, blow = Life(), folder / str(nth), strike(nth)
+        life, directory, blow = Life(manner=manner), folder / str(nth), strike(nth)
         if not live(life, directory, durability, blow):
             return struck
         struck[blow.struck] += 1
@@ -156,11 +181,11 @@ def each_anew(folder: Path, durability: Durability, step: int, strike: Callable[
     raise AssertionError
 
 
-def visits(folder: Path, durability: Durability, step: int) -> Counter[str]:
+def visits(folder: Path, durability: Durability, step: int, manner: Manner) -> Counter[str]:
     """A new directory for every call, and another process in it while the call waits."""
     struck: Counter[str] = Counter()
     for nth in count(1, step):
-        host, guest = (Life(number, FOR_MANY_BYTES) for number in range(2))
+        host, guest = (Life(number, FOR_MANY_BYTES, manner) for number in range(2))
         directory = folder / str(nth)
         blow = Visit(nth, guest, directory, durability)
         if not live(host, directory, durability, blow):
@@ -177,22 +202,29 @@ def visits(folder: Path, durability: Durability, step: int) -> Counter[str]:
     raise AssertionError
 
 
-def one_after_the_other(folder: Path, durability: Durability, step: int) -> Counter[str]:
-    """All kills in one directory, each in a life with objects of its own: what they leave does not add up."""
+def one_after_the_other(folder: Path, durability: Durability, step: int, manner: Manner) -> Counter[str]:
+    """All kills in one directory, each in a life with objects of its own: what they leave does not add up.
+
+    Now and then one lives to its end: a start may take more calls than the next kill lets it have.
+    """
     struck: Counter[str] = Counter()
+    lives = count()
     for nth in count(1, step):
-        life, blow = Life(nth, FOR_MANY_BYTES), Kill(nth)
+        life, blow = Life(next(lives), FOR_MANY_BYTES, manner), Kill(nth)
         if not live(life, folder, durability, blow):
             break
         struck[blow.struck] += 1
+        if struck.total() % KILLS == 0:
+            live(Life(next(lives), FOR_MANY_BYTES, manner), folder, durability, Never())
     so_far = life.so_far()
-    look(folder, range((nth + 1) * STORED), life.must(so_far), life.must_not(so_far), FOR_MANY_BYTES)
+    numbers = range(next(lives) * STORED)
+    look(folder, numbers, life.must(so_far), life.must_not(so_far), FOR_MANY_BYTES)
     return struck
 
 
-def lack(folder: Path, durability: Durability, which: str) -> Counter[str]:
+def lack(folder: Path, durability: Durability, which: str, manner: Manner) -> Counter[str]:
     """A life, and a look at what it left, without what a file system need not have."""
-    life, watcher = Life(), Lack(LACKS[which])
+    life, watcher = Life(manner=manner), Lack(LACKS[which])
     assert tracing.run(lambda: asyncio.run(life.live(folder, durability)), folder, watcher) == 0
     assert not life.failed
     so_far = life.so_far()
@@ -221,18 +253,18 @@ async def store_too_much(directory: Path, durability: Durability) -> None:
     await backend.close()
 
 
-def record(folder: Path, durability: Durability, fail: int) -> None:
+def record(folder: Path, durability: Durability, fail: int, manner: Manner) -> None:
     """Write down what a life does to its directory."""
-    life, directory = Life(), folder / "kv"
+    life, directory = Life(manner=manner), folder / "kv"
     recorder = Recorder(life.so_far, fail)
     assert tracing.run(lambda: asyncio.run(life.live(directory, durability)), folder, recorder) == 0
     with (folder / "ops").open("wb") as file:
         pickle.dump((recorder.ops, life.so_far()), file)
 
 
-def strike(what: str, folder: Path, durability: Durability, which: object) -> Counter[str]:
+def strike(what: str, folder: Path, durability: Durability, which: object, manner: Manner = "calm") -> Counter[str]:
     """Run this program: how often which call was struck. The test is skipped where it cannot run."""
-    with process(__spec__.name, what, folder, durability, which) as child:
+    with process(__spec__.name, what, folder, durability, which, manner) as child:
         said, _ = child.communicate()
     if said.strip() == NOT_HERE:
         pytest.skip("cannot trace a program")
@@ -240,26 +272,28 @@ def strike(what: str, folder: Path, durability: Durability, which: object) -> Co
     return Counter(json.loads(said))
 
 
-def main(what: str, folder: str, durability: Durability, which: str) -> None:
+def main(what: str, folder: str, durability: Durability, which: str, manner: Manner) -> None:
     if not tracing.is_supported():
         say(NOT_HERE)
         return
     struck = Counter[str]()
     match what:
         case "kill":
-            struck = each_anew(Path(folder), durability, int(which), Kill)
+            struck = each_anew(Path(folder), durability, int(which), manner, Kill)
         case "fail":
-            struck = each_anew(Path(folder), durability, int(which), Fail)
+            struck = each_anew(Path(folder), durability, int(which), manner, Fail)
+        case "hinder":
+            struck = each_anew(Path(folder), durability, int(which), manner, Hinder)
         case "visit":
-            struck = visits(Path(folder), durability, int(which))
+            struck = visits(Path(folder), durability, int(which), manner)
         case "kill again":
-            struck = one_after_the_other(Path(folder), durability, int(which))
+            struck = one_after_the_other(Path(folder), durability, int(which), manner)
         case "lack":
-            struck = lack(Path(folder), durability, which)
+            struck = lack(Path(folder), durability, which, manner)
         case "overfill":
             struck = overfill(Path(folder), durability, which)
         case "record":
-            record(Path(folder), durability, int(which))
+            record(Path(folder), durability, int(which), manner)
     say(json.dumps(struck))
 
 

@@ -119,7 +119,7 @@ def bit(rng):
 
 async def test_a_bit_of_a_body_costs_its_object(copies, bodies):
     rng = random.Random(1)
-    for _ in range(rounds(20, 200)):
+    for _ in range(rounds(20, 210)):
         hurt = rng.sample(KEPT, 50)
         places = [bodies[number] for number in hurt]
         directory = copies.damaged(*((name, at + rng.randrange(size), bit(rng)) for name, at, size in places))

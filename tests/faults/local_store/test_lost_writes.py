@@ -11,13 +11,13 @@ import pytest
 from soak import rounds
 
 from .power import Disk, images, put
-from .story import ONE_FILE_EACH, STORED, Life, check
+from .story import STORED, Life, check
 from .strikes import strike
 
 
-def record(folder, durability, fail=0):
+def record(folder, durability, fail=0, manner="calm"):
     """The operations of a life on `folder / "kv"`, and how far it was in the end. `fail`: the sync that fails."""
-    strike("record", folder, durability, fail)
+    strike("record", folder, durability, fail, manner)
     return pickle.loads((folder / "ops").read_bytes())
 
 
@@ -55,25 +55,23 @@ def some(crashes, rng, count):
     return rng.sample(crashes, min(count, len(crashes)))
 
 
-the_directory_may_be_lost = pytest.mark.xfail(ONE_FILE_EACH, reason="what holds its directory is not synced")
-
-
-@pytest.mark.parametrize("durability", ["none", pytest.param("fsync", marks=the_directory_may_be_lost)])
-async def test_what_was_not_synced_is_lost(tmp_path, durability, record_property):
-    rng = random.Random(durability)
-    ops, end = record(tmp_path, durability)
-    states = some(crashes(ops, end, rng, rounds(4, 40)), rng, rounds(200, 20_000))
+@pytest.mark.parametrize("manner", ["calm", "restless"])
+@pytest.mark.parametrize("durability", ["none", "fsync"])
+async def test_what_was_not_synced_is_lost(tmp_path, durability, manner, record_property):
+    rng = random.Random(durability + manner)
+    ops, end = record(tmp_path, durability, manner=manner)
+    states = some(crashes(ops, end, rng, rounds(4, 40)), rng, rounds(100, 20_000))
     record_property("states", await survive(tmp_path, states, durable=durability == "fsync"))
 
 
-@the_directory_may_be_lost
-async def test_a_sync_that_failed_is_no_sync(tmp_path, record_property):
+@pytest.mark.parametrize("manner", ["calm", "restless"])
+async def test_a_sync_that_failed_is_no_sync(tmp_path, manner, record_property):
     """Whatever it was for may be lost for ever, even if the next sync of the same file goes well."""
     rng, states = random.Random(0), 0
-    for fail in range(1, rounds(6, 100)):
+    for fail in range(1, rounds(4, 100)):
         folder = tmp_path / str(fail)
         folder.mkdir()
-        ops, end = record(folder, "fsync", fail)
+        ops, end = record(folder, "fsync", fail, manner)
         if not any(op.name == "sync failed" for op in ops):
             break
         states += await survive(folder, some(crashes(ops, end, rng, 4), rng, rounds(30, 500)), durable=True)

@@ -11,6 +11,7 @@ from soak import rounds
 
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.prompt.keys import ObjectKey
 from async_cache.testing.conformance import key
 
 from .story import load, store
@@ -66,7 +67,7 @@ async def test_recovery_takes_small_steps_and_the_newest_first(tmp_path, record_
     while backend.lookup_nowait(newest, [(0, 0)]) != [True] * len(newest):  # noqa: ASYNC110 (steps are counted)
         await asyncio.sleep(0)
     at_newest = backend.usage().objects
-    backend.unpin([(digest, 0, 0) for digest in newest])
+    backend.unpin([ObjectKey(digest, 0, 0) for digest in newest])
     assert await store(backend, [1, 2, 3]) == [True] * 3
     assert set((await load(backend, [1, 2, 3])).values()) == {LoadOutcome.LOADED}
     assert await backend.delete([key(3)]) == 1

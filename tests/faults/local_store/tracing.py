@@ -170,7 +170,10 @@ class Watcher:
     """Is told of each call that changes what is below `root`, or locks it."""
 
     def enters(self, call: Call) -> int | None:
-        """The call is about to be made. Return an errno, and it is not made and fails; raise Killed, and all ends."""
+        """The call is about to be made. Return an errno, and it is not made and fails; raise Killed, and all ends.
+
+        Return minus what the call is to return, and it is not made, but returns that.
+        """
         return None
 
     def leaves(self, call: Call, result: int) -> None:

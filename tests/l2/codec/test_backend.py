@@ -98,6 +98,21 @@ async def test_a_key_that_came_later_encrypts_and_older_ones_still_decrypt() -> 
         assert await get(after, [1, 2, 3], 5000) == [content(1, 5000), GONE, content(3, 5000)]
 
 
+async def test_what_others_stored_is_told_at_once_when_it_was_heard_of(tmp_path: Path) -> None:
+    codec, here = aes(KEY), [key(0)[1:]]
+    async with opened(FileSystemBackend(tmp_path), codec) as one, opened(FileSystemBackend(tmp_path), codec) as other:
+        assert one.follows and not CodecBackend(FileSystemBackend(tmp_path), aes(OTHER_KEY, KEY)).follows
+        assert await put(other, [1, 2], 5000) == [True, True]
+        hashes = [key(n).chunk_hash for n in (1, 2, 3)]
+        assert one.lookup_nowait(hashes, here) is None
+        lookup = await one.lookup_later()
+        assert lookup is not None and lookup(hashes, here) == [True, True, False]
+        assert await get(one, [1, 2], 5000) == [content(1, 5000), content(2, 5000)]
+        one.unpin([key(1), key(2)])
+        one._rotten.add(key(1))
+        assert lookup(hashes, here) is None
+
+
 async def test_a_lookup_that_fails_for_older_keys_has_pinned_nothing() -> None:
     store = MemoryBackend()
     async with opened(store, aes(OTHER_KEY, KEY)) as plain:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from faults.disk import Place, place_of
 
 from async_cache.l2.backend import Backend
 from async_cache.l2.codec.backend import CodecBackend
@@ -14,7 +15,6 @@ from async_cache.l2.codec.codec import Codec
 from async_cache.l2.codec.header import HEADER_BYTES
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.memory import MemoryBackend
-from async_cache.l2.record import file_name
 from async_cache.prompt.keys import ObjectKey
 from async_cache.testing import flip_bit
 from async_cache.testing.conformance import BackendSuite, content, key, views
@@ -51,31 +51,31 @@ class OverMemory(BackendSuite):
 
 class OverDirectory(OverMemory):
     async def make(self, tmp_path: Path) -> Backend:
-        return self.wrap(FileSystemBackend(tmp_path / "kv"))
+        return self.wrap(FileSystemBackend(tmp_path / "kv", segment_bytes=1))
 
     async def capacity_backend(self, tmp_path: Path, capacity_bytes: int) -> Backend:
         return self.wrap(FileSystemBackend(tmp_path / "kv", capacity_bytes=capacity_bytes))
 
-    def path(self, backend: Backend, key: ObjectKey) -> Path:
+    def place(self, backend: Backend, key: ObjectKey) -> Place:
         assert isinstance(backend, CodecBackend)
         assert isinstance(backend.inner, FileSystemBackend)
-        return Path(backend.inner.path) / file_name(backend.codec.names[0].name(key))
+        return place_of(Path(backend.inner.path), backend.codec.names[0].name(key))
 
     async def damage(self, backend: Backend, key: ObjectKey, bit: int) -> None:
-        path = self.path(backend, key)
-        data = bytearray(path.read_bytes())
+        place = self.place(backend, key)
+        data = bytearray(place.read())
         data[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(data)
+        place.write(data)
 
     @pytest.fixture(autouse=True)
     def _patching(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
 
     async def make_unreadable(self, backend: Backend, key: ObjectKey) -> None:
-        bad, real = self.path(backend, key).stat().st_ino, os.preadv
+        bad, real = str(self.place(backend, key).path), os.preadv
 
         def preadv(fd: int, *arguments: object) -> int:
-            if os.fstat(fd).st_ino == bad:
+            if os.readlink(f"/proc/self/fd/{fd}") == bad:
                 raise OSError(errno.EIO, "bad sector")
             return real(fd, *arguments)
 

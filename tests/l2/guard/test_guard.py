@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -13,7 +14,8 @@ from async_cache import AsyncCache, CacheConfig
 from async_cache.errors import BackendError
 from async_cache.l2.backend import Backend, Limits, LoadOutcome
 from async_cache.l2.guard.breaker import Breaker, BreakerState
-from async_cache.l2.guard.guard import CallTimeoutError, Guard, Timeouts
+from async_cache.l2.guard.call import CallTimeoutError
+from async_cache.l2.guard.guard import Guard, Timeouts
 from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.urls.registry import from_url
 from async_cache.prompt.keys import ObjectKey
@@ -242,6 +244,135 @@ async def test_a_call_from_before_a_trial_says_nothing_of_the_trial() -> None:
     trial.cancel()
     assert guard.allows()
     await guard.close(1.0)
+
+
+@pytest.mark.parametrize("verb", ["load", "store", "delete"])
+@virtual
+async def test_what_hangs_while_lookups_answer_opens_it_all_the_same(verb: Any) -> None:
+    gate = GatedBackend(MemoryBackend(), verb)
+    guard = Guard(gate, Counted(3), TIMEOUTS)
+
+    async def hangs() -> None:
+        assert await guard.lookup(KEYS) is not None
+        with pytest.raises(CallTimeoutError):
+            await VERBS[verb](guard)
+
+    for _ in range(3):
+        assert guard.breaker.state is CLOSED
+        await hangs()
+    assert guard.breaker.state is OPEN and not guard.allows()
+    await asyncio.sleep(RESET_SECONDS)
+    await hangs()  # the lookup was the trial, and one more that hangs is enough
+    assert guard.breaker.state is OPEN
+    await asyncio.sleep(RESET_SECONDS)
+    gate.release()
+    assert await guard.lookup(KEYS) == [False] * 3
+    await VERBS[verb](guard)
+    gate.hold(verb)
+    await hangs()
+    assert guard.breaker.state is CLOSED, "the failures are counted anew"
+
+
+@virtual
+async def test_a_lookup_from_before_does_not_close_what_loads_have_opened() -> None:
+    gate = GatedBackend(MemoryBackend(), "lookup", "load")
+    guard = Guard(gate, Counted(3), Timeouts(lookup_seconds=60.0, load_seconds=2.0))
+    early = asyncio.ensure_future(guard.lookup(KEYS))
+    await asyncio.gather(*(load(guard) for _ in range(3)), return_exceptions=True)
+    assert guard.breaker.state is OPEN
+    gate.release()
+    assert await early == [False] * 3
+    assert guard.breaker.state is OPEN and not guard.allows()
+
+
+class Spoiled(WrappedBackend):
+    """Calls of one verb fail that are about a bad object; so do all, once it is dead."""
+
+    def __init__(self, inner: Backend, verb: Verb, bad: Sequence[ObjectKey], *, answering: bool = False):
+        super().__init__(inner)
+        self.verb, self.bad, self.answering, self.dead = verb, bad, answering, False
+
+    async def before(self, verb: Verb, keys: Sequence[ObjectKey], buffers: Any) -> None:
+        if verb == self.verb and not self.answering and (self.dead or set(keys) & set(self.bad)):
+            raise BackendError("injected")
+
+    async def load(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[LoadOutcome]:
+        outcomes = await super().load(keys, buffers)
+        return [
+            LoadOutcome.FAILED if self.answering and k in self.bad else o for k, o in zip(keys, outcomes, strict=True)
+        ]
+
+
+async def ask(guard: Guard, verb: str, number: int) -> None:
+    """Make one call about one object."""
+    keys, its = [key(number)], views([bytearray(100)])
+    with suppress(BackendError):
+        if verb == "lookup":
+            await guard.lookup(keys)
+        elif verb == "delete":
+            await guard.delete(keys)
+        else:
+            call = guard.begin_load(keys, its) if verb == "load" else guard.begin_store(keys, its)
+            assert call is not None
+            await call.result()
+
+
+@pytest.mark.parametrize("answering", [False, True])
+@pytest.mark.parametrize("verb", ["load", "store", "delete"])
+@virtual
+async def test_an_object_that_fails_alone_leaves_its_backend_in_use(verb: Any, answering: bool) -> None:
+    spoiled = Spoiled(MemoryBackend(), verb, [key(1)], answering=answering and verb == "load")
+    guard = Guard(spoiled, Counted(3), TIMEOUTS)
+    for _ in range(10):
+        await ask(guard, "lookup", 1)
+        await ask(guard, verb, 1)
+        assert guard.breaker.state is CLOSED
+    assert spoiled.calls[verb] == 10
+
+
+@virtual
+async def test_a_lookup_that_fails_alone_leaves_its_backend_in_use() -> None:
+    guard = Guard(Spoiled(MemoryBackend(), "lookup", [key(1)]), Counted(3), TIMEOUTS)
+    for _ in range(10):
+        await ask(guard, "load", 2)
+        await ask(guard, "lookup", 1)
+        assert guard.breaker.state is CLOSED
+
+
+@pytest.mark.parametrize("verb", ["load", "store", "delete"])
+@virtual
+async def test_objects_that_fail_one_after_the_other_leave_their_backend_alone(verb: Any) -> None:
+    spoiled = Spoiled(MemoryBackend(), verb, [])
+    spoiled.dead = True
+    guard = Guard(spoiled, Counted(3), TIMEOUTS)
+    for number in range(3):
+        assert guard.breaker.state is CLOSED
+        await ask(guard, "lookup", number)
+        await ask(guard, verb, number)
+    assert guard.breaker.state is OPEN
+
+
+@pytest.mark.parametrize("verb", ["lookup", "load", "store", "delete"])
+@virtual
+async def test_a_backend_that_is_dead_is_left_alone_as_soon_where_the_same_is_asked(verb: Any) -> None:
+    spoiled = Spoiled(MemoryBackend(), verb, [])
+    spoiled.dead = True
+    guard = Guard(spoiled, Counted(3), TIMEOUTS)
+    for _ in range(3):
+        assert guard.breaker.state is CLOSED
+        await ask(guard, verb, 1)
+    assert guard.breaker.state is OPEN
+
+
+@virtual
+async def test_a_load_that_succeeds_between_others_that_fail_begins_the_count_anew() -> None:
+    guard = Guard(Spoiled(MemoryBackend(), "load", [key(n) for n in range(20)]), Counted(3), TIMEOUTS)
+    for number in range(0, 20, 2):
+        for bad in (number, number + 1):
+            await ask(guard, "lookup", bad)
+            await ask(guard, "load", bad)
+        assert guard.breaker.state is CLOSED
+        await ask(guard, "load", 99)
 
 
 @virtual

@@ -280,6 +280,7 @@ async def test_what_is_damaged_and_cannot_be_removed_is_not_found_until_it_is_st
     [
         ("mooncake://", "the host of the master is missing"),
         ("mooncake://host:99999", "Port out of range"),
+        ("mooncake://host:0", "a port from 1 to 65535"),
         ("mooncake://host/path", "a master has no path"),
         ("mooncake://host?segment=much", "segment"),
         ("mooncake://host?protocol=udp", "'udp' is not tcp or rdma"),

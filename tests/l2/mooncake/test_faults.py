@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract.support import LAYOUT, assert_nothing_held, fill, fill_l2, make_prompt, open_cache, read_back
+from contract.support import (
+    LAYOUT,
+    assert_fails_alone,
+    assert_nothing_held,
+    fill,
+    fill_l2,
+    make_prompt,
+    open_cache,
+    read_back,
+)
 from soak import rounds
 
 from async_cache import AsyncCache, ObjectGroup
@@ -20,6 +29,8 @@ from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.guard.breaker import BreakerState
 from async_cache.l2.mooncake import backend as mooncake_backend
 from async_cache.l2.mooncake.backend import MooncakeBackend
+from async_cache.l2.mooncake.calls import Load
+from async_cache.l2.mooncake.process import HelperProcess
 from async_cache.l2.urls.registry import from_url
 from async_cache.memory.arena import Arena
 from async_cache.testing.conformance import MIB, content, find, get, key, put
@@ -316,3 +327,22 @@ async def test_objects_of_megabytes_land_in_l1_whole(pool: Master) -> None:
         await fill_l2(cache, prompt)
         assert await read_back(cache, prompt) == 6
         await cache.clear("all")
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+async def test_what_cannot_be_read_of_one_prompt_leaves_the_pool_in_use(
+    monkeypatch: pytest.MonkeyPatch, chunks: int
+) -> None:
+    bad, sound = make_prompt(chunks, 11), make_prompt(3, 12)
+    asked = HelperProcess.ask
+
+    async def ask(helper: HelperProcess, call: Any) -> Any:
+        answer = await asked(helper, call)
+        spoilt = isinstance(call, Load) and any(k.chunk_hash in bad.chunk_hashes for k in call.keys)
+        return [LoadOutcome.FAILED.value] * len(answer) if spoilt else answer  # as after a transfer that failed
+
+    with Master() as master, Bare(master, 64 * MIB):
+        async with open_cache(make(master)) as cache:
+            await fill_l2(cache, bad, sound)
+            monkeypatch.setattr(HelperProcess, "ask", ask)
+            await assert_fails_alone(cache, bad, sound)

@@ -8,7 +8,17 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from contract.support import PAGE, assert_nothing_held, count_hits, fill, fill_l2, make_prompt, read_back, verify
+from contract.support import (
+    PAGE,
+    assert_fails_alone,
+    assert_nothing_held,
+    count_hits,
+    fill,
+    fill_l2,
+    make_prompt,
+    read_back,
+    verify,
+)
 from soak import rounds
 
 from async_cache import AsyncCache, CacheConfig, Shortfall
@@ -110,9 +120,13 @@ async def test_a_server_that_dies_again_and_again_costs_hits_and_nothing_else(mo
             errors.append(why)
         failed(guard, why)
 
-    def succeed(guard: Guard) -> None:
-        errors.clear()
-        succeeded(guard)
+    def succeed(guard: Guard, verb: str, *, is_trial: bool) -> None:
+        succeeded(guard, verb, is_trial=is_trial)
+        forget(guard)
+
+    def forget(guard: Guard) -> None:
+        """What is in a row: a success of one kind says nothing of a failure of another one."""
+        del errors[: max(0, len(errors) - guard.breaker._failures)]
 
     monkeypatch.setattr(Guard, "failed", fail)
     monkeypatch.setattr(Guard, "succeeded", succeed)
@@ -145,7 +159,7 @@ async def test_a_server_that_dies_again_and_again_costs_hits_and_nothing_else(mo
             workers = [asyncio.create_task(work(worker)) for worker in range(4)]
             try:
                 for _ in range(rounds(3, 50)):
-                    errors.clear()
+                    forget(guard)
                     deaths += 1
                     await asyncio.to_thread(server.kill)
                     await until(lambda: guard.breaker.state is not CLOSED, workers)
@@ -169,3 +183,18 @@ async def until(condition: Any, workers: list[asyncio.Task[None]]) -> None:
             for worker in workers:
                 if worker.done():
                     worker.result()
+
+
+@pytest.mark.parametrize("codec", ["", "zstd"])
+@pytest.mark.parametrize("chunks", [1, 3])
+async def test_what_is_denied_of_one_prompt_leaves_the_bucket_in_use(server: Server, chunks: int, codec: str) -> None:
+    bad, sound = make_prompt(chunks, 1), make_prompt(CHUNKS, 2)
+    async with opened(server, f"alone-{chunks}-{codec}", **{"codec": codec} if codec else {}) as cache:
+        server.faults()
+        await fill_l2(cache, bad)
+        paths = [request.removeprefix("PUT ") for request in server.seen() if request.startswith("PUT ")]
+        assert len(paths) == chunks
+        await fill_l2(cache, sound)
+        server.faults(*({"request": f"GET {path}", "status": 403, "code": "InvalidObjectState"} for path in paths))
+        await assert_fails_alone(cache, bad, sound)
+        server.faults()

@@ -63,6 +63,7 @@ def test_memory(url: str, name: str, capacity_bytes: int | None) -> None:
             },
         ),
         ("fs:///kv?direct=true", {"path": "/kv", "direct": True}),
+        ("fs:///kv?segment_bytes=64MiB", {"path": "/kv", "segment_bytes": 64 * 2**20}),
     ],
 )
 def test_filesystem(url: str, arguments: dict[str, Any]) -> None:
@@ -103,8 +104,11 @@ def test_one_directory_is_one_backend_however_its_path_is_written(path: str) -> 
         ("fs://relative", "no host"),
         ("fs:relative/path", "'relative/path' is not absolute"),
         ("fs://", "'' is not absolute"),
+        ("fs:///kv?capacity=1", "capacity_bytes must be at least 32768"),
         ("fs:///kv?durability=yes", "durability: 'yes' is not none or fsync"),
         ("fs:///kv?direct=1", "direct: '1' is not true or false"),
+        ("fs:///kv?segment_bytes=0", "segment_bytes must be from 1 to 68719476736, not 0"),
+        ("fs:///kv?segment_bytes=1TiB", "segment_bytes must be from 1"),
         ("fs:///kv?threads=0", "threads: '0' is not a number"),
         ("fs:///kv?threads=2.5", "threads: '2.5' is not a number"),
         ("fs:///kv?path=/other", "unknown parameter 'path'"),
@@ -172,7 +176,7 @@ def test_parameters_that_can_not_be_used_are_refused(url: str, reason: str) -> N
 ALL_LIMITS = "lookup_timeout=0.5&load_timeout=60&store_timeout=90&breaker_failures=7&breaker_reset=1.5"
 
 
-@pytest.mark.parametrize("query", [ALL_LIMITS, f"capacity=4096&{ALL_LIMITS}", f"{ALL_LIMITS}&capacity=4096"])
+@pytest.mark.parametrize("query", [ALL_LIMITS, f"capacity=65536&{ALL_LIMITS}", f"{ALL_LIMITS}&capacity=65536"])
 def test_any_url_may_have_limits(query: str, tmp_path: Path) -> None:
     for url in (f"memory://?{query}", f"fs://{tmp_path}?{query}"):
         assert from_url(url).limits == Limits(
@@ -182,7 +186,7 @@ def test_any_url_may_have_limits(query: str, tmp_path: Path) -> None:
             breaker_failures=7,
             breaker_reset_seconds=1.5,
         )
-        assert from_url(url).usage().capacity_bytes in (4096, None if "memory" in url else 10 * 2**30)
+        assert from_url(url).usage().capacity_bytes in (65536, None if "memory" in url else 10 * 2**30)
 
 
 def test_a_url_without_limits_leaves_them_to_the_settings() -> None:
@@ -259,7 +263,7 @@ def test_limits_of_a_ready_made_backend_are_checked_too(value: Any) -> None:
         ("codec=zstd", "zstd"),
         ("codec=zstd:19", "zstd"),
         ("codec=aes&key_file={keys}", "aes"),
-        ("capacity=4096&codec=zstd,aes&lookup_timeout=5&key_file={keys}", "zstd,aes"),
+        ("capacity=65536&codec=zstd,aes&lookup_timeout=5&key_file={keys}", "zstd,aes"),
         ("codec=zstd%3A3%2Caes&key_file={keys}", "zstd,aes"),
     ],
 )
@@ -276,7 +280,7 @@ def test_any_url_may_have_a_codec(query: str, name: str, tmp_path: Path, package
         assert backend.codec.name == name
         assert backend.name == from_url(url).name
         if "capacity" in query:
-            assert backend.usage().capacity_bytes == 4096
+            assert backend.usage().capacity_bytes == 65536
             assert backend.limits.lookup_timeout_seconds == 5
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from contract.support import PAGE, assert_fails_alone, fill_l2, make_prompt, object_keys, read_back
 
+from async_cache import AsyncCache, CacheConfig
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.urls.registry import from_url
@@ -128,7 +130,7 @@ async def test_what_is_damaged_and_may_not_be_removed_is_not_found_and_replaced_
 
 async def test_a_password_from_a_file_is_read_for_each_connection(server: Server, tmp_path: Path) -> None:
     file = tmp_path / "password"
-    file.write_text(f"{SECRET}\n")
+    file.write_text(f"{SECRET}\n", "utf-8-sig")  # as some editors write it
     async with opened(f"valkey://127.0.0.1:{server.port}?password_file={file}") as backend:
         assert await put(backend, [1], 5000) == [True]
         await server.say("CONFIG", "SET", "requirepass", WRONG)
@@ -162,3 +164,18 @@ async def test_certificates_that_do_not_fit_are_refused(
         with pytest.raises(BackendError):
             await find(backend, [1])
         await backend.close()
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+async def test_what_a_user_may_not_read_of_one_prompt_leaves_the_server_in_use(server: Server, chunks: int) -> None:
+    bad, sound = make_prompt(chunks, 1), make_prompt(3, 2)
+    user = ("ACL", "SETUSER", "akv", "on", f">{SECRET}", "resetkeys")
+    await server.say(*user, "~akv:*", "+@all")
+    url = f"valkey://akv:{SECRET}@127.0.0.1:{server.port}?lookup_timeout=20"
+    async with nothing_left(), AsyncCache(CacheConfig(l1_bytes=64 * PAGE, l2=[url])) as cache:
+        await fill_l2(cache, bad, sound)
+        readable = [f"~{Names('akv').of(k).decode()}" for k in object_keys(sound)]
+        await server.say(*user, "-@all", "+ping", "+get", *readable, "(~akv:* +strlen +set +unlink)")
+        await assert_fails_alone(cache, bad, sound)
+        await server.say(*user, "~akv:*", "+@all")
+        assert await read_back(cache, bad) == chunks

@@ -1,7 +1,9 @@
 """The network between a backend and its server stalls, trickles, cuts, resets and refuses."""
 
 import asyncio
+import gc
 import logging
+import weakref
 from collections.abc import AsyncIterator
 
 import pytest
@@ -72,6 +74,28 @@ async def test_what_could_not_be_read_and_cannot_be_removed_is_not_said_to_be_st
     assert await put(backend, range(4), MIB) == [True] * 4  # and it is still known what is to be replaced
     assert not backend._doubtful
     assert await get(backend, range(4), MIB) == [content(n, MIB) for n in range(4)]
+
+
+class Memory(bytearray):
+    """What can be seen to be let go."""
+
+
+async def test_calls_that_fail_leave_nothing_behind(backend: ValkeyBackend, proxy: Proxy) -> None:
+    assert await put(backend, range(2), 5000) == [True] * 2
+    proxy.stall()
+    kept = []
+    for verb in (backend.load, backend.store, backend.load, backend.store):
+        buffers = [Memory(5000) for _ in range(2)]
+        kept += map(weakref.ref, buffers)
+        call = asyncio.ensure_future(verb([key(7), key(8)], views(buffers)))  # type: ignore[operator]
+        await asyncio.sleep(0.01)
+        proxy.reset()
+        with pytest.raises(BackendError):
+            await call
+        del call, buffers
+    proxy.resume()
+    gc.collect()
+    assert [memory() for memory in kept if memory() is not None] == []
 
 
 async def test_after_a_reset_it_is_connected_anew(backend: ValkeyBackend, proxy: Proxy) -> None:

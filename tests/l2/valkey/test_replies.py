@@ -271,3 +271,22 @@ async def test_a_server_of_another_kind_is_a_fault_and_no_hit(liar: Liar, answer
             continue
         assert told in ([CORRUPT], [False, False])
     await backend.close()
+
+
+class Gone(asyncio.Transport):
+    """What was a socket."""
+
+    def abort(self) -> None:
+        pass
+
+
+async def test_a_reply_in_the_turn_in_which_its_caller_is_cancelled_is_nobodys() -> None:
+    wire = Silent("a test")
+    wire._transport = Gone()
+    asking = asyncio.create_task(wire.ask(b"", 1))
+    await asyncio.sleep(0)
+    wire.get_buffer(5)[:5] = b"+OK\r\n"
+    asking.cancel()
+    wire.buffer_updated(5)
+    await asyncio.wait([asking])
+    assert asking.cancelled() and not wire.is_open

@@ -32,6 +32,8 @@ def settings(url: str) -> Settings:
         ("valkey://h?connect_timeout=3&usage_every=60", "valkey://h:6379", {"connect_timeout_seconds": 3.0}),
         ("valkey://h?password_file=/p", "valkey://h:6379", {"password_file": Path("/p"), "password": None}),
         ("valkey+unix:///run/a%20b", "valkey+unix:///run/a b", {"addresses": (Address("/run/a b", 0),)}),
+        ("valkey+unix:///run/%FF", "valkey+unix:///run/\\xff", {"addresses": (Address("/run/\udcff", 0),)}),
+        ("valkey://h?password_file=/p%FF", "valkey://h:6379", {"password_file": Path("/p\udcff")}),
         ("redis+unix://u:p@/run/s?db=2", "redis+unix:///run/s?db=2", {"database": 2, "username": "u"}),
         (
             "valkey+cluster://a:1,b",
@@ -85,6 +87,8 @@ def test_tls_verifies_unless_it_is_told_otherwise(scheme: str, tmp_path: Path) -
         ("valkey://:p@h?password_file=/p", "there are two passwords"),
         ("valkey+unix://h/run/s", "the path of a Unix socket is absolute"),
         ("valkey+unix:run/s", "the path of a Unix socket is absolute"),
+        ("valkey+unix:///" + 36 * "%FFab", "has at most 107 bytes"),
+        ("valkey://h?namespace=%FF", "namespace: "),
         ("valkey://h#x", "fragment"),
     ],
 )

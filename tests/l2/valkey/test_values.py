@@ -1,14 +1,18 @@
 """What lies under the name of an object is not it: truncated, another's, too long, of another type, or foreign."""
 
+import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import cast
 
 import pytest
 import pytest_asyncio
 
+from async_cache.errors import BackendError
 from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.valkey.backend import ValkeyBackend
+from async_cache.l2.valkey import backend as module
+from async_cache.l2.valkey.backend import SLICE_KEYS, ValkeyBackend
+from async_cache.l2.valkey.items import Item
 from async_cache.l2.valkey.names import Names
 from async_cache.l2.valkey.values import WINDOW_BYTES
 from async_cache.l2.valkey.wire import Wire
@@ -206,3 +210,54 @@ async def test_a_server_is_told_each_time_how_much_is_asked_for(
     assert await put(backend, range(10, 14), 4 * MIB) == [True] * 4
     assert await get(backend, range(10, 14), 4 * MIB) == [content(n, 4 * MIB) for n in range(10, 14)]
     assert windows == [WINDOW_BYTES] * 3  # two objects at first, and one more as each of these has come
+
+
+async def test_very_many_objects_are_worked_on_in_slices(
+    backend: ValkeyBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 5 * SLICE_KEYS + 1
+    made: list[int] = []  # items, by turn of the loop
+
+    class Counted(Item):  # type: ignore[misc]
+        def __post_init__(self) -> None:
+            made[-1] += 1
+
+    def turn() -> None:
+        made.append(0)
+        asyncio.get_running_loop().call_soon(turn)
+
+    monkeypatch.setattr(module, "Item", Counted)
+    turn()
+    keys = [key(number) for number in range(100, 100 + count)]
+    bodies = [bytearray(content(number, 8)) for number in range(100, 100 + count)]
+    assert await backend.store(keys, [memoryview(body) for body in bodies]) == [True] * count
+    into = [bytearray(16) for _ in keys]
+    assert await backend.load(keys, [memoryview(buffer)[:8] for buffer in into]) == [LOADED] * count
+    assert [bytes(buffer[:8]) for buffer in into] == bodies
+    assert await backend.load_sized(keys, [memoryview(buffer) for buffer in into]) == [8] * count
+    assert await backend.delete(keys) == count
+    assert sum(made) == 4 * count and max(made) <= SLICE_KEYS
+
+
+@pytest.mark.parametrize("verb", ["load", "store"])
+async def test_of_very_many_objects_those_count_that_were_done_before_the_server_was_gone(
+    backend: ValkeyBackend, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr(module, "SLICE_KEYS", 2)
+    work, slices = getattr(backend, f"_{verb}_some"), 0
+
+    async def fails(items: Sequence[Item]) -> list[object]:
+        nonlocal slices
+        slices += 1
+        if slices == fails_in:
+            raise BackendError("gone")
+        return cast(list[object], await work(items))
+
+    monkeypatch.setattr(backend, f"_{verb}_some", fails)
+    call = {"load": lambda: get(backend, range(4), SIZE), "store": lambda: put(backend, range(4), SIZE)}[verb]
+    done, failed = {"load": ([content(0, SIZE), content(1, SIZE)], FAILED), "store": ([True, True], False)}[verb]
+    fails_in = 2
+    assert await call() == [*cast(list[object], done), failed, failed]
+    fails_in = slices + 1
+    with pytest.raises(BackendError, match="gone"):
+        await call()

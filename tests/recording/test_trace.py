@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from async_cache.errors import ConfigError
-from async_cache.replay.trace import Trace, lines, read_trace
+from async_cache.recording.trace import Trace, lines, read_trace
 
 MOONCAKE = [
     {"timestamp": 0, "input_length": 1300, "output_length": 50, "hash_ids": [7, 8, 9]},
@@ -30,7 +30,7 @@ def test_mooncakes_format_has_chunks_of_512_tokens_and_a_shorter_one_at_the_end(
     trace = read_trace(written(tmp_path / "t.jsonl", MOONCAKE))
     first, second, third = trace.requests
     assert (trace.chunk_tokens, first.at_seconds, first.tokens, first.output_tokens) == (512, 0.0, 1300, 50)
-    assert trace.chunk_sizes(first) == [512, 512, 276]
+    assert first.chunk_sizes() == [512, 512, 276]
     assert second.path == first.path[:2]
     assert set(third.path).isdisjoint(first.path), "an id stands for all before it, too"
 
@@ -40,6 +40,13 @@ def test_our_own_format_is_sorted_by_time_and_tenants_do_not_meet(tmp_path: Path
     early, late = trace.requests
     assert (trace.chunk_tokens, early.at_seconds, early.output_tokens, late.output_tokens) == (4, 0.25, 3, None)
     assert set(early.path).isdisjoint(late.path)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_mark_at_the_beginning_of_a_file_says_nothing(tmp_path: Path, compressed: bool) -> None:
+    text = written(tmp_path / "t.jsonl", OURS).read_text().encode("utf-8-sig")
+    (tmp_path / "t.jsonl").write_bytes(gzip.compress(text) if compressed else text)
+    assert len(read_trace(tmp_path / "t.jsonl").requests) == 2
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""Loads: where objects lie is told by the catalog, threads share the runs, and what could not be read is given up."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from threading import Event
+from typing import Any
+
+from async_cache.errors import BackendError
+from async_cache.l2.backend import Loaded, LoadOutcome
+from async_cache.l2.filesystem.ahead import Ahead
+from async_cache.l2.filesystem.catalog import Catalog
+from async_cache.l2.filesystem.directory import Directory
+from async_cache.l2.filesystem.faults import Faults
+from async_cache.l2.filesystem.files import NotOpened
+from async_cache.l2.filesystem.following import Following
+from async_cache.l2.filesystem.format import parse_segment
+from async_cache.l2.filesystem.room import SLICE, Room
+from async_cache.l2.filesystem.runs import Todo, Wanted, runs
+from async_cache.l2.filesystem.work import Threads
+from async_cache.l2.workers import settle
+from async_cache.prompt.keys import ObjectKey
+from async_cache.values import Removal
+
+logger = logging.getLogger(__name__)
+
+THREAD_BYTES = 8 * 2**20  # for which another thread is woken: two that take turns at the interpreter's lock are slower
+
+_LOADED, _GONE, _CORRUPT = LoadOutcome.LOADED, LoadOutcome.GONE, LoadOutcome.CORRUPT
+_REMOVALS = {_GONE: Removal.LOST, _CORRUPT: Removal.DAMAGED}
+
+Placed = list[tuple[int, bytes] | None]
+
+
+class Loading:
+    """Loads from one directory, of which `readers` threads read at a time."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        catalog: Catalog,
+        threads: Threads,
+        ahead: Ahead,
+        room: Room,
+        following: Following,
+        faults: Faults,
+        *,
+        readers: int,
+    ):
+        self._directory, self._catalog, self._threads, self._room = directory, catalog, threads, room
+        self._ahead, self._following, self._faults, self._readers = ahead, following, faults, readers
+        self._unopened: set[str] = set()  # segments that could not be opened once
+
+    async def load(
+        self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], loaded: Loaded, *, exact: bool
+    ) -> tuple[list[LoadOutcome], Placed]:
+        """What became of each object, and its size and place in the catalog when the load began."""
+        self._ahead.taken(keys)
+        placed: Placed = self._catalog.index.placed(keys)
+        if None in placed and not self._following.knows_all():
+            with suppress(OSError):
+                await self._following.catch_up()
+            placed = self._catalog.index.placed(keys)
+        outcomes = await self._read(placed, buffers, loaded, exact=exact)
+        while outcomes.count(_LOADED) < len(outcomes):
+            if _CORRUPT in outcomes:  # it may have been given up by others
+                with suppress(OSError):
+                    await self._following.look()
+            now = self._catalog.index.placed(keys)
+            moved = [
+                at for at, place in enumerate(now) if place not in (None, placed[at]) and outcomes[at] is not _LOADED
+            ]
+            if not moved:
+                return await self._note_losses(keys, placed, outcomes), placed
+            others = [now[at] for at in moved], [buffers[at] for at in moved]  # another body of it was kept
+            again = await self._read(*others, _loaded_of(moved, loaded), exact=exact)
+            for at, outcome in zip(moved, again, strict=True):
+                placed[at], outcomes[at] = now[at], outcome
+        self._faults.over(keys)
+        return outcomes, placed
+
+    async def _read(self, placed: Placed, buffers: Sequence[memoryview], loaded: Loaded, *, exact: bool) -> list[Any]:
+        """Fill buffers; what became of each: a LoadOutcome, or the OSError that it met."""
+        outcomes: list[Any] = [_GONE] * len(placed)
+        wanted = self._wanted(placed, buffers, outcomes, exact=exact)
+        todo, stop = Todo(list(runs(wanted))), Event()
+        size_bytes = sum([each.size_bytes for each in wanted])
+        # Submitted one by one: `settle` must know of each call whether it has begun.
+        futures = [
+            self._threads.loads.submit(self._directory.runs.read, todo, buffers, outcomes, loaded, stop)
+            for _ in range(min(self._readers, len(todo), 1 + size_bytes // THREAD_BYTES))
+        ]
+        await settle(futures, stop, self._threads.given_up)
+        return outcomes
+
+    def _wanted(
+        self, placed: Placed, buffers: Sequence[memoryview], outcomes: list[Any], *, exact: bool
+    ) -> list[Wanted]:
+        """The bodies to be read, in the order in which they lie. What does not fit its buffer is corrupt."""
+        at, new = self._catalog.segments.at, tuple.__new__
+        wanted = []
+        for number, found in enumerate(placed):
+            if found is not None:
+                size_bytes, place = found
+                length = len(buffers[number])
+                if size_bytes == length or (size_bytes < length and not exact):
+                    segment, page, checksum = at(place)
+                    wanted.append(new(Wanted, (segment.name, page, number, size_bytes, checksum)))
+                else:
+                    outcomes[number] = _CORRUPT
+        wanted.sort()
+        return wanted
+
+    async def _note_losses(
+        self, keys: Sequence[ObjectKey], placed: Placed, outcomes: list[LoadOutcome | OSError]
+    ) -> list[LoadOutcome]:
+        """What is told of each object, after a load that did not bring all of them."""
+        told: list[LoadOutcome] = []
+        lost: dict[Removal, list[tuple[ObjectKey, tuple[int, bytes]]]] = {Removal.LOST: [], Removal.DAMAGED: []}
+        for number, (key, found, outcome) in enumerate(zip(keys, placed, outcomes, strict=True)):
+            if isinstance(outcome, OSError):
+                outcome = LoadOutcome.FAILED
+            if outcome is not _LOADED and not (found is not None and self._catalog.believes(key, found)):
+                outcome = _GONE
+            if outcome in _REMOVALS and found is not None:
+                lost[_REMOVALS[outcome]].append((key, found))
+            told.append(outcome)
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
+        failed = [key for key, outcome in zip(keys, told, strict=True) if outcome is LoadOutcome.FAILED]
+        faults = [outcome for outcome in outcomes if isinstance(outcome, OSError)]
+        unreadable = set(self._faults.failed(failed, beside_others=len(failed) < len(keys)))
+        if unreadable:
+            lost[Removal.DAMAGED] += [
+                (key, at) for key, at in zip(keys, placed, strict=True) if at and key in unreadable
+            ]
+            logger.warning("%s: %d objects cannot be read: %s", self._directory.name, len(unreadable), faults[0])
+        for removal, objects in lost.items():
+            await self._room.give_up(objects, removal)
+        await self._set_aside_unopened({fault.filename for fault in faults if isinstance(fault, NotOpened)})
+        if failed and not unreadable and len(failed) == len(keys):
+            raise BackendError(f"{self._directory.name}: {faults[0]}") from faults[0]
+        return told
+
+    async def _set_aside_unopened(self, names: set[str]) -> None:
+        """What could not be opened twice is not tried for each of its objects."""
+        for name in names & self._unopened:
+            logger.warning("%s: the segment %s cannot be opened: set aside as %s.bad", self._directory.name, name, name)
+            if (parsed := parse_segment(name)) is not None:
+                await self._room.set_aside(self._catalog.segments.get(*parsed))
+        self._unopened ^= names
+
+
+def _loaded_of(numbers: Sequence[int], loaded: Loaded) -> Loaded:
+    """Tells of some of the objects of a call, by their numbers in it."""
+    return lambda number: loaded(numbers[number])

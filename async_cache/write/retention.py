@@ -1,0 +1,75 @@
+"""A prompt that is kept, the note of that, and the tiers that keep it."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from async_cache.l2.guard import Guard
+from async_cache.prompt.layout import ModelLayout
+from async_cache.retention.allowance import Allowance
+from async_cache.values import Clipped
+
+
+class Retention(Struct, eq=False):
+    """A prompt that is kept. `held`: of each tier the chunks that it keeps, from the head on.
+
+    `chunk_bytes`: what a chunk takes of each.
+    """
+
+    name: str
+    owner: str
+    model: str
+    revision: str
+    adapter: str
+    chunk_tokens: int
+    chunks: int
+    clipped: Clipped | None
+    expires_at: float  # by the loop's clock
+    held: "dict[Tier, list[bytes]]"
+    chunk_bytes: "dict[Tier, int]"
+
+    @property
+    def hashes(self) -> Sequence[bytes]:
+        """The hashes of its chunks: what no tier keeps is not among them."""
+        return max(self.held.values(), key=len, default=[])
+
+
+class Note(Struct, frozen=True, array_like=True):
+    """What a backend is told of a retention, to be kept over restarts. Times are those of the wall."""
+
+    version: Annotated[int, Meta(ge=1, le=1)]
+    owner: str
+    model: str
+    revision: str
+    adapter: str
+    chunk_tokens: Annotated[int, Meta(ge=1)]
+    chunk_bytes: Annotated[int, Meta(ge=1)]
+    chunks: Annotated[int, Meta(ge=0)]
+    clipped: Clipped | None
+    noted_at: float
+    lives_seconds: Annotated[float, Meta(ge=0)]
+    hashes: bytes
+
+
+class Tier:
+    """L1, or one backend: what is kept there, and how that is done."""
+
+    def __init__(
+        self,
+        allowance: Allowance,
+        keep: Callable[[Sequence[bytes]], None],
+        let_go: Callable[[Sequence[bytes]], None],
+        guard: Guard | None = None,
+    ):
+        self.allowance, self.keep, self.let_go = allowance, keep, let_go
+        self.guard = guard
+        self.noting = asyncio.Lock()
+
+    def chunk_bytes(self, layout: ModelLayout) -> int:
+        """What a chunk takes here."""
+        objects = layout.objects
+        if self.guard is None:
+            return sum(objects.room_bytes)
+        return objects.bytes_in_units(self.guard.backend.unit_bytes)

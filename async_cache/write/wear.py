@@ -1,0 +1,33 @@
+"""What is left of a backend's budget of writes is noted in that backend, so that a restart gives nothing back."""
+
+import logging
+import time
+
+from async_cache.errors import BackendError
+from async_cache.l2.guard import Guard
+
+log = logging.getLogger(__name__)
+
+_NAME = "budget"
+
+
+async def recall_budget(guard: Guard) -> None:
+    """Go on with what was left when the backend was used last, where it has kept that."""
+    if guard.budget is not None:
+        try:
+            note = (await guard.notes()).get(_NAME)
+        except BackendError as error:
+            log.warning("%s: what was left of its write_budget is not known: %s", guard.name, error)
+        else:
+            if note is not None:
+                guard.budget.recall(note, time.time())
+
+
+async def note_budget(guard: Guard, *, idle: bool) -> None:
+    """Have the backend keep what is left, if much was written since it did; or something, where nothing follows."""
+    budget = guard.budget
+    if budget is not None and budget.is_to_be_noted(idle=idle):
+        try:
+            await guard.keep_note(_NAME, budget.note(time.time()))
+        except BackendError as error:
+            log.warning("%s: what is left of its write_budget is not kept: %s", guard.name, error)
