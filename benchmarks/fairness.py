@@ -1,7 +1,10 @@
 """One tenant does what is named, in a process of its own; another's ping and prefetch of 16 chunks are measured then.
 
 Prints JSON: for each attack the other's median and 99th percentile in milliseconds, idle in the same run and beside it,
-how long SIGTERM takes under it, and by how much the server's own memory grows.
+also of what the server's process computed meanwhile, on which the load of the machine has little effect; the longest
+that the server's loop computed at a time; how long SIGTERM takes under it; and by how much the server's own memory
+grows. `nothing_but_computing` asks nothing of the server: what is felt beside it is the machine's doing.
+FAIRNESS_SECONDS: how long each is measured; FAIRNESS_ATTACKS: which, with commas between.
 """
 
 import asyncio
@@ -12,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -91,6 +94,12 @@ async def prefetches_that_nobody_reads(client):
     await asyncio.sleep(3600)
 
 
+async def nothing_but_computing(client):
+    """What the machine does to a server that has to share its processors, whatever the server does."""
+    while True:
+        sum(range(10**6))
+
+
 async def many_connections(client, url):
     async def one():
         async with connect(url, token=RED) as more:
@@ -113,6 +122,7 @@ async def at_depth(depth, call):
 ATTACKS = {
     attack.__name__: attack
     for attack in (
+        nothing_but_computing,
         prefetches_of_very_many_objects,
         lookups_of_absent_chunks,
         prefetches_of_chunks_in_memory,
@@ -125,6 +135,7 @@ ATTACKS = {
 
 async def attack(name, url):
     async with connect(url, token=RED) as client:
+        print("connected", flush=True)
         await (ATTACKS[name](client, url) if name == "many_connections" else ATTACKS[name](client))
 
 
@@ -143,26 +154,32 @@ async def serving(directory):
         process.wait()
 
 
-async def measure(client, there, seconds):
+async def measure(client, there, seconds, pid):
     pings, prefetches, until = [], [], now() + seconds
+    clock = (~pid << 3) | 2  # of the server's process, as clock_getcpuclockid(3) makes it
+
+    @contextmanager
+    def timed(times):
+        began, computed = now(), time.clock_gettime(clock)
+        yield
+        times.append((now() - began, time.clock_gettime(clock) - computed))
+
     while now() < until:
-        began = now()
-        await client.ping()
-        pings.append(now() - began)
-        began = now()
-        request = client.prefetch(there)
-        assert (await request.lookup_done).chunks == len(there)
-        assert (await request.load_done).chunks == len(there)
-        prefetches.append(now() - began)
+        with timed(pings):
+            await client.ping()
+        with timed(prefetches):
+            request = client.prefetch(there)
+            assert (await request.lookup_done).chunks == len(there)
+            assert (await request.load_done).chunks == len(there)
         await client.end_request(request.request_id)
         await asyncio.sleep(0.001)
     return {"ping": quantiles(pings), "prefetch": quantiles(prefetches)}
 
 
-def quantiles(seconds):
-    ordered = sorted(seconds)
-    picked = {"p50_ms": 0.5, "p99_ms": 0.99}
-    return {name: round(ordered[int(len(ordered) * part)] * 1e3, 3) for name, part in picked.items()}
+def quantiles(times):
+    waited, computed = ([round(time * 1e3, 3) for time in sorted(of)] for of in zip(*times, strict=True))
+    middle, late = len(times) // 2, int(len(times) * 0.99)
+    return {"p50_ms": waited[middle], "p99_ms": waited[late], "p99_computed_ms": computed[late]}
 
 
 async def beside(name):
@@ -171,14 +188,17 @@ async def beside(name):
             there = prompt(KV, 1, 16, "blue")
             await fill(client, there)
             await client.flush()
-            idle = await measure(client, there, SECONDS)
+            idle = await measure(client, there, SECONDS, process.pid)
             memory = psutil.Process(process.pid).memory_full_info
             before = memory().uss
-            attacker = subprocess.Popen([sys.executable, __file__, name, url])  # noqa: ASYNC220
+            attacker = subprocess.Popen([sys.executable, __file__, name, url], stdout=subprocess.PIPE)  # noqa: ASYNC220
             try:
+                await asyncio.to_thread(attacker.stdout.readline)
                 await asyncio.sleep(1.0)
-                while_it_lasts = await measure(client, there, SECONDS)
+                while_it_lasts = await measure(client, there, SECONDS, process.pid)
                 grown = memory().uss - before
+                async with connect(url) as operator:
+                    hold = (await operator.stats()).hold
                 began = now()
                 process.send_signal(signal.SIGTERM)
                 await asyncio.to_thread(process.wait, 30)
@@ -186,12 +206,20 @@ async def beside(name):
             finally:
                 attacker.kill()
                 attacker.wait()
-    return {"idle": idle, "beside": while_it_lasts, "grown_mib": round(grown / 2**20, 1), "sigterm_s": round(ended, 2)}
+    return {
+        "idle": idle,
+        "beside": while_it_lasts,
+        "held": {"ms": round(hold.busy_seconds * 1e3, 1), "where": hold.where},
+        "grown_mib": round(grown / 2**20, 1),
+        "sigterm_s": round(ended, 2),
+        "load": os.getloadavg()[0],
+    }
 
 
 async def main():
     for name in ATTACKS:
-        print(json.dumps({name: await beside(name)}), flush=True)
+        if name in os.environ.get("FAIRNESS_ATTACKS", name).split(","):
+            print(json.dumps({name: await beside(name)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What it costs to be watched; prints JSON.
 
 `request_us`: what counting adds to a request of an embedded cache, with and without in turns, medians.
-`served`: requests of a client a second and their 99th percentile, of a server that counts beside one that does not.
+`served`: requests of a client a second and their 99th percentile, of a server that counts, remembers what left and
+tells events, beside one that does nothing of that.
 `scrape`: `/metrics` of 100 tenants and CHUNKS chunks: how long it takes, and for how long the loop is held meanwhile.
 """
 
@@ -68,9 +69,9 @@ async def embedded(chunks):
 
 
 @asynccontextmanager
-async def serving(directory, *program):
+async def serving(directory, *program, **settings):
     url = f"unix://{directory}/{program[-1][-12:].replace('/', '')}.sock"
-    environment = os.environ | {"ASYNC_CACHE_SERVER_HTTP": "127.0.0.1:0"}
+    environment = os.environ | {"ASYNC_CACHE_SERVER_HTTP": "127.0.0.1:0"} | settings
     command = [sys.executable, *program, "serve", "--listen", url, "--l1-bytes", "64MiB", "--l2", "memory://"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)  # noqa: ASYNC220
     try:
@@ -101,7 +102,11 @@ async def turn(client, asked, ids, beside=8):
 async def served(chunks=64):
     asked, ids = prompt(1, chunks), itertools.count()
     with tempfile.TemporaryDirectory() as directory:
-        async with serving(directory, "-m", "async_cache") as watched, serving(directory, str(UNWATCHED)) as plain:
+        async with (
+            serving(directory, "-m", "async_cache") as watched,
+            serving(directory, str(UNWATCHED), ASYNC_CACHE_EXPLAIN_CHUNKS="1") as plain,
+            watched.events(),  # of which there are some with each chunk that is stored
+        ):
             for client in (watched, plain):
                 await fill(client, asked)
                 await turn(client, asked, ids)

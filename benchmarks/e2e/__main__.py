@@ -1,9 +1,9 @@
 """vLLM with the connector, against a real server on this machine: `make e2e`.
 
 Makes an environment of its own in `.e2e/` (some minutes, once), and runs itself in it. It fails unless outputs are the
-same with and without the cache, a second request reuses all whole chunks, a backend that fails in the middle of a load
-changes nothing, and after 200 requests with random aborts the server holds nothing. It measures beside LMCache, and
-ends with a table of all that.
+same with and without the cache, a second request reuses all whole chunks, a pause and a reset leave nothing in the
+cache while a request goes on, a backend that fails in the middle of a load changes nothing, and after 200 requests with
+random aborts the server holds nothing. It measures beside LMCache, and ends with a table of all that.
 
 environment    vLLM, LMCache, the model
 servers        sound ones, and `faulty_server`s
@@ -24,7 +24,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
-from checks import check_aborts, check_failure, check_outputs, check_tests
+from checks import check_aborts, check_failure, check_outputs, check_resets, check_tests
 from engine import CHUNK_TOKENS, PROMPT_CHUNKS, Subject, ask, forget, make_engine, read_prompts, transfer
 from environment import SETTINGS, Place
 from report import Report
@@ -32,7 +32,7 @@ from servers import Servers
 from slow import SLOW_REQUESTS, SLOW_SECONDS, measure_scheduler, measure_slow
 
 L1_GIB = 2
-PARTS = ["tests", "outputs", "failure", "aborts", "slow"]
+PARTS = ["tests", "outputs", "resets", "failure", "aborts", "slow"]
 
 
 @contextmanager
@@ -110,6 +110,9 @@ async def run(place, parts):
                         subjects = [Subject("ours", engine, client), *filter(None, [theirs])]
                         await measure_slow(report, subjects, prompts, holders)
                         await measure_scheduler(report, client, url)
+        if "resets" in parts:
+            async with client_of(sound(), url) as client:
+                await check_resets(report, engine, client, few, expected)
         if "failure" in parts:
             async with client_of(servers.faulty(fail_after=PROMPT_CHUNKS + 2), url) as client:
                 await check_failure(report, engine, client, few, expected)

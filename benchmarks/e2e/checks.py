@@ -6,12 +6,13 @@ import statistics
 import subprocess
 import sys
 
-from engine import CHUNK_TOKENS, PROMPT_CHUNKS, ask, forget
+from engine import CHUNK_TOKENS, PROMPT_CHUNKS, Answer, ask, forget
 from environment import ROOT
 from report import in_ms
 
 ABORTED_REQUESTS = 200
 TIMED_ROUNDS = 3
+RUNNING_TOKENS = 400  # of an answer that is not there yet when the caches are reset
 
 
 async def check_tests(report):
@@ -56,6 +57,46 @@ async def check_failure(report, engine, client, prompts, expected):
     for prompt, tokens in list(zip(prompts, expected, strict=True))[1:3]:
         answer = await ask(engine, prompt)
         report.check(answer.tokens == tokens, "the disk dies: the right output")
+
+
+async def check_resets(report, engine, client, prompts, expected):
+    """A pause and a reset, each while a request runs that has saved chunks."""
+    whole = PROMPT_CHUNKS * CHUNK_TOKENS
+
+    async def pause():
+        await engine.pause_generation(mode="keep", clear_cache=True)  # it raises where the reset fails
+
+    async def reset():
+        done = await engine.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        report.check(done, "reset: it is done")
+
+    for name, way in (("pause", pause), ("reset", reset)):
+        for prompt in prompts:
+            await ask(engine, prompt)
+        await forget(engine, client)
+        answer = Answer()
+        running = asyncio.create_task(ask(engine, prompts[0], tokens=RUNNING_TOKENS, answer=answer))
+        await answer.begun.wait()
+        await way()
+        report.check(not running.done(), f"{name}: a request runs meanwhile")
+        left = await count_stored(client)
+        report.check(not left, f"{name}: the server is empty after it", f"{left} left")
+        if name == "pause":
+            await engine.resume_generation()
+        went_on = await running
+        report.check(went_on.tokens[: len(expected[0])] == expected[0], f"{name}: the request goes on, with its output")
+        await forget(engine, client)
+        for cached in (0, whole):
+            found = await ask(engine, prompts[1])
+            right = found.tokens == expected[1] and found.cached_tokens == cached
+            report.check(right, f"{name}: of another prompt {cached} tokens are reused then", str(found.cached_tokens))
+            await forget(engine, client)
+
+
+async def count_stored(client):
+    """The chunks in memory, and the objects in storage."""
+    stats = await client.stats()
+    return stats.l1_chunks + sum(usage.objects for usage in stats.backends.values())
 
 
 async def check_aborts(report, engine, client, prompts, expected):

