@@ -77,13 +77,19 @@ async def running(*command: str, log: Path) -> AsyncIterator[Process]:
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):  # it has ended
-            process.terminate()
+        tell(process, signal.SIGTERM)
         try:
             await asyncio.wait_for(process.wait(), 10)
         except TimeoutError:
-            process.kill()
+            tell(process, signal.SIGKILL)
             await process.wait()
+
+
+def tell(process: Process, number: signal.Signals) -> None:
+    """Send a signal to a process that may have ended. Its own method would reap it before asyncio's thread does."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 async def until_it_says(process: Process, words: str, log: Path) -> str:

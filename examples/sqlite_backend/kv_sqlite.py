@@ -17,6 +17,7 @@ class SQLiteBackend(Backend):
     def __init__(self, path: str):
         self.name, self._path = f"sqlite://{path}", path
         self._sizes: dict[ObjectKey, int] = {}
+        self._unreadable: set[ObjectKey] = set()
         self._turn = asyncio.Semaphore()
 
     @classmethod
@@ -46,7 +47,11 @@ class SQLiteBackend(Backend):
             return await in_thread(lambda: [self._load(*item) for item in todo])
 
     def _load(self, key: ObjectKey, buffer: memoryview) -> LoadOutcome:
-        row = self._db.execute("SELECT body, trailer FROM objects WHERE name = ?", [file_name(key)]).fetchone()
+        try:
+            row = self._db.execute("SELECT body, trailer FROM objects WHERE name = ?", [file_name(key)]).fetchone()
+        except sqlite3.DatabaseError:  # of this object alone, for all we know
+            self._unreadable.add(key)
+            return LoadOutcome.FAILED
         if row is None:
             return LoadOutcome.GONE
         if len(row[0]) != len(buffer) or not is_whole(key, *row):
@@ -62,8 +67,10 @@ class SQLiteBackend(Backend):
 
     def _store(self, key: ObjectKey, buffer: memoryview) -> bool:
         row = (file_name(key), buffer, make_trailer(key, buffer))
-        if self._db.execute("INSERT OR IGNORE INTO objects VALUES (?, ?, ?)", row).rowcount:
+        other = "REPLACE" if key in self._unreadable else "IGNORE"
+        if self._db.execute(f"INSERT OR {other} INTO objects VALUES (?, ?, ?)", row).rowcount:
             self._sizes[key] = len(buffer)
+        self._unreadable.discard(key)
         return True
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:

@@ -3,7 +3,9 @@
 import asyncio
 import sqlite3
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kv_sqlite import SQLiteBackend
@@ -28,6 +30,27 @@ class TestSQLite(BackendSuite):
 
         await asyncio.to_thread(flip)
 
+    async def make_unreadable(self, backend: Backend, key: ObjectKey) -> None:
+        assert isinstance(backend, SQLiteBackend)
+        backend._db = BadRow(backend._db, record.file_name(key))  # type: ignore[assignment]
+
+
+class BadRow:
+    """A database of which one row cannot be read until another one takes its place."""
+
+    def __init__(self, db: sqlite3.Connection, name: str):
+        self._db, self._name = db, name
+
+    def execute(self, statement: str, row: Sequence[Any]) -> sqlite3.Cursor:
+        if row[0] == self._name and statement.startswith("SELECT"):
+            raise sqlite3.DatabaseError("database disk image is malformed")
+        if row[0] == self._name and "OR REPLACE" in statement:
+            self._name = ""
+        return self._db.execute(statement, row)
+
+    def close(self) -> None:
+        self._db.close()
+
 
 async def test_it_is_found_by_its_scheme(tmp_path: Path) -> None:
     layout = ModelLayout("toy", (ObjectGroup((4,), "uint8"),), chunk_tokens=4)
@@ -35,7 +58,8 @@ async def test_it_is_found_by_its_scheme(tmp_path: Path) -> None:
     async with AsyncCache(config) as cache:
         async with cache.store(layout.prompt(range(8))) as writer:
             for chunk in writer:
-                chunk.views[0][:] = b"abcd"
+                (view,) = filter(None, chunk.views)
+                view[:] = b"abcd"
                 chunk.commit()
         await cache.flush()
     async with AsyncCache(config) as cache:
