@@ -27,7 +27,9 @@ async def note_budget(guard: Guard, *, idle: bool) -> None:
     """Have the backend keep what is left, if much was written since it did; or something, where nothing follows."""
     budget = guard.budget
     if budget is not None and budget.is_to_be_noted(idle=idle):
+        written = budget.written
         try:
             await guard.keep_note(_NAME, budget.note(time.time()))
         except BackendError as error:
             log.warning("%s: what is left of its write_budget is not kept: %s", guard.name, error)
+        budget.noted = written  # not where this was cancelled: who closes notes it again

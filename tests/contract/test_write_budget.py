@@ -1,5 +1,6 @@
 """A backend whose URL says how much may be written to it in a day is written no more, in whatever time, by whomever."""
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -142,6 +143,26 @@ async def test_a_directory_keeps_what_is_left_over_a_restart(tmp_path: Path) -> 
     back = 64 * PAGE / 86400 * (time.time() - began) + 1  # 3 bytes in a second
     assert 8 * PAGE - 64 <= left[0] <= 8 * PAGE - 64 + back, "64 bytes were written"
     assert 0 <= left[1] - left[0] <= back
+
+
+async def test_what_is_left_is_noted_though_the_cache_is_closed_while_a_note_is_under_way() -> None:
+    class Hanging(MemoryBackend):
+        kept = asyncio.Event()
+        hangs = True
+
+        async def keep_note(self, name: str, note: bytes | None) -> None:
+            if self.hangs:
+                self.hangs = False
+                self.kept.set()
+                await asyncio.Event().wait()
+            await super().keep_note(name, note)
+
+    backend = Hanging()
+    backend.placement = Placement(write_budget=64 * CHUNK)
+    async with open_cache(backend) as cache:
+        await store(cache, 0)
+        await backend.kept.wait()
+    assert set(await backend.notes()) == {"budget"}
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "x", "", "none"])

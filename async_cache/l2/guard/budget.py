@@ -40,7 +40,7 @@ class WriteBudget:
         self._left = self._most
         self._filled_at = self._decayed_at = clock()
         self._promised = 0
-        self._written = self._noted = 0  # bytes, and those of them that a note counts
+        self.written = self.noted = 0  # bytes, and those of them that a note counts that is kept
         self._spent: dict[str, float] = {}  # by owner, of late
 
     @property
@@ -75,7 +75,7 @@ class WriteBudget:
     def wrote(self, size_bytes: int) -> None:
         """So much was written."""
         self._left -= size_bytes
-        self._written += size_bytes
+        self.written += size_bytes
 
     def _decay(self) -> None:
         elapsed = self._clock() - self._decayed_at
@@ -89,12 +89,11 @@ class WriteBudget:
 
     def is_to_be_noted(self, *, idle: bool) -> bool:
         """Whether so much was written since the last note that a new one should be kept; `idle`: nothing follows."""
-        since = self._written - self._noted
+        since = self.written - self.noted
         return since > 0 if idle else since >= self._most * _NOTED
 
     def note(self, wall: float) -> bytes:
         """What a backend keeps over a restart, as of a time of the wall."""
-        self._noted = self._written
         return msgspec.msgpack.encode(Note(self.left_bytes + self._promised, wall))
 
     def recall(self, note: bytes, wall: float) -> None:
@@ -104,5 +103,5 @@ class WriteBudget:
         except msgspec.DecodeError:
             return
         filled = told.left_bytes + max(wall - told.noted_at, 0.0) * self._rate
-        self._left = min(filled, self._most) - self._written
+        self._left = min(filled, self._most) - self.written
         self._filled_at = self._clock()
