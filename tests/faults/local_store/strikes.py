@@ -40,6 +40,9 @@ KILLS = 10  # one after the other
 QUOTA_BYTES = 100 * 4096
 BATCHES = [range(begin, begin + 4) for begin in range(0, 160, 4)]  # some 370 pages
 
+KINDS = ("write", "sync", "other")
+"""Of calls: where not all are struck, some of each kind are, whatever the order in which threads make them."""
+
 CAN_WAIT = ("open", "openat", "fcntl", "flock", "fsync", "fdatasync", "ftruncate", "fallocate")
 """Calls that a signal may interrupt."""
 
@@ -48,14 +51,16 @@ ERRORS = (errno.EIO, *FULL)
 
 
 class Strike(tracing.Watcher):
-    """Waits for the nth call."""
+    """Waits for the nth call of a kind."""
 
-    def __init__(self, nth: int):
-        self._nth, self._left = nth, nth
+    def __init__(self, kind: str, nth: int):
+        self._kind, self._nth, self._left = kind, nth, nth
         self.struck = ""
         self.error = 0
 
     def enters(self, call: tracing.Call) -> int | None:
+        if next((kind for kind in KINDS if kind in call.name), KINDS[-1]) != self._kind:
+            return None
         self._left -= 1
         if self._left:
             return None
@@ -81,7 +86,7 @@ class Never(Strike):
     """Waits for no call."""
 
     def __init__(self) -> None:
-        super().__init__(0)
+        super().__init__("none", 0)
 
 
 class Fail(Strike):
@@ -107,8 +112,8 @@ class Hinder(Strike):
 class Visit(Strike):
     """Has another process live a life in the same directory, from its opening to its close, before the nth call."""
 
-    def __init__(self, nth: int, guest: Life, directory: Path, durability: Durability):
-        super().__init__(nth)
+    def __init__(self, kind: str, nth: int, guest: Life, directory: Path, durability: Durability):
+        super().__init__(kind, nth)
         self._living = lambda: asyncio.run(guest.live(directory, durability))
 
     def strike(self, call: tracing.Call) -> int | None:
@@ -160,46 +165,48 @@ def look(
 
 
 def each_anew(
-    folder: Path, durability: Durability, step: int, manner: Manner, strike: Callable[[int], Strike]
+    folder: Path, durability: Durability, step: int, manner: Manner, strike: Callable[[str, int], Strike]
 ) -> Counter[str]:
     """A new directory for every call."""
     struck: Counter[str] = Counter()
-    for nth in count(1, step):
-        life, directory, blow = Life(manner=manner), folder / str(nth), strike(nth)
-        if not live(life, directory, durability, blow):
-            return struck
-        struck[blow.struck] += 1
-        so_far = life.so_far()
-        must = life.must(so_far)
-        if blow.error in FULL:  # what is older may have made room
-            must &= life.newest
-        try:
-            look(directory, range(STORED), must, life.must_not(so_far))
-        except ChildProcessError as error:
-            raise AssertionError(f"call {nth}, {blow.struck}, so far {list(so_far)}") from error
-        shutil.rmtree(directory)
-    raise AssertionError
+    for kind in KINDS:
+        for nth in count(1, step):
+            life, directory, blow = Life(manner=manner), folder / f"{kind}{nth}", strike(kind, nth)
+            if not live(life, directory, durability, blow):
+                break
+            struck[blow.struck] += 1
+            so_far = life.so_far()
+            must = life.must(so_far)
+            if blow.error in FULL:  # what is older may have made room
+                must &= life.newest
+            try:
+                look(directory, range(STORED), must, life.must_not(so_far))
+            except ChildProcessError as error:
+                raise AssertionError(f"{blow.struck}, {kind} {nth}, so far {list(so_far)}") from error
+            shutil.rmtree(directory)
+    return struck
 
 
 def visits(folder: Path, durability: Durability, step: int, manner: Manner) -> Counter[str]:
     """A new directory for every call, and another process in it while the call waits."""
     struck: Counter[str] = Counter()
-    for nth in count(1, step):
-        host, guest = (Life(number, FOR_MANY_BYTES, manner) for number in range(2))
-        directory = folder / str(nth)
-        blow = Visit(nth, guest, directory, durability)
-        if not live(host, directory, durability, blow):
-            return struck
-        struck[blow.struck] += 1
-        assert not guest.failed
-        must = host.must(host.so_far()) | guest.must(guest.so_far())
-        must_not = host.must_not(host.so_far()) | guest.must_not(guest.so_far())
-        try:
-            look(directory, range(2 * STORED), must, must_not, FOR_MANY_BYTES)
-        except ChildProcessError as error:
-            raise AssertionError(f"visit at call {nth}, {blow.struck}") from error
-        shutil.rmtree(directory)
-    raise AssertionError
+    for kind in KINDS:
+        for nth in count(1, step):
+            host, guest = (Life(number, FOR_MANY_BYTES, manner) for number in range(2))
+            directory = folder / f"{kind}{nth}"
+            blow = Visit(kind, nth, guest, directory, durability)
+            if not live(host, directory, durability, blow):
+                break
+            struck[blow.struck] += 1
+            assert not guest.failed
+            must = host.must(host.so_far()) | guest.must(guest.so_far())
+            must_not = host.must_not(host.so_far()) | guest.must_not(guest.so_far())
+            try:
+                look(directory, range(2 * STORED), must, must_not, FOR_MANY_BYTES)
+            except ChildProcessError as error:
+                raise AssertionError(f"visit at {blow.struck}, {kind} {nth}") from error
+            shutil.rmtree(directory)
+    return struck
 
 
 def one_after_the_other(folder: Path, durability: Durability, step: int, manner: Manner) -> Counter[str]:
@@ -209,13 +216,14 @@ def one_after_the_other(folder: Path, durability: Durability, step: int, manner:
     """
     struck: Counter[str] = Counter()
     lives = count()
-    for nth in count(1, step):
-        life, blow = Life(next(lives), FOR_MANY_BYTES, manner), Kill(nth)
-        if not live(life, folder, durability, blow):
-            break
-        struck[blow.struck] += 1
-        if struck.total() % KILLS == 0:
-            live(Life(next(lives), FOR_MANY_BYTES, manner), folder, durability, Never())
+    for kind in KINDS:
+        for nth in count(1, step):
+            life, blow = Life(next(lives), FOR_MANY_BYTES, manner), Kill(kind, nth)
+            if not live(life, folder, durability, blow):
+                break
+            struck[blow.struck] += 1
+            if struck.total() % KILLS == 0:
+                live(Life(next(lives), FOR_MANY_BYTES, manner), folder, durability, Never())
     so_far = life.so_far()
     numbers = range(next(lives) * STORED)
     look(folder, numbers, life.must(so_far), life.must_not(so_far), FOR_MANY_BYTES)
