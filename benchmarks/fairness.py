@@ -24,7 +24,7 @@ import uvloop
 from async_cache import AsyncCacheError, ModelLayout, ObjectGroup, connect
 
 RED, BLUE = (f"token-of-{name:_<16}" for name in ("red", "blue"))
-CONFIG = "".join(
+CONFIG = "[server]\nmax_message_objects = 262144\n" + "".join(
     f'[server.tenants.{name}]\ntokens = ["{token}"]\nsalts = ["{name}"]\n'
     for name, token in (("red", RED), ("blue", BLUE))
 )

@@ -46,6 +46,8 @@ class ServerConfig(Settings, frozen=True, kw_only=True):
     """Connections at a time."""
     max_requests: Count = 4096
     """Prefetches, waits, reads and writers of one connection at a time."""
+    max_message_objects: Count = 131_072
+    """Objects of the prompts of one message together: their chunks by the objects of each."""
     hello_timeout_seconds: Seconds = 5.0
     """How long a new connection may take to introduce itself."""
     stall_timeout_seconds: Seconds = 30.0

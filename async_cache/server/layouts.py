@@ -18,7 +18,6 @@ from async_cache.server.accounts import Account
 _MAX_OTHERS = 4
 _MAX_LAYOUTS = 256
 _MAX_LAYOUT_OBJECTS = 2**18  # in a chunk of each of a connection's layouts, together
-_MAX_OBJECTS = 2**18  # in the prompt of a message
 _FEW_OBJECTS = 64  # in a chunk of a layout that is made at once
 
 
@@ -74,13 +73,17 @@ def make(description: messages.Layout) -> ModelLayout:
 
 
 class Layouts:
-    """The layouts that one connection has registered, by the numbers that its client gave them."""
+    """The layouts that one connection has registered, by the numbers that its client gave them.
 
-    def __init__(self, cache: AsyncCache, shared: SharedLayouts, tenant: Tenant, account: Account):
+    `most_objects`: in the prompts of one message, together.
+    """
+
+    def __init__(self, cache: AsyncCache, shared: SharedLayouts, tenant: Tenant, account: Account, most_objects: int):
         self._cache = cache
         self._shared = shared
         self._tenant = tenant
         self._account = account
+        self._most_objects = most_objects
         self._layouts: dict[int, Registered] = {}
         self._numbers: dict[int, int] = {}  # the other way, by identity
 
@@ -112,32 +115,27 @@ class Layouts:
         number = self._numbers.get(id(layout))
         return number if number is not None else describe(layout)
 
-    def check(self, wire: messages.WirePrompt) -> tuple[int, int]:
-        """Check, before it is made, that a prompt may be asked for; its chunks, and what it costs.
+    def check(self, wires: Sequence[messages.WirePrompt]) -> tuple[int, int]:
+        """Check, before they are made, that prompts may be asked for together; their chunks, and what they cost.
 
-        Raises AccessDeniedError if the tenant may not use it, LimitError if it is too long, and ValueError for a layout
-        that is not registered.
+        Raises AccessDeniedError if the tenant may not use one, LimitError if they are too long, and ValueError for a
+        layout that is not registered.
         """
-        known = self._layouts.get(wire.layout)
-        if known is None:
-            raise ValueError(f"layout {wire.layout} is not registered")
-        if isinstance(wire, _BY_DIGESTS):
-            self._tenant.check_trusted("prompts by their digests")
-        self._tenant.check_salt(wire.salt)
-        chunks = costs.chunks_of(wire, known.layout)
-        if chunks * known.objects > _MAX_OBJECTS:
-            raise LimitError(f"the prompt of a message has up to {_MAX_OBJECTS} objects")
-        return chunks, costs.of_prompt(wire, chunks, known.objects)
-
-    def check_all(self, wires: Sequence[messages.WirePrompt]) -> tuple[int, int]:
-        """Check several prompts that are asked for together; their chunks, and what they cost. Raises as `check`."""
-        if len(wires) == 1:
-            return self.check(wires[0])
-        checked = list(map(self.check, wires))
-        objects = sum(chunks * self.objects(wire) for (chunks, _), wire in zip(checked, wires, strict=True))
-        if objects > _MAX_OBJECTS:
-            raise LimitError(f"the prompts of a message have up to {_MAX_OBJECTS} objects")
-        return sum(chunks for chunks, _ in checked), sum(cost for _, cost in checked)
+        chunks = cost = objects = 0
+        for wire in wires:
+            known = self._layouts.get(wire.layout)
+            if known is None:
+                raise ValueError(f"layout {wire.layout} is not registered")
+            if isinstance(wire, _BY_DIGESTS):
+                self._tenant.check_trusted("prompts by their digests")
+            self._tenant.check_salt(wire.salt)
+            more = costs.chunks_of(wire, known.layout)
+            chunks += more
+            objects += more * known.objects
+            cost += costs.of_prompt(wire, more, known.objects)
+        if objects > self._most_objects:
+            raise LimitError(f"max_message_objects: a message has up to {self._most_objects} objects, not {objects}")
+        return chunks, cost
 
     def parts(self, wires: Sequence[messages.WirePrompt]) -> Parts:
         """The prompts that a message names, as one request asks for them; otherwise as `prompt`."""

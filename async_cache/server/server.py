@@ -144,7 +144,8 @@ class Server:
     def reconfigure(self, config: ServerConfig) -> None:
         """Go by other settings from now on, as far as they are live.
 
-        Connections whose token is gone, or has other rights by now, end; the others keep their `max_requests`.
+        Connections whose token is gone, or has other rights by now, end; the others keep their `max_requests`
+        and `max_message_objects`.
         """
         self._config = config
         self._door.max_connections = fitting_connections(config.max_connections)

@@ -131,7 +131,7 @@ class Session:
         self._has_role = tenant.role != "all"
         self._closed = closed
         self._scope = Scope(tenant, namespace)
-        self._layouts = Layouts(cache, shared.layouts, tenant, account)
+        self._layouts = Layouts(cache, shared.layouts, tenant, account, config.max_message_objects)
         self._holders = shared.holders
         self._reads = Reads(
             self.held,
@@ -193,7 +193,7 @@ class Session:
     ) -> None:
         """Make the prompt of a message, or its prompts, and do what is asked of it."""
         self._check_number(message.number)
-        chunks, cost = self._layouts.check_all(wires)
+        chunks, cost = self._layouts.check(wires)
         ask = partial(self._ask, wires)
         if cost <= LIGHT:
             self._turn.charge(cost)

@@ -373,7 +373,8 @@ class Wild:
 @pytest.mark.parametrize("l2", ["memory://?capacity=16MiB", "fs"])
 async def test_a_healthy_client_sees_no_error_beside_valid_messages_of_any_size_and_order(tmp_path, l2):
     seconds = max(4.0, SOAK_SECONDS)
-    with serve(tmp_path, l1="64MiB", l2=l2 if l2 != "fs" else f"fs://{tmp_path}/kv?capacity=1GiB") as served:
+    l2 = l2 if l2 != "fs" else f"fs://{tmp_path}/kv?capacity=1GiB"
+    with serve(tmp_path, l1="64MiB", l2=l2, server_max_message_objects=2**18) as served:
         before = own_bytes(served)
         until = time.monotonic() + seconds
         wild = [Wild(served.urls[1], seed) for seed in range(rounds(2, 4))]

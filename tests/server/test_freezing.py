@@ -40,7 +40,7 @@ def served(tmp_path_factory, request):
     directory = tmp_path_factory.mktemp("freezing")
     (directory / "c.toml").write_text(CONFIG)
     l2 = request.param if request.param != "fs" else f"fs://{directory}/l2"
-    with server(directory, l2=[l2], config=directory / "c.toml") as served:
+    with server(directory, l2=[l2], config=directory / "c.toml", server_max_message_objects=OBJECTS) as served:
         yield served
 
 

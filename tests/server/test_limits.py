@@ -4,6 +4,7 @@ import asyncio
 import gc
 import itertools
 import weakref
+from typing import get_args
 
 import pytest
 from contract.support import fill, make_layout, make_prompt
@@ -40,6 +41,7 @@ tokens = ["{BLUE}"]
 salts = ["blue"]
 """
 LAYOUT = make_layout(ObjectGroup((65_536,), "uint8"))
+PAIRS = make_layout(*[ObjectGroup((64,), "uint8")] * 2)
 names = itertools.count()
 
 
@@ -51,8 +53,49 @@ def served(tmp_path_factory):
         yield served
 
 
+@pytest.fixture(scope="module")
+def few_objects(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("objects")
+    (directory / "config.toml").write_text(CONFIG)
+    with server(directory, config=directory / "config.toml", server_max_message_objects=9) as served:
+        yield served
+
+
 def prompt_of(chunks, number=1, salt="red", layout=LAYOUT):
     return make_prompt(chunks, number, layout=layout, salt=salt)
+
+
+OF_PROMPTS = [kind for kind in get_args(messages.Request) if {"prompt", "prompts"} & set(kind.__struct_fields__)]
+
+
+@pytest.mark.parametrize("kind", OF_PROMPTS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("token", [RED, None], ids=["bound", "trusted"])
+def test_a_message_of_too_many_objects_is_refused_before_anything_is_done(few_objects, kind, token):
+    prompts = [prompt_of(3, number, layout=PAIRS, salt="red") for number in (1, 2)]
+    values = {"prompt": prompt_of(5, layout=PAIRS, salt="red"), "prompts": prompts, "request_id": "r"}
+
+    def message(number):
+        packed = {name: pack_all(values[name]) for name in kind.__struct_fields__ if name in values}
+        return kind(number=number, **packed)
+
+    with Peer(few_objects.url, token=token) as peer:
+        peer.register(PAIRS)
+        peer.answers(1)
+        peer.send(message(peer.number()), messages.Stats(peer.number()))
+        refused, stats = peer.answers(2)
+        objects = 12 if "prompts" in kind.__struct_fields__ else 10
+        assert refused.code == "limit"
+        assert refused.message == f"max_message_objects: a message has up to 9 objects, not {objects}"
+        assert stats.stats.requests == 0
+        values |= {"prompt": prompt_of(4, layout=PAIRS, salt="red"), "prompts": prompts[:1]}
+        peer.send(message(peer.number()))
+        assert getattr(peer.answers(1)[0], "code", "") != "limit"
+
+
+def pack_all(value):
+    if isinstance(value, list):
+        return list(map(pack_all, value))
+    return value if isinstance(value, str) else pack(value, 0, trusted=False)
 
 
 def prefetch(peer, prompt, name=None):
