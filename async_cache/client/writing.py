@@ -93,7 +93,7 @@ class Store:
         offset, block = self._at(position)
         self._post(self._send_commit, position, offset, block)
 
-    def close(self, uncommitted: list[tuple[int, Block | None]]) -> None:
+    def close(self, lent: list[tuple[int, Block]]) -> None:
         """Have the server discard what was not committed. Blocks that nobody sees are free at once."""
         self._blocks = ()
         self._post(self._send_close)

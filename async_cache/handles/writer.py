@@ -28,6 +28,8 @@ class Life(Struct, eq=False):
 
     opened: "Opened | None" = None
     process: Process = field(default_factory=process)
+    lent: "dict[int, WriteChunk]" = field(default_factory=dict)
+    """Those of which somebody has seen the memory, by their positions."""
 
 
 class WriteChunk(Struct, eq=False):
@@ -81,9 +83,16 @@ class WriteChunk(Struct, eq=False):
             raise WriterClosedError("the writer is closed")
         if block is None:
             block = self._block = opened.lend(self._position)
+            self._life.lent[self._position] = self
         whole = memoryview(block).cast("B")
         spans = self._layout.objects.spans[self._rank]
         return tuple(whole[span[0] : span[1]] if span is not None else None for span in spans)
+
+    def let_go(self) -> None:
+        """Keep its memory no longer for whoever has looked at it; who looks again sees it anew."""
+        self._release_views()
+        self._views, self._block = (), None
+        self._life.lent.pop(self._position, None)
 
     def _release_views(self) -> None:
         """Make the use of a view an error from now on, where nobody has built on it."""
@@ -102,9 +111,9 @@ class WriteChunk(Struct, eq=False):
 class Opened(NamedTuple):
     """What opening a writer gives: chunks, why there may be fewer than are missing, and what acts on them.
 
-    `lend` gives the memory of the chunk at a position among them, and `commit` publishes it. `close` is
-    called once, with a list to take from: the positions that were not committed, each with its block, or None if that
-    was not lent. `settled` returns when all that was committed can be found.
+    `lend` gives the memory of the chunk at a position among them, and `commit` publishes it. `close` discards what was
+    not committed, and is called once, with a list to take from: the positions of those of these that were lent, each
+    with its block. `settled` returns when all that was committed can be found.
     """
 
     chunks: tuple[WriteChunk, ...]
@@ -112,7 +121,7 @@ class Opened(NamedTuple):
     shortfall: Shortfall | None
     lend: Callable[[int], Block]
     commit: Callable[[int], None]
-    close: Callable[[list[tuple[int, Block | None]]], None]
+    close: Callable[[list[tuple[int, Block]]], None]
     settled: Callable[[], Awaitable[None]]
 
 
@@ -175,11 +184,15 @@ class Writer(Scoped[WriteChunk]):
         self._state, before = _CLOSED, self._state
         if before is _OPEN:
             assert self._opened is not None
-            self._opened.life.opened = None
-            uncommitted = [(n, chunk._block) for n, chunk in enumerate(self._chunks) if not chunk.committed]
-            for chunk in [chunk for chunk in self._chunks if chunk._block is not None]:
+            life = self._opened.life
+            life.opened = None
+            lent, life.lent = life.lent, {}
+            uncommitted: list[tuple[int, Block]] = []
+            for position, chunk in lent.items():
                 if release:
                     chunk._release_views()
+                if not chunk.committed and chunk._block is not None:
+                    uncommitted.append((position, chunk._block))
                 chunk._views, chunk._block = (), None
             self._opened.close(uncommitted)
 
@@ -194,7 +207,7 @@ class Writer(Scoped[WriteChunk]):
             self._opened = opened = await self._open_chunks(self)
             self.shortfall, self._chunks = opened.shortfall, opened.chunks
             if self._state is _CLOSED:  # from outside, before it was open
-                opened.close([(position, None) for position in range(len(opened.chunks))])
+                opened.close([])
                 return
             self._state = _OPEN
             opened.life.opened = opened

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
+from operator import attrgetter
 
 from async_cache.errors import ProtocolError, WriterClosedError
 from async_cache.handles.writer import WriteChunk, Writer
@@ -17,6 +18,8 @@ from async_cache.server.segment import ClientSegment
 from async_cache.server.turns import Turn
 
 _COPIED_AT_ONCE = 8 * 2**20  # bytes that are copied in a step of the loop, in a millisecond; the rest by threads
+
+_INDEX = attrgetter("index")
 
 Committed = Callable[[Exception | None], None]
 
@@ -60,6 +63,7 @@ class HeldWriter(Held):
             part = data[: max(len(view) - begin, 0)]
             view[begin : begin + len(part)] = part
             data, begin = data[len(part) :], max(begin - len(view), 0)
+        chunk.let_go()
 
     def check_received(self, position: int, size_bytes: int) -> None:
         """Check that all bytes of a chunk have come in frames. Raises ValueError; then all have to come again."""
@@ -145,7 +149,7 @@ class Writers:
         account.give("reserved_share", (chunks - len(writer)) * room_bytes)
         account.store(len(writer) * room_bytes)
         HeldWriter(message.number, self._held, self._connection, writer, account, room_bytes)
-        return messages.StoreReserved(message.number, [chunk.index for chunk in writer], writer.shortfall)
+        return messages.StoreReserved(message.number, list(map(_INDEX, writer[:])), writer.shortfall)
 
     def expired(self, number: int) -> None:
         """Tell the client that the writer of this number was closed from outside."""
@@ -193,6 +197,7 @@ class Writers:
                 self._connection.pause_reading()
                 return
             chunk.commit()
+            chunk.let_go()
             held.committed()
         committed(None)
 
@@ -214,6 +219,7 @@ class Writers:
         try:
             copying.result()
             chunk.commit()
+            chunk.let_go()
             held.committed()
         except Exception as failure:
             error = failure

@@ -5,6 +5,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import compress
 
 from async_cache.aio.slices import InTurns, turn
 from async_cache.aio.sweeper import Sweeper
@@ -22,12 +23,13 @@ from async_cache.write.writeback import Writeback
 
 _AT_ONCE = 4096  # chunks that are looked at in a millisecond or two; then the loop has its turn
 _RESERVED_AT_ONCE = 1024  # where others may have to be evicted for them
+_ENQUEUED_AT_ONCE = 512
 
 
 class OpenWriter:
     """What an open writer has reserved, and for what."""
 
-    __slots__ = ("expired", "indices", "prompt", "rank", "reservations", "writer")
+    __slots__ = ("expired", "indices", "left", "prompt", "rank", "reservations", "writer")
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class OpenWriter:
         self.writer: Writer | None = writer  # until it is closed: a cycle would wait for a garbage collection
         self.prompt, self.rank = prompt, rank
         self.indices, self.reservations = indices, reservations  # by position
+        self.left = bytearray(b"\1") * len(reservations)  # 1 for each that was not committed
         self.expired = expired
 
 
@@ -130,18 +133,21 @@ class Writing:
             async for positions in InTurns(range(len(made)), _AT_ONCE):
                 self._check_open()
                 chunks += [WriteChunk(missing[n], made[n].offset, prompt.layout, rank, n, life) for n in positions]
+                self._filling.begun([made[n].chunk_hash for n in positions])
+            async for some in InTurns(dropped, _ENQUEUED_AT_ONCE):
+                self._check_open()
+                for entry, index in some:
+                    if entry.dropped and not entry.detached:  # whoever stores a prompt again wants it in L2
+                        self._writeback.enqueue(entry, prompt.chunk_hashes, index)
         except BaseException:
-            self._l1.discard_soon(made)
+            self._l1.backlog.do(self._discard, made[: len(chunks)])
+            self._l1.discard_soon(made[len(chunks) :])
             raise
         finally:
             self._l1.release_soon(resident[::-1])
-        for entry, index in dropped:
-            if entry.dropped and not entry.detached:  # whoever stores a prompt again wants it in L2
-                self._writeback.enqueue(entry, prompt.chunk_hashes, index)
         if missing and not made and (over := self._l1.over_quota(prompt, rank)) is not None:
             raise LimitError(over)
         shortfall = Shortfall.MEMORY if len(made) < len(missing) else None
-        self._filling.begun([reservation.chunk_hash for reservation in made])
         self._roots.note(prompt)
         opened = OpenWriter(writer, prompt, rank, missing, made, expired)
         self._open.add(opened)
@@ -212,26 +218,25 @@ class Writing:
         mask = prompt.layout.objects.rank_masks[opened.rank]
         hashes = prompt.chunk_hashes
         before = hashes[index - 1] if index else None
+        opened.left[position] = 0
         self._filling.ended(hashes[index])
         self._writeback.enqueue(self._l1.commit(opened.reservations[position], mask, before), hashes, index)
         self._open.add(opened)
 
-    def _close(self, opened: OpenWriter, uncommitted: list[tuple[int, Block | None]]) -> None:
+    def _close(self, opened: OpenWriter, lent: list[tuple[int, Block]]) -> None:
         """Give back the rooms that were not committed; in quarantine goes what somebody still sees."""
         self._open.discard(opened)
         opened.writer = None
         self._woken = True  # `reclaim` follows
         rooms = opened.reservations
-        free = [rooms[position] for position, block in uncommitted if block is None]
-        lent = [(rooms[position], block) for position, block in uncommitted if block is not None]
-        uncommitted.clear()
         while lent:  # taken out one by one: no block is kept from being gone
-            reservation, block = lent.pop()
+            position, block = lent.pop()
+            reservation, opened.left[position] = rooms[position], 0
             self._filling.ended(reservation.chunk_hash)
             self._l1.quarantine(reservation)
             weakref.finalize(block, self._unseen_now, reservation).atexit = False
             del block
-        self._l1.backlog.do(self._discard, free)
+        self._l1.backlog.do(self._discard, list(compress(rooms, opened.left)))
         self.reclaim()
 
     def _discard(self, rooms: Sequence[Reservation]) -> None:
