@@ -7,6 +7,7 @@ observers from here: a chunk once, however many of its objects go one by one.
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from struct import Struct as Packing
 from typing import Any
 
@@ -19,7 +20,8 @@ from async_cache.observe import Observers, notify
 from async_cache.values import Removal
 
 _VALUE = Packing("<8s8sIBBH")  # child, owner, moment, removal, place, marks
-_LEFT_AT, _NUMBER_AT, _LEFT_END = 16, 20, 22  # in the value: how it left, from its moment to its place
+_HOW = Packing("<IBBH")  # the end of that: how it left
+_NUMBER_AT = 20  # in a value
 _NO_CHILD = UNKNOWN_OWNER = bytes(8)
 _Record = tuple[bytes, bytes, int, int, int, int]
 _NOTHING: _Record = (_NO_CHILD, UNKNOWN_OWNER, 0, 0, 0, 0)
@@ -166,20 +168,16 @@ class Ledger:
 
     def find_all(self, chunk_hashes: Sequence[bytes]) -> list[Left | None]:
         """What is remembered of each of these chunks: the same object for those side by side that left alike."""
-        data, now, places = self._table.data, self._now(), self._places
+        now, places = self._now(), self._places
         found: list[Left | None] = []
-        left: Left | None = None
-        how = bytearray()
-        for at in self._table.find_all(chunk_hashes):
-            if at < 0:
-                found.append(None)
-                continue
-            if data[at + _LEFT_AT : at + _LEFT_END] != how:
-                how = data[at + _LEFT_AT : at + _LEFT_END]
-                _, _, moment, number, place, _ = _VALUE.unpack_from(data, at)
+        for _, same in groupby(self._table.find_tails(chunk_hashes, _HOW.size), id):
+            how, *others = same
+            left = None
+            if how is not None:
+                moment, number, place, _ = _HOW.unpack(how)
                 removal = REMOVALS[number] if moment <= now else _LOST  # before its time
                 left = Left(removal, places[place], max(0, now - moment) / _TICKS)
-            found.append(left)
+            found += [left] * (1 + len(others))
         return found
 
     def number(self, chunk_hash: bytes) -> int:

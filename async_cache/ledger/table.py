@@ -5,12 +5,12 @@ they were put there, and a larger one nearly so. Which record of a bucket it may
 these stand side by side, where C finds one in no time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 _KEY_BYTES = 15  # of a digest, behind the first: as unlikely to be met by another one as can be
 _NOBODY = bytes(_KEY_BYTES)
 VALUE_BYTES = 24
-_STRIDE = _KEY_BYTES + VALUE_BYTES
+_STRIDE = VALUE_BYTES + _KEY_BYTES
 RECORD_BYTES = 1 + _STRIDE
 WAYS = 16  # records in a bucket
 
@@ -25,7 +25,7 @@ class Table:
         self._next = bytearray(self._buckets)  # by bucket, the record that is overwritten next
         self._firsts = bytearray(records)
         self.data = bytearray(records * _STRIDE)
-        """All records but their first bytes: to read, and to change a value in its place."""
+        """All records, each a value and its key but for the first byte: to read, and to change a value in its place."""
         self._search, self._continues = self._firsts.find, self.data.startswith
 
     def __bool__(self) -> bool:
@@ -43,24 +43,34 @@ class Table:
         record = self._search(digest[0], begin, begin + ways)
         while record >= 0:
             at = record * _STRIDE
-            if self._continues(digest[1:16], at):
-                return at + _KEY_BYTES
+            if self._continues(digest[1:16], at + VALUE_BYTES):
+                return at
             record = self._search(digest[0], record + 1, begin + ways)
         return -1
 
-    def find_all(self, digests: Iterable[bytes]) -> list[int]:
-        """Where the value of each digest begins, as from `find`."""
-        search, continues, buckets, ways = self._search, self._continues, self._buckets, self._ways
-        found = []
-        for digest in digests:
-            begin = hash(digest) % buckets * ways
-            record = search(digest[0], begin, begin + ways)
-            at = record * _STRIDE
+    def find_tails(self, digests: Sequence[bytes], size_bytes: int) -> list[bytes | None]:
+        """The last so many bytes of the value of each digest, None where there is none.
+
+        It is the same object for those side by side of which they are equal: this is then seen in one comparison, as a
+        value stands before its key.
+        """
+        data, search, continues, buckets, ways = self.data, self._search, self._continues, self._buckets, self._ways
+        begin = VALUE_BYTES - size_bytes
+        tails: list[bytes | None] = []
+        tail = b""
+        for digest, number in zip(digests, map(hash, digests), strict=True):
+            bucket = number % buckets * ways
+            record = search(digest[0], bucket, bucket + ways)
             if record < 0:
-                found.append(-1)
-            else:  # it is most likely this one
-                found.append(at + _KEY_BYTES if continues(digest[1:16], at) else self.find(digest))
-        return found
+                tails.append(None)
+            elif tail and continues(tail + digest[1:16], record * _STRIDE + begin):
+                tails.append(tail)
+            elif (at := self.find(digest)) >= 0:
+                tail = bytes(data[at + begin : at + VALUE_BYTES])
+                tails.append(tail)
+            else:
+                tails.append(None)
+        return tails
 
     def put(self, digest: bytes, value: bytes, at: int) -> None:
         """Put 24 bytes there for a digest, as the newest record of its bucket.
@@ -71,10 +81,10 @@ class Table:
             return
         if at >= 0:
             self._firsts[at // _STRIDE] = 0
-            self.data[at - _KEY_BYTES : at] = _NOBODY
+            self.data[at + VALUE_BYTES : at + _STRIDE] = _NOBODY
         bucket = hash(digest) % self._buckets
         way = self._next[bucket]
         self._next[bucket] = (way + 1) % self._ways
         record = bucket * self._ways + way
         self._firsts[record] = digest[0]
-        self.data[record * _STRIDE : (record + 1) * _STRIDE] = digest[1:16] + value
+        self.data[record * _STRIDE : (record + 1) * _STRIDE] = value + digest[1:16]

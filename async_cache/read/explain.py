@@ -4,22 +4,25 @@ Nothing is leased or loaded, and what a backend pins to say what it has is unpin
 slices, between which the loop has its turn, so that its length holds up nobody.
 """
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from functools import reduce
+from itertools import compress, groupby, repeat
+from operator import or_
 
 from async_cache.aio.slices import InTurns
 from async_cache.aio.worker import Worker
 from async_cache.errors import CacheClosedError
-from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
+from async_cache.l2.guard import Guard
 from async_cache.l2.guard.guards import Guards
 from async_cache.l2.tombstones import Tombstones
 from async_cache.ledger.ledger import Left
 from async_cache.ledger.roots import Root, Roots, differences
 from async_cache.prompt.layout import ModelLayout, Prompt
+from async_cache.prompt.objects import ChunkObjects
 from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Loader
-from async_cache.read.lookup import Asked, Found, ask
+from async_cache.read.lookup import Asked, Sources, alike, ask, fastest_first
 from async_cache.read.misses import Misses
 from async_cache.values import ChunkState, Elsewhere, Explanation, Removal, Span
 
@@ -29,10 +32,7 @@ _MOST_ELSEWHERE = 64  # roots that are tried
 
 Told = tuple[ChunkState, str | None, float | None, Removal | None]
 """What is to be said of a chunk: its state, which backend, for how many seconds it has been gone, and why."""
-_L2 = ChunkState.L2
 _IN_L1: Told = (ChunkState.L1, None, None, None)
-_IN_L2: Told = (_L2, None, None, None)
-_UNKNOWN: Told = (ChunkState.UNKNOWN, None, None, None)
 _THERE = (ChunkState.L1, ChunkState.L2, ChunkState.LOADING)
 
 
@@ -84,37 +84,63 @@ class Explainer:
             yield await self._part(prompt.layout, hashes)
 
     async def _part(self, layout: ModelLayout, hashes: Sequence[bytes]) -> list[Told]:
-        full, guards = layout.objects.full_mask, self._guards.current
-        entries, loads = self._here(hashes)
-        here = [
-            (entry.present if entry is not None else 0) | (load.wanted if load is not None else 0)
-            for entry, load in zip(entries, loads, strict=True)
-        ]
-        lacking = {n: full & ~mask for n, mask in enumerate(here) if mask != full}
-        asked = Asked(layout, hashes, lacking)
-        found = Found(asked, [(guard, {}) for guard in guards])
-        if found.ask_more(lacking) is None:
-            found = await ask(guards, asked, self._tombstones)
-            entries, loads = self._here(hashes)  # as they are now
-        elif self._tombstones:
-            found.leave_out(self._tombstones, lacking)
-        with found:
-            if self._l1.closed:
-                raise CacheClosedError("the cache was closed")
-            masks = found.masks()
-            told = list(map(partial(_where, layout), entries, loads, map(masks.get, range(len(hashes)))))
-            for guard, part in found.sources(masks):
-                in_l2 = _L2, guard.name, None, None
-                for n, mask in part.items():
-                    if mask and told[n] is _IN_L2:
-                        told[n] = in_l2
-            missing = [h for h, where in zip(hashes, told, strict=True) if where is None]
-            why_not = _each_left(self._misses.states(missing, failed=found.failed))
-            return [where or next(why_not) for where in told]
+        guards, full, failed = self._guards.current, layout.objects.full_mask, False
+        have, loading = self._here(hashes)
+        if any(have):
+            lacking = {n: full & ~mask for n, mask in enumerate(have) if mask != full}
+        else:
+            lacking = dict.fromkeys(range(len(hashes)), full)
+        for n, load in loading.items():
+            lacking[n] = lacking.get(n, 0) & ~load.wanted
+        asked = Asked(layout, hashes, {n: mask for n, mask in lacking.items() if mask} if loading else lacking)
+        sources = self._at_hand(guards, asked)
+        if sources is None:
+            with await ask(guards, asked, self._tombstones) as found:
+                sources, failed = found.sources(found.masks()), found.failed
+            have, loading = self._here(hashes)  # as they are now
+        if self._l1.closed:
+            raise CacheClosedError("the cache was closed")
+        told: list[Told | None] = list(map({full: _IN_L1}.get, have))
+        partly = set(loading)
+        if not {0, full}.issuperset(have):
+            partly |= {n for n, mask in enumerate(have) if mask and mask != full}
+        for guard, part in sources:
+            in_l2 = ChunkState.L2, guard.name, None, None
+            for n, mask in part.items():
+                if mask == full:
+                    told[n] = told[n] or in_l2
+                elif mask:
+                    partly.add(n)
+        for n in partly:
+            told[n] = told[n] or _where(layout.objects, have[n], loading.get(n), n, sources)
+        missing = [h for h, where in zip(hashes, told, strict=True) if where is None] if any(told) else hashes
+        why_not = _each_missing(self._misses.states(missing, failed=failed))
+        return [where or next(why_not) for where in told]
 
-    def _here(self, hashes: Sequence[bytes]) -> tuple[list[Entry | None], list[ChunkLoad | None]]:
-        """What L1 has of each chunk, and what is on its way."""
-        return list(map(self._l1.find, hashes)), list(map(self._loader.in_flight().get, hashes))
+    def _here(self, hashes: Sequence[bytes]) -> tuple[list[int], dict[int, ChunkLoad]]:
+        """What L1 has of each chunk, and what is on its way, by number."""
+        have = [entry.present if entry is not None else 0 for entry in map(self._l1.find, hashes)]
+        table = self._loader.in_flight()
+        return have, {n: table[h] for n, h in enumerate(hashes) if h in table} if table else {}
+
+    def _at_hand(self, guards: Sequence[Guard], asked: Asked) -> Sources | None:
+        """Where what is asked for is; None if that cannot be said without waiting. Nothing is pinned."""
+        sources: list[tuple[Guard, dict[int, int]]] = []
+        lacking: Mapping[int, int] = asked.masks
+        for guard in fastest_first(guards, asked):
+            if sources:
+                lacking = {n: mask for n, mask in lacking.items() if n not in sources[-1][1]}
+            part: dict[int, int] = {}
+            for mask, numbers in alike(lacking):
+                hashes = [asked.hashes[n] for n in numbers] if len(numbers) < len(asked.hashes) else asked.hashes
+                present = guard.present_nowait(asked.layout, hashes, mask)
+                if present is None:
+                    return None
+                part |= dict.fromkeys(compress(numbers, present), mask)
+            if self._tombstones:
+                part = {n: mask for n, mask in part.items() if asked.hashes[n] not in self._tombstones}
+            sources.append((guard, part))
+        return sources
 
     # The same tokens elsewhere.
 
@@ -141,32 +167,30 @@ class Explainer:
         return count
 
 
-def _where(layout: ModelLayout, entry: Entry | None, load: ChunkLoad | None, found: int | None) -> Told | None:
-    """Where a chunk is of which L1 has an entry, and backends have the objects that were found; None: not there."""
-    objects = layout.objects
-    full = objects.full_mask
-    if entry is None and load is None and (not found or found == full):
-        return _IN_L2 if found else None
-    have = entry.present if entry is not None else 0
+def _where(objects: ChunkObjects, have: int, load: ChunkLoad | None, n: int, sources: Sources) -> Told | None:
+    """Where chunk `n` is of which L1 or backends may have a part, or a load brings one; None: it is not there."""
     loading = load.wanted & ~have if load is not None else 0
-    for need in (full, objects.prefix_mask):  # in front of a window, a chunk may do without a part
+    stored = reduce(or_, (part.get(n, 0) for _, part in sources), 0)
+    for need in (objects.full_mask, objects.prefix_mask):  # in front of a window, a chunk may do without a part
         if need and not need & ~have:
             return _IN_L1
-        if need and not need & ~(have | loading | (found or 0)):
+        if need and not need & ~(have | loading | stored):
             if loading and load is not None:
                 return ChunkState.LOADING, load.batches[-1].guard.name if load.batches else None, None, None
-            return _IN_L2
+            return ChunkState.L2, next(guard.name for guard, part in sources if part.get(n)), None, None
     return None
 
 
-def _each_left(states: Sequence[tuple[ChunkState, Left | None]]) -> Iterator[Told]:
-    """What is to be said of chunks that are not there: the same object for those side by side that left alike."""
-    told, before, how = _UNKNOWN, None, None
-    for state, left in states:
-        if state is not before or left is not how:
-            before, how = state, left
-            told = (state, None, None, None) if left is None else (state, left.backend, left.seconds_ago, left.removal)
-        yield told
+def _each_missing(states: Sequence[ChunkState | Left]) -> Iterator[Told]:
+    """What is to be said of chunks that are not there: the same object for those side by side that are alike."""
+    for _, same in groupby(states, id):
+        state, *others = same
+        told = (
+            (ChunkState.REMOVED, state.backend, state.seconds_ago, state.removal)
+            if isinstance(state, Left)
+            else (state, None, None, None)
+        )
+        yield from repeat(told, 1 + len(others))
 
 
 class Spans:

@@ -159,7 +159,7 @@ class Found:
             return None
         guard, held = self._holders[0]
         there: dict[int, int] = {}
-        for mask, numbers in _alike(masks):
+        for mask, numbers in alike(masks):
             present = guard.lookup_nowait(
                 self._asked.layout, [self._asked.hashes[n] for n in numbers], mask, self._lookup
             )
@@ -236,7 +236,7 @@ class Found:
                 self.letting_go -= 1
 
 
-def _alike(masks: Mapping[int, int]) -> Iterator[tuple[int, Sequence[int]]]:
+def alike(masks: Mapping[int, int]) -> Iterator[tuple[int, Sequence[int]]]:
     """The different masks, each with the numbers of the chunks that have it."""
     different = set(masks.values())
     for mask in different:
@@ -258,7 +258,7 @@ async def ask(guards: Sequence[Guard], asked: Asked, tombstones: Tombstones) -> 
 
     A backend that fails or stays silent counts as one that holds nothing. Cancelled, it keeps no pin.
     """
-    order = _fastest_first(guards, sum(asked.layout.objects.sizes[mask] for mask in asked.masks.values()))
+    order = fastest_first(guards, asked)
     answers: list[list[bool] | None] = []
     with tombstones.watch() as removed:
         if len(order) == 1:
@@ -304,8 +304,11 @@ def _unpin_answer(guard: Guard, task: "asyncio.Task[list[bool] | None]", keys: S
     task.add_done_callback(answered)
 
 
-def _fastest_first(guards: Sequence[Guard], size_bytes: int) -> Sequence[Guard]:
+def fastest_first(guards: Sequence[Guard], asked: Asked) -> Sequence[Guard]:
     """By what was measured, if all were; as configured otherwise."""
+    if len(guards) < 2:
+        return guards
+    size_bytes = sum(map(asked.layout.objects.sizes.__getitem__, asked.masks.values()))
     expected = [(guard.meter.expected_load_seconds(size_bytes), guard) for guard in guards]
     known = [(seconds, guard) for seconds, guard in expected if seconds is not None]
     if len(known) < len(guards):

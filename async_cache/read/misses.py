@@ -19,9 +19,7 @@ _UNKNOWN = _missed(ChunkState.UNKNOWN)
 _REMOVED = tuple(_missed(ChunkState.REMOVED, removal) for removal in REMOVALS)
 _DELETED = _missed(ChunkState.REMOVED, Removal.DELETED)
 
-_State = tuple[ChunkState, Left | None]
-_GONE = ChunkState.REMOVED
-_UNKNOWN_YET: _State = ChunkState.UNKNOWN, None
+_UNKNOWN_YET, _FILLED = ChunkState.UNKNOWN, ChunkState.WRITING
 
 
 class Misses:
@@ -55,17 +53,17 @@ class Misses:
             return True
         return self._ledger.has_other_child(parent, chunk_hash)
 
-    def states(self, chunk_hashes: Sequence[bytes], *, failed: bool) -> list[_State]:
-        """The state of chunks that are in no tier and not on their way, and how they left; `failed` as in `missed`."""
+    def states(self, chunk_hashes: Sequence[bytes], *, failed: bool) -> list[ChunkState | Left]:
+        """The state of chunks that are in no tier and not on their way, or how they left; `failed` as in `missed`."""
         lefts = self._ledger.find_all(chunk_hashes)
-        states = [_UNKNOWN_YET if failed or left is None else (_GONE, left) for left in lefts]
+        states = [_UNKNOWN_YET if failed or left is None else left for left in lefts]
         if self._tombstones:
             for n, chunk_hash in enumerate(chunk_hashes):
                 if chunk_hash in self._tombstones:
                     left = lefts[n]
-                    states[n] = _GONE, Left(Removal.DELETED, left.backend if left is not None else None, 0.0)
+                    states[n] = Left(Removal.DELETED, left.backend if left is not None else None, 0.0)
         if self._filling.any_of(chunk_hashes):
             for n, chunk_hash in enumerate(chunk_hashes):
                 if chunk_hash in self._filling:
-                    states[n] = ChunkState.WRITING, None
+                    states[n] = _FILLED
         return states

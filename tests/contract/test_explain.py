@@ -163,6 +163,16 @@ async def test_explaining_leases_pins_and_loads_nothing():
         await assert_nothing_held(cache, recorder)
 
 
+async def test_to_be_explained_is_no_use_in_a_backend_that_keeps_an_order_of_use():
+    first, second, third = make_prompt(1), make_prompt(1, 2), make_prompt(1, 3)
+    async with open_cache(MemoryBackend("small", capacity_bytes=32)) as cache:
+        await fill_l2(cache, first)
+        await fill_l2(cache, second)
+        assert await spans(cache, first) == [Span(0, 1, L2, "small")]
+        await fill_l2(cache, third)
+        assert [(await spans(cache, prompt))[0].state for prompt in (first, second, third)] == [REMOVED, L2, L2]
+
+
 async def test_a_backend_that_cannot_be_asked_may_have_what_is_missing():
     prompt = make_prompt(2)
     backend = FailingBackend(MemoryBackend(), "lookup")
