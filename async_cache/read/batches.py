@@ -220,11 +220,11 @@ class Batches:
                 outcomes = await call.result()
                 if LoadOutcome.FAILED in outcomes:
                     failed = [key for key, of in zip(keys, outcomes, strict=True) if of is LoadOutcome.FAILED]
-                    batch.guard.doubt(failed)
+                    batch.guard.faults.suspect(failed)
             except CallTimeoutError:
                 failure = Shortfall.DEADLINE
             except BackendError:
-                batch.guard.doubt(keys)  # nothing was loaded
+                batch.guard.faults.suspect(keys)  # nothing was loaded
             finally:
                 self._out.discard(progress)
         seconds = self._loop.time() - began

@@ -341,8 +341,8 @@ class WriteQueue:
             if there is None:
                 return False
             guard.unpin_found(list(keys), there)
-            doubtful = guard.doubtful
-            stored.update(key for key, found in zip(keys, there, strict=True) if found and key not in doubtful)
+            faults = guard.faults
+            stored.update(key for key, found in zip(keys, there, strict=True) if found and key not in faults)
             missing = [key for key in keys if key not in stored]
             if guard.backend.placement.write is Placing.SKIP_IF_PRESENT:
                 unsolicited = [key for key in missing if keys[key] not in self._offered]
@@ -356,7 +356,7 @@ class WriteQueue:
                 done = await call.result()
                 new = list(compress(missing, done))
                 stored.update(new)
-                doubtful.difference_update(stored)
+                faults.over(stored)
                 if new and self._observers.stored:
                     await self._tell_stored(keys, dict.fromkeys(keys[key] for key in new), stored)
             return call is not None or not missing

@@ -22,6 +22,7 @@ from async_cache.l2.backend import Backend, Loaded, LoadOutcome, LookupNowait, R
 from async_cache.l2.codec.codec import Codec
 from async_cache.l2.codec.header import HEADER_BYTES, Header
 from async_cache.l2.codec.scratch import MemoryFile, Scratch, lots
+from async_cache.l2.faults import Faults
 from async_cache.l2.record import TRAILER_BYTES
 from async_cache.l2.workers import DaemonExecutor, settle
 from async_cache.l2.wrapper import Wrapper
@@ -34,7 +35,6 @@ CLOSE_SECONDS = 2.0
 SLABS = 2  # for loads, and as many for stores: while one lot is encoded or decoded, another one is on its way
 THREADS = min(cpu_count() or 1, 4)
 
-_MOST_ROTTEN = 65_536  # what is forgotten is found again, and again not decoded
 _MOST_NOTE_BYTES = 2**24
 _MOST_BYTES = 2**32  # of an object: what says that it is longer is none
 
@@ -60,7 +60,7 @@ class CodecBackend(Wrapper):
         self._names, *self._older = codec.names
         self.follows = inner.follows and not self._older  # what has an older name has to be asked for by that
         self._found_older: Counter[ObjectKey] = Counter()  # pins of objects under older keys, by their names
-        self._rotten: set[ObjectKey] = set()  # names of what cannot be decoded, and could not be removed
+        self._faults = Faults()  # what cannot be decoded, and could not be removed
         self._threads = threads
         self._executors: tuple[DaemonExecutor, ...] = ()
         self._memory: MemoryFile | None = None
@@ -98,7 +98,7 @@ class CodecBackend(Wrapper):
     ) -> list[bool] | None:
         """What is there by what the inner backend says at once; None if that does not tell."""
         found = lookup(chunk_hashes, self._names.objects(objects))
-        if found is None or (not self._rotten and (not self._older or all(found))):
+        if found is None or (not self._faults and (not self._older or all(found))):
             return found
         there = [chunk_hash for chunk_hash, is_there in zip(chunk_hashes, found, strict=True) if is_there]
         self.inner.unpin([self._names.name(ObjectKey(chunk_hash, *o)) for chunk_hash in there for o in objects])
@@ -116,8 +116,8 @@ class CodecBackend(Wrapper):
             for n, is_there in zip(missing, older, strict=True):
                 found[n] = is_there
                 self._found_older.update([names.name(keys[n])] if is_there else [])
-        for n, key in enumerate(keys if self._rotten else ()):
-            if found[n] and key in self._rotten:
+        for n, key in enumerate(keys if self._faults else ()):
+            if found[n] and self._faults.hides(key):
                 self.unpin([key])
                 found[n] = False
         return found
@@ -169,7 +169,7 @@ class CodecBackend(Wrapper):
 
     async def delete(self, keys: Sequence[ObjectKey]) -> int:
         deleted = await self.inner.delete([names.name(key) for names in self.codec.names for key in keys])
-        self._rotten.difference_update(keys)
+        self._faults.over(keys)
         return deleted
 
     async def keys(self) -> AsyncIterator[tuple[ObjectKey, int]]:
@@ -259,14 +259,12 @@ class CodecBackend(Wrapper):
             bodies[n] = LoadOutcome.CORRUPT
         if corrupt:
             logger.warning("%s: %d objects cannot be decoded: they are damaged, or forged", self.name, len(corrupt))
-            await self._remove_rotten([keys[n] for n in corrupt])
+            await self._remove_corrupt([keys[n] for n in corrupt])
         return bodies, None
 
-    async def _remove_rotten(self, keys: Sequence[ObjectKey]) -> None:
+    async def _remove_corrupt(self, keys: Sequence[ObjectKey]) -> None:
         """Remove what cannot be decoded; where that fails, lookups do not find it, until it is stored anew."""
-        if len(self._rotten) > _MOST_ROTTEN:
-            self._rotten.clear()
-        self._rotten.update(keys)
+        self._faults.hide(keys)
         with suppress(BackendError):
             await self.delete(keys)
 
@@ -279,8 +277,8 @@ class CodecBackend(Wrapper):
         stored: list[bool] = []
         self.inner.pin_prefix(chunk_hashes)  # none of them makes room for another lot
         try:
-            if rotten := [key for key in keys if key in self._rotten]:
-                await self._remove_rotten(rotten)  # else it would count as stored
+            if corrupt := [key for key in keys if key in self._faults]:
+                await self._remove_corrupt(corrupt)  # else it would count as stored
             for lot in lots(bounds):
                 stored += await self._store(keys[lot], buffers[lot], bounds[lot])
         except BackendError:
@@ -289,7 +287,7 @@ class CodecBackend(Wrapper):
         finally:
             self.inner.unpin_prefix(chunk_hashes)
         stored += [False] * (len(keys) - len(stored))
-        return [is_stored and key not in self._rotten for key, is_stored in zip(keys, stored, strict=True)]
+        return [is_stored and key not in self._faults for key, is_stored in zip(keys, stored, strict=True)]
 
     async def _store(
         self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], bounds: Sequence[int]

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import compress
@@ -23,6 +23,7 @@ from async_cache.l2.backend import (
     nobody_listens,
     not_told,
 )
+from async_cache.l2.faults import Faults
 from async_cache.l2.guard.breaker import Breaker, BreakerState
 from async_cache.l2.guard.budget import WriteBudget
 from async_cache.l2.guard.call import Call
@@ -41,7 +42,6 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_MAX_DOUBTFUL = 65_536  # objects
 _SEARCHED_AT_ONCE = 4096  # objects in a question to a backend: some ten milliseconds of one thread
 _SEARCHED_TOGETHER = 8192  # objects in the questions that are out
 _REMOVED_TOGETHER = 4096  # objects that are looked for, and deleted, at a time
@@ -69,7 +69,7 @@ class Guard:
         self.timeouts = timeouts if timeouts is not None else Timeouts()
         self.meter = Meter()
         self.state = BackendState.ACTIVE
-        self.doubtful: set[ObjectKey] = set()
+        self.faults = Faults()
         """Objects that could not be read: though a lookup may find them, they are to be stored anew."""
         self.calls: Counter[tuple[str, str]] = Counter()
         """How many calls there were, by what was asked and how it ended: succeeded, failed, abandoned."""
@@ -357,12 +357,6 @@ class Guard:
             return await call.result()
         finally:
             call.cancel()
-
-    def doubt(self, keys: Iterable[ObjectKey]) -> None:
-        """Take note of objects that could not be read."""
-        if len(self.doubtful) > _MAX_DOUBTFUL:
-            self.doubtful.clear()  # it costs no more than that they are not replaced
-        self.doubtful.update(keys)
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Give back one pin of each key. What the backend raises is logged."""

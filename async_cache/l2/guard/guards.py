@@ -17,7 +17,7 @@ async def held_by(guards: Sequence[Guard], keys: Sequence[ObjectKey]) -> set[Obj
         for guard, found in zip(guards, await asyncio.gather(*(guard.lookup(keys) for guard in guards)), strict=True):
             if found is not None:
                 guard.unpin_found(keys, found)
-                held.update(key for key, there in zip(keys, found, strict=True) if there and key not in guard.doubtful)
+                held.update(key for key, there in zip(keys, found, strict=True) if there and key not in guard.faults)
     return held
 
 

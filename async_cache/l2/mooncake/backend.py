@@ -12,6 +12,7 @@ from typing import Any, Self
 from async_cache.config import parse_bytes
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, LoadOutcome, check_lengths, telling
+from async_cache.l2.faults import Faults
 from async_cache.l2.index import Index
 from async_cache.l2.mooncake.calls import Find, ListAll, Load, Page, Place, Remove, Setup, Store
 from async_cache.l2.mooncake.process import HelperProcess
@@ -29,7 +30,6 @@ STEP_BYTES = 2**20  # copied in one step of the loop
 SETUP_SECONDS = 20.0  # registering a large L1 takes some; what hangs is killed, and started again
 SLICE = 256  # objects whose sizes are asked for at a time
 _MOST_KNOWN = 1_000_000  # objects that usage counts
-_MOST_FAILED = 65_536  # what is forgotten is found again, and fails again
 LOAD_BYTES = 64 * 2**20  # asked of the helper at a time: if it dies, what came before has come
 _STAGING, _ARENA = 0, 1  # the files of a Place
 
@@ -73,7 +73,7 @@ class MooncakeBackend(Backend):
         )
         self._arena: tuple[int, int, int] | None = None  # its descriptor, where it begins here, and its size
         self._known = Index(on_removed=telling(self))
-        self._failed: dict[ObjectKey, bool] = {}  # could not be read; whether a lookup is not to find it any more
+        self._faults = Faults()
         self._helper: HelperProcess | None = None
         self._connecting: asyncio.Task[HelperProcess] | None = None
         self._mapped: list[bool] = []  # empty until the helper is a client of the pool
@@ -184,7 +184,7 @@ class MooncakeBackend(Backend):
         if codes and max(codes) < 0:
             raise BackendError(f"{self.name}: the master does not answer (code {codes[0]})")
         self._drop([key for key, code in zip(keys, codes, strict=True) if code == 0], Removal.LOST)
-        return [code == 1 and not self._failed.get(key, False) for key, code in zip(keys, codes, strict=True)]
+        return [code == 1 and not self._faults.hides(key) for key, code in zip(keys, codes, strict=True)]
 
     def unpin(self, keys: Sequence[ObjectKey]) -> None:
         """Nothing: a lease ends by its time."""
@@ -218,30 +218,27 @@ class MooncakeBackend(Backend):
             if told.count(LoadOutcome.FAILED) == len(told):
                 raise
         self._note(keys, told)
-        await self._remove_rotten([key for key, found in zip(keys, told, strict=True) if found is LoadOutcome.CORRUPT])
+        await self._remove_corrupt([key for key, found in zip(keys, told, strict=True) if found is LoadOutcome.CORRUPT])
         if told.count(LoadOutcome.FAILED) == len(told):
             raise BackendError(f"{self.name}: nothing could be read")
         return told
 
     def _note(self, keys: Sequence[ObjectKey], told: Sequence[int | LoadOutcome]) -> None:
-        if len(self._failed) > _MOST_FAILED:
-            self._failed.clear()
         for key, found in zip(keys, told, strict=True):
             if isinstance(found, int):
                 self._put(key, found)
-                self._failed.pop(key, None)
+                self._faults.over((key,))
             elif found is LoadOutcome.FAILED:
-                self._failed.setdefault(key, False)
+                self._faults.suspect((key,))
             else:
                 self._drop([key], Removal.LOST if found is LoadOutcome.GONE else Removal.DAMAGED)
 
-    async def _remove_rotten(self, keys: Sequence[ObjectKey]) -> None:
+    async def _remove_corrupt(self, keys: Sequence[ObjectKey]) -> None:
         """Remove damaged objects; what cannot be removed is not found by us, until it is stored anew."""
-        self._failed.update(dict.fromkeys(keys, True))
+        self._faults.hide(keys)
         with suppress(BackendError):
-            for key, code in zip(keys, await self._ask(Remove(list(keys))), strict=True):
-                if code in (0, _NOT_FOUND):
-                    self._failed.pop(key, None)
+            codes = await self._ask(Remove(list(keys)))
+            self._faults.over(key for key, code in zip(keys, codes, strict=True) if code in (0, _NOT_FOUND))
 
     async def store(self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> list[bool]:
         check_lengths(keys, buffers)
@@ -252,7 +249,7 @@ class MooncakeBackend(Backend):
         if direct and helper is not None:
             stored = [keys[n] for n in direct]
             told = await helper.ask(
-                Store(stored, [place for place in places if place is not None], self._doubted(stored))
+                Store(stored, [place for place in places if place is not None], self._suspects(stored))
             )
             for n, code in zip(direct, told, strict=True):
                 codes[n] = code
@@ -262,7 +259,7 @@ class MooncakeBackend(Backend):
         for key, buffer, code in zip(keys, buffers, codes, strict=True):
             if code == 0:
                 self._put(key, len(buffer))
-                self._failed.pop(key, None)
+                self._faults.over((key,))
         if codes and max(codes) <= _FIRST_FAULT:
             raise BackendError(f"{self.name}: nothing could be stored (code {codes[0]})")
         return [code == 0 for code in codes]
@@ -317,7 +314,7 @@ class MooncakeBackend(Backend):
         async with self._turn:
             with self._staged(buffer) as staged:
                 await _copy(staged, buffer)
-            (code,) = await helper.ask(Store([key], [Place(_STAGING, 0, len(buffer))], self._doubted([key])))
+            (code,) = await helper.ask(Store([key], [Place(_STAGING, 0, len(buffer))], self._suspects([key])))
             return int(code)
 
     def _staged(self, buffer: memoryview) -> memoryview:
@@ -328,8 +325,8 @@ class MooncakeBackend(Backend):
 
     # What is known.
 
-    def _doubted(self, keys: Sequence[ObjectKey]) -> list[ObjectKey]:
-        return [key for key in keys if key in self._failed] if self._failed else []
+    def _suspects(self, keys: Sequence[ObjectKey]) -> list[ObjectKey]:
+        return [key for key in keys if key in self._faults]
 
     def _put(self, key: ObjectKey, size_bytes: int) -> None:
         self._known.put(key, size_bytes)

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from itertools import compress
 from typing import Any, Self, TypeVar
 
 from obstore import delete_async, head_async
@@ -18,6 +19,7 @@ from obstore.store import ObjectStore
 from async_cache.config import CacheConfig
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, Loaded, LoadOutcome, check_lengths
+from async_cache.l2.faults import Faults
 from async_cache.l2.object_store.faults import is_absent, is_denied, is_of_settings, is_of_the_way, told
 from async_cache.l2.object_store.holdings import Holdings
 from async_cache.l2.object_store.location import CONCURRENCY, PART_BYTES, Location
@@ -35,7 +37,6 @@ logger = logging.getLogger(__name__)
 FAN_OUT = 4  # digits of the hash that name the folder of an object: 65,536 of them
 LOOKUPS_TO_ONE_LOAD = 4  # so many more requests may be under way at a time where they bring no bytes
 PAGE = 1000  # objects of a listing, and of a deletion
-REMEMBERED = 65_536  # objects that could not be read; what is forgotten is found again, and fails again
 
 
 class ObjectStoreBackend(Backend):
@@ -65,7 +66,7 @@ class ObjectStoreBackend(Backend):
         self._folder = f"{prefix}/" if prefix else ""
         self._concurrency, self._part_bytes = concurrency, part_bytes
         self._holdings = Holdings()
-        self._failed: dict[ObjectKey, bool] = {}  # could not be read; whether a lookup is not to find it any more
+        self._faults = Faults()
         self._changing: dict[ObjectKey, asyncio.Future[None]] = {}
         self._watches: dict[int, set[ObjectKey]] = {}
         self._requests: Requests | None = None
@@ -134,7 +135,7 @@ class ObjectStoreBackend(Backend):
             sizes = await side_by_side(self._at_a_time, self._size, keys)
         self._raise_if_nothing(sizes)
         return [
-            isinstance(size_bytes, int) and key not in removed and not self._failed.get(key, False)
+            isinstance(size_bytes, int) and key not in removed and not self._faults.hides(key)
             for key, size_bytes in zip(keys, sizes, strict=True)
         ]
 
@@ -229,19 +230,17 @@ class ObjectStoreBackend(Backend):
             await self.delete((key,))
         except BackendError as error:
             logger.warning("%s: what is corrupt stays: %s", self.name, error)
-            self._failed[key] = True
+            self._faults.hide((key,))
 
     def _note_failures(self, keys: Sequence[ObjectKey], outcomes: Sequence[object]) -> None:
         """Take note of what is to be stored anew; of what is denied while others are not, it is the object's fault."""
-        if len(self._failed) > REMEMBERED:
-            self._failed.clear()
         came = [outcome is LoadOutcome.LOADED or isinstance(outcome, int) for outcome in outcomes]
         others_came = any(came)
-        for key, outcome, has_come in zip(keys, outcomes, came, strict=True):
+        for key, outcome in zip(keys, outcomes, strict=True):
             if isinstance(outcome, BaseException):
-                self._failed[key] = others_came and is_denied(outcome)
-            elif has_come:
-                self._failed.pop(key, None)
+                note = self._faults.hide if others_came and is_denied(outcome) else self._faults.suspect
+                note((key,))
+        self._faults.over(compress(keys, came))
 
     # Changes.
 
@@ -255,9 +254,9 @@ class ObjectStoreBackend(Backend):
         async with self._change(key):
             there = await self._size(key)
             is_whole = there is not None and body_bytes(there) == len(buffer)
-            if not is_whole or key in self._failed:
+            if not is_whole or key in self._faults:
                 await self._objects.write(self._path(key), key, buffer)
-                self._failed.pop(key, None)
+                self._faults.over((key,))
                 if there is None:
                     self._holdings.stored(self._path(key), len(buffer))
         return True
@@ -275,13 +274,12 @@ class ObjectStoreBackend(Backend):
             sizes = await asyncio.gather(*map(self._size, keys), return_exceptions=True)
             failed = await self._delete_there([key for key, size in zip(keys, sizes, strict=True) if size is not None])
             self._removed(keys)
+            self._faults.over(key for key in keys if key not in failed)
             there = 0
             for key, size in zip(keys, sizes, strict=True):
-                if key not in failed:
-                    self._failed.pop(key, None)
-                    if isinstance(size, int):
-                        self._holdings.removed(self._path(key), body_bytes(size) or 0)
-                        there += 1
+                if key not in failed and isinstance(size, int):
+                    self._holdings.removed(self._path(key), body_bytes(size) or 0)
+                    there += 1
         if failed:
             raise BackendError(
                 f"{self.name}: {len(failed)} objects were not deleted: {told(next(iter(failed.values())))}"

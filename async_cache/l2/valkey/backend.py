@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 from async_cache.aio.slices import slices
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.backend import Backend, Loaded, LoadOutcome, check_lengths
+from async_cache.l2.faults import Faults
 from async_cache.l2.record import TRAILER_BYTES
 from async_cache.l2.urls.url import BackendURL
 from async_cache.l2.valkey.items import Item, ask
@@ -32,7 +33,6 @@ PAGE_SECONDS = 5.0  # for a page of a count; what is silent for longer is counte
 SLICE_KEYS = 1024  # in one go: to make more questions would hold the loop
 STREAM_BYTES = 2**20  # for which one more connection is worth its while
 MAX_VALUE_BYTES = 512 * 2**20  # that a server takes
-_MAX_DOUBTFUL = 65_536  # objects: beyond, it costs no more than that they are not replaced
 
 _LOADED, _GONE, _CORRUPT, _FAILED = LoadOutcome
 T = TypeVar("T")
@@ -54,8 +54,7 @@ class ValkeyBackend(Backend):
         self.ttl_seconds = settings.ttl_seconds
         self._ttl = None if settings.ttl_seconds is None else max(1, round(settings.ttl_seconds * 1000))
         self._usage = Usage()
-        self._doubtful: set[ObjectKey] = set()  # could not be read: to be replaced
-        self._rotten: set[ObjectKey] = set()  # damaged, and could not be removed: not to be found either
+        self._faults = Faults()
         self._router: Router | None = None
         self._counting: asyncio.Task[None] | None = None
         self._counted = asyncio.Event()
@@ -90,8 +89,8 @@ class ValkeyBackend(Backend):
         found: list[bool] = []
         for some in slices(keys, SLICE_KEYS):
             found += await self._look_up(some)
-        if self._rotten:
-            found = [there and key not in self._rotten for key, there in zip(keys, found, strict=True)]
+        if self._faults:
+            found = [there and not self._faults.hides(key) for key, there in zip(keys, found, strict=True)]
         return found
 
     async def _look_up(self, keys: Sequence[ObjectKey]) -> list[bool]:
@@ -143,9 +142,9 @@ class ValkeyBackend(Backend):
         await self._run(items, self._load)
         for item in items:
             item.outcome = item.outcome or _FAILED
-        self._doubt(item.key for item in items if item.outcome is _FAILED)
+        self._faults.suspect(item.key for item in items if item.outcome is _FAILED)
         if any(item.outcome is not _FAILED for item in items):
-            await self._remove_rotten([item.key for item in items if item.outcome is _CORRUPT])
+            await self._remove_corrupt([item.key for item in items if item.outcome is _CORRUPT])
         else:
             self._raise_if_all_failed(items)
         return [item.outcome or _FAILED for item in items]
@@ -280,26 +279,17 @@ class ValkeyBackend(Backend):
 
     # What could not be read.
 
-    def _doubt(self, keys: Iterable[ObjectKey]) -> None:
-        if len(self._doubtful) > _MAX_DOUBTFUL:
-            self._doubtful.clear()
-        self._doubtful.update(keys)
-
     async def _replace(self, items: Sequence[Item]) -> None:
         """Remove what is there of objects that could not be read, and are stored anew now; else they have an error."""
-        replaced = [item for item in items if item.key in self._doubtful or item.key in self._rotten]
+        replaced = [item for item in items if item.key in self._faults]
         if replaced:
             for item, removed in zip(replaced, await self._unlink([item.key for item in replaced]), strict=True):
                 item.error = removed.error
-                if removed.error is None:
-                    self._doubtful.discard(item.key)
 
-    async def _remove_rotten(self, keys: Sequence[ObjectKey]) -> None:
+    async def _remove_corrupt(self, keys: Sequence[ObjectKey]) -> None:
         """Remove damaged objects; what cannot be removed is not found by us any more."""
         if keys:
-            if len(self._rotten) > _MAX_DOUBTFUL:
-                self._rotten.clear()
-            self._rotten.update(keys)
+            self._faults.hide(keys)
             await self._unlink(keys)
 
     async def _unlink(self, keys: Sequence[ObjectKey]) -> list[Item]:
@@ -310,10 +300,9 @@ class ValkeyBackend(Backend):
             await self._run(some, partial(ask, (b"STRLEN", b"UNLINK")))
             items += some
         for item in items:
-            if item.error is None:
-                self._rotten.discard(item.key)
-                if item.number(1):
-                    self._usage.removed(item.key, item.number(0))
+            if item.error is None and item.number(1):
+                self._usage.removed(item.key, item.number(0))
+        self._faults.over(item.key for item in items if item.error is None)
         return items
 
     # Counting.

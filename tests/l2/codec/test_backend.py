@@ -109,7 +109,7 @@ async def test_what_others_stored_is_told_at_once_when_it_was_heard_of(tmp_path:
         assert lookup is not None and lookup(hashes, here) == [True, True, False]
         assert await get(one, [1, 2], 5000) == [content(1, 5000), content(2, 5000)]
         one.unpin([key(1), key(2)])
-        one._rotten.add(key(1))
+        one._faults.hide([key(1)])
         assert lookup(hashes, here) is None
 
 

@@ -678,8 +678,8 @@ async def test_guards_and_backends_can_be_printed() -> None:
 async def test_what_is_known_of_objects_that_could_not_be_read_is_bounded() -> None:
     guard = Guard(MemoryBackend(), Counted(), TIMEOUTS)
     for begin in range(0, 200_000, 1000):
-        guard.doubt(key(n) for n in range(begin, begin + 1000))
-        assert 0 < len(guard.doubtful) <= 67_000
+        guard.faults.suspect(key(n) for n in range(begin, begin + 1000))
+        assert 0 < len(guard.faults) <= 67_000
 
 
 async def test_a_backend_tells_the_cache_that_uses_it_and_after_that_nobody():

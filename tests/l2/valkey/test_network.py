@@ -72,7 +72,7 @@ async def test_what_could_not_be_read_and_cannot_be_removed_is_not_said_to_be_st
     assert await put(backend, range(4), MIB) == [one is not FAILED for one in got]
     monkeypatch.setattr(Node, "ask", asked)
     assert await put(backend, range(4), MIB) == [True] * 4  # and it is still known what is to be replaced
-    assert not backend._doubtful
+    assert not backend._faults
     assert await get(backend, range(4), MIB) == [content(n, MIB) for n in range(4)]
 
 
