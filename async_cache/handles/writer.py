@@ -145,12 +145,18 @@ class Writer(Scoped[WriteChunk]):
     """
 
     def __init__(self, open_chunks: "Callable[[Writer], Awaitable[Opened]]"):
-        self.shortfall: Shortfall | None = None
+        self._shortfall: Shortfall | None = None
         self._open_chunks = open_chunks
         self._opened: Opened | None = None
         self._chunks: tuple[WriteChunk, ...] = ()
         self._entering = asyncio.Lock()
         self._state = _NEW
+
+    @property
+    def shortfall(self) -> Shortfall | None:
+        """Why there are fewer chunks than L1 lacks; None where there are not."""
+        self._check_entered()
+        return self._shortfall
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -205,7 +211,7 @@ class Writer(Scoped[WriteChunk]):
             if self._opened is not None:
                 return
             self._opened = opened = await self._open_chunks(self)
-            self.shortfall, self._chunks = opened.shortfall, opened.chunks
+            self._shortfall, self._chunks = opened.shortfall, opened.chunks
             if self._state is _CLOSED:  # from outside, before it was open
                 opened.close([])
                 return

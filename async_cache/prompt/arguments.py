@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from async_cache.prompt.layout import Prompt, check_ranks
+from async_cache.prompt.objects import as_int, check_int
 from async_cache.prompt.origin import Selection
 from async_cache.prompt.parts import MAX_PARTS, Parts
 
@@ -79,8 +80,7 @@ def check_traceparent(traceparent: str | None) -> None:
 
 def check_capacity(capacity: int) -> int:
     """Check that it is a number of events, from 1 on, and return it. Raises TypeError or ValueError."""
-    if type(capacity) is not int:
-        raise TypeError(f"capacity must be an int, not {type(capacity).__name__}")
+    check_int("capacity", capacity)
     if not 1 <= capacity < 2**32:
         raise ValueError(f"capacity must be from 1 to 2**32 - 1, not {capacity}")
     return capacity
@@ -88,11 +88,10 @@ def check_capacity(capacity: int) -> int:
 
 def start_of(prompt: Prompt, skip_tokens: int) -> int:
     """The chunk at which a prefetch begins that skips so many tokens. Raises TypeError or ValueError."""
-    if type(skip_tokens) is not int:
-        raise TypeError(f"skip_tokens must be an int, not {type(skip_tokens).__name__}")
-    if skip_tokens < 0:
-        raise ValueError(f"skip_tokens must not be negative, got {skip_tokens}")
-    return min(skip_tokens // prompt.layout.chunk_tokens, len(prompt))
+    skipped = as_int("skip_tokens", skip_tokens)
+    if skipped < 0:
+        raise ValueError(f"skip_tokens must not be negative, got {skipped}")
+    return min(skipped // prompt.layout.chunk_tokens, len(prompt))
 
 
 def ranks_of(prompt: Prompt | Parts, ranks: Sequence[int] | None) -> tuple[int, ...]:
@@ -117,16 +116,17 @@ def check_tokens(prompt: Prompt, tokens: int | None) -> None:
     """Check for None, or a number of tokens that the prompt has. Raises TypeError or ValueError."""
     if tokens is None:
         return
-    if type(tokens) is not int:
-        raise TypeError(f"tokens must be an int, not {type(tokens).__name__}")
+    check_int("tokens", tokens)
     if not 0 <= tokens <= prompt.tokens:
         raise ValueError(f"tokens must be from 0 to the {prompt.tokens} of the prompt, not {tokens}")
 
 
 def check_hint(output_tokens: int | None, returns: bool | None, within_seconds: float | None) -> None:
     """Check what is told of a prompt's future. Raises TypeError or ValueError."""
-    if output_tokens is not None and (type(output_tokens) is not int or not 0 <= output_tokens < 2**63):
-        raise ValueError(f"output_tokens must be None or a whole number from 0 on, not {output_tokens!r}")
+    if output_tokens is not None:
+        check_int("output_tokens", output_tokens)
+        if not 0 <= output_tokens < 2**63:
+            raise ValueError(f"output_tokens must not be negative, and less than 2**63, not {output_tokens}")
     if type(returns) not in (bool, type(None)):
         raise TypeError(f"returns must be None, True or False, not {returns!r}")
     check_seconds("within_seconds", within_seconds)

@@ -65,12 +65,14 @@ def pack_tokens(tokens: Any) -> bytes:
     Takes a sequence of int, an `array`, a one-dimensional NumPy array or torch tensor, or a buffer of integers.
     Raises TypeError for what is not integers and ValueError for an id outside 0..2**31-1.
     """
-    if isinstance(tokens, (str, bytes, bytearray)):
+    if isinstance(tokens, str):
+        raise TypeError("token ids must be integers, not text: a tokenizer makes them")
+    if isinstance(tokens, (bytes, bytearray)):
         raise TypeError("token ids must be integers; cast raw bytes with memoryview(...).cast('i')")
     if hasattr(tokens, "detach"):  # a torch tensor, recognised without importing torch
         tokens = _view_tensor(tokens)
     try:
-        data = _pack_list(tokens) if isinstance(tokens, (list, tuple)) else _pack_buffer(memoryview(tokens))
+        data = _pack_list(tokens) if isinstance(tokens, (list, tuple)) else _pack_buffer(_view(tokens))
     except OverflowError:
         raise ValueError(f"token ids must be between 0 and {MAX_TOKEN_ID}") from None
     except (TypeError, ValueError) as error:  # ValueError: it cannot be seen as a buffer, NumPy's dates for one
@@ -90,6 +92,13 @@ def _little_endian(words: "array[int]", order: str) -> bytes:
     if order == "big":
         words.byteswap()
     return words.tobytes()
+
+
+def _view(tokens: Any) -> memoryview:
+    try:
+        return memoryview(tokens)
+    except TypeError:
+        raise TypeError(f"a {type(tokens).__name__} is none") from None
 
 
 def _view_tensor(tensor: Any) -> memoryview:

@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 
 from async_cache.prompt import keys
 from async_cache.prompt.keys import Media
-from async_cache.prompt.objects import MAX_OBJECTS_PER_CHUNK, ChunkObjects, ObjectGroup, as_tuple, check_count
+from async_cache.prompt.objects import (
+    MAX_OBJECTS_PER_CHUNK,
+    ChunkObjects,
+    ObjectGroup,
+    as_count,
+    as_tuple,
+    check_int,
+)
 from async_cache.prompt.origin import Origin, shared_origin
 
 HASH_AT_ONCE_TOKENS = 32_768  # a quarter of a millisecond; a longer prompt is hashed when it is first used
@@ -35,7 +42,7 @@ class ModelLayout:
         if not self.model:
             raise ValueError("model must not be empty")
         for name in ("chunk_tokens", "world_size", "readers_per_rank"):
-            check_count(name, getattr(self, name))
+            object.__setattr__(self, name, as_count(name, getattr(self, name)))
         groups = as_tuple("groups", self.groups)
         if not groups or not all(isinstance(g, ObjectGroup) for g in groups):
             raise ValueError("groups must be one or more ObjectGroup")
@@ -93,7 +100,7 @@ class ModelLayout:
         It never meets a prompt made from tokens, nor one of another block size. Hashes that are seeded at random are
         never found again.
         """
-        check_count("block_tokens", block_tokens)
+        block_tokens = as_count("block_tokens", block_tokens)
         if self.chunk_tokens % block_tokens:
             raise ValueError(f"chunk_tokens {self.chunk_tokens} is not a multiple of block_tokens {block_tokens}")
         blocks = keys.check_blocks(block_hashes)
@@ -314,7 +321,6 @@ def check_ranks(ranks: Sequence[int], world_size: int) -> tuple[int, ...]:
 
 def check_index(name: str, value: int, bound: int) -> None:
     """Check a rank, a reader, or another index below `bound`. Raises TypeError or ValueError."""
-    if type(value) is not int:
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    check_int(name, value)
     if not 0 <= value < bound:
         raise ValueError(f"{name} {value} is not in 0..{bound - 1}")

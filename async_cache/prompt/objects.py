@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from itertools import accumulate
 from operator import index, or_
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from async_cache.prompt.keys import ObjectKey
 
@@ -56,12 +56,15 @@ class ObjectGroup:
             shape = ()
         if not 0 < len(shape) <= MAX_DIMENSIONS or min(shape) < 1 or bool in map(type, given):
             raise ValueError(f"shape must be 1 to {MAX_DIMENSIONS} positive integers, not {self.shape!r}")
+        if not isinstance(self.dtype, str):
+            raise TypeError(f"dtype must be a name, such as 'float16', not {self.dtype!r}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(sorted(DTYPE_BYTES))}")
         if math.prod(shape) * DTYPE_BYTES[self.dtype] > MAX_OBJECT_BYTES:
             raise ValueError(f"an object has at most {MAX_OBJECT_BYTES} bytes, not those of {self.shape!r}")
-        check_count("window_chunks", self.window_chunks, optional=True)
         object.__setattr__(self, "shape", shape)
+        if self.window_chunks is not None:
+            object.__setattr__(self, "window_chunks", as_count("window_chunks", self.window_chunks))
         if self.ranks is not None:
             object.__setattr__(self, "ranks", as_tuple("ranks", self.ranks))
 
@@ -236,11 +239,25 @@ def as_tuple(name: str, values: Iterable[T]) -> tuple[T, ...]:
         raise TypeError(f"{name} must be a sequence, not {type(values).__name__}") from None
 
 
-def check_count(name: str, value: int | None, *, optional: bool = False) -> None:
-    """A count that fits 32 bits, at least 1. Raises TypeError or ValueError."""
-    if value is None and optional:
-        return
+def as_int(name: str, value: Any) -> int:
+    """A whole number as an int; NumPy's are some, too, a bool is none. Raises TypeError."""
+    try:
+        if type(value) is not bool:
+            return index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+
+
+def check_int(name: str, value: Any) -> None:
+    """Check for what is an int already. Raises TypeError."""
     if type(value) is not int:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if not 1 <= value < 2**32:
-        raise ValueError(f"{name} must be at least 1, and less than 2**32, not {value}")
+
+
+def as_count(name: str, value: Any) -> int:
+    """A count that fits 32 bits, at least 1. Raises TypeError or ValueError."""
+    count = as_int(name, value)
+    if not 1 <= count < 2**32:
+        raise ValueError(f"{name} must be at least 1, and less than 2**32, not {count}")
+    return count

@@ -9,7 +9,7 @@ import torch
 
 from async_cache import AsyncCache, CacheConfig, ConfigError, ModelLayout, ObjectGroup
 from async_cache.l2.memory import MemoryBackend
-from async_cache.prompt.arguments import check_traceparent
+from async_cache.prompt.arguments import check_hint, check_traceparent, start_of
 from async_cache.prompt.layout import check_ranks
 
 from .support import (
@@ -283,8 +283,12 @@ def test_a_setting_that_can_not_be_used_stops_the_start(settings):
         (lambda: AsyncCache(CacheConfig(quotas="a")), "quotas must be a list of texts as \"salt?l1=2GiB\", not 'a'"),
         (lambda: check_ranks(0, 1), "ranks must be a sequence, not int"),
         (lambda: check_traceparent("00"), "traceparent must have 55 characters, not 2"),
+        (lambda: check_hint("5", None, None), "output_tokens must be an int, not str"),
+        (lambda: LAYOUT.prompt("hello"), "token ids must be integers, not text: a tokenizer makes them"),
+        (lambda: LAYOUT.prompt({"input_ids": [1]}), "token ids must be a flat sequence of integers: a dict is none"),
+        (lambda: ObjectGroup((1,), torch.half), "dtype must be a name, such as 'float16', not torch.float16"),
     ],
-    ids=range(7),
+    ids=range(11),
 )
 def test_what_is_wrong_is_told_by_its_name(make, told):
     with pytest.raises((TypeError, ValueError)) as caught:
@@ -292,10 +296,20 @@ def test_what_is_wrong_is_told_by_its_name(make, told):
     assert str(caught.value) == told
 
 
-def test_the_integers_of_a_shape_may_be_those_of_numpy():
-    assert ObjectGroup((numpy.int64(2), 3), "uint8") == ObjectGroup((2, 3), "uint8")
+def test_the_integers_of_a_layout_may_be_those_of_numpy():
+    def prompt_of(two):
+        group = ObjectGroup((two, 3), "uint8", window_chunks=two)
+        layout = ModelLayout("toy", (group,), chunk_tokens=two, world_size=two, readers_per_rank=two)
+        return layout.prompt_from_hashes([bytes(32)] * 2, two)
+
+    theirs, ours = prompt_of(numpy.int64(2)), prompt_of(2)
+    assert theirs.chunk_hashes == ours.chunk_hashes and theirs.layout == ours.layout
+    assert repr(theirs.layout) == repr(ours.layout)
+    assert start_of(ours, numpy.int64(3)) == start_of(ours, 3) == 1
     with pytest.raises(ValueError, match="positive integers"):
         ObjectGroup((True,), "uint8")
+    with pytest.raises(TypeError, match="chunk_tokens must be an int, not bool"):
+        ModelLayout("toy", (ObjectGroup((1,), "uint8"),), chunk_tokens=True)
 
 
 async def test_a_slice_of_a_lease_or_writer_is_a_tuple_of_its_chunks():
@@ -342,3 +356,12 @@ async def test_what_is_no_backend_or_config_is_refused():
         with pytest.raises(TypeError):
             async with make():
                 pass
+
+
+async def test_what_a_writer_falls_short_of_is_known_when_it_was_entered():
+    async with open_cache() as cache:
+        writer = cache.store(PROMPT)
+        with pytest.raises(RuntimeError, match="`async with` or `await` it first"):
+            _ = writer.shortfall
+        async with writer:
+            assert writer.shortfall is None
