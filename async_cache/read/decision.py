@@ -200,6 +200,8 @@ class Decider:
 
         Of very much, what has its room is handed to the loader while that of the rest is made.
         """
+        if len(request.entries) > _LOOKED_UP_AT_ONCE:
+            yield turn  # to look up the last of them took this one
         for _ in found.touch_prefix(request.prompt.chunk_hashes, request.start_chunk):
             yield turn
         if request.task is not None:

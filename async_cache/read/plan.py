@@ -8,7 +8,7 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import accumulate, chain, compress, groupby, islice, repeat
-from operator import not_
+from operator import and_, invert, not_
 
 from async_cache.config import CacheConfig
 from async_cache.l1.entry import Entry, Reservation
@@ -23,6 +23,7 @@ from async_cache.read.request import Request
 
 _BLOCKS_AT_ONCE = 2048  # reserved in a step of the loop, in a few milliseconds: so many that are free, ...
 _EVICTED_AT_ONCE = 1024  # ... and so many where others are evicted for them
+_COMPARED_AT_A_TIME = 1024  # chunks
 
 
 class Plan:
@@ -75,12 +76,22 @@ class Plan:
         """Promise so many chunks, of which these objects are in L1 or on their way there."""
         self.lengths = lengths
         self.needed = needed = coverage.needed_of(request.prompt.layout, self.runs, lengths)
-        local = request.local_mask
-        if not any(here) and all(map(local.__eq__, needed)):
-            self.to_load = dict(enumerate(needed))
+        self.to_load = _lacking(needed, here, request.local_mask)
+
+
+def _lacking(needed: Sequence[int], here: Sequence[int], local: int) -> dict[int, int]:
+    """The objects to be loaded that are not here, by chunk: of most chunks in a row all are there, or none."""
+    lacking: dict[int, int] = {}
+    for begin in range(0, len(needed), _COMPARED_AT_A_TIME):
+        need, have = needed[begin : begin + _COMPARED_AT_A_TIME], here[begin : begin + _COMPARED_AT_A_TIME]
+        if need == have:
+            continue
+        if any(have) or need.count(local) < len(need):
+            masks = map(and_, map(and_, need, repeat(local)), map(invert, have))
+            lacking |= {number: mask for number, mask in enumerate(masks, begin) if mask}
         else:
-            triples = enumerate(zip(needed, here, strict=False))
-            self.to_load = {n: mask for n, (need, have) in triples if (mask := need & local & ~have)}
+            lacking.update(enumerate(need, begin))
+    return lacking
 
 
 class Planner:
@@ -352,6 +363,8 @@ def _united(here: list[int], found: Mapping[int, int]) -> Sequence[int]:
     if not found:
         return here
     if not any(here):
+        if len(found) == len(here) and len(masks := set(found.values())) == 1:
+            return [*masks] * len(here)
         return list(map(found.get, range(len(here)), repeat(0)))
     exists = list(here)
     for number, mask in found.items():

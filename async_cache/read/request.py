@@ -180,7 +180,7 @@ class Request:
         if self.streams:
             self._keep(needed)
         if any(entries):
-            unneeded = [entry for entry in reversed(entries[begin:]) if entry is not None]
+            unneeded: list[Entry] = list(filter(None, reversed(entries[begin:])))
             entries[begin:] = [None] * (len(entries) - begin)
             if 0 in needed:
                 outside = [n for n, need in enumerate(needed) if not need and entries[n] is not None]

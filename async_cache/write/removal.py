@@ -28,6 +28,7 @@ from async_cache.write.writeback import Writeback
 
 _AT_ONCE = 256  # chunks, then the loop gets its turn
 _SELECTED_AT_ONCE = 2048  # chunks that are looked at: a millisecond or so
+_NAMED_AT_ONCE = 16_384  # hashes that are put into a set
 
 T = TypeVar("T")
 
@@ -267,8 +268,12 @@ class Remover:
             yield
 
     async def _delete_from(self, prompt: Prompt | None, removed: Removed, guard: Guard) -> None:
-        hashes = set(prompt.chunk_hashes) if prompt is not None else None
+        hashes: set[bytes] | None = None
         with guard.kept():
+            if prompt is not None:
+                hashes = set()
+                async for part in InTurns(prompt.chunk_hashes, _NAMED_AT_ONCE):
+                    hashes.update(part)
             ended = await self._writeback.writes_ended(guard, hashes) and await guard.stores_ended(hashes)
             await (delete_found(guard, prompt, removed) if prompt is not None else delete_all(guard, removed))
         if not ended:

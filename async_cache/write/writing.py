@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
 
+from async_cache.aio.backlog import Backlog
 from async_cache.aio.slices import InTurns, turn
 from async_cache.aio.sweeper import Sweeper
 from async_cache.aio.worker import Worker
@@ -24,6 +25,7 @@ from async_cache.write.writeback import Writeback
 _AT_ONCE = 4096  # chunks that are looked at in a millisecond or two; then the loop has its turn
 _RESERVED_AT_ONCE = 1024  # where others may have to be evicted for them
 _ENQUEUED_AT_ONCE = 512
+_DISCARDED_AT_ONCE = 1024
 
 
 class OpenWriter:
@@ -63,6 +65,8 @@ class Writing:
         self._filling = filling if filling is not None else Filling()
         self._roots = roots if roots is not None else Roots()
         self._l1 = l1
+        self._discarding = Backlog(_DISCARDED_AT_ONCE)
+        l1.backlogs.append(self._discarding)
         self._writeback = writeback
         self._hashing = hashing
         self._loop = asyncio.get_running_loop()
@@ -101,6 +105,7 @@ class Writing:
         """Close all writers that are open."""
         for writer in list(self._open):
             self._expire(writer)
+        self._discarding.do_all()
 
     def reclaim(self) -> None:
         """Free the rooms that were in quarantine and that nobody sees any more: in the loop's thread only."""
@@ -140,7 +145,7 @@ class Writing:
                     if entry.dropped and not entry.detached:  # whoever stores a prompt again wants it in L2
                         self._writeback.enqueue(entry, prompt.chunk_hashes, index)
         except BaseException:
-            self._l1.backlog.do(self._discard, made[: len(chunks)])
+            self._discarding.do(self._discard, made[: len(chunks)])
             self._l1.discard_soon(made[len(chunks) :])
             raise
         finally:
@@ -236,7 +241,7 @@ class Writing:
             self._l1.quarantine(reservation)
             weakref.finalize(block, self._unseen_now, reservation).atexit = False
             del block
-        self._l1.backlog.do(self._discard, list(compress(rooms, opened.left)))
+        self._discarding.do(self._discard, list(compress(rooms, opened.left)))
         self.reclaim()
 
     def _discard(self, rooms: Sequence[Reservation]) -> None:

@@ -27,8 +27,11 @@ STEPS = (
     "write.removal._AT_ONCE",
     "write.retained._AT_ONCE",
     "write.deletions._LOOKED_UP_AT_ONCE",
+    "write.removal._NAMED_AT_ONCE",
     "write.removal._SELECTED_AT_ONCE",
     "write.writing._AT_ONCE",
+    "write.writing._DISCARDED_AT_ONCE",
+    "write.writing._ENQUEUED_AT_ONCE",
     "write.writing._RESERVED_AT_ONCE",
 )
 

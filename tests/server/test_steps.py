@@ -10,13 +10,19 @@ from client.servers import SECONDS, short_directory
 
 from async_cache import AsyncCache, CacheConfig, ObjectGroup, ServerConfig
 from async_cache.config import TenantConfig
+from async_cache.handles.writer import WriteChunk
+from async_cache.l1.store import L1Store
 from async_cache.prompt.layout import ModelLayout
 from async_cache.protocol import messages as m
 from async_cache.protocol.connection import Connection
 from async_cache.protocol.prompts import describe
+from async_cache.read import decision
+from async_cache.read.plan import Planner
+from async_cache.read.search import Search
 from async_cache.server import Server, session
 from async_cache.server.prefetches import HeldPrefetch
 from async_cache.write.removal import Remover
+from async_cache.write.writeback import Writeback
 
 from .support import Peer
 
@@ -147,6 +153,53 @@ async def test_a_model_is_deleted_in_turns_also_in_memory():
         async with serving(delete) as (deleted, _):
             assert deleted.deleted.chunks == MANY
     assert max(removed.values()) <= 2 and sum(removed.values()) >= MANY // 256
+
+
+async def test_a_writer_of_very_many_chunks_that_came_in_frames_is_closed_at_once():
+    def write(peer):
+        store = peer.number()
+        peer.ask(m.ReserveStore(store, ids(MANY)), until=m.StoreReserved)
+        for position in range(MANY):
+            peer.send(m.StoreData(store, position, 0, b"x"))
+            if position % 2:
+                peer.ask(m.CommitStore(peer.number(), store, position, None), until=m.Done)
+        peer.ask(m.CloseStore(peer.number(), store), until=m.Done)
+
+    with counted(WriteChunk, "_release_views") as released, counted(L1Store, "quarantine") as quarantined:
+        async with serving(write) as (_, cache):
+            assert (await cache.lookup(ONE.prompt(range(MANY), salt="red"))).chunks == 0
+            cache.check_integrity()
+    assert sum(released.values()) >= MANY and max(released.values()) <= FRAMES
+    assert not quarantined, "nobody sees what was not committed"
+
+
+async def filled(cache, chunks):
+    async with cache.store(ONE.prompt(range(chunks))) as writer:
+        for chunk in writer:
+            chunk.commit()
+    await cache.flush()
+
+
+async def test_what_was_dropped_is_written_back_in_turns_when_it_is_stored_again():
+    async with AsyncCache(CacheConfig(l1_bytes=2**25, l2=("memory://",))) as cache:
+        await filled(cache, MANY)
+        for entry in cache.core.l1.index.values():
+            entry.dropped = True
+        with counted(Writeback, "enqueue") as enqueued:
+            assert not (await cache.store(ONE.prompt(range(MANY)))).chunks
+        assert sum(enqueued.values()) == MANY and max(enqueued.values()) <= 512
+
+
+async def test_a_long_prompt_is_planned_in_another_step_than_its_last_chunks_are_looked_up_in():
+    async with AsyncCache(CacheConfig(l1_bytes=2**25, l2=("memory://",))) as cache:
+        await filled(cache, 256)
+        with (
+            patch.object(decision, "_LOOKED_UP_AT_ONCE", 64),
+            counted(Search, "ask") as asked,
+            counted(Planner, "plan") as planned,
+        ):
+            assert (await cache.prefetch(ONE.prompt(range(300))).load_done).chunks == 256
+        assert sum(planned.values()) == 1 and asked and not asked.keys() & planned.keys()
 
 
 async def test_an_explanation_of_very_many_spans_is_encoded_in_turns():
