@@ -35,6 +35,15 @@ def test_the_tutorial_prints_what_it_says(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == (printed, "")
 
 
+@pytest.mark.parametrize(
+    "page", [str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "```python" in path.read_text()]
+)
+def test_the_python_of_a_page_runs_when_it_is_pasted_as_it_stands(page: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", "\n".join(blocks(page, "python"))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_test_of_a_scheduler_runs(tmp_path: Path) -> None:
     conftest, test = blocks("testing.md", "python")
     (tmp_path / "conftest.py").write_text(conftest)
