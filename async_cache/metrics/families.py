@@ -136,7 +136,7 @@ def _backends(core: Core) -> Iterator[Metric]:
     yield counter("backend_stored_bytes", "Bytes that were stored in a backend", stored, label)
     queues = {name: queue for name, guard in guards.items() if (queue := core.writeback.queue(guard)) is not None}
     refused: dict[tuple[str, ...], float] = {
-        (name, why): queue.refused[why] for name, queue in queues.items() for why in ("admit", "write_budget")
+        (name, why): queue.refused[why] for name, queue in queues.items() for why in queue.REFUSALS
     }
     yield counter("backend_refused_chunks", "Chunks that a backend did not admit, and why", refused, (*label, "why"))
     budgets = {names: guard.budget.left_bytes for names, guard in of.items() if guard.budget is not None}

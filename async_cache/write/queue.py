@@ -90,6 +90,9 @@ class WriteQueue:
     A chunk may wait while it is in flight: more of it was committed after its write began.
     """
 
+    REFUSALS = ("admit", "write_budget", "capacity")
+    """Why a backend may not be given a chunk; `capacity`: it is larger than all of the backend."""
+
     def __init__(
         self,
         guard: Guard,

@@ -19,6 +19,7 @@ from async_cache.metrics.watch import Sample
 from async_cache.prompt.layout import Prompt
 from async_cache.testing.backends import FailingBackend, GatedBackend
 from async_cache.testing.virtual import run_virtual
+from async_cache.write.queue import WriteQueue
 
 
 def tenant_of(request_id: str) -> str:
@@ -122,6 +123,15 @@ async def test_a_promise_that_was_trimmed_is_counted_with_its_reason() -> None:
             await cache.flush()
         await ask(cache, make_prompt(8), "acme/1")
         assert dict(watch.traffic.trimmed) == {"memory": 1}
+
+
+async def test_a_chunk_that_is_larger_than_a_backend_is_counted_as_refused_for_its_capacity() -> None:
+    async with watched([MemoryBackend("small", capacity_bytes=15)]) as (cache, watch):
+        await fill(cache, make_prompt(3))
+        await cache.flush()
+        shown = await values(watch)
+        refused = {why: shown[f"async_cache_backend_refused_chunks_total small {why}"] for why in WriteQueue.REFUSALS}
+        assert refused == {"admit": 0, "write_budget": 0, "capacity": 3}
 
 
 async def test_labels_are_bounded_whatever_clients_make_up() -> None:
