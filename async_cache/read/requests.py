@@ -85,9 +85,9 @@ class Requests:
         """The request of an id, or None."""
         return self._requests.get(request_id)
 
-    def new_id(self) -> str:
-        """An id that no request has."""
-        while (request_id := f"prefetch-{next(self._ids)}") in self._requests:
+    def new_id(self, whose: str = "") -> str:
+        """An id that no request has. `whose` stands before it, if somebody tells by that whose request it is."""
+        while (request_id := f"{whose}prefetch-{next(self._ids)}") in self._requests:
             pass
         return request_id
 

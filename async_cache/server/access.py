@@ -63,6 +63,11 @@ def tenant_of(request_id: str) -> str:
     return request_id.partition("\0")[0]
 
 
+def before_own_ids(tenant: Tenant) -> str:
+    """What stands before the ids of requests that a server makes for a tenant: clients' have more before them."""
+    return f"{tenant.name}\0"
+
+
 class Scope:
     """The request ids of a tenant and namespace: in the cache they are longer, and so never meet those of others."""
 

@@ -38,7 +38,7 @@ from async_cache.protocol.messages import (
 )
 from async_cache.protocol.parts import split_hits, split_result
 from async_cache.server import costs
-from async_cache.server.access import Scope, Tenant
+from async_cache.server.access import Scope, Tenant, before_own_ids
 from async_cache.server.accounts import Account, Accounts, record_bytes
 from async_cache.server.administration import Administration
 from async_cache.server.deletions import ModelDeletions, told
@@ -445,9 +445,12 @@ class Session:
     async def _warm(self, message: messages.Warm, prompt: Prompt) -> Message:
         size_bytes = record_bytes(len(prompt), self._layouts.objects(message.prompt))
         self._account.take_request(size_bytes)
+        request_id = self._core.requests.new_id(before_own_ids(self.tenant))
         try:
-            result = await self._cache.warm(prompt, deadline_seconds=message.deadline_seconds)
+            begun = self._cache.prefetch(prompt, request_id=request_id, deadline_seconds=message.deadline_seconds)
+            result = msgspec.structs.replace(await begun.load_done, request_id="")
         finally:
+            self._core.requests.end(request_id)
             self._account.give_request(size_bytes)
         return messages.Loaded(message.number, result)
 

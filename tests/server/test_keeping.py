@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from contract.served import serve
-from contract.support import fill, make_prompt, make_tokens
+from contract.support import CHUNK_TOKENS, fill, make_prompt, make_tokens
 
 from async_cache import AccessDeniedError, CacheConfig, ServiceError, connect
 from async_cache.client.blocking import BlockingClient
@@ -150,3 +150,22 @@ def test_after_a_kill_quotas_hold_for_what_is_found_again(tmp_path: Path) -> Non
         left = sum(client.lookup(make_prompt(3, number, salt="acme")).l2_chunks for number in (0, 1, 2, 3, 9))
         assert left <= 4
         assert client.delete_model("model", salt="acme").chunks == 4
+
+
+def test_what_is_warmed_counts_as_a_request_of_its_tenant(tmp_path: Path) -> None:
+    config = tmp_path / "cache.toml"
+    config.write_text(TENANTS)
+    with web(tmp_path, config=config) as site:
+
+        async def use() -> None:
+            async with connect(site.served.url, token=BOUND_TOKEN) as cache:
+                prompt = make_prompt(3, salt="acme")
+                await fill(cache, prompt)
+                assert (await cache.warm(prompt)).chunks == 3
+
+        asyncio.run(use())
+        assert site.post("/warm", QUESTION, TOKEN)[0] == 202
+        until = time.monotonic() + 20
+        while len(told := site.json("/status", TOKEN)[1]["tokens"]) < 2 and time.monotonic() < until:
+            pass
+        assert {row["tenant"]: row["l1_hits"] // CHUNK_TOKENS for row in told} == {"acme": 3, "operations": 0}

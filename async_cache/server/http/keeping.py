@@ -12,7 +12,7 @@ from async_cache.errors import AsyncCacheError, LimitError
 from async_cache.handles.prefetch import Prefetch
 from async_cache.prompt.arguments import check_tokens, check_ttl
 from async_cache.prompt.layout import Prompt
-from async_cache.server.access import Tenant
+from async_cache.server.access import Tenant, before_own_ids
 from async_cache.server.http.explain import Question
 from async_cache.server.http.named import named
 
@@ -65,7 +65,7 @@ class Keeping:
             del self._loads[name]
         controller = self._core.controller
         ranks = tuple(range(prompt.layout.world_size))
-        prefetch = controller.start(prompt, None, 0, ranks, None)
+        prefetch = controller.start(prompt, self._core.requests.new_id(before_own_ids(tenant)), 0, ranks, None)
         name = token_hex(8)
         self._loads[name] = load = Load(tenant, asyncio.create_task(self._let_go(prefetch)), prefetch)
         load.task.add_done_callback(lambda task: task.cancelled() or task.exception())
