@@ -216,7 +216,14 @@ def chain_blocks(start: bytes, blocks: Sequence[bytes], blocks_per_chunk: int) -
 def hash_each(start: bytes, digests: Sequence[bytes]) -> list[bytes]:
     """Chunk hashes of an engine's digests of chunks, each on its own: hash(start || length-prefixed digest)."""
     before = {size: start + pack("<I", size) for size in set(map(len, digests))}  # of one length, most often
-    return [blake3(before[len(digest)] + digest).digest() for digest in digests]
+    hashes = []
+    hasher = blake3()  # one for all, as for a chain
+    reset, update, hashed = hasher.reset, hasher.update, hasher.digest
+    for digest in digests:
+        reset()
+        update(before[len(digest)] + digest)
+        hashes.append(hashed())
+    return hashes
 
 
 def check_blocks(blocks: Sequence[bytes]) -> tuple[bytes, ...]:

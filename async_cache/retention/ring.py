@@ -46,16 +46,30 @@ class Ring(Generic[T]):
         older.newer = newer.older = item
 
     def use_all(self, items: Iterable[T]) -> None:
-        """Make each of these the most recently used one, as `use` does, and without a call for each."""
-        end = self._end
+        """Make each of these the most recently used one, as `use` does, and without a call for each.
+
+        Those that follow each other in the ring, as after the last time, move together.
+        """
+        first: T | None = None
+        last: T | None = None
         for item in items:
-            older, newer = item.older, item.newer
-            if older is not None and newer is not None:
-                older.newer, newer.older = newer, older
-            older = end.older
-            assert older is not None
-            item.older, item.newer = older, end
-            older.newer = end.older = item
+            if last is None or last.newer is not item:
+                if first is not None and last is not None:
+                    self._move(first, last)
+                first = item
+            last = item
+        if first is not None and last is not None:
+            self._move(first, last)
+
+    def _move(self, first: T, last: T) -> None:
+        """Make a run of the ring, or one item that may not be in it, the most recently used."""
+        end, older, newer = self._end, first.older, last.newer
+        if older is not None and newer is not None:
+            older.newer, newer.older = newer, older
+        older = end.older
+        assert older is not None
+        first.older, last.newer = older, end
+        older.newer, end.older = first, last
 
     def __del__(self) -> None:
         """Break all links: nobody else would."""

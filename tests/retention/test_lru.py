@@ -4,6 +4,7 @@ import gc
 import random
 import weakref
 from collections.abc import Iterable
+from itertools import pairwise
 
 import pytest
 from msgspec import Struct
@@ -131,3 +132,20 @@ def test_the_order_is_that_of_a_list(seed: int) -> None:
         else:
             policy.left(item, Removal.CAPACITY)
         assert list(policy.victims()) == model
+
+
+def test_what_is_used_together_ends_as_if_each_was_used_alone() -> None:
+    chance = random.Random(3)
+    for _ in range(300):
+        (together, items), (alone, others) = used("abcdefgh"), used("abcdefgh")
+        for _ in range(6):
+            begin, end = sorted(chance.sample(range(9), 2))
+            names = list(order(alone)[begin:end]) + chance.choices("abcdefghxy", k=chance.randrange(3))
+            for name in names:
+                known = others.setdefault(name, Item(name))
+                items.setdefault(name, Item(name))
+                alone.use(known)
+            together.use_all(items[name] for name in names)
+            assert order(together) == order(alone)
+            for older, newer in pairwise(together.victims()):
+                assert newer.older is older
