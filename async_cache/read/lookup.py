@@ -11,6 +11,7 @@ from typing import Self, overload
 from async_cache.errors import BackendError
 from async_cache.l2.backend import LookupNowait
 from async_cache.l2.guard import Guard
+from async_cache.l2.guard.guards import unpin_answer
 from async_cache.l2.tombstones import Tombstones
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import ModelLayout
@@ -291,17 +292,7 @@ async def _ask_all(order: Sequence[Guard], keys: Sequence[ObjectKey], owner: str
         raise
     finally:
         for guard, task in zip(order[used:], tasks[used:], strict=True):
-            _unpin_answer(guard, task, keys)
-
-
-def _unpin_answer(guard: Guard, task: "asyncio.Task[list[bool] | None]", keys: Sequence[ObjectKey]) -> None:
-    def answered(task: "asyncio.Task[list[bool] | None]") -> None:
-        found = None if task.cancelled() or task.exception() else task.result()
-        if found is not None:
-            guard.unpin_found(keys, found)
-
-    task.cancel()
-    task.add_done_callback(answered)
+            unpin_answer(guard, task, keys)
 
 
 def fastest_first(guards: Sequence[Guard], asked: Asked) -> Sequence[Guard]:

@@ -528,6 +528,25 @@ async def test_a_backend_may_be_removed_while_it_is_drained() -> None:
 
 
 @pytest.mark.embedded
+async def test_a_backend_can_be_removed_after_a_drain_that_asked_it_was_given_up() -> None:
+    near, far, silent = MemoryBackend("near"), MemoryBackend("far"), GatedBackend(MemoryBackend("silent"))
+    for backend in (near, far):
+        await seed(backend, make_prompt(10))
+    async with open_cache(near, far, silent) as cache:
+        silent.hold("lookup")
+        draining = asyncio.create_task(cache.drain_backend("near"))
+        await silent.reached("lookup")
+        await settle()
+        removing = asyncio.create_task(cache.remove_backend("near"))
+        assert isinstance((await outcomes(draining))[0], BackendError)
+        await removing
+        silent.release()
+        async with asyncio.timeout(10):
+            await cache.remove_backend("far")
+        await assert_nothing_held(cache)
+
+
+@pytest.mark.embedded
 @pytest.mark.parametrize("verb", ["drain_backend", "remove_backend"])
 async def test_what_is_drained_is_not_written_to_a_backend_that_leaves_before_its_turn(verb: str) -> None:
     class Full(MemoryBackend):

@@ -13,12 +13,36 @@ from async_cache.values import BackendState
 async def held_by(guards: Sequence[Guard], keys: Sequence[ObjectKey]) -> set[ObjectKey]:
     """Which of these objects some backend holds, as far as they can say and read them. No pin stays."""
     held: set[ObjectKey] = set()
-    if keys:
-        for guard, found in zip(guards, await asyncio.gather(*(guard.lookup(keys) for guard in guards)), strict=True):
-            if found is not None:
-                guard.unpin_found(keys, found)
-                held.update(key for key, there in zip(keys, found, strict=True) if there and key not in guard.faults)
+    for guard, found in zip(guards, await ask_all(guards, keys), strict=True) if keys else ():
+        if found is not None:
+            guard.unpin_found(keys, found)
+            held.update(key for key, there in zip(keys, found, strict=True) if there and key not in guard.faults)
     return held
+
+
+async def ask_all(guards: Sequence[Guard], keys: Sequence[ObjectKey], owner: str = "") -> list[list[bool] | None]:
+    """What each of these holds, pinned, asked side by side; see `Guard.lookup`. Cancelled, it keeps no pin."""
+    lookups = [asyncio.create_task(guard.lookup(keys, owner)) for guard in guards]
+    try:
+        if lookups:
+            await asyncio.wait(lookups)
+        return [lookup.result() for lookup in lookups]
+    except BaseException:
+        for guard, lookup in zip(guards, lookups, strict=True):
+            unpin_answer(guard, lookup, keys)
+        raise
+
+
+def unpin_answer(guard: Guard, lookup: "asyncio.Task[list[bool] | None]", keys: Sequence[ObjectKey]) -> None:
+    """Cancel a lookup of which nobody wants the answer any more, and give back what it finds, or has found."""
+
+    def answered(lookup: "asyncio.Task[list[bool] | None]") -> None:
+        found = None if lookup.cancelled() or lookup.exception() else lookup.result()
+        if found is not None:
+            guard.unpin_found(keys, found)
+
+    lookup.cancel()
+    lookup.add_done_callback(answered)
 
 
 class Guards:
