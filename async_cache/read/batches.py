@@ -9,6 +9,7 @@ from functools import partial
 from itertools import accumulate, groupby
 from operator import attrgetter
 
+from async_cache.aio.slices import turn
 from async_cache.errors import BackendError
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.guard import Call, CallTimeoutError, Guard
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 _BATCH_BYTES = 64 * 2**20  # of one call to a backend: enough to keep its threads busy, little enough to have an end
 _BATCH_CHUNKS = 1024  # what the loop prepares in a millisecond or two, ...
 _BATCH_OBJECTS = 2048  # ... of so many objects
+_FEW_OBJECTS = 256  # more have a turn of the loop to themselves
 _PLACE = attrgetter("rank", "offset")
 
 
@@ -193,6 +195,8 @@ class Batches:
             task.add_done_callback(self._tasks.discard)
 
     async def _run(self, batch: Batch) -> None:
+        if batch.objects > _FEW_OBJECTS:
+            await turn()  # many may run at once
         # What was abandoned in the queue starts again elsewhere: its room here may be freed at any time.
         parts = {load: mask for load, mask in batch.parts.items() if not load.abandoned}
         try:

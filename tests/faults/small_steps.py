@@ -8,6 +8,7 @@ STEPS = (
     "aio.backlog.FEW",
     "l1.store._AT_ONCE",
     "read.explain._OBJECTS_AT_ONCE",
+    "read.batches._FEW_OBJECTS",
     "read.decision._CAUGHT_UP_AT_ONCE",
     "read.decision._LOOKED_UP_AT_ONCE",
     "read.hits._AT_ONCE",

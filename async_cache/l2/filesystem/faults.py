@@ -31,6 +31,9 @@ class Faults:
         """Whether an object could not be read, so that a store is to replace it."""
         return key in self._states
 
+    def __bool__(self) -> bool:
+        return bool(self._states)
+
     def failed(self, keys: Sequence[ObjectKey], *, beside_others: bool) -> list[ObjectKey]:
         """Take note of objects that could not be read, beside others that could or not; return the UNREADABLE ones."""
         if len(self._states) > _REMEMBERED:

@@ -1,12 +1,13 @@
 """Loads: where objects lie is told by the catalog, threads share the runs, and what could not be read is given up."""
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from threading import Event
 from typing import Any
 
+from async_cache.aio.slices import InTurns, turn
 from async_cache.errors import BackendError
 from async_cache.l2.backend import Loaded, LoadOutcome
 from async_cache.l2.filesystem.ahead import Ahead
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 THREAD_BYTES = 8 * 2**20  # for which another thread is woken: two that take turns at the interpreter's lock are slower
 
-_LOADED, _GONE, _CORRUPT = LoadOutcome.LOADED, LoadOutcome.GONE, LoadOutcome.CORRUPT
+_LOADED, _GONE, _CORRUPT, _FAILED = LoadOutcome  # each access to a member by its enum is a call, in Python 3.11
 _REMOVALS = {_GONE: Removal.LOST, _CORRUPT: Removal.DAMAGED}
 
 Placed = list[tuple[int, bytes] | None]
@@ -56,61 +57,76 @@ class Loading:
         self, keys: Sequence[ObjectKey], buffers: Sequence[memoryview], loaded: Loaded, *, exact: bool
     ) -> tuple[list[LoadOutcome], Placed]:
         """What became of each object, and its size and place in the catalog when the load began."""
-        self._ahead.taken(keys)
-        placed: Placed = self._catalog.index.placed(keys)
+        placed: Placed = [None] * len(keys)
+        outcomes: list[Any] = [_GONE] * len(keys)  # a LoadOutcome each, or the OSError that it met
+        find = partial(self._find, keys, buffers, placed, outcomes, exact=exact)
+        if len(keys) > SLICE:
+            await turn()  # also the first slice: many loads may begin at once
+        found = await find(range(len(keys)))
         if None in placed and not self._following.knows_all():
             with suppress(OSError):
                 await self._following.catch_up()
-            placed = self._catalog.index.placed(keys)
-        outcomes = await self._read(placed, buffers, loaded, exact=exact)
+            found += await find([number for number, at in enumerate(placed) if at is None])
+        await self._read(found, buffers, outcomes, loaded)
         while outcomes.count(_LOADED) < len(outcomes):
             if _CORRUPT in outcomes:  # it may have been given up by others
                 with suppress(OSError):
                     await self._following.look()
-            now = self._catalog.index.placed(keys)
-            moved = [
-                at for at, place in enumerate(now) if place not in (None, placed[at]) and outcomes[at] is not _LOADED
-            ]
-            if not moved:
+            found = await find([number for number, outcome in enumerate(outcomes) if outcome is not _LOADED])
+            if not found:
                 return await self._note_losses(keys, placed, outcomes), placed
-            others = [now[at] for at in moved], [buffers[at] for at in moved]  # another body of it was kept
-            again = await self._read(*others, _loaded_of(moved, loaded), exact=exact)
-            for at, outcome in zip(moved, again, strict=True):
-                placed[at], outcomes[at] = now[at], outcome
-        self._faults.over(keys)
+            await self._read(found, buffers, outcomes, loaded)  # another body of it was kept
+        if self._faults:
+            async for some in InTurns(keys, SLICE):
+                self._faults.over(some)
         return outcomes, placed
 
-    async def _read(self, placed: Placed, buffers: Sequence[memoryview], loaded: Loaded, *, exact: bool) -> list[Any]:
-        """Fill buffers; what became of each: a LoadOutcome, or the OSError that it met."""
-        outcomes: list[Any] = [_GONE] * len(placed)
-        wanted = self._wanted(placed, buffers, outcomes, exact=exact)
-        todo, stop = Todo(list(runs(wanted))), Event()
-        size_bytes = sum([each.size_bytes for each in wanted])
+    async def _find(
+        self,
+        keys: Sequence[ObjectKey],
+        buffers: Sequence[memoryview],
+        placed: Placed,
+        outcomes: list[Any],
+        numbers: Sequence[int],
+        *,
+        exact: bool,
+    ) -> list[list[Wanted]]:
+        """Look where objects lie, by their numbers in the call, in slices: the runs of those that lie elsewhere now.
+
+        What does not fit its buffer is corrupt.
+        """
+        found: list[list[Wanted]] = []
+        at, new = self._catalog.segments.at, tuple.__new__
+        async for some in InTurns(numbers, SLICE):
+            asked = [keys[number] for number in some]
+            self._ahead.taken(asked)
+            wanted = []
+            for number, place in zip(some, self._catalog.index.placed(asked), strict=True):
+                if place is not None and place != placed[number]:
+                    placed[number] = place
+                    size_bytes, length = place[0], len(buffers[number])
+                    if size_bytes == length or (size_bytes < length and not exact):
+                        segment, page, checksum = at(place[1])
+                        wanted.append(new(Wanted, (segment.name, page, number, size_bytes, checksum)))
+                        outcomes[number] = _GONE
+                    else:
+                        outcomes[number] = _CORRUPT
+            wanted.sort()
+            found += runs(wanted)
+        return found
+
+    async def _read(
+        self, found: list[list[Wanted]], buffers: Sequence[memoryview], outcomes: list[Any], loaded: Loaded
+    ) -> None:
+        """Fill buffers, and put into `outcomes` what became of each."""
+        todo, stop = Todo(found), Event()
+        size_bytes = sum([each.size_bytes for run in found for each in run])
         # Submitted one by one: `settle` must know of each call whether it has begun.
         futures = [
             self._threads.loads.submit(self._directory.runs.read, todo, buffers, outcomes, loaded, stop)
             for _ in range(min(self._readers, len(todo), 1 + size_bytes // THREAD_BYTES))
         ]
         await settle(futures, stop, self._threads.given_up)
-        return outcomes
-
-    def _wanted(
-        self, placed: Placed, buffers: Sequence[memoryview], outcomes: list[Any], *, exact: bool
-    ) -> list[Wanted]:
-        """The bodies to be read, in the order in which they lie. What does not fit its buffer is corrupt."""
-        at, new = self._catalog.segments.at, tuple.__new__
-        wanted = []
-        for number, found in enumerate(placed):
-            if found is not None:
-                size_bytes, place = found
-                length = len(buffers[number])
-                if size_bytes == length or (size_bytes < length and not exact):
-                    segment, page, checksum = at(place)
-                    wanted.append(new(Wanted, (segment.name, page, number, size_bytes, checksum)))
-                else:
-                    outcomes[number] = _CORRUPT
-        wanted.sort()
-        return wanted
 
     async def _note_losses(
         self, keys: Sequence[ObjectKey], placed: Placed, outcomes: list[LoadOutcome | OSError]
@@ -118,18 +134,21 @@ class Loading:
         """What is told of each object, after a load that did not bring all of them."""
         told: list[LoadOutcome] = []
         lost: dict[Removal, list[tuple[ObjectKey, tuple[int, bytes]]]] = {Removal.LOST: [], Removal.DAMAGED: []}
-        for number, (key, found, outcome) in enumerate(zip(keys, placed, outcomes, strict=True)):
+        failed: list[ObjectKey] = []
+        faults: list[OSError] = []
+        for key, found, outcome in zip(keys, placed, outcomes, strict=True):
             if isinstance(outcome, OSError):
-                outcome = LoadOutcome.FAILED
+                faults.append(outcome)
+                outcome = _FAILED
             if outcome is not _LOADED and not (found is not None and self._catalog.believes(key, found)):
                 outcome = _GONE
             if outcome in _REMOVALS and found is not None:
                 lost[_REMOVALS[outcome]].append((key, found))
+            if outcome is _FAILED:
+                failed.append(key)
             told.append(outcome)
-            if number % SLICE == 0:
-                await asyncio.sleep(0)
-        failed = [key for key, outcome in zip(keys, told, strict=True) if outcome is LoadOutcome.FAILED]
-        faults = [outcome for outcome in outcomes if isinstance(outcome, OSError)]
+            if len(told) % SLICE == 0:
+                await turn()
         unreadable = set(self._faults.failed(failed, beside_others=len(failed) < len(keys)))
         if unreadable:
             lost[Removal.DAMAGED] += [
@@ -150,8 +169,3 @@ class Loading:
             if (parsed := parse_segment(name)) is not None:
                 await self._room.set_aside(self._catalog.segments.get(*parsed))
         self._unopened ^= names
-
-
-def _loaded_of(numbers: Sequence[int], loaded: Loaded) -> Loaded:
-    """Tells of some of the objects of a call, by their numbers in it."""
-    return lambda number: loaded(numbers[number])
