@@ -60,12 +60,17 @@ class Following:
         self._adopted_at = 0.0
 
     def knows_all(self) -> bool:
-        """Whether what is not known is not there: nobody else is here, or was a moment ago."""
+        """Whether what is not known is not there: nobody else is here, or was a moment ago, or they have no news."""
+        writers = self._directory.writers
         return (
             self.recovered.is_set()
             and self._loop.time() - self._looked_at < SEEN_SECONDS
-            and not self._directory.writers.has_others
+            and (not writers.has_others or (self._has_learned() and not writers.has_news()))
         )
+
+    def _has_learned(self) -> bool:
+        """Whether all that was read is known: what a look has read is no news any more."""
+        return self._look is None or self._look.task.done()
 
     async def recovery(self, timeout_seconds: float | None = RECOVERY_SECONDS) -> None:
         """Wait until recovery has ended, or the time is over."""

@@ -230,6 +230,10 @@ class Journal:
             self.size_bytes = begin + end
             yield records(block[:end])
 
+    def has_news(self) -> bool:
+        """Whether something was appended that `news` has not told. Raises OSError."""
+        return _whole(os.fstat(self._open.fd).st_size) > max(self.size_bytes, RECORD_BYTES)
+
     def _read(self, begin: int, size_bytes: int) -> bytes:
         block = os.pread(self._open.fd, size_bytes, begin)
         while len(block) < size_bytes:

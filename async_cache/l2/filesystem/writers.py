@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from threading import Lock
 
-from async_cache.l2.filesystem.files import open_file
+from async_cache.l2.filesystem.files import has_status_at_hand, open_file
 from async_cache.l2.filesystem.format import Record, is_of_version_1, is_unfinished, parse_index
 from async_cache.l2.filesystem.journal import Journal, is_left
 
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 MOST_ADOPTED = 64  # index files that are ours at a time, before they are folded into one
 MOST_FOLLOWED = 512
+MOST_ASKED = 16  # in a step of the loop: some ten microseconds
 _TICK_NS = 50_000_000  # in which several changes of a directory may have the same time
 _TRIES = 4  # to list a directory that changes meanwhile
 _LONG_SECONDS = 0.01  # of a listing that is not done again at once, but after some times as long
@@ -31,6 +32,7 @@ class Writers:
 
     def __init__(self, directory: int, name: str, journal: Journal):
         self._directory, self._name = directory, name
+        self._has_status_at_hand = has_status_at_hand(directory)
         self.journal = journal
         self._journals = {journal.name: journal}  # replaced, and never changed: several threads iterate over it
         self._changing = Lock()
@@ -60,6 +62,21 @@ class Writers:
     def has_others(self) -> bool:
         """Whether others use the directory, as far as is known."""
         return self.has_unread or self.has_unopened or any(not journal.owned for journal in self._journals.values())
+
+    def has_news(self) -> bool:
+        """Whether others may have recorded what was not told, or come or gone, since the last `look`.
+
+        It does not block: where a status may have to come from a disk or a server, or is asked of many, they may.
+        """
+        followed = [journal for journal in self.all() if not (journal.owned and journal.known)]
+        if not self._has_status_at_hand or self.has_unread or self.has_unopened or len(followed) > MOST_ASKED:
+            return True
+        try:
+            if os.fstat(self._directory).st_mtime_ns != self._listed_at:
+                return True
+            return any(journal.has_news() for journal in followed)
+        except OSError:
+            return True
 
     @property
     def are_known(self) -> bool:
