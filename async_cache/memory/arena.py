@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import threading
 
 from async_cache.memory.mapping import make_memfd, seal_new_writers, seal_size
 
@@ -15,6 +16,7 @@ class Arena:
 
     def __init__(self, size_bytes: int):
         self.size_bytes = size_bytes
+        self._descriptor = threading.Lock()  # while it is closed, or taken by another thread
         self.fd = make_memfd("async_cache")
         try:
             os.ftruncate(self.fd, size_bytes)
@@ -33,7 +35,18 @@ class Arena:
         """Fault the pages in, so that no request pays for it. Blocks, without the interpreter's lock."""
         start = ctypes.c_char.from_buffer(self._map, begin)  # which keeps it mapped, also where the arena is closed
         if _libc.madvise(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(end - begin), _MADV_POPULATE_WRITE):
-            os.posix_fallocate(self.fd, begin, end - begin)
+            self._allocate(begin, end)
+
+    def _allocate(self, begin: int, end: int) -> None:
+        """Populate where the kernel cannot. An arena that is closed needs no pages, and its descriptor is another's."""
+        with self._descriptor:
+            if self.fd < 0:
+                return
+            fd = os.dup(self.fd)
+        try:
+            os.posix_fallocate(fd, begin, end - begin)
+        finally:
+            os.close(fd)
 
     def export(self, offset: int, size_bytes: int) -> "ctypes.Array[ctypes.c_ubyte]":
         """A buffer of its own over a range: it lives until the last view or array made from it is gone."""
@@ -41,10 +54,11 @@ class Arena:
 
     def close(self) -> None:
         """Unmap, unless somebody still looks at it: then the last one does by letting go."""
-        if self.fd < 0:
-            return
-        os.close(self.fd)
-        self.fd = -1
+        with self._descriptor:
+            if self.fd < 0:
+                return
+            os.close(self.fd)
+            self.fd = -1
         try:
             self.view.release()
             self._map.close()

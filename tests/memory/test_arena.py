@@ -1,6 +1,7 @@
 """The shared memory, and the account of what is free in it."""
 
 import ctypes
+import os
 import subprocess
 import sys
 import time
@@ -185,3 +186,34 @@ def test_an_arena_that_is_closed_while_it_is_populated_stays_mapped_until_that_e
             time.sleep(0.002)
             arena.close()
             populating.result()
+
+
+@pytest.mark.parametrize("when", ["before the system is asked", "while it allocates"])
+def test_where_the_kernel_cannot_populate_no_other_file_is_written_to(monkeypatch, tmp_path, when):
+    """The arena is closed meanwhile, and a file gets the number of its descriptor."""
+    arena = Arena(SIZE)
+    taken, allocate = [], os.posix_fallocate
+
+    def close():
+        fd = arena.fd
+        arena.close()
+        taken.append((tmp_path / "file").open("wb"))
+        assert taken[0].fileno() == fd
+
+    class Libc:
+        @staticmethod
+        def madvise(*_):
+            if when == "before the system is asked":
+                close()
+            return -1
+
+    def fallocate(fd, begin, size_bytes):
+        close()
+        assert fd != taken[0].fileno()
+        allocate(fd, begin, size_bytes)
+
+    monkeypatch.setattr("async_cache.memory.arena._libc", Libc)
+    monkeypatch.setattr(os, "posix_fallocate", fallocate if when == "while it allocates" else pytest.fail)
+    arena.populate(0, SIZE)
+    taken[0].close()
+    assert not (tmp_path / "file").stat().st_size
