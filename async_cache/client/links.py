@@ -59,6 +59,7 @@ class Links:
         self._heard_before = 0  # over the links before the current one, and its welcome
         self._waiting: list[asyncio.Future[Link]] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._home: Home | None = None
 
@@ -69,13 +70,32 @@ class Links:
         if self._state is not LinksState.NEW:
             raise CacheClosedError("a client is opened once")
         self._state, self._home = LinksState.OPENING, Home()
+        opening = self._opening = asyncio.create_task(self._connect())
+        try:
+            await asyncio.wait((opening,))
+        finally:
+            opening.cancel()
+            await asyncio.wait((opening,))
+            failed = None if opening.cancelled() else opening.exception()
+        if self._is_closed:
+            await self.close()
+            self.check_open()
+        if failed is not None:
+            raise failed
+        self._state = LinksState.OPEN
+        self._tasks.append(asyncio.create_task(self._stay_connected()))
+        if self._heartbeat_seconds is not None:
+            self._tasks.append(asyncio.create_task(self._beat(self._heartbeat_seconds)))
+
+    async def _connect(self) -> None:
+        """Have the first link, after as many attempts as there is time for."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._connect_timeout_seconds
         why: ConnectionLostError | None = None
         for delay in backoff():
             try:
                 await self._attempt(max(deadline - clock(), _LAST_ATTEMPT_SECONDS))
-                break
+                return
             except ConnectionLostError as error:
                 if why is None or not isinstance(error.__cause__, TimeoutError):  # which may only be that of the last
                     why = error
@@ -83,13 +103,6 @@ class Links:
                 if left <= 0:
                     raise why from why.__cause__
                 await asyncio.sleep(min(delay, left))
-        if self._is_closed:
-            await self._close()  # once more: the link has come since
-            self.check_open()
-        self._state = LinksState.OPEN
-        self._tasks.append(asyncio.create_task(self._stay_connected()))
-        if self._heartbeat_seconds is not None:
-            self._tasks.append(asyncio.create_task(self._beat(self._heartbeat_seconds)))
 
     async def close(self) -> None:
         """Wait for what was committed, and close; idempotent. All who wait for something else get CacheClosedError.
@@ -105,11 +118,12 @@ class Links:
 
     async def _close(self) -> None:
         error = CacheClosedError("the client was closed")
-        link, self.current = self.current, None
-        for task in self._tasks:
+        tasks = [*filter(None, [self._opening]), *self._tasks]
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
+        link, self.current = self.current, None
         self._settle_waiters(error)
         if link is not None:
             await link.close(error, _CLOSE_SECONDS)

@@ -38,6 +38,7 @@ from async_cache import (
     connect,
 )
 from async_cache.client.link import Link, Lost
+from async_cache.client.links import Links
 from async_cache.l2.memory import MemoryBackend
 from async_cache.prompt.layout import HASH_AT_ONCE_TOKENS
 from async_cache.protocol import messages
@@ -309,6 +310,28 @@ async def test_a_client_that_was_never_opened_is_closed_for_good(url: str) -> No
         await client.close()
         with pytest.raises(CacheClosedError):
             await client.open()
+
+
+async def test_a_client_that_is_closed_while_it_opens_has_given_up_its_dial_then() -> None:
+    ended = 0
+
+    async def dial(lost: Lost, timeout_seconds: float) -> Link:
+        nonlocal ended
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            await asyncio.sleep(0)
+            ended += 1
+        raise AssertionError
+
+    links = Links(dial, connect_timeout_seconds=1000, heartbeat_seconds=None)
+    opening = asyncio.create_task(links.open())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    await links.close()
+    assert ended == 1
+    with pytest.raises(CacheClosedError, match="the client was closed"):
+        await opening
 
 
 async def test_a_client_that_is_closed_while_it_opens_is_closed(url: str) -> None:
