@@ -3,12 +3,14 @@
 import asyncio
 import concurrent.futures
 import ssl
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
+from async_cache.aio.forks import process
 from async_cache.client.client import (
     CONNECT_TIMEOUT_SECONDS,
     HEARTBEAT_SECONDS,
@@ -60,11 +62,33 @@ _DONE = (
 
 
 class BlockingFuture(concurrent.futures.Future[T]):
-    """A future whose `done()` takes no lock: a scheduler asks in every step."""
+    """A future whose `done()` takes no lock: a scheduler asks in every step.
+
+    In a child that was forked while it was pending, nothing comes any more: it is done, with a CacheClosedError.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._process = process()
 
     def done(self) -> bool:
         """Whether there is a value, or an error."""
-        return self._state in _DONE
+        return self._state in _DONE or self._process is not process()
+
+    def result(self, timeout: float | None = None) -> T:
+        """The value, when it is there. Raises its error, and TimeoutError."""
+        if (error := self._left_by_fork()) is not None:
+            raise error
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The error, or None, when it is known. Raises TimeoutError."""
+        return self._left_by_fork() or super().exception(timeout)
+
+    def _left_by_fork(self) -> CacheClosedError | None:
+        if self._process is process() or self._state in _DONE:
+            return None
+        return CacheClosedError("the prefetch was begun before a fork: begin another one in the child")
 
 
 class BlockingPrefetch:
@@ -176,9 +200,10 @@ class BlockingEvents(Iterator[Event]):
     that came before has been taken.
     """
 
-    def __init__(self, stream: EventStream, thread: ClientThread):
+    def __init__(self, stream: EventStream, thread: ClientThread, keeps: "BlockingClient"):
         self._stream = stream
         self._thread = thread
+        self._keeps = keeps
 
     def take(self, most: int = 256) -> list[Event]:
         """Those of the next events that have come, up to `most`."""
@@ -206,7 +231,8 @@ class BlockingClient:
 
     NEW -> OPEN -> CLOSED, by `with` or by `open` and `close`. `prefetch` returns before the server has answered. All
     else that has an answer waits for it, up to `timeout_seconds` where that is given, and raises TimeoutError then. All
-    of it may raise ConnectionLostError; before `open` and after `close`, CacheClosedError.
+    of it may raise ConnectionLostError; before `open` and after `close`, CacheClosedError. One that is dropped while it
+    is open closes, with a ResourceWarning, once nothing is there any more that it has given out.
     """
 
     def __init__(
@@ -228,6 +254,7 @@ class BlockingClient:
         """
         make = client_maker(url, namespace, token, tls, connect_timeout_seconds, heartbeat_seconds)
         self._thread = ClientThread(make)
+        weakref.finalize(self, self._thread.drop).atexit = False
         self._prefetches: dict[BlockingPrefetch, Prefetch] = {}
         self._ends: set[asyncio.Task[None]] = set()
 
@@ -378,6 +405,7 @@ class BlockingClient:
         request has not.
         """
         lease = self._opened().read(request_id, rank=rank, reader=reader)
+        lease.keeps = self
         return self._thread.wait(_entered(lease), timeout_seconds, ReadLease.undo)
 
     def stream(
@@ -388,6 +416,7 @@ class BlockingClient:
         Raises as `read`, and ServiceError where the server is too old for it. See `CacheClient.stream`.
         """
         stream = self._opened().stream(request_id, rank=rank, reader=reader)
+        stream.keeps = self
         self._thread.wait(_entered(stream), timeout_seconds, ReadStream.undo)
         return BlockingStream(stream, self._thread, timeout_seconds)
 
@@ -402,6 +431,7 @@ class BlockingClient:
         """
         opens = self._opened().opens_writer(prompt, rank, start_chunk)
         writer = BlockingWriter(opens, partial(self._thread.wait, timeout_seconds=timeout_seconds))
+        writer.keeps = self
         return self._thread.wait(_entered(writer), timeout_seconds, Writer.close)
 
     def renew(self, request_id: str, *, timeout_seconds: float | None = None) -> None:
@@ -560,7 +590,8 @@ class BlockingClient:
 
     def events(self, capacity: int = EVENTS_CAPACITY, *, timeout_seconds: float | None = None) -> BlockingEvents:
         """What is stored and removed from now on, of the salts of this client's token: see `CacheClient.events`."""
-        return BlockingEvents(self._thread.wait(_begin_events(self._opened(), capacity), timeout_seconds), self._thread)
+        stream = self._thread.wait(_begin_events(self._opened(), capacity), timeout_seconds)
+        return BlockingEvents(stream, self._thread, self)
 
     def ping(self, *, timeout_seconds: float | None = None) -> float:
         """The seconds that the server takes to answer."""

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import threading
+import warnings
 from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Any, TypeVar
@@ -43,7 +44,7 @@ class ClientThread:
         self._thread: threading.Thread | None = None
         self._process = process()
         self._closing = asyncio.Event()
-        self._lock = threading.Lock()  # of what is posted, and the end of that
+        self._lock = threading.RLock()  # of what is posted, and the end of that; it may be dropped anywhere
 
     # Life.
 
@@ -68,6 +69,11 @@ class ClientThread:
             self.post(self._closing.set)
             if thread is not threading.current_thread():
                 thread.join()
+
+    def drop(self) -> None:
+        """Close the client without waiting, as nobody has it any more, and warn if it was open."""
+        if self._state is ThreadState.OPEN and self.post(self._closing.set):
+            warnings.warn("a BlockingClient was not closed", ResourceWarning, stacklevel=2)
 
     def _run(self, opened: "concurrent.futures.Future[None]") -> None:
         with above_standard(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -11,6 +11,9 @@ C = TypeVar("C")
 class Scoped(ABC, Generic[C]):
     """Something that is entered, is a sequence of chunks in order then, and is left."""
 
+    keeps: object = None
+    """What is to be there as long as it is."""
+
     @property
     def chunks(self) -> tuple[C, ...]:
         """The chunks in the order of the prompt. Raises RuntimeError before it is entered."""

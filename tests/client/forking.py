@@ -95,7 +95,18 @@ def waits_for_its_parents(parents: Any) -> None:
     blocking.close()
 
 
+def waits_for_a_prefetch(parents: Any) -> None:
+    for future in (PENDING[0].lookup_done, PENDING[0].load_done):
+        say(f"{future.done()} {type(future.exception()).__name__}")
+        try:
+            say(f"{future.result()}")
+        except Exception as error:
+            say(f"{type(error).__name__}: {error}")
+
+
 # The parent.
+
+PENDING: list[Any] = []
 
 
 async def main() -> None:
@@ -111,6 +122,7 @@ async def main() -> None:
             write(next(iter(held[-1])), SECOND)
         blocking.prefetch(FIRST).load_done.result()
         held += await asyncio.to_thread(lambda: (blocking.events(), blocking.store(OWN)))
+        PENDING.append(blocking.prefetch(OWN, wait_for_writers_seconds=1000))
         leases = (await client.stats()).leases
         await fork(held)
         assert (await client.stats()).leases == leases
@@ -123,6 +135,9 @@ async def main() -> None:
             lease.release()
             assert await read_back(each, SECOND) == len(SECOND)
             await each.end_request("a")
+        assert not PENDING[0].lookup_done.done()
+        PENDING[0].cancel()
+        assert (await asyncio.to_thread(PENDING[0].load_done.result)).chunks == 0
         assert (await cache.flush()).pending == 0
         await assert_nothing_held(cache)
         blocking.ping()

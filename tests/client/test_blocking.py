@@ -2,8 +2,10 @@
 
 import asyncio
 import concurrent.futures
+import gc
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -676,6 +678,62 @@ def test_what_was_committed_before_the_close_is_there(server: ThreadedServer) ->
     with BlockingClient(server.url) as client:
         fill(client, PROMPT)
     assert server.run(server.cache.lookup(PROMPT)).chunks == CHUNKS
+
+
+def dropped(client: BlockingClient) -> threading.Thread:
+    """The thread of a client that nobody else has."""
+    thread = client._thread._thread
+    assert thread is not None
+    return thread
+
+
+def let_go(held: list[Any], thread: threading.Thread) -> None:
+    """Have nothing of that any more; the thread ends."""
+    held.clear()
+    end = time.monotonic() + SECONDS
+    while thread.is_alive():
+        assert time.monotonic() < end
+        gc.collect()
+        thread.join(0.01)
+
+
+def test_a_client_that_is_dropped_while_it_is_open_closes_with_a_warning(server: ThreadedServer) -> None:
+    held = [BlockingClient(server.url).open()]
+    thread = dropped(held[0])
+    with pytest.warns(ResourceWarning, match="a BlockingClient was not closed"):
+        let_go(held, thread)
+
+
+def test_a_client_that_was_closed_or_not_opened_is_dropped_without_a_warning(server: ThreadedServer) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        with BlockingClient(server.url):
+            pass
+        BlockingClient(server.url)
+        gc.collect()
+    assert not caught
+
+
+def test_what_a_client_has_given_out_keeps_it(server: ThreadedServer) -> None:
+    client = BlockingClient(server.url).open()
+    with client.store(PROMPT) as writer:
+        for chunk in writer:
+            write(chunk, PROMPT)
+            chunk.commit()
+    del chunk
+    lease = client.read(client.prefetch(PROMPT).load_done.result(SOON).request_id)
+    held = [lease, client.stream(client.prefetch(PROMPT).request_id), client.store(OTHER), client.events()]
+    thread = dropped(client)
+    del client, writer, lease
+    with warnings.catch_warnings(record=True) as caught:
+        gc.collect()
+        assert verify(held[0], PROMPT) == [0, 1, 2] and held[0].held and len(list(held[1])) == CHUNKS
+        held[0].release()
+        held[1].release()
+        held[2].close()
+        held[3].close()
+        assert not caught and thread.is_alive()
+    with pytest.warns(ResourceWarning, match="a BlockingClient was not closed"):
+        let_go(held, thread)
 
 
 def test_a_connection_that_is_lost_is_told_and_comes_back() -> None:

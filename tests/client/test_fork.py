@@ -58,3 +58,12 @@ def test_what_was_begun_before_a_fork_neither_waits_nor_commits_in_the_child(loo
                 str([False] * 9),
                 "parent ok",
             ]
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_prefetch_that_was_pending_at_a_fork_is_done_in_the_child_with_an_error(loop: str) -> None:
+    with short_directory() as directory:
+        url = f"unix://{directory}/s"
+        with serve_in_process(url), forking("waits_for_a_prefetch", loop, url, directory) as said:
+            refused = "the prefetch was begun before a fork: begin another one in the child"
+            assert said.splitlines() == ["True CacheClosedError", f"CacheClosedError: {refused}"] * 2 + ["parent ok"]
