@@ -27,6 +27,12 @@ _TORCH_FORMATS = {
     "torch.int8": "b", "torch.int16": "h", "torch.int32": "i", "torch.int64": "q",
     "torch.uint8": "B", "torch.uint16": "H", "torch.uint32": "I", "torch.uint64": "Q",
 }  # fmt: skip
+_BYTEORDERS = {
+    order + kind: {"<": "little", ">": "big", "!": "big"}.get(order, sys.byteorder)
+    for order in ("", "@", "=", "<", ">", "!")
+    for kind in "bBhHiIlLqQnN"
+}
+"""By the format of a buffer of integers, the order of their bytes."""
 
 
 class ObjectKey(NamedTuple):
@@ -115,10 +121,9 @@ def _view_tensor(tensor: Any) -> memoryview:
 def _pack_buffer(view: memoryview) -> bytes:
     if view.ndim != 1:
         raise TypeError(f"it has {view.ndim} dimensions")
-    order, kind = view.format[:-1], view.format[-1:]
-    if kind not in tuple("bBhHiIlLqQnN") or order not in ("", "@", "=", "<", ">", "!"):
+    byteorder = _BYTEORDERS.get(view.format)
+    if byteorder is None:
         raise TypeError(f"its elements have the format {view.format!r}")
-    byteorder = {"<": "little", ">": "big", "!": "big"}.get(order, sys.byteorder)
     data = view.tobytes()
     if view.itemsize == 4:  # a negative id shows in its sign bit, checked by the caller
         return data if byteorder == "little" else _little_endian(array("I", data), byteorder)
@@ -129,7 +134,7 @@ def _pack_buffer(view: memoryview) -> bytes:
             raise OverflowError
         return low.tobytes() if byteorder == "little" else _little_endian(array("I", low.tobytes()), byteorder)
     code = {1: "b", 2: "h"}[view.itemsize]
-    words = array(code.upper() if kind.isupper() else code, data)
+    words = array(code.upper() if view.format.isupper() else code, data)
     if byteorder != sys.byteorder:
         words.byteswap()
     return _little_endian(array("I", words), sys.byteorder)
@@ -179,19 +184,22 @@ def check_media(media: Media, tokens: int) -> tuple[tuple[int, bytes], ...]:
 def chain_tokens(start: bytes, packed: bytes, chunk_tokens: int, media: Media = ()) -> list[bytes]:
     """Chunk hashes of packed token ids: hash(previous || ids of the chunk || the media that begin in it)."""
     size = chunk_tokens * 4
-    previous, hashes = start, []
-    extra = _media_by_chunk(media, chunk_tokens) if media else None
+    whole = len(packed) - len(packed) % size
+    previous = start
+    hashes: list[bytes] = []
+    extra = _media_by_chunk(media, chunk_tokens) if media else {}
     hasher = blake3()  # one for all: to make it takes as long as to hash a chunk
-    reset, update, digest = hasher.reset, hasher.update, hasher.digest
-    for begin in range(0, len(packed) - size + 1, size):
-        if begin % (size * _YIELD_CHUNKS) == 0 and begin:
+    reset, update, digest, append = hasher.reset, hasher.update, hasher.digest, hashes.append
+    for first in range(0, whole, size * _YIELD_CHUNKS):
+        if first:
             time.sleep(0)  # in a thread: who waits for the interpreter's lock gets it now, and not after 5 ms
-        reset()
-        update(previous + packed[begin : begin + size])
-        if extra is not None:
-            update(extra.get(begin // size, b""))
-        previous = digest()
-        hashes.append(previous)
+        for begin in range(first, min(first + size * _YIELD_CHUNKS, whole), size):
+            reset()
+            update(previous + packed[begin : begin + size])
+            if extra:
+                update(extra.get(begin // size, b""))
+            previous = digest()
+            append(previous)
     return hashes
 
 
