@@ -252,9 +252,11 @@ class L1Store:
             entry.retained = False
             self.unpin(entry)
 
-    def asked(self, prompt: Prompt) -> None:
-        """Note that a request asked for all chunks of a prompt, there or not."""
-        self.shares.of(prompt.salt).policy.asked(prompt.chunk_hashes, prompt.tokens, prompt.layout.chunk_tokens)
+    def asked(self, prompts: Sequence[Prompt], owner: str) -> None:
+        """Note that a request asked for all chunks of prompts of one owner, there or not."""
+        note = self.shares.of(owner).policy.asked
+        for prompt in prompts:
+            note(prompt.chunk_hashes, prompt.tokens, prompt.layout.chunk_tokens)
 
     def hint(
         self, prompt: Prompt, output_tokens: int | None, returns: bool | None, within_seconds: float | None

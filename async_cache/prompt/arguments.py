@@ -24,15 +24,17 @@ def parts_of(parts: Sequence[Prompt]) -> Parts:
     if isinstance(parts, Prompt) or not isinstance(parts, Sequence):
         raise TypeError(f"parts must be a sequence of prompts, not a {type(parts).__name__}")
     prompts = tuple(parts)
-    for prompt in prompts:
-        check_prompt(prompt)
+    if set(map(type, prompts)) - {Prompt}:
+        for prompt in prompts:
+            check_prompt(prompt)
     if not 1 <= len(prompts) <= MAX_PARTS:
         raise ValueError(f"a request has 1 to {MAX_PARTS} parts, not {len(prompts)}")
     first = prompts[0]
+    layout, salt = first.layout, first.salt
     for prompt in prompts:
-        if prompt.layout is not first.layout and prompt.layout != first.layout:
+        if prompt.layout is not layout and prompt.layout != layout:
             raise ValueError("the parts of a request have one layout: these have several")
-        if prompt.salt != first.salt:
+        if prompt.salt != salt:
             raise ValueError("the parts of a request have one salt: these have several")
     return Parts(prompts)
 

@@ -27,12 +27,12 @@ class Parts:
     def __init__(self, parts: tuple[Prompt, ...]):
         self.parts = parts
         self.layout, self.salt = parts[0].layout, parts[0].salt
-        self.tokens = sum(prompt.tokens for prompt in parts)
-        self.chunks = sum(prompt.chunks for prompt in parts)
+        self.tokens = sum([prompt.tokens for prompt in parts])
+        self.chunks = sum([prompt.chunks for prompt in parts])
         self.known_hashes: list[bytes] | None = None
         self._runs: tuple[Run, ...] = ()
         self._firsts: list[tuple[bytes | None, str]] = []
-        if all(prompt.hashed for prompt in parts):
+        if None not in [prompt.known_hashes for prompt in parts]:
             self.hash()
 
     @property

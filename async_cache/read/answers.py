@@ -49,10 +49,13 @@ def hits_of(request: Request, promised: Promised, adviser: Adviser | None) -> Lo
     if not isinstance(prompt, Parts):
         return _hits(request, promised, 0, prompt, request.from_l2, adviser)
     from_l2_by_part = _from_l2_by_part(request)
-    parts = [
-        _hits(request, promised, n, part, from_l2, None)
-        for n, (part, from_l2) in enumerate(zip(prompt.parts, from_l2_by_part, strict=True))
-    ]
+    if promised.misses or request.from_l2:
+        parts = [
+            _hits(request, promised, n, part, from_l2, None)
+            for n, (part, from_l2) in enumerate(zip(prompt.parts, from_l2_by_part, strict=True))
+        ]
+    else:
+        parts = _hits_in_l1(request, prompt)
     loads, sizes = promised.loads, prompt.layout.objects.sizes
     chunks, l2_chunks = request.length, _count(from_l2_by_part)
     if adviser is not None:
@@ -71,6 +74,25 @@ def hits_of(request: Request, promised: Promised, adviser: Adviser | None) -> Lo
         missed=_first([part.missed for part in parts]) if promised.misses else None,
         parts=tuple(parts),
     )
+
+
+def _hits_in_l1(request: Request, asked: Parts) -> list[LookupHits]:
+    """The hits of parts that are all there, in L1: without a call for each of many."""
+    request_id, chunk_tokens = request.request_id, asked.layout.chunk_tokens
+    return [
+        LookupHits(
+            request_id=request_id,
+            start_chunk=0,
+            chunks=length,
+            tokens=length * chunk_tokens,
+            l1_chunks=length,
+            l2_chunks=0,
+            found_chunks=length,
+            expected_load_seconds=0.0,
+            base_tokens=prompt.base_tokens,
+        )
+        for prompt, length in zip(asked.parts, request.lengths, strict=True)
+    ]
 
 
 def _hits(
@@ -106,10 +128,14 @@ def result_of(request: Request, shortfalls: Mapping[int, Shortfall], seconds: fl
     if not isinstance(prompt, Parts):
         return _result(request, prompt, request.lengths[0], len(request.from_l2), shortfalls.get(0), seconds)
     from_l2_by_part = _from_l2_by_part(request)
-    parts = [
-        _result(request, part, length, len(from_l2), shortfalls.get(n), seconds)
-        for n, (part, length, from_l2) in enumerate(zip(prompt.parts, request.lengths, from_l2_by_part, strict=True))
-    ]
+    if shortfalls or request.from_l2:
+        told = enumerate(zip(prompt.parts, request.lengths, from_l2_by_part, strict=True))
+        parts = [
+            _result(request, part, length, len(from_l2), shortfalls.get(n), seconds)
+            for n, (part, length, from_l2) in told
+        ]
+    else:
+        parts = _results_in_l1(request, prompt, seconds)
     chunks, l2_chunks = request.length, _count(from_l2_by_part)
     return SegmentResult(
         request_id=request.request_id,
@@ -122,6 +148,24 @@ def result_of(request: Request, shortfalls: Mapping[int, Shortfall], seconds: fl
         seconds=seconds,
         parts=tuple(parts),
     )
+
+
+def _results_in_l1(request: Request, asked: Parts, seconds: float) -> list[LoadResult]:
+    """The results of parts of which all that was promised is there, and was in L1: without a call for each of many."""
+    request_id, chunk_tokens = request.request_id, asked.layout.chunk_tokens
+    return [
+        LoadResult(
+            request_id=request_id,
+            start_chunk=0,
+            chunks=length,
+            tokens=length * chunk_tokens,
+            l1_chunks=length,
+            l2_chunks=0,
+            seconds=seconds,
+            base_tokens=prompt.base_tokens,
+        )
+        for prompt, length in zip(asked.parts, request.lengths, strict=True)
+    ]
 
 
 def _result(

@@ -194,11 +194,12 @@ class PrefetchController:
             self._fail(request)
 
     def _note_asked(self, request: Request) -> None:
-        for prompt in request.prompt.parts:
-            self._l1.asked(prompt)
-            for guard in self._guards.current:
-                guard.asked(prompt)
-            for note in self._observers.asking:
+        asked = request.prompt
+        self._l1.asked(asked.parts, asked.salt)
+        for guard in self._guards.current:
+            guard.asked(asked.parts)
+        for note in self._observers.asking:
+            for prompt in asked.parts:
                 note(prompt)
 
     def _fail(self, request: Request) -> None:

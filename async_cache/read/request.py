@@ -150,8 +150,12 @@ class Request:
 
     def promise_all(self) -> None:
         """Promise all that it asks for."""
-        lengths = list(map(len, self.runs))
-        self.promise(lengths, coverage.needed_of(self.prompt.layout, self.runs, lengths))
+        layout, runs = self.prompt.layout, self.runs
+        lengths = list(map(len, runs))
+        if layout.objects.windows:
+            self.promise(lengths, coverage.needed_of(layout, runs, lengths))
+        else:
+            self.promise(lengths, [layout.objects.prefix_mask] * len(self.hashes))
 
     def readable(self) -> list[Entry | None]:
         """What can be read, in the order of the prompts: a chunk that several have in common stands in each of them."""

@@ -400,11 +400,14 @@ class Guard:
         with self.in_use(chunk_hashes):
             pass
 
-    def asked(self, prompt: Prompt) -> None:
+    def asked(self, prompts: Sequence[Prompt]) -> None:
         """Tell a backend that learns from it what a request asked for. What it raises is logged."""
-        if self.backend.learns or self.bounds:
-            of = prompt.tokens, prompt.layout.chunk_tokens, prompt.origin
-            self._tell(lambda path: self.backend.asked(path, *of), prompt.chunk_hashes)
+        for prompt in prompts if self.backend.learns or self.bounds else ():
+            self._asked(prompt)
+
+    def _asked(self, prompt: Prompt) -> None:
+        of = prompt.tokens, prompt.layout.chunk_tokens, prompt.origin
+        self._tell(lambda path: self.backend.asked(path, *of), prompt.chunk_hashes)
 
     def hint(
         self, prompt: Prompt, output_tokens: int | None, returns: bool | None, within_seconds: float | None
