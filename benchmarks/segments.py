@@ -1,6 +1,7 @@
 """Segments: what reuse that is no prefix costs in quality, on a real model, and what it saves.
 
-    python benchmarks/segments.py quality [--cases 18]    the table of contexts and of what is computed anew
+    python benchmarks/segments.py quality [--cases 18] [--results FILE]
+                                                          the table of contexts and of what is computed anew
     python benchmarks/segments.py time                    first token, of 1,600 tokens, against a full prefill
     python benchmarks/segments.py keys                    moved keys against the model's, and what a move costs
     python benchmarks/segments.py index                   one request of 20 parts against one prompt of as many chunks
@@ -16,6 +17,7 @@ full prefill has in the second layer, to which all tokens have to be computed (t
 import argparse
 import asyncio
 import copy
+import json
 import os
 import random
 import statistics
@@ -48,7 +50,7 @@ DOCUMENTS = ["assert", "assignment", "atom-identifiers", "break", "class", "del"
 DOCUMENT_TOKENS = 340
 NEUTRAL_TOKENS = 256
 ANSWER_TOKENS = 20
-L1_BYTES = 2**28
+L1_BYTES = 2**29
 EARLY_LAYERS = 2  # of which deviation is measured in the last
 
 
@@ -182,38 +184,61 @@ def tokens_of(parts: list[Segment | Text]) -> list[int]:
     return [token for part in parts for token in part.tokens]
 
 
-async def quality(count: int) -> None:
-    """Print the table of methods."""
-    model, material = load()
-    prompts = cases(material, count)
-    lengths = [len(tokens_of(parts)) for parts in prompts]
-    rights = [full(model, tokens_of(parts)) for parts in prompts]
-    contexts = {
-        "system + 256 neutral": material.system + material.neutral,
-        "none": [],
-        "system": material.system,
-    }
-    print(f"{count} cases of {statistics.mean(lengths):.0f} tokens; full prefill is right by definition")
-    print(
-        "| context | computed anew of segments | KL, 20 tokens | KL, first | first token equal | of 20 equal "
-        "| answer equal | computed |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for name, context in contexts.items():
-        async with AsyncCache(CacheConfig(l1_bytes=L1_BYTES, l2=[])) as cache:
-            for method in methods(model):
-                prefill = method.prefill(cache, model, context=context, name=MODEL)
-                await prefill.prefill([Segment(document) for document in material.documents])
-                told = [await compare(model, prefill, *case) for case in zip(prompts, rights, strict=True)]
-                print(f"| {name} | {row(method, told)} |", flush=True)
-
-
 class Compared(NamedTuple):
     """One case beside its full prefill: divergence at each token, which of them are the same, the share computed."""
 
     divergence: list[float]
     equal: list[bool]
     computed: float
+
+
+Told = dict[tuple[str, str], dict[int, Compared]]
+"""What is known of each context and method: of each case, by its number."""
+
+
+async def quality(count: int, results: Path | None = None) -> None:
+    """Print the table of methods. Each case is added to `results`; what is there is not computed again."""
+    model, material = load()
+    told = known(results)
+    contexts = {"system + 256 neutral": material.system + material.neutral, "system": material.system, "none": []}
+    rows = [(name, method) for name in contexts for method in methods(model)]
+    stored: set[str] = set()
+    async with AsyncCache(CacheConfig(l1_bytes=L1_BYTES, l2=[])) as cache:
+        prefills = [method.prefill(cache, model, context=contexts[name], name=MODEL) for name, method in rows]
+        for number, parts in enumerate(cases(material, count)):
+            right: Right | None = None
+            for (name, method), prefill in zip(rows, prefills, strict=True):
+                compared = told.setdefault((name, method.name), {})
+                if number in compared:
+                    continue
+                if name not in stored:
+                    await prefill.prefill([Segment(document) for document in material.documents])
+                    stored.add(name)
+                right = right or full(model, tokens_of(parts))
+                compared[number] = await compare(model, prefill, parts, right)
+                if results is not None:
+                    with results.open("a") as file:
+                        print(json.dumps([name, method.name, number, compared[number]]), file=file)
+    print_table(rows, told)
+
+
+def known(results: Path | None) -> Told:
+    """The cases that an earlier run has written."""
+    told: Told = {}
+    for line in results.read_text().splitlines() if results is not None and results.exists() else ():
+        context, method, number, compared = json.loads(line)
+        told.setdefault((context, method), {})[number] = Compared(*compared)
+    return told
+
+
+def print_table(rows: list[tuple[str, Method]], told: Told) -> None:
+    print(
+        "| context | computed anew of segments | cases | KL, 20 tokens | KL, first | first token equal | of 20 equal "
+        "| answer equal | computed |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for context, method in rows:
+        print(f"| {context} | {row(method, list(told[context, method.name].values()))} |")
 
 
 async def compare(model: Any, prefill: SegmentedPrefill, parts: list[Segment | Text], right: Right) -> Compared:
@@ -229,10 +254,9 @@ def row(method: Method, told: list[Compared]) -> str:
     first = statistics.mean(case.divergence[0] for case in told)
     same = statistics.mean(sum(case.equal) for case in told)
     cost = statistics.mean(case.computed + method.to_choose * (1 - case.computed) for case in told)
-    of = f"of {len(told)}"
     return (
-        f"{method.name} | {mean:.3f} | {first:.3f} | {sum(case.equal[0] for case in told)} {of} | {same:.1f} "
-        f"| {sum(all(case.equal) for case in told)} {of} | {cost:.0%}"
+        f"{method.name} | {len(told)} | {mean:.3f} | {first:.3f} | {sum(case.equal[0] for case in told)} | {same:.1f} "
+        f"| {sum(all(case.equal) for case in told)} | {cost:.0%}"
     )
 
 
@@ -338,6 +362,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["quality", "time", "keys", "index"])
     parser.add_argument("--cases", type=int, default=18)
+    parser.add_argument("--results", type=Path, help="of quality, by case: what is there is not computed again")
     parser.add_argument("--threads", type=int, default=1, help="that compute")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -346,7 +371,7 @@ def main() -> None:
     elif options.what == "index":
         asyncio.run(index())
     else:
-        asyncio.run(quality(options.cases) if options.what == "quality" else first_token())
+        asyncio.run(quality(options.cases, options.results) if options.what == "quality" else first_token())
 
 
 if __name__ == "__main__":
