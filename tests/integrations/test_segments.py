@@ -46,9 +46,14 @@ PARTS = [Text(passage(1, 19)), Segment(passage(2, 29)), Segment(passage(3, 16)),
 SEGMENT_CHUNKS = 5
 
 
-def make_model(**sizes):
+def make_kind(kind, **sizes):
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | sizes, name_or_path="tiny")).eval()
+    config = getattr(transformers, f"{kind}Config")(**SIZES | sizes, name_or_path="tiny")
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def make_model(**sizes):
+    return make_kind("Llama", **sizes)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -337,22 +342,67 @@ async def test_what_cannot_be_a_prompt_is_refused(model):
                 make(cache, model, **options)
 
 
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MLA = {
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 3,  # no layer has experts
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
+
+
+def scaled(rope_type, **scaling):
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10_000.0, **scaling}}
+
+
 @pytest.mark.parametrize(
-    "sizes",
+    ("kind", "sizes", "why"),
     [
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}},
-        {"num_key_value_heads": 2, "sliding_window": 8},
+        ("Llama", scaled("dynamic", factor=2.0), "be cached: its dynamic positions depend on the length"),
+        (
+            "Phi3",
+            IDS | scaled("longrope", factor=2.0, short_factor=[1.0] * 4, long_factor=[4.0] * 4),
+            "be cached: its longrope positions depend on the length",
+        ),
+        ("Mistral", {"sliding_window": 8}, "be cached: layer 0 has no full attention"),
+        (
+            "Qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "be cached: layer 1 has no",
+        ),
+        ("Gemma3Text", {"head_dim": 8}, "be cached: layer 0 has no full attention"),
+        ("DeepseekV3", MLA, "be cached: keys and values of a token are not all alike"),
+        ("Mamba", {}, "be cached: layer 0 has no full attention"),
+        ("GPT2", IDS | {"n_head": 4, "n_positions": 2048}, "have its KV moved: it has no rotary positions"),
+        ("Falcon", IDS | {"alibi": True}, "have its KV moved: layer 0 at another position is not the same"),
     ],
 )
-async def test_a_model_whose_kv_depends_on_more_than_its_place_is_refused(sizes):
-    if "sliding_window" in sizes:
-        torch.manual_seed(0)
-        model = transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES | sizes, name_or_path="tiny")).eval()
-    else:
-        model = make_model(**sizes)
+async def test_a_model_whose_kv_depends_on_more_than_its_place_is_refused(kind, sizes, why):
     async with open_cache() as cache:
-        with pytest.raises(ValueError, match="cannot be cached"):
-            make(cache, model)
+        with pytest.raises(ValueError, match=f"'tiny' cannot {why}"):
+            make(cache, make_kind(kind, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("Qwen2", {}),
+        ("Mistral", {"sliding_window": None}),
+        ("Phi3", IDS),
+        ("GPTNeoX", IDS),  # a quarter of the dimensions turns
+        ("Llama", scaled("linear", factor=4.0)),
+    ],
+)
+async def test_a_model_that_turns_its_keys_is_let_in_and_a_hit_is_what_it_computes(kind, sizes):
+    model = make_kind(kind, **sizes)
+    async with open_cache() as cache:
+        cold = await make(cache, model).prefill(PARTS)
+        warm = await make(cache, model).prefill(PARTS)
+        assert (cold.result.chunks, warm.result.chunks) == (0, 2 + SEGMENT_CHUNKS)
+        assert same(cold, warm)
 
 
 def test_tokens_are_cut_behind_each_separator():
