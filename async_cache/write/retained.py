@@ -22,7 +22,7 @@ from async_cache.config import CacheConfig
 from async_cache.errors import BackendError, CacheClosedError
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
-from async_cache.l2.guard.guards import Guards, held_by
+from async_cache.l2.guard.guards import Guards, ask_all, held_by
 from async_cache.prompt import coverage
 from async_cache.prompt.layout import Prompt
 from async_cache.retention.allowance import Allowance
@@ -62,7 +62,7 @@ class Retentions:
         self._by_name: dict[str, Retention] = {}
         self._count: Counter[str] = Counter()  # by owner
         self._being_held: set[Retention] = set()  # not decided yet
-        self._removals = 0
+        self._changes = 0  # of what may be kept: chunks were removed, or a backend has come or gone
         self._carrier = Carrier()
         self._backlog = Backlog(_AT_ONCE)
         l1_allowance = Allowance(lambda: l1.arena.size_bytes, self._share)
@@ -129,7 +129,7 @@ class Retentions:
             Clipped.NOT_STORED,
             self._clock() + ttl_seconds,
             {},
-            {tier: tier.chunk_bytes(layout) for tier in (self._l1_tier, *self._tiers.values())},
+            {},
         )
         before = self._by_name.get(name)
         if not ttl_seconds:
@@ -139,7 +139,7 @@ class Retentions:
         elif hashes:
             self._being_held.add(retention)
             try:
-                await self._hold_unremoved(retention, prompt, hashes)
+                await self._hold_unchanged(retention, prompt, hashes)
             finally:
                 self._being_held.discard(retention)
         tiers = set(retention.held)
@@ -153,39 +153,33 @@ class Retentions:
         await self._note(name, tiers)
         return self._told(retention)
 
-    async def _hold_unremoved(self, retention: Retention, prompt: Prompt, hashes: Sequence[bytes]) -> None:
-        """Keep what is there, and begin anew where some of it may have been removed meanwhile."""
+    async def _hold_unchanged(self, retention: Retention, prompt: Prompt, hashes: Sequence[bytes]) -> None:
+        """Keep what is there, and begin anew where some of it may have been removed, or a backend come or gone."""
         for _ in range(_TRIES):
-            removals = self._removals
+            changes = self._changes
             await self._hold(retention, prompt, hashes)
-            if removals == self._removals:
+            if changes == self._changes:
                 return
             self._release(retention, 0)
             retention.chunks, retention.clipped = 0, Clipped.NOT_STORED
 
     async def _hold(self, retention: Retention, prompt: Prompt, hashes: Sequence[bytes]) -> None:
         """Keep what is there of these chunks, from the head on, as far as there is room, and say how much that is."""
-        layout, tiers = prompt.layout, [self._l1_tier, *self._tiers.values()]
+        layout, guards, tiers = prompt.layout, list(self._tiers), [self._l1_tier, *self._tiers.values()]
         objects, full = layout.objects, layout.objects.full_mask
+        retention.chunk_bytes |= {tier: tier.chunk_bytes(layout) for tier in tiers}
         refused: dict[Tier, Clipped] = {}
         held: list[int] = []  # by chunk, the objects that some tier has, and keeps
         stored: list[int] = []  # those that are there
         why: list[Clipped] = []
         try:
             async for part in InTurns(hashes, max(1, _AT_ONCE // full.bit_count())):
-                there = await self._find(prompt, part)
-                kept, all_there = [0] * len(part), [0] * len(part)
-                for tier, masks in zip(tiers, [self._in_l1(part), *there], strict=True):
-                    some = [h for h, mask in zip(part, masks, strict=True) if mask] if tier.guard is None else part
-                    taken = self._take(retention, tier, some) if tier not in refused else 0
-                    if taken < len(some):
-                        refused.setdefault(tier, tier.allowance.room(retention.owner)[1])
-                    mine = set(some[:taken])
-                    for n, mask in enumerate(masks):
-                        all_there[n] |= mask
-                        kept[n] |= mask if part[n] in mine else 0
-                for guard, masks in zip(self._tiers, there, strict=True):
-                    guard.unpin(objects.keys([(h, mask) for h, mask in zip(part, masks, strict=True) if mask]))
+                there = await self._find(prompt, part, guards)
+                try:
+                    kept, all_there = self._take_each(retention, tiers, part, [self._in_l1(part), *there], refused)
+                finally:
+                    for guard, masks in zip(guards, there, strict=True):
+                        guard.unpin(objects.keys([(h, mask) for h, mask in zip(part, masks, strict=True) if mask]))
                 held += kept
                 stored += all_there
                 reasons = set(refused.values())
@@ -206,12 +200,33 @@ class Retentions:
                 retention.clipped = Clipped.MEMORY if promised_nowhere else Clipped.NOT_STORED
         self._release(retention, length, set(hashes[length : len(held)]))
 
-    async def _find(self, prompt: Prompt, hashes: Sequence[bytes]) -> list[list[int]]:
-        """By backend that retains, the objects of each chunk that it has, and has pinned."""
+    def _take_each(
+        self,
+        retention: Retention,
+        tiers: Sequence[Tier],
+        hashes: Sequence[bytes],
+        there: Sequence[Sequence[int]],
+        refused: dict[Tier, Clipped],
+    ) -> tuple[list[int], list[int]]:
+        """Keep these chunks in each tier that has some of them; by chunk, the objects that are kept, and all."""
+        kept, all_there = [0] * len(hashes), [0] * len(hashes)
+        for tier, masks in zip(tiers, there, strict=True):
+            some = [h for h, mask in zip(hashes, masks, strict=True) if mask] if tier.guard is None else hashes
+            taken = self._take(retention, tier, some) if tier not in refused else 0
+            if taken < len(some):
+                refused.setdefault(tier, tier.allowance.room(retention.owner)[1])
+            mine = set(some[:taken])
+            for n, mask in enumerate(masks):
+                all_there[n] |= mask
+                kept[n] |= mask if hashes[n] in mine else 0
+        return kept, all_there
+
+    async def _find(self, prompt: Prompt, hashes: Sequence[bytes], guards: Sequence[Guard]) -> list[list[int]]:
+        """By backend, the objects of each chunk that it has, and has pinned."""
         objects = prompt.layout.objects
         keys = objects.keys([(chunk_hash, objects.full_mask) for chunk_hash in hashes])
         members = objects.members[objects.full_mask]
-        answers = await asyncio.gather(*(guard.lookup(keys, prompt.salt) for guard in self._tiers))
+        answers = await ask_all(guards, keys, prompt.salt)
         return [
             [
                 sum(
@@ -283,7 +298,7 @@ class Retentions:
 
     async def removed(self, chunk_hashes: Sequence[bytes] | None) -> None:
         """End the retentions of chunks that somebody removed, or of all if None."""
-        self._removals += 1
+        self._changes += 1
         gone = set(chunk_hashes) if chunk_hashes is not None else set()
         async for some in InTurns(list(self._by_name.values()), 32):
             for retention in some:
@@ -298,6 +313,7 @@ class Retentions:
         """Keep in one backend more what is retained, as far as there is room."""
         tier = self._join(guard)
         if tier is not None:
+            self._changes += 1
             for retention in self._by_name.values():
                 retention.chunk_bytes[tier] = min(retention.chunk_bytes.values(), default=1)
                 self._take(retention, tier, retention.hashes)
@@ -315,6 +331,7 @@ class Retentions:
         """Forget a backend that is about to be closed; what no other tier keeps is not retained any more."""
         tier = self._tiers.pop(guard, None)
         if tier is not None:
+            self._changes += 1
             for retention in list(self._by_name.values()):
                 if retention.held.pop(tier, None) and not retention.held:
                     self._expire(retention)

@@ -24,6 +24,7 @@ from .support import (
     make_prompt,
     open_cache,
     read_back,
+    seed,
     settle,
 )
 
@@ -216,6 +217,46 @@ async def test_a_backend_that_comes_keeps_what_is_retained_and_one_that_goes_tak
         assert await count_hits(cache, prompt) == 3
         await cache.remove_backend("second")
         assert await cache.retained() == []
+
+
+@pytest.mark.embedded
+async def test_a_backend_may_come_while_a_prompt_is_being_retained() -> None:
+    silent, other = GatedBackend(MemoryBackend("silent")), MemoryBackend("other")
+    async with open_cache(silent, pages=4) as cache:
+        prompt = make_prompt(3)
+        await seed(silent.inner, prompt)
+        silent.hold("lookup")
+        retaining = asyncio.create_task(cache.retain(prompt))
+        await silent.reached("lookup")
+        await cache.add_backend(other)
+        silent.release()
+        assert (await retaining).chunks == 3
+        assert [kept.chunks for kept in await cache.retained()] == [3]
+        await cache.retain(prompt, ttl_seconds=0)
+        await settle()
+        assert silent.inner.pins == other.pins == 0
+
+
+@pytest.mark.embedded
+async def test_a_backend_may_go_while_a_long_prompt_is_being_retained() -> None:
+    silent, other = GatedBackend(MemoryBackend("silent")), MemoryBackend("other")
+    prompt = make_prompt(300)  # more than are looked at in one step
+    for backend in (silent.inner, other):
+        await seed(backend, prompt)
+    async with open_cache(silent, other, pages=4) as cache:
+        silent.hold("lookup")
+        retaining = asyncio.create_task(cache.retain(prompt))
+        await silent.reached("lookup")
+        removing = asyncio.create_task(cache.remove_backend("other"))
+        await settle()
+        silent.release()
+        silent.hold("lookup")  # that of the second step
+        await removing
+        silent.release()
+        assert (await retaining).chunks == 300
+        await cache.retain(prompt, ttl_seconds=0)
+        await settle()
+        assert silent.inner.pins == other.pins == 0
 
 
 async def test_a_load_that_warms_leaves_nothing_leased() -> None:
