@@ -283,10 +283,14 @@ class Retentions:
         self._release(retention, 0)
 
     def _expire(self, retention: Retention) -> None:
+        self._note_soon(retention.name, self._forget(retention))
+
+    def _forget(self, retention: Retention) -> set[Tier]:
+        """End a retention; the tiers that are to be told."""
         tiers = set(retention.held)
         self._by_name.pop(retention.name, None)
         self._end(retention)
-        self._note_soon(retention.name, tiers)
+        return tiers
 
     def _keep_in_l1(self, hashes: Sequence[bytes]) -> None:
         for entry in filter(None, map(self._l1.find, hashes)):
@@ -297,15 +301,18 @@ class Retentions:
             self._l1.unretain(entry)
 
     async def removed(self, chunk_hashes: Sequence[bytes] | None) -> None:
-        """End the retentions of chunks that somebody removed, or of all if None."""
+        """End the retentions of chunks that somebody removed, or of all if None; no restart brings them back."""
         self._changes += 1
         gone = set(chunk_hashes) if chunk_hashes is not None else set()
         async for some in InTurns(list(self._by_name.values()), 32):
-            for retention in some:
-                if self._by_name.get(retention.name) is not retention:
-                    continue
-                if chunk_hashes is None or any(not gone.isdisjoint(hashes) for hashes in retention.held.values()):
-                    self._expire(retention)
+            ended = [
+                retention
+                for retention in some
+                if self._by_name.get(retention.name) is retention
+                and (chunk_hashes is None or any(not gone.isdisjoint(h) for h in retention.held.values()))
+            ]
+            told = [(retention.name, self._forget(retention)) for retention in ended]
+            await asyncio.gather(*(self._note(*each) for each in told))
 
     # Backends come and go.
 

@@ -204,6 +204,27 @@ async def test_a_restart_keeps_what_is_retained_where_the_tier_outlives_it() -> 
 
 
 @pytest.mark.embedded
+@pytest.mark.parametrize("how", ["delete", "clear"])
+async def test_what_a_deletion_has_ended_no_restart_brings_back_however_soon_it_comes(how: str) -> None:
+    class SlowToForget(MemoryBackend):
+        async def keep_note(self, name: str, note: bytes | None) -> None:
+            if note is None:
+                await asyncio.sleep(0.5)
+            await super().keep_note(name, note)
+
+    backend, prompt = SlowToForget(), make_prompt(3)
+    async with open_cache(backend) as cache:
+        await fill(cache, prompt)
+        await cache.flush()
+        assert (await cache.retain(prompt)).chunks == 3
+        await (cache.delete(prompt) if how == "delete" else cache.clear(tier="all"))
+    async with open_cache(backend) as cache:
+        assert await cache.retained() == []
+        await assert_nothing_held(cache)
+    assert backend.pins == 0
+
+
+@pytest.mark.embedded
 async def test_a_backend_that_comes_keeps_what_is_retained_and_one_that_goes_takes_its_own_along() -> None:
     first, second = MemoryBackend("first"), MemoryBackend("second", capacity_bytes=16 * OBJECT_BYTES)
     async with open_cache(first, pages=4) as cache:
