@@ -3,6 +3,7 @@
 writing    opens writers: reserve room, publish what is committed, give back the rest
 writeback  L1 -> L2, behind the requests: what waits, and who waits for it
 flushes    who waits until what was committed before is stored
+pending    a chunk that waits for a backend, and a batch that is being stored
 queue      the chunks that wait for one backend: batches, calls, attempts
 tally      what is counted of the write-back of one owner
 wear       what is left of what may be written to a backend in a day, over restarts

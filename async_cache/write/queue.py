@@ -4,13 +4,9 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from enum import Enum
 from functools import partial
 from itertools import compress, islice
 from operator import not_
-from typing import NamedTuple
-
-from msgspec import Struct
 
 from async_cache.errors import BackendError
 from async_cache.l1.entry import Entry
@@ -23,6 +19,7 @@ from async_cache.l2.guard.guards import held_by
 from async_cache.l2.placement import Placing
 from async_cache.observe import Observers, notify
 from async_cache.prompt.keys import ObjectKey
+from async_cache.write.pending import NEW, Outcome, Pending, Tried, Write, prefixes_of
 from async_cache.write.wear import note_budget, recall_budget
 
 log = logging.getLogger(__name__)
@@ -30,58 +27,12 @@ log = logging.getLogger(__name__)
 _BATCH_BYTES = 32 * 2**20
 _OBJECT_BYTES = 4096  # that an object costs beside its own: a name, a record, a page
 _BATCH_OBJECTS = 256  # of a call: the loop handles so many in a millisecond or two, and a disk has time for their names
-_PREFIX_CHUNKS = 2048  # in front of a batch that are kept, in one step of the loop: two or three milliseconds
 _OWNER = "\0write-back"  # of what it looks up; no salt has a control character
 _ATTEMPTS = 5
 _FEWER_BITS = 2  # a quarter as many chunks with each call that raised: one in the last attempt
 _FIRST_BACKOFF_SECONDS = 0.1
 _ENDED_AT_ONCE = 1024
 _LOADS_GO_FIRST_SECONDS = 1.0  # how long a write gives way to loads
-
-
-class Pending(Struct, eq=False, gc=False):
-    """A chunk that some backend has not stored yet. How many queues it is in is its entry's `unwritten`."""
-
-    entry: Entry
-    epoch: int  # in which it began to wait, see `flushes`
-    hashes: Sequence[bytes]  # of a prompt that it is a chunk of
-    number: int  # which of them it is
-    stored: int = 0  # the objects that some backend has stored since then, by bit
-    dropped: bool = False  # some backend did not take it
-    later: "tuple[WriteQueue, ...]" = ()  # those that have a turn when no queue has it any more
-
-
-class Tried(NamedTuple):
-    """How often a chunk was in a call that did not store it, and how many of these raised for all of their chunks."""
-
-    attempts: int = 0
-    raised: int = 0
-
-
-_NEW = Tried()
-
-
-class Outcome(Enum):
-    """How a chunk left a queue."""
-
-    STORED = "stored"
-    DROPPED = "dropped"  # the backend did not take it, or L1 needed its room
-    WITHDRAWN = "withdrawn"  # it was deleted, or more of it waits for its turn
-    REFUSED = "refused"  # the backend could never take it
-
-
-class Write:
-    """A batch that is being stored: RUNNING -> ENDED. It holds its chunks until then, also where it was given up."""
-
-    __slots__ = ("batch", "ended", "size_bytes")
-
-    def __init__(self, batch: list[Pending]):
-        self.batch = batch
-        self.size_bytes = sum(pending.entry.room_bytes for pending in batch)
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def __repr__(self) -> str:
-        return f"<Write of {len(self.batch)} chunks, {'ended' if self.ended.done() else 'running'}>"
 
 
 class WriteQueue:
@@ -302,13 +253,13 @@ class WriteQueue:
         while (pending := self._first_that_fits()) is not None:
             size += pending.entry.room_bytes
             objects += pending.entry.present.bit_count()
-            tried = self._tried.get(pending, _NEW)
+            tried = self._tried.get(pending, NEW)
             if tried.raised and is_well:
                 together = min(together, _BATCH_OBJECTS >> _FEWER_BITS * tried.raised)
             if batch and (size > limit or objects > _BATCH_OBJECTS or len(batch) >= together):
                 break
             batch.append(self.waiting.pop())
-            self.in_flight[pending] = self._tried.pop(pending, _NEW)
+            self.in_flight[pending] = self._tried.pop(pending, NEW)
         return batch
 
     async def _write(self, batch: list[Pending]) -> bool:
@@ -325,7 +276,7 @@ class WriteQueue:
         stored: set[ObjectKey] = set()
         answered = False
         try:
-            with self.guard.in_use(_prefixes(batch)):
+            with self.guard.in_use(prefixes_of(batch)):
                 answered = await self._store(batch, keys, stored)
         finally:
             unstored = {pending for key, pending in keys.items() if key not in stored}
@@ -447,26 +398,3 @@ class WriteQueue:
 
     def __repr__(self) -> str:
         return f"<WriteQueue of {self.guard.name}, {len(self.waiting)} waiting, {len(self.in_flight)} in flight>"
-
-
-def _prefixes(batch: Sequence[Pending]) -> list[bytes]:
-    """The chunks of a batch and those next in front of them, each once, behind those that it builds on.
-
-    None where nothing lies in front: of what is stored in one go, a backend keeps the order itself. So many that the
-    loop is not held for long, whatever the prompt's length: the head of a longer one is in use again when it is looked
-    up, as a whole.
-    """
-    stored = {pending.entry.chunk_hash for pending in batch}
-    if all(not pending.number or pending.hashes[pending.number - 1] in stored for pending in batch):
-        return []
-    seen: set[bytes] = set()
-    prefixes: list[list[bytes]] = []
-    for pending in batch:
-        hashes, end = pending.hashes, pending.number + 1
-        begin = end
-        room = max(1, _PREFIX_CHUNKS - len(seen))  # for itself in any case
-        while begin and end - begin < room and hashes[begin - 1] not in seen:
-            begin -= 1
-        seen.update(hashes[begin:end])
-        prefixes.append(list(hashes[begin:end]))
-    return [chunk_hash for prefix in prefixes for chunk_hash in prefix]

@@ -20,7 +20,8 @@ from async_cache.read.load import ChunkLoad
 from async_cache.values import BackendState, FlushResult
 from async_cache.write.admission import Admission
 from async_cache.write.flushes import Flushes
-from async_cache.write.queue import Outcome, Pending, WriteQueue
+from async_cache.write.pending import Outcome, Pending
+from async_cache.write.queue import WriteQueue
 from async_cache.write.tally import Tallies
 from async_cache.write.wear import note_budget
 

@@ -445,7 +445,7 @@ def calls_in_a_step(chunks):
             gc.enable()
 
     with small_steps(64), ExitStack() as stack:
-        for name in ("write.queue._BATCH_OBJECTS", "write.queue._PREFIX_CHUNKS", "read.batches._BATCH_CHUNKS"):
+        for name in ("write.queue._BATCH_OBJECTS", "write.pending._PREFIX_CHUNKS", "read.batches._BATCH_CHUNKS"):
             stack.enter_context(patch(f"async_cache.{name}", 64))
         asyncio.run(counted())
     return steps.most

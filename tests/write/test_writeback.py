@@ -16,7 +16,7 @@ from async_cache.prompt.objects import ChunkObjects
 from async_cache.testing import FailingBackend, GatedBackend
 from async_cache.testing.backends import WrappedBackend
 from async_cache.testing.virtual import run_virtual
-from async_cache.write.queue import Pending, _prefixes
+from async_cache.write.pending import Pending, prefixes_of
 
 PAGE = 4096
 LAYOUT = ModelLayout("model", (ObjectGroup((16,), "uint8"),), chunk_tokens=4)
@@ -208,7 +208,7 @@ def test_what_is_in_front_of_a_batch_is_named_once_and_first() -> None:
     one, other = LAYOUT.prompt(range(40)), LAYOUT.prompt([*range(20), *range(100, 120)])
     entry = Entry(b"", LAYOUT)
     batch = [Pending(entry, 0, of.chunk_hashes, number) for of, number in ((one, 3), (one, 7), (other, 6), (one, 1))]
-    assert _prefixes(batch) == [*one.chunk_hashes[:8], *other.chunk_hashes[5:7]]
+    assert prefixes_of(batch) == [*one.chunk_hashes[:8], *other.chunk_hashes[5:7]]
 
 
 @pytest.mark.parametrize("alone", [True, False])
