@@ -1,6 +1,7 @@
 """A backend as the cache sees it: what stands before each, and which there are.
 
 guard     one backend: every call ends, counts once, and is metered
+told      what it is told, and says at once: what it raises then is logged
 call      one call to it
 listing   all that it holds, part by part
 breaker   leaves a failing backend alone for a while

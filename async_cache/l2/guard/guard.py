@@ -3,8 +3,7 @@
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from itertools import compress
 from typing import Any, Self, TypeVar
@@ -15,7 +14,6 @@ from async_cache.config import CacheConfig
 from async_cache.errors import BackendError
 from async_cache.l2.backend import (
     Backend,
-    Coming,
     Loaded,
     LoadOutcome,
     LookupNowait,
@@ -31,12 +29,12 @@ from async_cache.l2.guard.failures import Failures
 from async_cache.l2.guard.fair import Gate
 from async_cache.l2.guard.listing import Listing, next_keys
 from async_cache.l2.guard.meter import Meter
+from async_cache.l2.guard.told import Told, those_found
 from async_cache.ledger.ledger import Ledger
 from async_cache.prompt.keys import ObjectKey
-from async_cache.prompt.layout import ModelLayout, Prompt
+from async_cache.prompt.layout import ModelLayout
 from async_cache.prompt.origin import Selection
-from async_cache.retention.quotas import Bounds
-from async_cache.values import BackendState, BackendUsage, Removal
+from async_cache.values import BackendState, Removal
 
 T = TypeVar("T")
 
@@ -57,14 +55,14 @@ class Timeouts(Struct, frozen=True):
     store_seconds: float = 30.0
 
 
-class Guard:
+class Guard(Told):
     """A backend with its timeouts, its breaker, its meter, and the calls that are out."""
 
     def __init__(
         self, backend: Backend, breaker: Breaker, timeouts: Timeouts | None = None, ledger: Ledger | None = None
     ):
+        super().__init__(backend)
         self._loop = asyncio.get_running_loop()
-        self.backend = backend
         self.breaker = breaker
         self.timeouts = timeouts if timeouts is not None else Timeouts()
         self.meter = Meter()
@@ -81,11 +79,6 @@ class Guard:
         budget = backend.placement.write_budget
         self.budget = WriteBudget(budget, self._loop.time) if budget is not None else None
         """What may be written to it, where its URL bounds that."""
-        self.bounds = Bounds(most=lambda quota: quota.l2_bytes)
-        """What owners have of it, and may have at most."""
-        self.uses = 0
-        """Pins that are held, and those who need the backend to stay: it is not closed before they are gone."""
-        self._unused: asyncio.Event | None = None  # while somebody waits for that
         self._storing: dict[Call[list[bool]], Sequence[ObjectKey]] = {}
         self._searches = Gate(_SEARCHED_TOGETHER)
         self.removals = Gate(_REMOVED_TOGETHER)
@@ -113,16 +106,6 @@ class Guard:
         )
         self.bounds.change(config.parsed_quotas)
         self.backend.bound(self.bounds)
-
-    @property
-    def name(self) -> str:
-        """The name of the backend."""
-        return self.backend.name
-
-    @property
-    def about(self) -> dict[str, str]:
-        """What a line of the log is about."""
-        return {"backend": self.backend.name}
 
     # Calls.
 
@@ -167,7 +150,7 @@ class Guard:
             self.stored_bytes += stored_bytes
             if self.budget is not None:
                 self.budget.wrote(stored_bytes)
-            for chunk_hash in {key.chunk_hash for key in _those_found(keys, stored)}:
+            for chunk_hash in {key.chunk_hash for key in those_found(keys, stored)}:
                 self._ledger.stored(self.name, chunk_hash, self.backend.ttl_seconds)
 
     async def stores_ended(self, chunk_hashes: Collection[bytes] | None) -> bool:
@@ -306,7 +289,7 @@ class Guard:
         def answered() -> None:
             found = call.returned()
             if isinstance(found, list):
-                self._tell(self.backend.unpin, _those_found(keys, found))
+                self._tell(self.backend.unpin, those_found(keys, found))
 
         call.when_ended(answered)
 
@@ -358,77 +341,6 @@ class Guard:
         finally:
             call.cancel()
 
-    def unpin(self, keys: Sequence[ObjectKey]) -> None:
-        """Give back one pin of each key. What the backend raises is logged."""
-        self._tell(self.backend.unpin, keys)
-        self._no_longer_used(len(keys))
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Have the backend stay open within the block."""
-        self.uses += 1
-        try:
-            yield
-        finally:
-            self._no_longer_used(1)
-
-    def _no_longer_used(self, uses: int) -> None:
-        self.uses -= uses
-        if self._unused is not None and self.uses <= 0:
-            self._unused.set()
-
-    async def wait_until_unused(self) -> None:
-        """Wait until nobody uses the backend: it has an end where nobody begins to, since every call has."""
-        while self.uses > 0:
-            self._unused = asyncio.Event()
-            await self._unused.wait()
-
-    @contextmanager
-    def in_use(self, chunk_hashes: Sequence[bytes]) -> Iterator[None]:
-        """Chunks in front of what is looked up or stored: they stay meanwhile, and were used as recently.
-
-        They come in the order of their prefix. What the backend raises is logged.
-        """
-        self._tell(self.backend.pin_prefix, chunk_hashes)
-        try:
-            yield
-        finally:
-            self._tell(self.backend.unpin_prefix, chunk_hashes)
-
-    def touch_prefix(self, chunk_hashes: Sequence[bytes]) -> None:
-        """Say that these chunks were used just now, in the order of their prefix."""
-        with self.in_use(chunk_hashes):
-            pass
-
-    def asked(self, prompts: Sequence[Prompt]) -> None:
-        """Tell a backend that learns from it what a request asked for. What it raises is logged."""
-        for prompt in prompts if self.backend.learns or self.bounds else ():
-            self._asked(prompt)
-
-    def _asked(self, prompt: Prompt) -> None:
-        of = prompt.tokens, prompt.layout.chunk_tokens, prompt.origin
-        self._tell(lambda path: self.backend.asked(path, *of), prompt.chunk_hashes)
-
-    def hint(
-        self, prompt: Prompt, output_tokens: int | None, returns: bool | None, within_seconds: float | None
-    ) -> None:
-        """Tell a backend that learns from it what is known of the future of a prompt. What it raises is logged."""
-        if self.backend.learns:
-            known = output_tokens, returns, within_seconds
-            self._tell(lambda path: self.backend.hint(path, *known), prompt.chunk_hashes)
-
-    def coming(self, chunks: Sequence[Coming]) -> None:
-        """Tell the backend what is about to be stored. What it raises is logged."""
-        self._tell(self.backend.coming, chunks)
-
-    def retain(self, chunk_hashes: Sequence[bytes]) -> None:
-        """Have the backend keep these chunks, there or not, until `unretain`. What it raises is logged."""
-        self._tell(self.backend.retain, chunk_hashes)
-
-    def unretain(self, chunk_hashes: Sequence[bytes]) -> None:
-        """Have the backend keep these chunks no longer. What it raises is logged."""
-        self._tell(self.backend.unretain, chunk_hashes)
-
     async def notes(self) -> dict[str, bytes]:
         """The notes that the backend has kept. Raises BackendError."""
         return await self._carried_out((), self.backend.notes)
@@ -436,34 +348,6 @@ class Guard:
     async def keep_note(self, name: str, note: bytes | None) -> None:
         """Have the backend keep a note, or forget it. Raises BackendError."""
         await self._carried_out((), self.backend.keep_note, name, note)
-
-    def _tell(self, verb: Callable[[Sequence[T]], None], what: Sequence[T]) -> None:
-        if not what:
-            return
-        try:
-            verb(what)
-        except (Exception, asyncio.CancelledError):
-            log.exception("backend %s could not %s", self.name, getattr(verb, "__name__", verb), extra=self.about)
-
-    def chunks_without_origin(self) -> int | None:
-        """How many chunks the backend has of which it does not know what they are of; None: it knows that of none."""
-        try:
-            return self.backend.chunks_without_origin()
-        except (Exception, asyncio.CancelledError):
-            log.exception("backend %s could not say what it knows", self.name, extra=self.about)
-            return None
-
-    def unpin_found(self, keys: Sequence[ObjectKey], found: Sequence[bool]) -> None:
-        """Give back the pins of those keys that were found. There may be fewer or more answers than keys."""
-        self.unpin(_those_found(keys, found))
-
-    def usage(self) -> BackendUsage | None:
-        """What the backend holds, as far as it knows; None if it cannot say."""
-        try:
-            return self.backend.usage()
-        except (Exception, asyncio.CancelledError):
-            log.exception("backend %s could not say what it holds", self.name, extra=self.about)
-            return None
 
     async def close(self, timeout_seconds: float) -> None:
         """Cancel the calls that are out, and wait for them and for the backend, but not for ever."""
@@ -516,10 +400,6 @@ class Guard:
 def _count(found: Sequence[bool]) -> int:
     """How many answers say that an object is there."""
     return len(list(filter(None, found)))
-
-
-def _those_found(keys: Sequence[ObjectKey], found: Sequence[bool]) -> list[ObjectKey]:
-    return [key for key, there in zip(keys, found, strict=False) if there]
 
 
 async def _call(verb: Callable[..., Awaitable[T]], arguments: tuple[Any, ...]) -> T:
