@@ -89,7 +89,7 @@ def test_prefetch_loads_into_memory(served: ServerProcess, tmp_path: Path) -> No
     flags = ["--url", served.url, "--model", "model"]
     assert printed(tmp_path, "clear", "--url", served.url) == "6 chunks removed\n"
     text = printed(tmp_path, "prefetch", TOKENS + ",1,2,3,4", *flags)
-    assert "4 of 5 chunks are cached, 0 of them in memory; it is not known" in text
+    assert "4 of 5 chunks are cached, 0 of them in memory; the first missing chunk: it is not known" in text
     assert "4 chunks (16 tokens) in " in text
     told = json.loads(printed(tmp_path, "prefetch", TOKENS + ",1,2,3,4", *flags, "--json"))
     assert (told["hits"]["l1_chunks"], told["result"]["chunks"]) == (4, 4)
@@ -247,3 +247,29 @@ def test_what_is_kept_is_said_listed_and_let_go(served: ServerProcess, tmp_path:
     assert "ttl_seconds" in complaint(run(tmp_path, "retain", TOKENS, "--ttl", "-1", *of_model))
     printed(tmp_path, "clear", *flags)
     assert "4 chunks (16 tokens)" in printed(tmp_path, "warm", TOKENS, *of_model)
+
+
+def test_a_prompt_is_asked_about_by_its_revision(served: ServerProcess, tmp_path: Path) -> None:
+    async def store_again() -> None:
+        async with connect(served.url) as cache:
+            await fill(cache, make_prompt(2, layout=make_layout(revision="new")))
+
+    asyncio.run(store_again())
+    flags = [TOKENS, "--url", served.url, "--model", "model"]
+    told = {
+        revision: json.loads(run(tmp_path, "explain", *flags, *given, "--json").stdout)["spans"][0]["chunks"]
+        for revision, given in (("newest", []), ("new", ["--revision", "new"]), ("none", ["--revision", ""]))
+    }
+    assert told == {"newest": 2, "new": 2, "none": 4}
+    assert run(tmp_path, "warm", *flags).stdout.startswith("2 of 4 chunks (8 tokens) are in memory, after ")
+    assert "of revision 'old'" in complaint(run(tmp_path, "explain", *flags, "--revision", "old"))
+
+
+def test_names_are_whole_in_a_narrow_terminal(tmp_path: Path) -> None:
+    store = tmp_path / ("a" * 60)
+    with server(tmp_path, l2=[f"fs://{store}"]) as served:
+        for command in (["backend", "list"], ["status"]):
+            program = [sys.executable, "-m", "async_cache", *command, "--url", served.url]
+            with terminal(program, tmp_path, environment(), columns=60) as screen:
+                assert screen.end() == 0
+                assert "…" not in screen.text and screen.text.count("a") > 60

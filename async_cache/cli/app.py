@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import msgspec
 import typer
 import uvloop
-from rich.table import Table
 
 from async_cache import __version__
 from async_cache.cli.backends import backend_app, copy
@@ -22,7 +21,7 @@ from async_cache.cli.keeping import retain, retained, warm
 from async_cache.cli.prompts import clear, delete, delete_model, explain, list_chunks, prefetch
 from async_cache.cli.replay import replay
 from async_cache.cli.size import size
-from async_cache.cli.terminal import Json, TokenFile, Url, console, print_json, show_bytes, with_client
+from async_cache.cli.terminal import Json, TokenFile, Url, console, grid, print_json, show_bytes, table, with_client
 from async_cache.cli.top import top
 from async_cache.client.client import CacheClient
 from async_cache.config import CacheConfig, Given, ServerConfig, hide_password, told_where
@@ -245,12 +244,10 @@ def show_config(
         ]
         print_json(settings)
         return
-    table = Table("setting", "value", "from", "live", box=None, pad_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"
+    rows = table("setting", "value", "from", "live")
     for label, value, origin, live in _shown(cache_given, server_given):
-        table.add_row(label, value, origin, "yes" if live else "")
-    console.print(table)
+        rows.add_row(label, value, origin, "yes" if live else "")
+    console.print(rows)
 
 
 def _shown(cache_given: Mapping[str, Given], server_given: Mapping[str, Given]) -> Iterator[tuple[str, str, str, bool]]:
@@ -335,6 +332,9 @@ def show_value(name: str, value: Any) -> str:
             + (f", limits: {config.limits}" if config.limits else "")
             for tenant, config in value.items()
         )
+    if isinstance(value, msgspec.Struct):
+        fields = msgspec.structs.asdict(value)
+        return "\n".join(f"{field} {show_value(field, it)}" for field, it in fields.items() if it is not None)
     if name.endswith("_bytes"):
         return show_bytes(value)
     return "\n".join(map(hide_password, value)) if isinstance(value, tuple) else str(value)
@@ -342,26 +342,26 @@ def show_value(name: str, value: Any) -> str:
 
 def print_status(stats: CacheStats) -> None:
     """A table: L1 and the requests, then the backends of L2."""
-    table = Table.grid(padding=(0, 2))
+    rows = grid(2)
     used, capacity = stats.l1_used_bytes, stats.l1_capacity_bytes
     share = f"{used / capacity:.0%}" if capacity else ""
-    table.add_row("L1", f"{show_bytes(used)} of {show_bytes(capacity)} ({share}), {stats.l1_chunks:,} chunks")
-    table.add_row("", f"leased {show_bytes(stats.leased_bytes)}, reserved {show_bytes(stats.reserved_bytes)},")
-    table.add_row("", f"quarantined {show_bytes(stats.quarantined_bytes)}")
-    table.add_row("requests", f"{stats.requests:,}, which hold {stats.leases:,} leases")
-    table.add_row("loads", f"{stats.loads:,} objects, {stats.shared_loads:,} shared")
-    table.add_row("write-back", f"{stats.writebacks_pending:,} chunks pending, {stats.writebacks_dropped:,} dropped")
-    table.add_row(
+    rows.add_row("L1", f"{show_bytes(used)} of {show_bytes(capacity)} ({share}), {stats.l1_chunks:,} chunks")
+    rows.add_row("", f"leased {show_bytes(stats.leased_bytes)}, reserved {show_bytes(stats.reserved_bytes)},")
+    rows.add_row("", f"quarantined {show_bytes(stats.quarantined_bytes)}")
+    rows.add_row("requests", f"{stats.requests:,}, which hold {stats.leases:,} leases")
+    rows.add_row("loads", f"{stats.loads:,} objects, {stats.shared_loads:,} shared")
+    rows.add_row("write-back", f"{stats.writebacks_pending:,} chunks pending, {stats.writebacks_dropped:,} dropped")
+    rows.add_row(
         "swept",
         f"{stats.swept_results:,} results, {stats.swept_leases:,} leases, {stats.swept_reservations:,} reservations",
     )
     for name, usage in stats.backends.items():
         bound = show_bytes(usage.capacity_bytes) if usage.capacity_bytes is not None else "no bound"
-        table.add_row(f"L2 {name}", f"{show_bytes(usage.used_bytes)} of {bound}, {usage.objects:,} objects")
+        rows.add_row(f"L2 {name}", f"{show_bytes(usage.used_bytes)} of {bound}, {usage.objects:,} objects")
     if stats.hold is not None:
         by = f", by {stats.hold.where}" if stats.hold.where else ""
-        table.add_row("loop held", f"{stats.hold.busy_seconds * 1e3:.1f} ms at most in the last minute{by}")
+        rows.add_row("loop held", f"{stats.hold.busy_seconds * 1e3:.1f} ms at most in the last minute{by}")
     for name, use in stats.limits.items():
         most = f"{use.most:,}" if use.most is not None else "no limit"
-        table.add_row(f"limit {name}", f"{use.used:,} of {most}")
-    console.print(table, highlight=False)
+        rows.add_row(f"limit {name}", f"{use.used:,} of {most}")
+    console.print(rows, highlight=False)

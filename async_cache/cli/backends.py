@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from async_cache.cli.terminal import Json, TokenFile, Url, busy, console, print_json, show_bytes, with_client
+from async_cache.cli.terminal import Json, TokenFile, Url, busy, console, print_json, show_bytes, table, with_client
 from async_cache.client.client import CacheClient
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.copy import copy_all
@@ -150,7 +150,7 @@ def _progress(*, shown: bool) -> Iterator[Callable[[Copied, int | None], None]]:
 
 
 def _table(backends: Sequence[BackendStatus]) -> Table:
-    table = Table("backend", "state", "breaker", "used", "of", "objects", "pending", "given", box=None, pad_edge=False)
+    rows = table("backend", "state", "breaker", "used", "of", "objects", "pending", "given")
     for backend in backends:
         usage = backend.usage
         used = show_bytes(usage.used_bytes) if usage is not None else "?"
@@ -163,5 +163,5 @@ def _table(backends: Sequence[BackendStatus]) -> Table:
             given.append(f"{sum(backend.refused.values()):,} chunks refused")
         objects = f"{usage.objects:,}" if usage is not None else "?"
         row = backend.name, backend.state.value, backend.breaker, used, bound, objects, f"{backend.pending:,}"
-        table.add_row(*row, ", ".join(given))
-    return table
+        rows.add_row(*row, ", ".join(given))
+    return rows

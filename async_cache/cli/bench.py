@@ -11,10 +11,9 @@ import uvloop
 from msgspec import Struct
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from async_cache.cli.drawing import percent, seconds
-from async_cache.cli.terminal import Json, TokenFile, Url, connected, console, print_json, show_bytes
+from async_cache.cli.terminal import Json, TokenFile, Url, connected, console, print_json, show_bytes, table
 from async_cache.client.client import CacheClient
 from async_cache.config import parse_bytes, prefixed
 from async_cache.errors import AsyncCacheError, ConfigError
@@ -178,10 +177,10 @@ def _print(taken: Taken, mix: Mix) -> None:
     console.print(
         f"found {l1} in memory, {l2} in storage, from which {show_bytes(int(told['loaded_bytes_per_second']))}/s"
     )
-    table = Table("", "count", "median", "90 %", "99 %", box=None, pad_edge=False)
+    rows = table("", "count", "median", "90 %", "99 %")
     for name, times in (("lookup", taken.lookup), ("load", taken.load), ("store", taken.store)):
-        table.add_row(name, f"{len(times):,}", *(seconds(_quantile(times, part)) for part in (0.5, 0.9, 0.99)))
-    console.print(table)
+        rows.add_row(name, f"{len(times):,}", *(seconds(_quantile(times, part)) for part in (0.5, 0.9, 0.99)))
+    console.print(rows)
     for name, times in (("lookup", taken.lookup), ("load", taken.load)):
         if times:
             console.print(f"\n{name}")

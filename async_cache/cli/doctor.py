@@ -14,10 +14,9 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 from msgspec import Struct
-from rich.table import Table
 from rich.text import Text
 
-from async_cache.cli.terminal import console, print_json, show_bytes
+from async_cache.cli.terminal import console, grid, print_json, show_bytes
 from async_cache.config import CacheConfig, ServerConfig, hide_password, http_address
 from async_cache.errors import AsyncCacheError
 from async_cache.l2.urls.registry import from_url
@@ -207,9 +206,9 @@ def show(findings: list[Finding], *, json: bool) -> bool:
     if json:
         print_json(findings)
     else:
-        table = Table.grid(padding=(0, 2))
+        rows = grid(3)
         for it in findings:
             text = Text(it.found) if not it.change else Text.assemble(it.found, "\n", (f"-> {it.change}", "bold"))
-            table.add_row(Text(*_MARKS[it.state]), it.about, text)
-        console.print(table)
+            rows.add_row(Text(*_MARKS[it.state]), it.about, text)
+        console.print(rows)
     return all(it.state != "bad" for it in findings)

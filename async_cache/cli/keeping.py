@@ -3,11 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from async_cache.cli.drawing import seconds
-from async_cache.cli.prompts import Adapter, LayoutFile, Model, Salt, Tokens, asked, of_a_prompt
-from async_cache.cli.terminal import Json, TokenFile, Url, busy, console, print_json, with_client
+from async_cache.cli.prompts import Adapter, LayoutFile, Model, Revision, Salt, Tokens, asked, of_a_prompt
+from async_cache.cli.terminal import Json, TokenFile, Url, busy, console, print_json, table, with_client
 from async_cache.client.client import CacheClient
 from async_cache.errors import ConfigError
 from async_cache.prompt.layout import Prompt
@@ -23,12 +22,13 @@ def retain(
     layout: LayoutFile = None,
     salt: Salt = "",
     adapter: Adapter = "",
+    revision: Revision = None,
     url: Url = "",
     token_file: TokenFile = None,
     json: Json = False,
 ) -> None:
     """Keep what is cached of a prompt for a while, and say how much that is: it is not evicted before its time."""
-    make = asked(tokens, model, layout, salt, adapter)
+    make = asked(tokens, model, layout, salt, adapter, revision)
 
     async def ask(client: CacheClient) -> None:
         prompt = await make(client)
@@ -52,15 +52,13 @@ def retained(url: Url = "", token_file: TokenFile = None, json: Json = False) ->
         if json:
             print_json([named(one) for one in kept])
             return
-        table = Table(
-            "model", "revision", "adapter", "salt", "chunks", "tokens", "for", "clipped", box=None, pad_edge=False
-        )
+        rows = table("model", "revision", "adapter", "salt", "chunks", "tokens", "for", "clipped")
         for one in kept:
             names = one.model, one.revision, one.adapter, one.salt
-            table.add_row(
+            rows.add_row(
                 *names, f"{one.chunks:,}", f"{one.tokens:,}", seconds(one.expires_in_seconds), one.clipped or ""
             )
-        console.print(table if kept else "nothing is kept")
+        console.print(rows if kept else "nothing is kept")
 
     with_client(url, token_file, ask)
 
@@ -73,7 +71,8 @@ async def warm(client: CacheClient, prompt: Prompt, json: bool) -> None:
     if json:
         print_json(named(result))
     else:
-        console.print(f"{result.chunks:,} chunks ({result.tokens:,} tokens) in {seconds(result.seconds)}")
+        of = f"{result.chunks:,} of {len(prompt):,} chunks ({result.tokens:,} tokens)"
+        console.print(f"{of} are in memory, after {seconds(result.seconds)}")
 
 
 def _sentence(kept: Retained) -> str:

@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.table import Table
 
 from async_cache.cli.drawing import count, seconds
-from async_cache.cli.terminal import Json, TokenFile, Url, busy, console, print_json, show_bytes, with_client
+from async_cache.cli.terminal import Json, TokenFile, Url, busy, console, print_json, show_bytes, table, with_client
 from async_cache.client.client import CacheClient
 from async_cache.errors import ConfigError
 from async_cache.prompt.layout import ModelLayout, Prompt
@@ -37,6 +36,10 @@ LayoutFile = Annotated[
 ]
 Salt = Annotated[str, typer.Option("--salt", help="The salt of the prompt: what keeps tenants apart.")]
 Adapter = Annotated[str, typer.Option("--adapter", help="The adapter (LoRA) of the prompt.")]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Of this revision of the model, '' for none; by default, that of the newest."),
+]
 
 
 def of_a_prompt(work: Callable[[CacheClient, Prompt, bool], Awaitable[None]]) -> Callable[..., None]:
@@ -48,11 +51,12 @@ def of_a_prompt(work: Callable[[CacheClient, Prompt, bool], Awaitable[None]]) ->
         layout: LayoutFile = None,
         salt: Salt = "",
         adapter: Adapter = "",
+        revision: Revision = None,
         url: Url = "",
         token_file: TokenFile = None,
         json: Json = False,
     ) -> None:
-        make = asked(tokens, model, layout, salt, adapter)
+        make = asked(tokens, model, layout, salt, adapter, revision)
 
         async def ask(client: CacheClient) -> None:
             await work(client, await make(client), json)
@@ -80,7 +84,7 @@ async def prefetch(client: CacheClient, prompt: Prompt, json: bool) -> None:
     hits = await begun.lookup_done
     if not json:
         found = f"{hits.chunks:,} of {len(prompt):,} chunks are cached, {hits.l1_chunks:,} of them in memory"
-        console.print(found + _why(hits.missed))
+        console.print(found + (f"; {_why(hits.missed)}" if hits.missed is not None else ""))
     with busy(f"loading {show_bytes(hits.load_bytes)}", shown=not json):
         result = await begun.load_done
     await client.end_request(begun.request_id)
@@ -192,22 +196,24 @@ def clear(
 
 
 def asked(
-    tokens: str, model: str, layout: Path | None, salt: str, adapter: str
+    tokens: str, model: str, layout: Path | None, salt: str, adapter: str, revision: str | None
 ) -> Callable[[CacheClient], Awaitable[Prompt]]:
     """What makes the prompt that the flags say, once there is a server to ask for the layout. Raises ConfigError."""
     ids = _ids(tokens)
     given = _read_layout(layout) if layout is not None else None
+    if given is not None and revision not in (None, given.revision):
+        raise ConfigError(f"--revision: that of the layout is {given.revision!r}")
 
     async def make(client: CacheClient) -> Prompt:
         try:
-            return (given or await _known_layout(client, model, salt)).prompt(ids, salt=salt, adapter=adapter)
+            return (given or await _known_layout(client, model, salt, revision)).prompt(ids, salt=salt, adapter=adapter)
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from error
 
     return make
 
 
-async def _known_layout(client: CacheClient, model: str, salt: str) -> ModelLayout:
+async def _known_layout(client: CacheClient, model: str, salt: str, revision: str | None) -> ModelLayout:
     """The layout of the newest prompts of a model that the server knows, those of the same salt before others.
 
     A model need not be named that is the only one, or the only one with chunks in memory.
@@ -219,9 +225,14 @@ async def _known_layout(client: CacheClient, model: str, salt: str) -> ModelLayo
         model = cached[0] if len(cached) == 1 else ""
     if not model and len(models) > 1:
         raise ConfigError(f"--model: the server has {', '.join(models)}: say which")
-    known = [(its_salt != salt, layout) for layout, _, its_salt, _ in roots if model in ("", layout.model)]
+    known = [
+        (its_salt != salt, layout)
+        for layout, _, its_salt, _ in roots
+        if model in ("", layout.model) and revision in (None, layout.revision)
+    ]
     if not known:
         which = f"of {model!r}" if model else "at all"
+        which += f" of revision {revision!r}" if revision is not None else ""
         raise ConfigError(f"--model: the server knows no prompts {which}: give the layout with --layout")
     return min(known, key=itemgetter(0))[1]
 
@@ -254,35 +265,35 @@ def _root(layout: ModelLayout, adapter: str, salt: str, chunks: int) -> dict[str
 
 
 def _print_roots(roots: list[tuple[ModelLayout, str, str, int]]) -> None:
-    table = Table("model", "revision", "adapter", "salt", "chunk", "chunks in memory", box=None, pad_edge=False)
+    rows = table("model", "revision", "adapter", "salt", "chunk", "chunks in memory")
     for layout, adapter, salt, chunks in roots:
         size = f"{layout.chunk_tokens} tokens, {show_bytes(sum(layout.block_bytes))}"
-        table.add_row(layout.model, layout.revision, adapter, salt, size, f"{chunks:,}")
-    console.print(table if roots else "no prompt was stored or loaded yet")
+        rows.add_row(layout.model, layout.revision, adapter, salt, size, f"{chunks:,}")
+    console.print(rows if roots else "no prompt was stored or loaded yet")
 
 
 def _print_chunks(page: list[ListedChunk], limit: int, size: str) -> None:
-    table = Table("chunk", "model", "salt", size, "leases", "not written", box=None, pad_edge=False)
+    rows = table("chunk", "model", "salt", size, "leases", "not written")
     for chunk in page:
         sizes = show_bytes(chunk.room_bytes), f"{chunk.leases:,}", f"{chunk.unwritten:,}"
-        table.add_row(chunk.chunk_hash.hex(), chunk.model, chunk.salt, *sizes)
-    console.print(table if page else "no chunks")
+        rows.add_row(chunk.chunk_hash.hex(), chunk.model, chunk.salt, *sizes)
+    console.print(rows if page else "no chunks")
     if len(page) == limit:
         console.print(f"\nmore: --after {page[-1].chunk_hash.hex()}")
 
 
 def _print_explanation(explanation: Explanation) -> None:
-    table = Table("chunks", "tokens", "where", "why", box=None, pad_edge=False)
+    rows = table("chunks", "tokens", "where", "why")
     of_one = explanation.tokens // explanation.chunks if explanation.chunks else 0
     for span in explanation.spans:
         begin, end = span.start_chunk, span.start_chunk + span.chunks
         where = f"{span.state.value} {span.backend or ''}".strip()
         ago = f", {seconds(span.seconds_ago)} ago" if span.seconds_ago is not None else ""
         why = f"{span.removal.value}{ago}" if span.removal is not None else ""
-        table.add_row(f"{begin:,}-{end - 1:,}", f"{begin * of_one:,}-{end * of_one - 1:,}", where, why)
-    console.print(table if explanation.spans else "the prompt is shorter than a chunk")
+        rows.add_row(f"{begin:,}-{end - 1:,}", f"{begin * of_one:,}-{end * of_one - 1:,}", where, why)
+    console.print(rows if explanation.spans else "the prompt is shorter than a chunk")
     if explanation.missed is not None:
-        console.print("the first missing chunk:" + _why(explanation.missed).removeprefix(";"))
+        console.print(_why(explanation.missed))
     for other in explanation.elsewhere:
         place = f"{other.model} {other.revision} {other.adapter}".strip()
         console.print(
@@ -290,14 +301,14 @@ def _print_explanation(explanation: Explanation) -> None:
         )
 
 
-def _why(missed: Missed | None) -> str:
-    if missed is None:
-        return ""
+def _why(missed: Missed) -> str:
     if missed.removal is not None:
-        return f"; it was there, and left: {missed.removal.value}"
-    if missed.diverges:
-        return "; what is before it is known, and goes on otherwise"
-    return f"; it is {'not known' if missed.state.value == 'unknown' else missed.state.value}"
+        why = f"it was there, and left: {missed.removal.value}"
+    elif missed.diverges:
+        why = "what is before it is known, and goes on otherwise"
+    else:
+        why = f"it is {'not known' if missed.state.value == 'unknown' else missed.state.value}"
+    return f"the first missing chunk: {why}"
 
 
 def _tell_deleted(deleted: Deleted | DeletedModel, json: bool) -> None:

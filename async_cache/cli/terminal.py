@@ -1,4 +1,4 @@
-"""What commands share: the console, a client of the server, how sizes are written."""
+"""What commands share: the console and its tables, a client of the server, how sizes are written."""
 
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,6 +11,7 @@ import typer
 import uvloop
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
 
 from async_cache.client.client import CacheClient, connect
 from async_cache.config import ServerConfig, prefixed
@@ -73,6 +74,19 @@ def show_bytes(size_bytes: int) -> str:
             break
         size /= 1024
     return f"{size:.4g} {unit}"
+
+
+def table(*headers: str) -> Table:
+    """A table without lines, whose cells are as long as they are: what does not fit goes on in the next line."""
+    made = Table(box=None, pad_edge=False)
+    for header in headers:
+        made.add_column(header, overflow="fold")
+    return made
+
+
+def grid(columns: int) -> Table:
+    """The same without headers."""
+    return Table.grid(*(Column(overflow="fold") for _ in range(columns)), padding=(0, 2))
 
 
 @contextmanager

@@ -11,10 +11,9 @@ import typer
 import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from async_cache.cli.drawing import percent, seconds
-from async_cache.cli.terminal import connected, console, print_json
+from async_cache.cli.terminal import connected, console, print_json, table
 from async_cache.errors import ConfigError, ConnectionLostError
 from async_cache.recording.trace import Trace, read_trace
 from async_cache.replay.plot import plot_times
@@ -115,10 +114,10 @@ def _quantiles(times: Sequence[float]) -> dict[str, float | None]:
 def _print(timed: Timed) -> None:
     l1, l2 = (percent(part, timed.asked_tokens) for part in (timed.l1_tokens, timed.l2_tokens))
     console.print(f"{len(timed.lookup):,} requests: found {l1} of the tokens in memory, {l2} in storage")
-    table = Table("", "count", *_PARTS, box=None, pad_edge=False)
+    rows = table("", "count", *_PARTS)
     for name, times in _times(timed).items():
-        table.add_row(name, f"{len(times):,}", *(seconds(value) for value in _quantiles(times).values()))
-    console.print(table)
+        rows.add_row(name, f"{len(times):,}", *(seconds(value) for value in _quantiles(times).values()))
+    console.print(rows)
     for count, told in (
         (timed.broken, "requests got less than they were promised"),
         (timed.not_stored, "requests could not be stored as a whole"),
