@@ -152,6 +152,23 @@ def test_first_paint_is_soon_and_an_update_costs_little(chrome: Chrome, site: Se
     assert chrome.execute_script(script, status) < HELD_MS  # type: ignore[no-untyped-call]
 
 
+def test_on_a_phone_the_end_of_a_request_id_is_seen(chrome: Chrome, site: ServedWeb) -> None:
+    opened(chrome, site)
+    _, status = site.json("/status")
+    status["recent"][0]["request_id"] = "051046612e13d952-" * 4 + "17"
+    show_as(chrome, 390, 844, phone=True)
+    script = """
+        draw(arguments[0]);
+        const cell = document.querySelector("#flights tbody .name");
+        const text = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT).nextNode(), range = new Range();
+        range.setStart(text, text.length - 2);
+        range.setEnd(text, text.length);
+        const [end, all] = [range.getBoundingClientRect(), cell.getBoundingClientRect()];
+        return [range.toString(), all.left <= end.left && end.right <= all.right];
+    """
+    assert chrome.execute_script(script, status) == ["17", True]  # type: ignore[no-untyped-call]
+
+
 @pytest.mark.parametrize("width", [320, 390, 768, 1240])
 def test_nothing_is_wider_than_the_screen(width: int, chrome: Chrome, site: ServedWeb) -> None:
     show_as(chrome, width, 800, phone=width < 700)
