@@ -29,6 +29,7 @@ from async_cache.integrations.paged import (
 from async_cache.integrations.paged.orders import NO_BLOCK, LoadOrder, Tables
 from async_cache.integrations.paged.saves import Report, SavesUnderWay
 from async_cache.integrations.paged.wishes import wishes_of
+from async_cache.l2 import LoadOutcome
 from tests.integrations.support import BLOCK, CHUNK, Request, Served, caches, geometry, served, until
 
 TOKENS = list(range(3 * CHUNK + 2))
@@ -1005,3 +1006,37 @@ def test_what_was_loaded_long_ago_is_asked_for_anew(scripted: tuple[PagedSchedul
     until(lambda: client.ended == ["read-0"])
     load(client.prefetches[1], 0.0)
     assert scheduler.match(request, 0) == (24, True)
+
+
+def test_a_load_that_falls_short_is_told_and_not_tried_again(
+    server: Served, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage promises what it has lost: one load for each request, of which the engine is told, and it is computed."""
+    where = geometry()
+    saving, loading = engine(where, filled=True), engine(where)
+    saving.save(Request("a", TOKENS), (BLOCKS,))
+    server.forget()
+
+    async def gone(keys: Any, buffers: Any, loaded: Any) -> list[LoadOutcome]:
+        return [LoadOutcome.GONE] * len(keys)
+
+    def asked(name: str) -> int:
+        request = Request(name, TOKENS)
+        loading.scheduler.add(request, {}, 0, load=True)
+        loading.failed.clear()
+        if tokens := loading.match(request):  # the promise, where the load is expected to end soon
+            loading.load(request, (OTHER_BLOCKS,), tokens)
+        assert all(loading.scheduler.match(request, tokens) == (0, False) for _ in range(20))
+        loading.scheduler.finish(name)
+        return tokens
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.storage.inner, "load_each", gone)
+        for name in "bcde":
+            before = server.storage.calls["load"]
+            tokens = asked(name)
+            assert server.storage.calls["load"] == before + 1
+            assert loading.failed == set(OTHER_BLOCKS[: tokens // BLOCK])
+    saving.save(Request("f", TOKENS), (BLOCKS,))
+    assert asked("g") == 3 * CHUNK and not loading.failed
+    until(lambda: holds_nothing(server))
