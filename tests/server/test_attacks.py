@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from typing import ClassVar, get_args
 
 import pytest
 from contract.support import fill, make_layout
@@ -290,9 +291,39 @@ def test_a_server_ends_in_five_seconds_under_any_of_it(tmp_path, attack):
 
 
 class Wild:
-    """A tenant that sends valid messages of any size in any order, many at a time, and seldom reads."""
+    """A tenant that sends valid messages of any kind and size in any order, many at a time, and seldom reads."""
 
     LAYOUTS = (ONE, TINY, WINDOWS, KV)
+    SECONDS = (None, 0.0, 1e-9, 0.1, 1e6)
+    VALUES: ClassVar = {
+        "skip_tokens": (0, 0, 2**32),
+        "ranks": (None, None, [0], [2**31]),
+        "deadline_seconds": SECONDS,
+        "within_seconds": SECONDS,
+        "wait_for_writers_seconds": SECONDS[1:],
+        "ttl_seconds": SECONDS[1:],
+        "traceparent": (None, f"00-{'a' * 32}-{'b' * 16}-01"),
+        "tokens": (None, 0, 1, 2**32),
+        "output_tokens": (None, 0, 2**32),
+        "returns": (None, True, False),
+        "model": ("one", "kv", "none"),
+        "revision": (None, ""),
+        "adapter": (None, ""),
+        "salt": (None, "red"),
+        "rank": (0, 0, 1, 2**31),
+        "reader": (0, 0, 1, 2**31),
+        "start_chunk": (0, 0, 1, 2**31),
+        "position": (0, 1, 2**31),
+        "offset": (0, 0, 2**31),
+        "layout": (0, 1, 4, 5, 2**31),
+        "tier": ("l1", "all"),
+        "capacity": (1, 65_536),
+        "url": ("memory://", "fs:///none"),
+        "name": ("memory", ""),
+        "backend": (None, "memory"),
+        "after": (None, bytes(32)),
+        "limit": (1, 1000),
+    }
 
     def __init__(self, url, seed):
         self.url, self.chance = url, random.Random(seed)
@@ -324,50 +355,53 @@ class Wild:
                         _answers.decode(bytes(payload))
 
     def _message(self, peer, numbers):
-        chance, n = self.chance, peer.number()
+        """Any request of the protocol, with what each of its fields may be: one that nobody thought of is an error."""
         self.sent += 1
-        layout = chance.randrange(len(self.LAYOUTS))
-        objects = len(self.LAYOUTS[layout].groups)
-        most = min(131_072, 2**18 // objects)
-        chunks = chance.choice((0, 1, 2, most // 64, most - 1, most, most + 1 if chance.random() < 0.2 else 1))
-        first = chance.choice((0, 0, 1, chance.randrange(2**20)))
-        prompt = messages.TokenIds(
-            layout,
-            "red",
-            chance.choice(("", "", "a" * 128)),
-            b"".join((first + n).to_bytes(4, "little") for n in range(chunks * self.LAYOUTS[layout].chunk_tokens))
-            if chunks < 4096 or chance.random() < 0.1
-            else bytes(4 * chunks),
-        )
+        kind, n = self.chance.choice(get_args(messages.Request)), peer.number()
         numbers.append(n)
-        name, other = f"r{chance.randrange(50)}", chance.choice(numbers[-50:])
-        make = chance.choice(
-            (
-                lambda: messages.Prefetch(n, prompt, name, chance.choice((0, 0, 2**32))),
-                lambda: messages.Prefetch(n, prompt, name, 0, None, chance.choice((0.0, 1e-9, 1e6))),
-                lambda: messages.Lookup(n, prompt),
-                lambda: messages.Explain(n, prompt),
-                lambda: messages.Delete(n, prompt),
-                lambda: messages.ReserveStore(n, prompt, chance.choice((0, 0, 1)), chance.choice((0, 0, 2**31))),
-                lambda: messages.CommitStore(n, other, chance.choice((0, 1, 2**31)), None),
-                lambda: messages.CloseStore(n, other),
-                lambda: messages.QueryPrefetchLookupHits(n, name),
-                lambda: messages.QueryPrefetchStatus(n, name),
-                lambda: messages.AcquireRead(n, name, chance.choice((0, 2**31)), chance.choice((0, 1, 2**31))),
-                lambda: messages.ReleaseRead(n, other),
-                lambda: messages.Cancel(n, other),
-                lambda: messages.EndRequest(n, name),
-                lambda: messages.Renew(n, name),
-                lambda: messages.Unclaim(n, name),
-                lambda: messages.Events(n, chance.choice((1, 65_536))),
-                lambda: messages.Stats(n),
-                lambda: messages.Flush(n, chance.choice((0.0, 0.1))),
-                lambda: messages.ListRoots(n),
-                lambda: messages.ListChunks(n, None, None, None, chance.choice((1, 1000))),
-                lambda: messages.Ping(n),
-            )
+        message = kind(**{name: self._value(name, n, numbers) for name in kind.__struct_fields__})
+        if kind is messages.CommitStore and self.chance.random() < 0.8:
+            message.offset = None
+        return message
+
+    def _value(self, name, n, numbers):
+        chance = self.chance
+        match name:
+            case "number":
+                return n
+            case "call" | "read" | "store":
+                return chance.choice(numbers[-50:])
+            case "request_id":
+                return f"r{chance.randrange(50)}"
+            case "prompt":
+                return self._prompt(chance.choice(("few", "most")))
+            case "prompts":
+                alike = [self._prompt("few"), self._prompt("few")]
+                return chance.choice((alike, alike[:1] * chance.choice((1, 2, 256)), [self._prompt("most")]))
+            case "description":
+                return describe(chance.choice(self.LAYOUTS))
+            case "data":
+                return bytes(chance.choice((1, 64, 4096)))
+            case _:
+                return chance.choice(self.VALUES[name])
+
+    def _prompt(self, size):
+        chance = self.chance
+        layout = chance.randrange(len(self.LAYOUTS))
+        objects, chunk_tokens = len(self.LAYOUTS[layout].groups), self.LAYOUTS[layout].chunk_tokens
+        most = min(131_072, 2**18 // objects)
+        large = (most // 64, most - 1, most, most + 1 if chance.random() < 0.2 else 1)
+        chunks = chance.choice((0, 1, 2) if size == "few" else large)
+        first = chance.choice((0, 0, 1, chance.randrange(2**20)))
+        ids = (
+            b"".join((first + n).to_bytes(4, "little") for n in range(chunks * chunk_tokens))
+            if chunks < 4096 or chance.random() < 0.1
+            else bytes(4 * chunks)
         )
-        return make()
+        adapter = chance.choice(("", "", "a" * 128))
+        if chance.random() < 0.2:
+            return messages.SegmentIds(layout, "red", adapter, ids, chance.choice((b"", bytes(4), bytes(4 * 4096))))
+        return messages.TokenIds(layout, "red", adapter, ids)
 
 
 @pytest.mark.parametrize("l2", ["memory://?capacity=16MiB", "fs"])
