@@ -247,11 +247,13 @@ async def test_ranks_of_all_parts_are_read_and_only_those_asked_for_are_loaded()
         assert lengths_of(result) == [2, 2]
 
 
-async def test_parts_with_windows_are_served_as_each_of_them_is():
+@pytest.mark.parametrize("where", ["L1", "L2"])
+async def test_parts_with_windows_are_served_as_each_of_them_is(where):
     layout = make_layout(SMALL, replace(SMALL, window_chunks=1))
     parts = [make_prompt(3, number, layout) for number in (1, 2)]
     async with open_cache(MemoryBackend()) as cache:
-        await fill_l2(cache, *parts)
+        for part in parts:
+            await (fill if where == "L1" else fill_l2)(cache, part)
         prefetch = cache.prefetch_segments([*parts, layout.prompt(make_tokens(2))])
         assert lengths_of(await prefetch.load_done) == [3, 3, 2]
         async with cache.read(prefetch.request_id) as lease:
@@ -260,6 +262,21 @@ async def test_parts_with_windows_are_served_as_each_of_them_is():
                 False,
             ]
         await assert_nothing_held(cache)
+
+
+async def test_what_learns_what_is_asked_for_is_told_of_every_part():
+    class Learning(MemoryBackend):
+        def asked(self, path, tokens, chunk_tokens, origin):
+            told.append((list(path), tokens, chunk_tokens, origin.adapter))
+
+    told = []
+    backend = Learning()
+    backend.learns = True
+    parts = [make_segment(3), make_prompt(2, 2), make_segment(1, 3, adapter="a")]
+    async with open_cache(backend) as cache:
+        await fill(cache, parts[0])
+        await get(cache, parts)
+    assert told == [(part.chunk_hashes, part.tokens, CHUNK_TOKENS, part.adapter) for part in parts]
 
 
 async def test_long_parts_are_hashed_when_they_are_asked_for():
