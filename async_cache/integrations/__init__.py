@@ -1,6 +1,7 @@
 """Serving engines that use the cache; each module imports its engine, and is imported when it is used.
 
 vllm          vLLM's connector
+vllm_layouts  what of a vLLM is cached: layouts, and where they are in its workers
 vllm_reports  what it tells its engine: where chunks are, what was hit
 sglang        SGLang's HiCache
 asking        how many of very many pages there are, asked in parts

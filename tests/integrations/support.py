@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from async_cache import AsyncCache, CacheConfig, CacheStats, ModelLayout, ObjectGroup, ServerConfig, TenantConfig
-from async_cache.integrations.paged import Geometry, Pages
+from async_cache.integrations.paged import Copy, Device, Geometry, Pages
+from async_cache.integrations.paged.orders import NO_BLOCK
 from async_cache.l2.memory import MemoryBackend
 from async_cache.server import Server
 from async_cache.testing.backends import GatedBackend
@@ -111,6 +112,76 @@ def geometry(world_size: int = 1, windows: tuple[int | None, ...] = (None,)) -> 
         Pages(table, BLOCK, tuple(f"{table}.{layer}" for layer in range(LAYERS))) for table in range(len(windows))
     )
     return Geometry(ModelLayout("toy", groups, chunk_tokens=CHUNK, world_size=world_size), pages)
+
+
+def pipeline(*layers: int) -> list[Geometry]:
+    """By stage, the same layout, in which each stage has so many layers, and where its own are."""
+    groups = tuple(
+        ObjectGroup((count, CHUNK // BLOCK, NUMBERS), "float32", ranks=(rank,)) for rank, count in enumerate(layers)
+    )
+    layout = ModelLayout("toy", groups, chunk_tokens=CHUNK, world_size=len(layers))
+    own = [Pages(0, BLOCK, tuple(f"{stage}.{n}" for n in range(count))) for stage, count in enumerate(layers)]
+    others = Pages(0, BLOCK, ())
+    return [
+        Geometry(layout, tuple(pages if number == stage else others for number, pages in enumerate(own)))
+        for stage in range(len(layers))
+    ]
+
+
+class CheckedDevice:
+    """A device, of which the calls have to be as `Device` says."""
+
+    def __init__(self, inner: Device):
+        self.inner = inner
+        self.pin_bytes = inner.pin_bytes
+        self._engine: int | None = None  # threads
+        self._other: int | None = None
+        self._marks: list[object] = []
+        self._saves: list[Copy] = []
+        self.closed = False
+
+    def _in_engine(self) -> None:
+        self._engine = self._engine or threading.get_ident()
+        assert threading.get_ident() == self._engine != self._other, "that is for the engine's thread"
+
+    def _in_other(self) -> None:
+        self._other = self._other or threading.get_ident()
+        assert threading.get_ident() == self._other != self._engine, "that is for one other thread"
+
+    def mark(self) -> object:
+        self._in_engine()
+        assert not self.closed
+        mark = (object(), self.inner.mark())
+        self._marks.append(mark)
+        return mark
+
+    def hold(self, copies: Iterable[Copy]) -> None:
+        self._in_engine()
+        held = list(copies)
+        assert all(copy in self._saves for copy in held), "only saves that have begun are waited for"
+        self.inner.hold(held)
+
+    def pin(self, view: memoryview, *, writable: bool) -> None:
+        self._in_other()
+        self.inner.pin(view, writable=writable)
+
+    def _checked(self, group: int, blocks: Sequence[int], host: torch.Tensor, after: object) -> object:
+        self._in_other()
+        assert host.is_contiguous() and len(blocks) == host.shape[1]
+        return next(mark[1] for mark in self._marks if mark is after)  # type: ignore[index]
+
+    def save(self, group: int, blocks: Sequence[int], host: torch.Tensor, after: object) -> Copy:
+        assert NO_BLOCK not in blocks
+        copy = self.inner.save(group, blocks, host, self._checked(group, blocks, host, after))
+        self._saves.append(copy)
+        return copy
+
+    def load(self, group: int, blocks: Sequence[int], host: torch.Tensor, after: object) -> Copy:
+        return self.inner.load(group, blocks, host, self._checked(group, blocks, host, after))
+
+    def close(self) -> None:
+        self.closed = True
+        self.inner.close()
 
 
 def caches(where: Geometry, blocks: int = 16, *, filled: bool) -> dict[str, torch.Tensor]:

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from async_cache import BlockingClient, LoadResult, LookupHits, Prompt, connect
+from async_cache import BlockingClient, LoadResult, LookupHits, ModelLayout, ObjectGroup, Prompt, connect
 from async_cache.advice import Pace
 from async_cache.client.blocking import BlockingPrefetch
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged import (
+    AbsentWorker,
     Geometry,
     HostDevice,
     Orders,
@@ -30,7 +31,18 @@ from async_cache.integrations.paged.orders import NO_BLOCK, LoadOrder, Tables
 from async_cache.integrations.paged.saves import Report, SavesUnderWay
 from async_cache.integrations.paged.wishes import wishes_of
 from async_cache.l2 import LoadOutcome
-from tests.integrations.support import BLOCK, CHUNK, Request, Served, caches, geometry, served, until
+from tests.integrations.support import (
+    BLOCK,
+    CHUNK,
+    CheckedDevice,
+    Request,
+    Served,
+    caches,
+    geometry,
+    pipeline,
+    served,
+    until,
+)
 
 TOKENS = list(range(3 * CHUNK + 2))
 BLOCKS = [3, 4, 7, 2, 9, 11, 1]
@@ -40,14 +52,19 @@ OTHER_BLOCKS = [12, 2, 5, 6, 1, 8, 3]
 class Engine:
     """One scheduler, a worker for each rank, and steps."""
 
-    def __init__(self, server: Served, where: Geometry, *, filled: bool, saves: bool = True):
+    def __init__(
+        self, server: Served, where: Geometry, *stages: Geometry, filled: bool, saves: bool = True, absent: bool = False
+    ):
         self.where = where
+        of_ranks = [where, *stages] if stages else [where] * where.layout.world_size
         self.client = BlockingClient(server.url)
         self.scheduler = PagedScheduler(OptionalClient(lambda: self.client), where, saves=saves)
-        self.caches = [caches(where, filled=filled) for _ in range(where.layout.world_size)]
-        self.workers = [
-            PagedWorker(lambda: connect(server.url), where, HostDevice(where, pages), rank=rank)
-            for rank, pages in enumerate(self.caches)
+        self.caches = [caches(own, filled=filled) for own in of_ranks]
+        self.workers: list[Any] = [
+            PagedWorker(lambda: connect(server.url), own, CheckedDevice(HostDevice(own, pages)), rank=rank)
+            if not absent or rank + 1 < len(of_ranks)
+            else AbsentWorker([Pages(0, BLOCK, ())])
+            for rank, (own, pages) in enumerate(zip(of_ranks, self.caches, strict=True))
         ]
         self.failed: set[int] = set()
 
@@ -98,8 +115,8 @@ class Engine:
 def engine(server: Served) -> Iterator[Callable[..., Engine]]:
     with ExitStack() as stack:
 
-        def make(where: Geometry, *, filled: bool = False, saves: bool = True) -> Engine:
-            made = Engine(server, where, filled=filled, saves=saves)
+        def make(*where: Geometry, filled: bool = False, saves: bool = True, absent: bool = False) -> Engine:
+            made = Engine(server, *where, filled=filled, saves=saves, absent=absent)
             stack.callback(made.close)
             return made
 
@@ -688,8 +705,8 @@ class HeldCopies:
 
     def __init__(self, worker: PagedWorker):
         self.may_go = threading.Event()
-        assert isinstance(worker._device, HostDevice)
-        worker._device._copier.submit(self.may_go.wait, 10)
+        assert isinstance(worker._device.inner, HostDevice)
+        worker._device.inner._copier.submit(self.may_go.wait, 10)
 
 
 def preempt(request: Request) -> None:
@@ -1040,3 +1057,94 @@ def test_a_load_that_falls_short_is_told_and_not_tried_again(
     saving.save(Request("f", TOKENS), (BLOCKS,))
     assert asked("g") == 3 * CHUNK and not loading.failed
     until(lambda: holds_nothing(server))
+
+
+# Stages of a pipeline, several answers to one prompt, and workers that cannot.
+
+
+def test_each_stage_of_a_pipeline_saves_and_loads_its_own_layers(server: Served, engine: Callable[..., Engine]) -> None:
+    stages = pipeline(3, 1, 2)
+    first, second = engine(*stages, filled=True), engine(*stages)
+    first.save(Request("a", TOKENS), (BLOCKS,))
+    again = Request("b", TOKENS)
+    second.scheduler.add(again, {}, 0, load=True)
+    tokens = second.match(again)
+    assert tokens == 3 * CHUNK
+    second.load(again, (OTHER_BLOCKS,), tokens)
+    assert not second.failed
+    for ours, theirs, layers in zip(first.caches, second.caches, (3, 1, 2), strict=True):
+        assert len(ours) == layers
+        for layer, pages in ours.items():
+            assert torch.equal(pages[BLOCKS[:6]], theirs[layer][OTHER_BLOCKS[:6]])
+    second.scheduler.finish("b")
+    assert until(lambda: holds_nothing(server))
+
+
+def test_a_chunk_that_one_stage_has_not_saved_is_no_hit(server: Served, engine: Callable[..., Engine]) -> None:
+    stages = pipeline(3, 1, 2)
+    first, second = engine(*stages, filled=True, absent=True), engine(*stages)
+    first.save(Request("a", TOKENS), (BLOCKS,))
+    again = Request("b", TOKENS)
+    second.scheduler.add(again, {}, 0, load=True)
+    assert second.match(again) == 0
+    second.scheduler.finish("b")
+    assert until(lambda: holds_nothing(server))
+
+
+def test_what_is_ordered_of_a_worker_that_cannot_has_an_end(server: Served, engine: Callable[..., Engine]) -> None:
+    where = geometry()
+    engine(where, filled=True).save(Request("a", TOKENS), (BLOCKS,))
+    broken = engine(where, absent=True)
+    request = Request("b", TOKENS)
+    broken.scheduler.add(request, {}, 0, load=True)
+    broken.load(request, (OTHER_BLOCKS,), broken.match(request))
+    assert broken.failed == set(OTHER_BLOCKS[:6]), "all that it was to fill is computed"
+    broken.save(Request("c", [7, *TOKENS]), (BLOCKS,))
+    assert broken.scheduler.reset(), "its save has ended, and was reported"
+    broken.scheduler.finish("b")
+    assert until(lambda: holds_nothing(server))
+
+
+def test_several_answers_to_one_prompt_load_it_into_blocks_of_their_own(
+    server: Served, engine: Callable[..., Engine]
+) -> None:
+    where = geometry()
+    first, second = engine(where, filled=True), engine(where)
+    first.save(Request("a", TOKENS), (BLOCKS,))
+    tables = [[1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14]]
+    answers = [Request(f"{n}_b", TOKENS) for n in range(2)]  # as vLLM asks for `n=2`
+    for request in answers:
+        second.scheduler.add(request, {}, 0, load=True)
+    for request, table in zip(answers, tables, strict=True):
+        second.load(request, (table,), second.match(request))
+        for layer, pages in first.caches[0].items():
+            assert torch.equal(pages[BLOCKS[:6]], second.caches[0][layer][table[:6]])
+        second.scheduler.finish(request.request_id)
+    assert until(lambda: holds_nothing(server))
+
+
+def test_layers_of_several_dtypes_are_copied_as_bytes(server: Served, engine: Callable[..., Engine]) -> None:
+    sizes = {"wide": 40, "narrow": 8}
+    groups = tuple(ObjectGroup((1, CHUNK // BLOCK, size), "uint8") for size in sizes.values())
+    pages = tuple(Pages(0, BLOCK, (layer,)) for layer in sizes)
+    where = Geometry(ModelLayout("toy", groups, chunk_tokens=CHUNK), pages)
+    forms = {"wide": ((2, 5), torch.float32), "narrow": ((2, 2), torch.bfloat16)}
+    memories = [{layer: torch.rand(16, *shape).to(dtype) for layer, (shape, dtype) in forms.items()} for _ in range(2)]
+    before = {layer: cache.clone() for layer, cache in memories[0].items()}
+    workers = [PagedWorker(lambda: connect(server.url), where, HostDevice(where, memory)) for memory in memories]
+    try:
+        workers[0].save([SaveOrder("a", where.layout.prompt(TOKENS), 0, (BLOCKS,))])
+        workers[0].finish(["a"])
+        assert until(workers[0].sent) == {"a"}
+        with BlockingClient(server.url) as client:
+            until(lambda: client.lookup(where.layout.prompt(TOKENS)).chunks == 3)
+            read = client.prefetch(where.layout.prompt(TOKENS)).request_id
+            workers[1].load([LoadOrder("b", read, 0, 3 * CHUNK, (OTHER_BLOCKS,))])
+            received = until(lambda: (r := workers[1].received()).request_ids and r)
+            assert not received.short
+            for layer, cache in before.items():
+                assert torch.equal(cache[BLOCKS[:6]], memories[1][layer][OTHER_BLOCKS[:6]])
+            client.end_request(read)
+    finally:
+        for worker in workers:
+            worker.close()

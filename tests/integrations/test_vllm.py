@@ -22,13 +22,16 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    KVCacheTensor,
     MambaSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 
 from async_cache import ConfigError  # noqa: E402
 from async_cache.integrations import vllm as connector  # noqa: E402
+from async_cache.integrations.paged import HostDevice, LoadOrder  # noqa: E402
 from tests.integrations.support import BOUND_TOKEN, Request, Served, until  # noqa: E402
 
 FULL = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
@@ -39,14 +42,26 @@ def config(**parallel: int) -> Any:
     sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "decode_context_parallel_size": 1}
     sizes |= {"prefill_context_parallel_size": 1}
     model = SimpleNamespace(
-        model="m", revision=None, dtype=torch.bfloat16, quantization=None, hf_overrides={}, get_head_size=lambda: 64
-    )
+        model="m", revision=None, dtype=torch.bfloat16, quantization=None, hf_overrides={}, get_head_size=lambda: 64,
+        get_total_num_hidden_layers=lambda: 5,
+    )  # fmt: skip
     return SimpleNamespace(
         model_config=model,
         parallel_config=SimpleNamespace(**(sizes | parallel)),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         speculative_config=None,
     )
+
+
+def drafted(method: str, **draft: Any) -> Any:
+    """With drafts by a model of their own."""
+    made = config()
+    fields = {"model": "d", "revision": None, "dtype": torch.bfloat16, "quantization": None} | draft
+    reads = method in ("eagle", "eagle3", "mtp", "dflash", "dspark")
+    made.speculative_config = SimpleNamespace(
+        method=method, draft_model_config=SimpleNamespace(**fields), use_eagle=lambda: reads
+    )
+    return made
 
 
 def cached(*specs: Any, replicas: int = 1) -> KVCacheConfig:
@@ -85,22 +100,16 @@ def test_blocks_that_are_as_large_and_arranged_otherwise_never_meet() -> None:
 
 
 def test_the_draft_model_is_part_of_the_identity() -> None:
-    def drafted(**draft: Any) -> Any:
-        made = config()
-        fields = {"model": "d", "revision": None, "dtype": torch.bfloat16, "quantization": None} | draft
-        made.speculative_config = SimpleNamespace(
-            method="draft_model", draft_model_config=SimpleNamespace(**fields), use_eagle=lambda: False
-        )
-        return made
-
-    ngram = drafted()
+    ngram = drafted("draft_model")
     ngram.speculative_config.draft_model_config = ngram.model_config
-    suffix = drafted()
+    suffix = drafted("draft_model")
     suffix.speculative_config.draft_model_config = None
     assert root(config(), FULL) == root(ngram, FULL) == root(suffix, FULL)
-    others = [drafted(), drafted(model="e"), drafted(revision="2"), drafted(quantization="fp8")]
-    assert len({root(made, FULL) for made in [config(), *others]}) == 5
-    assert root(drafted(), FULL) == root(drafted(), FULL)
+    method = "draft_model"
+    others = [drafted(method), drafted(method, model="e"), drafted(method, revision="2")]
+    others += [drafted(method, quantization="fp8"), *map(drafted, ("eagle", "eagle3", "mtp"))]
+    assert len({root(made, FULL) for made in [config(), *others]}) == 8
+    assert root(drafted(method), FULL) == root(drafted(method), FULL)
 
 
 def test_ranks_that_hold_the_same_are_readers_of_one() -> None:
@@ -112,12 +121,121 @@ def test_ranks_that_hold_the_same_are_readers_of_one() -> None:
     ("made", "options", "says"),
     [
         (config(), {"chunk_tokens": 200}, "multiple of vLLM's block size 128"),
-        (config(pipeline_parallel_size=2), {}, "tensor parallelism only"),
+        (config(decode_context_parallel_size=2), {}, "context parallelism is not supported"),
+        (config(prefill_context_parallel_size=2), {}, "context parallelism is not supported"),
+        (drafted("dflash"), {}, "drafts by dflash are not supported"),
     ],
 )
 def test_what_is_not_supported_says_what_to_change(made: Any, options: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         connector.geometry(made, cached(FULL), connector.Options(**options))
+
+
+def staged(stage: int, layers: int, *, of: int = 3) -> Any:
+    group = KVCacheGroupSpec([f"{stage}.{n}" for n in range(layers)], FULL)
+    cache = KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=[group], kv_tp_replicas=2)
+    made = config(pipeline_parallel_size=of, tensor_parallel_size=4)
+    return connector.geometry(made, cache, connector.Options(), stage)
+
+
+def test_all_stages_of_a_pipeline_know_the_same_layout_and_each_its_own_layers() -> None:
+    counts = [2, 2, 1]  # vLLM gives the last one less
+    stages = [staged(stage, count) for stage, count in enumerate(counts)]
+    layout = stages[0].layout
+    assert all(where.layout == layout for where in stages)
+    assert (layout.world_size, layout.readers_per_rank) == (6, 2)
+    assert [(group.shape[0], group.ranks) for group in layout.groups] == [(2, (0, 1)), (2, (2, 3)), (1, (4, 5))]
+    for stage, where in enumerate(stages):
+        assert [len(pages.layers) for pages in where.pages] == [n * (k == stage) for k, n in enumerate(counts)]
+
+
+def test_stages_that_have_other_layers_than_the_model_are_not_supported() -> None:
+    with pytest.raises(ConfigError, match="stage 2 of the pipeline caches 2 layers, and has 1"):
+        staged(2, 2)  # as with a draft's, which the scheduler does not know of
+    made = config(pipeline_parallel_size=2)
+    with pytest.raises(ConfigError, match="all alike"):
+        connector.geometry(made, cached(FULL, WINDOW), connector.Options())
+
+
+def test_both_sides_have_one_layout_of_layers_of_different_shapes() -> None:
+    narrow = replace(FULL, head_size=32)
+    layers = {"0.0": FULL, "0.1": narrow, "0.2": FULL}
+    tensors = [
+        KVCacheTensor(size=8 * 2 * FULL.page_size_bytes, layers=["0.0", "0.2"], layer_stride=8 * FULL.page_size_bytes,
+                      block_stride=FULL.page_size_bytes),
+        KVCacheTensor(size=8 * narrow.page_size_bytes, layers=["0.1"], layer_stride=8 * narrow.page_size_bytes,
+                      block_stride=narrow.page_size_bytes),
+    ]  # fmt: skip
+    sides = []
+    for spec in (UniformTypeKVCacheSpecs(block_size=128, kv_cache_specs=layers), FULL):  # as workers have it, and not
+        group = KVCacheGroupSpec(list(layers), spec)
+        cache = KVCacheConfig(num_blocks=8, kv_cache_tensors=tensors, kv_cache_groups=[group])
+        sides.append(connector.geometry(config(), cache, connector.Options()))
+    worker, scheduler = sides
+    assert worker == scheduler
+    assert [group.shape for group in worker.layout.groups] == [
+        (2, 2, FULL.page_size_bytes),
+        (1, 2, narrow.page_size_bytes),
+    ]
+    assert [pages.layers for pages in worker.pages] == [("0.0", "0.2"), ("0.1",)]
+
+
+def test_more_of_a_window_is_kept_for_drafts_of_several_layers() -> None:
+    windows = [replace(WINDOW, sliding_window=257, extra_retained_tokens=extra) for extra in (0, 2)]
+    made = [connector.geometry(config(), cached(FULL, window), connector.Options()).layout for window in windows]
+    assert [layout.groups[1].window_chunks for layout in made] == [1, 2]
+
+
+def test_prompt_embeddings_are_not_cached_and_that_is_said_once(
+    server: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = made(caplog, KVConnectorRole.SCHEDULER, url=server.url)
+    try:
+        for _ in range(2):
+            embedded = asked(prompt_embeds=torch.zeros(600, 4))
+            side.on_new_request(embedded)
+            assert side.get_num_new_matched_tokens(embedded, 0) == (0, False)
+            assert not side.build_connector_meta(step()).orders.saves
+            assert side.request_finished_all_groups(embedded, ([],)) == (False, None)
+        assert ["prompt embeddings" in line for line in lines(caplog)] == [True]
+    finally:
+        side.shutdown()
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_what_copies_pages_follows_from_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = connector.geometry(config(), cached(FULL), connector.Options())
+    pages = {layer: torch.zeros(8, 2, 128, 64) for layer in ("0.0", "0.1")}
+    on_host = connector.device_of(where, pages)
+    assert isinstance(on_host, HostDevice)
+    on_host.close()
+    monkeypatch.setattr(connector, "CudaDevice", lambda *given: given)
+    on_gpu = {layer: cache.as_subclass(OnGpu) for layer, cache in pages.items()}
+    assert connector.device_of(where, on_gpu) == (where, on_gpu)
+
+
+def test_a_worker_whose_pages_cannot_be_copied_fails_what_is_ordered_and_vllm_serves_on(
+    server: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigError("these pages are none")
+
+    monkeypatch.setattr(connector, "device_of", refuse)
+    monkeypatch.setattr(connector, "get_tensor_model_parallel_rank", lambda: 0)
+    worker = made(caplog, KVConnectorRole.WORKER, url=server.url)
+    worker.register_kv_caches({layer: torch.zeros(8, 2, 128, 64) for layer in ("0.0", "0.1")})
+    assert "these pages are none" in lines(caplog)[0]
+    order = LoadOrder("a", "r", 256, 512, ([1, 2, 3, 4],))
+    worker.bind_connector_metadata(connector.Metadata(connector.Orders(loads=[order], finished=["b"])))
+    worker.start_load_kv(None)
+    worker.wait_for_save()
+    ended = worker.get_transfer_results(set())
+    assert (ended.finished_recving, ended.finished_sending) == ({"a"}, {"b"})
+    assert worker.get_block_ids_with_load_errors() == {3, 4}
+    worker.shutdown()
 
 
 def test_layers_that_are_no_attention_are_not_supported() -> None:
@@ -162,10 +280,11 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def asked(**more: Any) -> Any:
     plain = {"prompt_embeds": None, "resumable": False, "skip_reading_prefix_cache": False}
+    plain |= {"kv_transfer_params": None, "num_prompt_tokens": 600} | more
     tokens = Request("a", list(range(600)))
     return request(
         **plain, request_id="a", all_token_ids=tokens.all_token_ids, num_tokens=600, num_computed_tokens=0,
-        num_preemptions=0, **more,
+        num_preemptions=0,
     )  # fmt: skip
 
 

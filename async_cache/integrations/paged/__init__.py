@@ -23,9 +23,10 @@ from async_cache.integrations.paged.orders import Geometry, LoadOrder, Orders, P
 from async_cache.integrations.paged.records import EngineRequest
 from async_cache.integrations.paged.scheduler import PagedScheduler
 from async_cache.integrations.paged.wishes import Wishes, wishes_of
-from async_cache.integrations.paged.worker import PagedWorker
+from async_cache.integrations.paged.worker import AbsentWorker, PagedWorker
 
 __all__ = [
+    "AbsentWorker",
     "Copy",
     "Device",
     "DeviceError",

@@ -205,7 +205,7 @@ class Copies:
         if asyncio.get_running_loop().time() < self._saves_from:
             return
         if order.prompt.layout != self._geometry.layout:
-            raise ConfigError("layers of different shapes in one group of vLLM's are not supported")
+            raise ConfigError("the layers of this rank, and those that its scheduler knows of, have different shapes")
         async with asyncio.timeout(_RESERVE_SECONDS):
             client = await self._opened()
             client.check_connected()  # where it is lost, the next one is not waited for
@@ -245,11 +245,7 @@ class Copies:
             except AsyncCacheError as error:
                 self._complaint.log(error)
             await saving.writer.settled()
-        if order.report is not None:
-            try:
-                order.report.send()
-            except OSError as error:
-                log.debug("the scheduler does not hear that a save has ended: %s", error)
+        report_end(order)
 
     def _blocks(self, order: SaveOrder, index: int) -> list[list[int]] | None:
         """The blocks of a chunk, by pages; None where it is not whole: a window has passed, or a table ends before."""
@@ -262,6 +258,15 @@ class Copies:
     def _first_whole(self, order: SaveOrder) -> int:
         chunks = range(order.start_chunk, len(order.prompt))
         return next((index for index in chunks if self._blocks(order, index) is not None), len(order.prompt))
+
+
+def report_end(order: SaveOrder) -> None:
+    """Tell the scheduler that a save has ended, if it can be told."""
+    if order.report is not None:
+        try:
+            order.report.send()
+        except OSError as error:
+            log.debug("the scheduler does not hear that a save has ended: %s", error)
 
 
 async def _passed(fence: Fence) -> None:

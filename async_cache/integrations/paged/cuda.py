@@ -36,13 +36,15 @@ class CudaDevice:
     ):
         self.pin_bytes = pin_bytes
         rows = [
-            rows_of([caches[layer] for layer in pages.layers], group)
+            rows_of([caches[layer] for layer in pages.layers], group) if pages.layers else []
             for pages, group in zip(geometry.pages, geometry.layout.groups, strict=True)
         ]
         blocks = [group.shape[1] for group in geometry.layout.groups]
-        self._groups: list[list[Part]] = [parts_of(*it, slot_bytes) for it in zip(rows, blocks, strict=True)]
+        self._groups: list[list[Part]] = [
+            parts_of(*it, slot_bytes) if it[0] else [] for it in zip(rows, blocks, strict=True)
+        ]  # no parts: layers of another rank's
         most = max(part.end - part.begin for parts in self._groups for part in parts)
-        self._device, self._runtime = rows[0][0].device, runtime
+        self._device, self._runtime = next(row[0].device for row in rows if row), runtime
         self._pins, self._bounce = Pins(runtime, self._device), Bounce(bounce_threads)
         self._out, self._in = (
             lane(

@@ -72,7 +72,7 @@ class HostDevice:
 def _gather(caches: Caches, blocks: Sequence[int], host: torch.Tensor) -> None:
     rows = torch.tensor(blocks)
     for cache, part in zip(caches, host, strict=True):
-        torch.index_select(cache, 0, rows, out=part.view(-1, *cache.shape[1:]))
+        torch.index_select(cache, 0, rows, out=_as_pages(part, cache))
 
 
 def _scatter(caches: Caches, blocks: Sequence[int], host: torch.Tensor) -> None:
@@ -83,7 +83,12 @@ def _scatter(caches: Caches, blocks: Sequence[int], host: torch.Tensor) -> None:
     first, end = kept[0], kept[-1] + 1
     stored = host[:, first:end] if len(kept) == end - first else host[:, kept]
     for cache, part in zip(caches, stored, strict=True):
-        cache.index_copy_(0, rows, part.reshape(-1, *cache.shape[1:]))
+        cache.index_copy_(0, rows, _as_pages(part.contiguous(), cache))
+
+
+def _as_pages(part: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    """The bytes of a layer in an object, as the pages of that layer."""
+    return part.view(-1).view(cache.dtype).view(-1, *cache.shape[1:])
 
 
 def leave_the_engines_core() -> None:

