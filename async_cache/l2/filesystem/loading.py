@@ -60,8 +60,6 @@ class Loading:
         placed: Placed = [None] * len(keys)
         outcomes: list[Any] = [_GONE] * len(keys)  # a LoadOutcome each, or the OSError that it met
         find = partial(self._find, keys, buffers, placed, outcomes, exact=exact)
-        if len(keys) > SLICE:
-            await turn()  # also the first slice: many loads may begin at once
         found = await find(range(len(keys)))
         if None in placed and not self._following.knows_all():
             with suppress(OSError):
@@ -97,6 +95,8 @@ class Loading:
         """
         found: list[list[Wanted]] = []
         at, new = self._catalog.segments.at, tuple.__new__
+        if len(numbers) > SLICE:
+            await turn()  # also the first slice: many loads may begin at once, or have waited for the same
         async for some in InTurns(numbers, SLICE):
             asked = [keys[number] for number in some]
             self._ahead.taken(asked)
