@@ -13,6 +13,8 @@ What backends are made of, and ours:
     record        the format of a stored object
     chunks        what a backend knows of one chunk
     faults        what could not be read
+    tables        the shapes that chunks share, and where their objects lie
+    leaving       which chunks leave first
     index         what a backend knows to be stored, what is pinned, and what leaves first
     wrapper       a backend that hands everything on to another one
     workers       threads such that a dead disk holds up nobody

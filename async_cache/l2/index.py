@@ -6,16 +6,17 @@ from its last one to its first, and what lies in front of them, which only the c
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import compress, islice, repeat
+from itertools import compress, islice
 from typing import NamedTuple
 
 from async_cache.aio.backlog import Backlog
 from async_cache.l2.backend import Coming
-from async_cache.l2.chunks import ROWS, Chunk, Shape, Table, keys_of
+from async_cache.l2.chunks import Chunk, Shape, Table, keys_of
+from async_cache.l2.leaving import Leaving
+from async_cache.l2.tables import Tables
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.origin import Origin, Selection
 from async_cache.retention.bound import Bound
-from async_cache.retention.lending import choose, part_of
 from async_cache.retention.lru import LeastRecentlyUsed
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.retention.quotas import Bounds
@@ -23,9 +24,6 @@ from async_cache.values import Removal
 
 _ADOPTED_AT_ONCE = 1024  # chunks that turn out to be within a quota: a millisecond or two
 _MOST_COMING = 65_536
-_PASSED = 1024  # chunks of other owners: what comes behind so many in the order does not leave before them
-SHARED_OBJECTS = 16_384  # in the shapes that chunks share: a few megabytes, however many a chunk has
-ALIKE_OBJECTS = 64  # of a chunk whose shape is shared after it has lost one: each step to it is another shape
 
 
 class Reserved(NamedTuple):
@@ -62,16 +60,13 @@ class Index:
         self._chunks: dict[bytes, Chunk] = {}
         self._policy: EvictionPolicy[Chunk] = policy if policy is not None else LeastRecentlyUsed()
         self._on_removed = on_removed
-        self._unit_bytes = unit_bytes
         self.bounds = Bounds()
         """What owners may have at most."""
         self._adopting = Backlog(_ADOPTED_AT_ONCE)
         self._coming: dict[bytes, Coming] = {}  # of chunks that are about to be stored
-        self._suspended: dict[bytes, Chunk] = {}  # pinned when it was their turn to leave
-        self._empty: dict[Origin | None, Shape] = {}  # by what it is of
-        self._numbers: dict[tuple[tuple[int, int], ...], dict[tuple[int, int], int]] = {}  # of shapes, by their objects
-        self._shared_objects = 0
-        self._roomy: dict[Shape, Table] = {}  # the tables that have room: the first of each shape
+        self._tables = Tables(unit_bytes)
+        self._leaving = Leaving(self._chunks, self.pins, self._policy)
+        self._suspended = self._leaving.suspended
 
     def __del__(self) -> None:
         """Break the links between records: the collector does not know them, and nobody else would."""
@@ -170,14 +165,7 @@ class Index:
 
     def _shape_of(self, chunk_hash: bytes) -> Shape:
         chunk = self._chunks.get(chunk_hash)
-        return chunk.table.shape if chunk is not None else self._nothing(None)
-
-    def _nothing(self, origin: Origin | None) -> Shape:
-        """The shape of a chunk that has nothing yet."""
-        shape = self._empty.get(origin)
-        if shape is None:
-            shape = self._empty[origin] = Shape({}, {}, 0, 0, {}, origin)
-        return shape
+        return chunk.table.shape if chunk is not None else self._tables.nothing(None)
 
     def present(self, keys: Sequence[ObjectKey]) -> list[bool]:
         """For each key, whether its object is there."""
@@ -232,9 +220,9 @@ class Index:
         """Know what a chunk is of: it counts for its owner from now on."""
         self._left(chunk.shape.origin)
         self.origins[origin] += 1
-        shape = self._nothing(origin)
+        shape = self._tables.nothing(origin)
         for (rank, group), size_bytes in chunk.shape.sizes.items():
-            shape = self._grown(shape, rank, group, size_bytes)
+            shape = self._tables.grown(shape, rank, group, size_bytes)
         self._move(chunk, shape, chunk.table.places_in(chunk.row))
         self.bounds.enter(chunk.chunk_hash, *origin[:2], None)
         self.bounds.add(*origin[:2], shape.size_bytes)
@@ -349,7 +337,7 @@ class Index:
             else:
                 fresh[item[0]] = item[1]
         for shape, some in self._by_shape(fresh, which, size_bytes, origin, latest=latest):
-            for chunk_hash, (table, row) in zip(some, self._rows(shape, list(some.values())), strict=True):
+            for chunk_hash, (table, row) in zip(some, self._tables.rows(shape, list(some.values())), strict=True):
                 chunk = chunks[chunk_hash] = Chunk(chunk_hash, table, row)
                 use(chunk, before)
                 if not latest:
@@ -369,11 +357,11 @@ class Index:
         """Chunks of which nothing was there, by the shape that they have with their first object."""
         if fresh and (origin is None or not self.bounds) and self._coming.keys().isdisjoint(fresh):
             self.origins[origin] += len(fresh)
-            yield self._grown(self._nothing(origin), *which, size_bytes), fresh
+            yield self._tables.grown(self._tables.nothing(origin), *which, size_bytes), fresh
         else:
             for chunk_hash, place in fresh.items():
                 came = self._came(chunk_hash, origin, is_oldest=not latest)
-                yield self._grown(came, *which, size_bytes), {chunk_hash: place}
+                yield self._tables.grown(came, *which, size_bytes), {chunk_hash: place}
 
     def put_oldest(self, key: ObjectKey, size_bytes: int, place: bytes = b"") -> None:
         """Add an object that is to leave before all others; what is known of it already stays as it is."""
@@ -396,7 +384,7 @@ class Index:
         shape, places = chunk.shape, chunk.table.places_in(chunk.row)
         width = len(places) // len(shape.sizes)
         at = shape.numbers[dropped] * width
-        self._reshape(chunk, self._without(shape, dropped), places[:at] + places[at + width :])
+        self._reshape(chunk, self._tables.without(shape, dropped), places[:at] + places[at + width :])
         self._on_removed(key.chunk_hash, removal)
 
     def evict(self, size_bytes: int) -> list[ObjectKey] | None:
@@ -412,55 +400,7 @@ class Index:
 
         Where there are quotas, whoever has filled most of his own gives way.
         """
-        if size_bytes > 0 and self.bounds.lending and (lent := self._lent(size_bytes)) is not None:
-            return lent
-        victims, pinned = [], []
-        for chunk in self._policy.victims() if size_bytes > 0 else ():
-            if chunk.chunk_hash in self.pins:
-                pinned.append(chunk)
-            else:
-                victims.append(chunk)
-                size_bytes -= chunk.shape.room_bytes
-                if size_bytes <= 0:
-                    break
-        if size_bytes > 0:
-            return None
-        for chunk in pinned:  # nobody looks at it again before its last pin has gone
-            self._policy.suspend(chunk)
-            self._suspended[chunk.chunk_hash] = chunk
-        return victims
-
-    def _lent(self, size_bytes: int) -> list[Chunk] | None:
-        """Chunks with so much room of those who have filled most of their quotas; None if these do not suffice.
-
-        Those who have none count together: what the quotas of the others leave is theirs, or as much as the mean quota.
-        """
-        lending, there = self.bounds.lending, self.used_bytes
-        claim = max(there - lending.most_bytes, lending.most_bytes // len(lending))
-
-        def others_part(taken: int) -> int:
-            left = there - lending.used_bytes - taken
-            return part_of(left, claim) if left > 0 else -1
-
-        chosen = choose(lending, size_bytes, self._sizes_of_free, self._without_quota(), others_part)
-        chunks = [self._chunks[chunk_hash] for chunk_hash in chosen]
-        return chunks if sum(chunk.shape.room_bytes for chunk in chunks) >= size_bytes else None
-
-    def _without_quota(self) -> Iterator[bytes]:
-        """Chunks of those who have no quota, in the order of the policy, as far as not too many others come before."""
-        passed = 0
-        for chunk in self._policy.victims():
-            origin = chunk.shape.origin
-            if origin is None or not self.bounds.lends(origin.salt):
-                yield chunk.chunk_hash
-            elif (passed := passed + 1) > _PASSED:
-                return
-
-    def _sizes_of_free(self, chunk_hash: bytes) -> tuple[int, int]:
-        chunk = self._chunks.get(chunk_hash)
-        if chunk is None or chunk_hash in self.pins:
-            return 0, 0
-        return chunk.shape.room_bytes, chunk.shape.size_bytes
+        return self._leaving.victims(size_bytes, self.bounds, self.used_bytes)
 
     def remove(self, chunks: Iterable[Chunk], removal: Removal) -> None:
         """Remove chunks that are there, and all their objects."""
@@ -502,17 +442,17 @@ class Index:
 
     def room_bytes(self, size_bytes: int) -> int:
         """What an object of so many bytes takes, in whole units."""
-        return -(-size_bytes // self._unit_bytes) * self._unit_bytes
+        return self._tables.room_bytes(size_bytes)
 
     def _add(self, key: ObjectKey, size_bytes: int, place: bytes = b"") -> Chunk:
         chunk_hash, rank, group = key
         chunk = self._chunks.get(chunk_hash)
         if chunk is None:
-            shape = self._grown(self._came(chunk_hash), rank, group, size_bytes)
-            chunk = self._chunks[chunk_hash] = Chunk(chunk_hash, *self._row(shape, place))
+            shape = self._tables.grown(self._came(chunk_hash), rank, group, size_bytes)
+            chunk = self._chunks[chunk_hash] = Chunk(chunk_hash, *self._tables.row(shape, place))
             self._count(shape, 1, size_bytes)
         else:
-            shape = self._grown(chunk.shape, rank, group, size_bytes)
+            shape = self._tables.grown(chunk.shape, rank, group, size_bytes)
             places, at = chunk.table.places_in(chunk.row), shape.numbers[rank, group] * len(place)
             self._reshape(chunk, shape, places[:at] + place + places[at + len(place) :])
         return chunk
@@ -526,7 +466,7 @@ class Index:
         if origin is not None and self.bounds:
             parent = coming.parent if coming is not None else None
             self.bounds.enter(chunk_hash, *origin[:2], parent, is_oldest=is_oldest)
-        return self._nothing(origin)
+        return self._tables.nothing(origin)
 
     def _reshape(self, chunk: Chunk, shape: Shape, places: bytes) -> None:
         """Have a chunk be of another shape, and its objects at these places."""
@@ -536,50 +476,8 @@ class Index:
 
     def _move(self, chunk: Chunk, shape: Shape, places: bytes) -> None:
         table, row = chunk.table, chunk.row
-        chunk.table, chunk.row = self._row(shape, places)
-        self._give_back(table, row)
-
-    def _row(self, shape: Shape, places: bytes) -> tuple[Table, int]:
-        """A row for a chunk of this shape, whose objects lie at these places."""
-        table = self._roomy.get(shape)
-        if table is None:
-            table = self._roomy[shape] = Table(shape, len(places), bytearray())
-        row = table.enter(places)
-        if table.rows == ROWS and not table.free:
-            self._is_roomy_no_more(table)
-        return table, row
-
-    def _rows(self, shape: Shape, places: Sequence[bytes]) -> Iterator[tuple[Table, int]]:
-        """A row for each of several chunks of this shape, whose objects lie at these places."""
-        at = 0
-        while at < len(places):
-            table = self._roomy.get(shape)
-            if table is None or table.free:
-                yield self._row(shape, places[at])
-                at += 1
-            else:
-                rows = table.enter_all(places[at:])
-                at += len(rows)
-                if table.rows == ROWS:
-                    self._is_roomy_no_more(table)
-                yield from zip(repeat(table), rows, strict=False)
-
-    def _give_back(self, table: Table, row: int) -> None:
-        """A row is free."""
-        was_full = table.rows == ROWS and not table.free
-        table.leave(row)
-        if was_full:
-            table.next = self._roomy.get(table.shape)
-            self._roomy[table.shape] = table
-        elif not table.rows and self._roomy.get(table.shape) is table:
-            self._is_roomy_no_more(table)
-
-    def _is_roomy_no_more(self, table: Table) -> None:
-        """The first table of its shape is full, or empty."""
-        if table.next is None:
-            del self._roomy[table.shape]
-        else:
-            self._roomy[table.shape], table.next = table.next, None
+        chunk.table, chunk.row = self._tables.row(shape, places)
+        self._tables.give_back(table, row)
 
     def _count(self, shape: Shape, objects: int, size_bytes: int) -> None:
         """There are so many more, which belong to whom the shape says."""
@@ -587,41 +485,6 @@ class Index:
         self.used_bytes += size_bytes
         if shape.origin is not None:
             self.bounds.add(*shape.origin[:2], size_bytes)
-
-    def _grown(self, shape: Shape, rank: int, group: int, size_bytes: int) -> Shape:
-        """The shape with one object more, or with another size of one."""
-        grown = shape.grown.get((rank, group, size_bytes))
-        return grown if grown is not None else self._grow(shape, rank, group, size_bytes)
-
-    def _grow(self, shape: Shape, rank: int, group: int, size_bytes: int) -> Shape:
-        """Make the shape with one object more, or with another size of one."""
-        which = rank, group
-        sizes = {**shape.sizes, which: size_bytes}
-        numbers = self._numbered(sizes)
-        before_bytes = shape.sizes.get(which, 0)
-        whole_bytes = shape.size_bytes + size_bytes - before_bytes
-        room_bytes = shape.room_bytes + self.room_bytes(size_bytes) - self.room_bytes(before_bytes)
-        grown = shape.grown[rank, group, size_bytes] = Shape(sizes, numbers, whole_bytes, room_bytes, {}, shape.origin)
-        self._shared_objects += len(sizes)
-        if self._shared_objects > SHARED_OBJECTS:
-            self._empty.clear()  # costs nothing but that equal ones exist twice
-            self._numbers.clear()
-            self._roomy.clear()
-            self._shared_objects = 0
-        return grown
-
-    def _without(self, shape: Shape, dropped: tuple[int, int]) -> Shape:
-        """The shape with one object less."""
-        sizes = {which: size for which, size in shape.sizes.items() if which != dropped}
-        if len(sizes) <= ALIKE_OBJECTS:
-            without = self._nothing(shape.origin)
-            for (rank, group), size in sizes.items():
-                without = self._grown(without, rank, group, size)
-            return without
-        size = shape.sizes[dropped]
-        room_bytes = shape.room_bytes - self.room_bytes(size)
-        numbers = {which: number for number, which in enumerate(sizes)}
-        return Shape(sizes, numbers, shape.size_bytes - size, room_bytes, {}, shape.origin)
 
     def _left(self, origin: Origin | None) -> None:
         """A chunk less is of that."""
@@ -633,14 +496,6 @@ class Index:
     def without_origin(self) -> int:
         """How many chunks there are of which the model is not known."""
         return sum(count for origin, count in self.origins.items() if origin is None or not origin.model)
-
-    def _numbered(self, sizes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
-        """The numbers of these objects, shared by all shapes that have the same."""
-        which = tuple(sizes)
-        numbers = self._numbers.get(which)
-        if numbers is None:
-            numbers = self._numbers[which] = {each: number for number, each in enumerate(which)}
-        return numbers
 
     def _remove(self, chunk_hash: bytes, removal: Removal) -> None:
         """Remove a chunk and all its objects, if it is there."""
@@ -656,7 +511,7 @@ class Index:
             table, row = chunk.table, chunk.row
             places = table.places[row * table.width : row * table.width + table.width]
             chunk.table, chunk.row = Table(shape, table.width, places, 1), 0  # it keeps what it had
-            self._give_back(table, row)
+            self._tables.give_back(table, row)
 
     def check_integrity(self) -> None:
         """Assert that the totals are those of the records, and that the policy knows these and no others."""
