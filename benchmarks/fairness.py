@@ -94,6 +94,62 @@ async def prefetches_that_nobody_reads(client):
     await asyncio.sleep(3600)
 
 
+async def retentions_of_long_prompts(client):
+    """Kept, kept no more, and hinted at; of what is there and of what is not."""
+    there = prompt(ONE, 1, 8192)
+    await fill(client, there)
+
+    async def one():
+        await client.retain(there)
+        await client.hint(prompt(ONE, 0, 65_536), output_tokens=8, returns=True, within_seconds=1)
+        await client.retain(there, ttl_seconds=0)
+
+    await at_depth(8, one)
+
+
+async def warmings_of_what_is_stored(client):
+    there = prompt(KV, 1, 2048)
+    await fill(client, there)
+    await client.flush()
+    await at_depth(16, lambda: client.warm(there))
+
+
+async def streams_in_frames(client):
+    there = prompt(KV, 1, 2048)
+    await fill(client, there)
+
+    async def one():
+        request = client.prefetch(there)
+        async with client.stream(request.request_id) as stream:
+            async for _ in stream:
+                pass
+
+    await at_depth(8, one)
+
+
+async def prefetches_of_many_segments(client):
+    parts = [ONE.segment(range(n * 512, (n + 1) * 512), salt="red") for n in range(256)]
+    await fill(client, parts[0])
+
+    async def one():
+        request = client.prefetch_segments(parts)
+        await request.load_done
+        await client.end_request(request.request_id)
+        await client.lookup_segments(parts)
+
+    await at_depth(8, one)
+
+
+async def deletions_of_models(client):
+    numbers = iter(range(10**9))
+
+    async def one():
+        await fill(client, prompt(ONE, next(numbers), 1024))
+        await client.delete_model("one")
+
+    await at_depth(8, one)
+
+
 async def nothing_but_computing(client):
     """What the machine does to a server that has to share its processors, whatever the server does."""
     while True:
@@ -128,6 +184,11 @@ ATTACKS = {
         prefetches_of_chunks_in_memory,
         reads_in_frames,
         prefetches_that_nobody_reads,
+        retentions_of_long_prompts,
+        warmings_of_what_is_stored,
+        streams_in_frames,
+        prefetches_of_many_segments,
+        deletions_of_models,
         many_connections,
     )
 }

@@ -11,6 +11,7 @@ layouts   the indices by which prompts name their layouts
 writing   writers of chunks, into the client's segment
 memory    a segment to write into, its blocks
 thread    a client in a thread and loop of its own, and the ways into them
+handles   what a blocking client gives out: futures, writers, streams, events
 blocking  `BlockingClient`: a client for engines that are not asynchronous
 """
 

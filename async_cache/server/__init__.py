@@ -10,6 +10,7 @@ door        before a token is known: how many may knock, and what is told of a f
 access      who may connect, which salts it may use, and which request ids are its own
 accounts    what each tenant holds, against its limits
 costs       what a message costs
+roles       which messages each role may send
 apart       what a cache tells apart by tenants
 partials    frames of one tenant that have begun, bounded
 probe       how long the event loop is held, and by what

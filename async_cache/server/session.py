@@ -49,6 +49,7 @@ from async_cache.server.making import Making
 from async_cache.server.partials import TenantPartials
 from async_cache.server.prefetches import HeldPrefetch, Holders, Holding
 from async_cache.server.reads import Reads
+from async_cache.server.roles import OF_ALL_ROLES, OF_ROLES
 from async_cache.server.segment import ClientSegment
 from async_cache.server.stats import stats_for
 from async_cache.server.turns import LIGHT, Turns
@@ -165,8 +166,8 @@ class Session:
             self._making.begin(message, costs.of_large(len(message.payload)), read, message, self._read, in_thread=True)
             return
         try:
-            if self._has_role and kind not in _OF_ALL_ROLES:
-                self.tenant.check_role(_OF_ROLES.get(kind, "all"))
+            if self._has_role and kind not in OF_ALL_ROLES:
+                self.tenant.check_role(OF_ROLES.get(kind, "all"))
             at_once = _AT_ONCE.get(kind)
             if at_once is not None:
                 at_once(self, message)
@@ -546,49 +547,6 @@ _OF_PARTS: dict[type[Message], Callable[[Session, Any, Parts], None]] = {
     messages.PrefetchSegments: Session._prefetch_segments,
     messages.LookupSegments: _waits(Session._lookup_segments),
 }
-
-_READING: tuple[type[Message], ...] = (
-    messages.Prefetch,
-    messages.AwaitingPrefetch,
-    messages.PrefetchSegments,
-    messages.Lookup,
-    messages.LookupSegments,
-    messages.Explain,
-    messages.QueryPrefetchLookupHits,
-    messages.QueryPrefetchStatus,
-    messages.AcquireRead,
-    messages.AcquireStream,
-    messages.Events,
-    messages.ListRoots,
-    messages.ListChunks,
-    messages.ListRetained,
-    messages.Warm,
-    messages.Hint,
-)
-_STORING: tuple[type[Message], ...] = (
-    messages.ReserveStore,
-    messages.Delete,
-    messages.DeleteModel,
-    messages.Flush,
-    messages.Retain,
-)
-_OF_ROLES = {kind: role for role, kinds in (("read", _READING), ("store", _STORING)) for kind in kinds}
-"""The role that may ask for it, beside those that may ask for everything."""
-_OF_ALL_ROLES = frozenset(
-    (
-        messages.Ping,
-        messages.Stats,
-        messages.RegisterLayout,
-        messages.Cancel,
-        messages.Unclaim,
-        messages.Renew,
-        messages.EndRequest,
-        messages.ReleaseRead,
-        messages.StoreData,
-        messages.CommitStore,
-        messages.CloseStore,
-    )
-)
 
 _AT_ONCE: dict[type[Message], Callable[[Session, Any], None]] = {
     messages.RegisterLayout: Session._register_layout,

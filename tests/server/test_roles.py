@@ -10,7 +10,7 @@ from contract.support import fill, make_prompt
 from async_cache import AccessDeniedError, ConnectionLostError, UnknownRequestError, connect
 from async_cache.protocol import messages
 from async_cache.server.access import Access, Pass, Tenant, pass_of
-from async_cache.server.session import _OF_ALL_ROLES, _OF_ROLES
+from async_cache.server.roles import OF_ALL_ROLES, OF_ROLES
 
 from .programs import server
 from .support import Peer, wait_until
@@ -164,8 +164,8 @@ async def enter(entered):
 def test_of_every_message_it_is_said_who_may_send_it():
     operators = {messages.Clear, messages.AddBackend, messages.DrainBackend, messages.RemoveBackend}
     operators |= {messages.ListBackends, messages.Reload}
-    assert operators.isdisjoint(_OF_ROLES) and _OF_ALL_ROLES.isdisjoint(_OF_ROLES)
-    assert operators | _OF_ALL_ROLES | set(_OF_ROLES) == {*get_args(messages.Request)}
+    assert operators.isdisjoint(OF_ROLES) and OF_ALL_ROLES.isdisjoint(OF_ROLES)
+    assert operators | OF_ALL_ROLES | set(OF_ROLES) == {*get_args(messages.Request)}
 
 
 @pytest.mark.parametrize("call", CALLS)
