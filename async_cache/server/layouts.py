@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from async_cache.cache import AsyncCache
-from async_cache.errors import LimitError
+from async_cache.errors import ConnectionLostError, LimitError
 from async_cache.prompt.arguments import parts_of
 from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.prompt.parts import Parts
@@ -152,9 +152,12 @@ class Layouts:
     def prompt(self, wire: messages.WirePrompt) -> Prompt:
         """The prompt that a message names, and that was checked; may run in any thread.
 
-        Raises ValueError if it cannot be a prompt.
+        Raises ValueError if it cannot be a prompt, and ConnectionLostError where the connection has ended since.
         """
-        prompt = unpack(wire, self._layouts[wire.layout].layout)
+        known = self._layouts.get(wire.layout)
+        if known is None:
+            raise ConnectionLostError("the connection was closed")
+        prompt = unpack(wire, known.layout)
         prompt.hash()
         return prompt
 

@@ -1,6 +1,7 @@
 """What a bound tenant can have the loop do in one step is bounded, whatever it asks for: counted, and not timed."""
 
 import asyncio
+import threading
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager
 from unittest.mock import patch
@@ -15,11 +16,12 @@ from async_cache.l1.store import L1Store
 from async_cache.prompt.layout import ModelLayout
 from async_cache.protocol import messages as m
 from async_cache.protocol.connection import Connection
-from async_cache.protocol.prompts import describe
+from async_cache.protocol.prompts import describe, unpack
 from async_cache.read import decision
 from async_cache.read.plan import Planner
 from async_cache.read.search import Search
 from async_cache.server import Server, session
+from async_cache.server.layouts import Layouts
 from async_cache.server.prefetches import HeldPrefetch
 from async_cache.write.removal import Remover
 from async_cache.write.writeback import Writeback
@@ -128,6 +130,28 @@ async def test_what_a_thread_takes_apart_is_begun_in_its_order_and_what_is_none_
 
     async with serving(ask) as (refused, _):
         assert (refused.number, refused.code) == (0, "protocol")
+
+
+async def test_a_connection_that_ends_while_its_prompts_are_made_is_no_fault(caplog):
+    begun, gone = threading.Event(), threading.Event()
+
+    def slowly(wire, layout):
+        begun.set()
+        assert gone.wait(SECONDS)
+        return unpack(wire, layout)
+
+    def leave(peer):
+        peer.send(m.PrefetchSegments(peer.number(), [ids(MANY), ids(MANY, MANY)], "r"))
+        assert begun.wait(SECONDS)
+
+    close = Layouts.close
+    with (
+        patch("async_cache.server.layouts.unpack", slowly),
+        patch.object(Layouts, "close", lambda layouts: (close(layouts), gone.set())),
+    ):
+        async with serving(leave):
+            pass
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_what_a_connection_has_held_is_given_back_in_turns_when_it_is_gone():
