@@ -6,8 +6,8 @@ from msgspec import Struct
 
 from async_cache.retention.reuse import Kind, ReuseModel
 
-DIGEST_BYTES = 6
-"""What is remembered of a chunk."""
+DIGEST_BYTES = 4
+"""What is remembered of a chunk. Where two have the same, one of them is judged as the other."""
 HELD, SUSPENDED, SHOWN = -1, -2, -3
 """Why a branch is not among the leaves."""
 
@@ -30,6 +30,14 @@ class Run(Struct, gc=False, eq=False):
     kind: Kind | None = None
 
 
+class Place(Struct, gc=False, eq=False):
+    """The place of a branch in the order of use."""
+
+    branch: "Branch"
+    older: "Place | None" = None
+    newer: "Place | None" = None
+
+
 class Branch(Struct, gc=False, eq=False):
     """What is left of the path of one request: a row of chunks, some of them members, the others remembered.
 
@@ -49,14 +57,16 @@ class Branch(Struct, gc=False, eq=False):
     cut: int = 0  # see `cut_of`
     tail: bool = False  # whether its last chunk is shorter than others
     told: tuple[bool, float | None] | None = None  # whether it will be asked for again, and how soon: an engine's
+    lesson: bool = False  # whether what comes of it is learned from
     bin: int = 0
-    settled: bool = False  # what it has of chunks are members, down to the deepest: nothing can be forgotten
+    ages: bool = False  # whether that changes as time goes by
     members: int = 0
     first: Any = None
     deepest: Any = None
     rank: int = HELD
     older: "Branch | None" = None  # among the leaves of this rank
     newer: "Branch | None" = None
+    place: Place | None = None  # in the order of use, while it has members and is not suspended
 
     def __len__(self) -> int:
         return len(self.digests) // DIGEST_BYTES

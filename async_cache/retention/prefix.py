@@ -5,17 +5,19 @@ what keeping it is expected to be worth (`reuse`), and that is learned from the 
 
 A *branch* is the path of one request, less the head that later requests took over. All its chunks were used last at
 the same time, by the same request; they differ in what was before. So a request costs a few steps for each branch that
-it crosses, hardly any for a chunk, and what is remembered of a chunk is six bytes of its digest. That is remembered
+it crosses, hardly any for a chunk, and what is remembered of a chunk is four bytes of its digest. That is remembered
 for longer than the chunk stays: one that comes back is known, and that it came back is a lesson.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from random import Random
 from typing import Generic, TypeVar
 
-from async_cache.retention.ages import Ages
+from async_cache.retention.ages import Ages, Order, bin_at
 from async_cache.retention.branches import DIGEST_BYTES, HELD, SUSPENDED, Branch, Member, Run, common
-from async_cache.retention.recall import branches_of, pieces_of
+from async_cache.retention.duel import Duel
+from async_cache.retention.recall import branches_of, pack, pieces_of, unpack
 from async_cache.retention.reuse import NO_GAP, ReuseModel, cut_of, gap_of, octave_of, output_of
 from async_cache.retention.worths import Leaves, rank_of
 from async_cache.values import Removal
@@ -23,7 +25,8 @@ from async_cache.values import Removal
 REMEMBERED = 4  # times the chunks that are there: so many that left are remembered,
 MIN_REMEMBERED = 100_000  # or so many
 
-_LESSON_EVERY = 2  # branches that come through a bin unused: one of so many is a lesson, of that weight
+_LESSONS = 100_000  # for so many, every branch is one; then fewer and fewer,
+_LEAST_LESSONS = 0.125  # down to this part of them
 _LESSON_POWER = 0.3  # of the number of chunks is the weight of a lesson: they are not independent
 _FORGOTTEN_AT_ONCE = 8  # branches
 _LONGEST_PATH = 8192  # chunks: what lies behind is known, but not as a part of the path
@@ -37,7 +40,7 @@ T = TypeVar("T", bound=Member)
 class PrefixPolicy(Generic[T]):
     """An eviction policy that learns which paths are asked for again.
 
-    `clock` tells the time in seconds. By `seed` it is decided which of what came through a bin unused is a lesson.
+    `clock` tells the time in seconds. By `seed` it is decided which branches are lessons.
     """
 
     def __init__(self, clock: Callable[[], float], seed: int = 0):
@@ -45,12 +48,16 @@ class PrefixPolicy(Generic[T]):
         self._now = 0.0  # seconds, without the rest of long pauses
         self._model = ReuseModel()
         self._random = Random(seed)
-        self._heads: dict[bytes, Branch] = {}  # by its first digest
+        self._heads: dict[bytes, Branch | bytes] = {}  # by its first digest; packed, where nobody waits for it
         self._ages = Ages()
-        self._leaves: Leaves[T] = Leaves(self._model, self._ages)
+        self._in_order = Order(self._is_over)
+        self._settled: set[Branch] = set()  # those with nothing that can be forgotten, which are not in order any more
+        self._leaves: Leaves[T] = Leaves(self._model, self._branches)
         self._members = 0
         self._remembered = 0
         self._last: Branch | None = None
+        self._duel = Duel()
+        self._is_full = False  # something had to leave, or was not admitted
         self._recalled: dict[bytes, Branch] = {}  # by digest, after a restart: the branch of what may come back
 
     def __len__(self) -> int:
@@ -74,23 +81,42 @@ class PrefixPolicy(Generic[T]):
             self._learn_unused(aged)
         digests = b"".join([chunk_hash[:DIGEST_BYTES] for chunk_hash in path])
         branch = Branch(digests, 0, b"", [], self._now, octave_of(tokens), *output_of(output_tokens), 0)
-        place = 0
+        place = found = lru_found = 0
         while place < len(path):
             owner = self._heads.get(digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES])
             if owner is None:
                 branch.extend(1, 1, NO_GAP)
                 place += 1
             else:
-                place = self._take_over(owner, branch, place)
+                begin, is_packed = place, isinstance(owner, bytes)
+                if isinstance(owner, bytes):
+                    self._heads[owner[:DIGEST_BYTES]] = owner = unpack(owner)
+                place = self._take_over(owner, branch, begin)
+                if is_packed:
+                    self._pack(owner)
+                found = branch.members if found == begin else found
+                had = self._duel.has(owner.used, place - begin)
+                lru_found = place if had and lru_found == begin else lru_found
                 branch.new = octave_of(max(tokens - place * chunk_tokens, 0))
         if tokens < len(path) * chunk_tokens:
             branch.part_tail()
         branch.judge(self._model)
-        self._heads[digests[:DIGEST_BYTES]] = self._last = branch
+        before, self._last = self._last, branch
+        if before is not None:
+            self._pack(before)
+        self._heads[digests[:DIGEST_BYTES]] = branch
         self._remembered += len(path) - branch.members
-        self._ages.enter(branch)
+        self._begin(branch)
+        self._fight(len(path), found, lru_found)
         self._leaves.push(branch)
         self._forget()
+
+    def _fight(self, asked: int, found: int, lru_found: int) -> None:
+        """Do as `lru` does where that would have found more."""
+        self._duel.asked(asked, self._now, self._members, is_full=self._is_full)
+        if self._is_full:
+            self._duel.score(asked, found, lru_found, self._members)
+            self._leaves.as_lru = self._duel.is_behind
 
     def hint(
         self,
@@ -123,6 +149,7 @@ class PrefixPolicy(Generic[T]):
         digests = b"".join([chunk_hash[:DIGEST_BYTES] for chunk_hash in path])
         begin = 0
         while (owner := self._heads.get(digests[begin : begin + DIGEST_BYTES])) is not None:
+            owner = unpack(owner) if isinstance(owner, bytes) else owner
             begin += common(owner.digests, digests, begin)
             if begin >= len(digests):
                 return owner
@@ -152,33 +179,64 @@ class PrefixPolicy(Generic[T]):
             self._heads[owner.digests[:DIGEST_BYTES]] = owner
             if owner.members:
                 self._leaves.hang(owner.parent)
-            owner.judge(self._model)
+            if owner.members or owner.lesson:
+                owner.judge(self._model)
             if owner.rank != SUSPENDED:
                 self._leaves.push(owner)
         else:
             self._leaves.take(owner)
             owner.runs = owner.runs[:1] if owner.members else []
+            if not owner.members:
+                self._settled.discard(owner)
         return owner.begin
 
     def _take_runs(self, owner: Branch, branch: Branch, shared: int) -> None:
         """What is known of the first chunks of a branch, and that they were used, is known of those of another one."""
-        gap = gap_of(branch.used - owner.used)
+        age = branch.used - owner.used
+        gap = gap_of(age)
         lessons = []
         for run in owner.runs:
             taken = min(run.chunks, shared)
             if taken <= 0:
                 break
-            assert run.kind is not None
-            lessons.append((run.kind, taken**_LESSON_POWER))
+            if owner.lesson and run.kind is not None:
+                lessons.append((run.kind, taken**_LESSON_POWER))
             branch.extend(taken, run.touches + 1, gap)
             shared -= taken
-        self._model.learn(lessons, owner.bin, True)
+        if lessons:
+            self._model.learn(lessons, owner.bin if owner.ages else bin_at(age), True)
 
     def _recall(self, branch: Branch, digests: bytes) -> None:
         """What comes back of these chunks after a restart is in another branch than it was."""
         for digest in _each(digests):
             if digest in self._recalled:
                 self._recalled[digest] = branch
+
+    def _pack(self, branch: Branch) -> None:
+        """Keep of a branch what it takes to know it again, unless it has members, or is a lesson."""
+        head = branch.digests[:DIGEST_BYTES]
+        is_idle = not (branch.members or branch.lesson or self._recalled)
+        if is_idle and self._heads.get(head) is branch:
+            packed = self._heads[head] = pack(branch)
+            self._in_order.enter(packed)
+            branch.digests, branch.runs = b"", []
+
+    def _unpack(self, packed: bytes) -> Branch:
+        """The branch that was packed, to which something comes back."""
+        self._heads[packed[:DIGEST_BYTES]] = branch = unpack(packed)
+        branch.judge(self._model)
+        self._in_order.enter(branch)
+        return branch
+
+    def _is_over(self, branch: Branch | bytes) -> bool:
+        """Whether nothing is left of a branch, or of what was packed."""
+        if isinstance(branch, bytes):
+            return self._heads.get(branch[:DIGEST_BYTES]) is not branch
+        return branch.is_over
+
+    def _branches(self) -> Iterator[Branch]:
+        """All branches that are not packed, and some that are over."""
+        return (branch for branch in chain(self._in_order, self._settled) if isinstance(branch, Branch))
 
     def _behead(self, branch: Branch) -> None:
         """Let a branch be found no more by its first chunk, unless another one is."""
@@ -245,6 +303,8 @@ class PrefixPolicy(Generic[T]):
         self._remembered -= 1
         if branch.members == 1:
             self._leaves.hang(branch.parent)
+            if not branch.ages:
+                self._ages.enter(branch, self._now)
         if newer is not None:
             newer.older = item
             return
@@ -262,6 +322,8 @@ class PrefixPolicy(Generic[T]):
             if front.digests[at : at + DIGEST_BYTES] == digest:
                 return front, begin
         known = self._heads.get(digest)
+        if isinstance(known, bytes):
+            known = self._unpack(known)
         if known is not None and parent is not None and not known.parent:
             self._root(known, begin, parent.chunk_hash[:DIGEST_BYTES])
         for branch in (front, known, self._recalled.pop(digest, None), self._last):
@@ -277,8 +339,16 @@ class PrefixPolicy(Generic[T]):
         branch = Branch(digest, begin, before, [Run(1, 1, NO_GAP)], self._now, octave_of(0), *output_of(None), 0)
         branch.judge(self._model)
         self._heads[digest] = branch
-        self._ages.enter(branch)
+        self._begin(branch)
         return branch, begin
+
+    def _begin(self, branch: Branch) -> None:
+        """A branch was used just now. One of some is a lesson as long as it lasts: fewer, the more was learned."""
+        lessons = self._model.lessons
+        branch.lesson = self._random.random() * lessons < max(_LESSONS, _LEAST_LESSONS * lessons)
+        self._in_order.enter(branch)
+        if branch.lesson or branch.members:
+            self._ages.enter(branch, self._now)
 
     def _root(self, branch: Branch, begin: int, parent: bytes) -> None:
         """Note where a branch begins that came with nothing before it."""
@@ -314,12 +384,15 @@ class PrefixPolicy(Generic[T]):
         item.node = item.older = item.newer = None
         branch.members -= 1
         self._members -= 1
+        self._is_full |= removal is Removal.CAPACITY
         self._remembered += 1
         if not branch.members:
             self._leaves.take(branch)
             self._leaves.unhang(branch.parent)
-            if branch.settled:
+            if branch in self._settled:
                 self._drop(branch)
+            elif branch is not self._last:
+                self._pack(branch)
         elif newer is None and (branch.rank in (HELD, SUSPENDED) or (branch.rank >= 0 and begins_run)):
             self._leaves.push(branch)
 
@@ -327,8 +400,9 @@ class PrefixPolicy(Generic[T]):
 
     def admits(self, chunk_hash: bytes) -> bool:
         """Whether a chunk on the path that was asked for last is worth as much as what would leave for it."""
+        self._is_full = True
         branch = self._last
-        if branch is None or (place := branch.place_of(chunk_hash)) < 0:
+        if self._duel.is_behind or branch is None or (place := branch.place_of(chunk_hash)) < 0:
             return True
         first, kind = self._leaves.first(), branch.run_at(place)[0].kind
         return first is None or kind is None or rank_of(self._model.worth(kind, branch.bin)) >= first.rank
@@ -343,7 +417,10 @@ class PrefixPolicy(Generic[T]):
         """What it has learned, and what it knows of the branches that were used last."""
         yield self._model.learned()
         branches, chunks = [], 0
-        for branch in self._ages.latest_first():
+        for known in reversed(self._in_order):
+            if self._is_over(known):
+                continue
+            branch = unpack(known) if isinstance(known, bytes) else known
             chunks += len(branch)
             if chunks > _RECALLED_CHUNKS:
                 break
@@ -363,7 +440,7 @@ class PrefixPolicy(Generic[T]):
                     continue
                 branch.judge(self._model)
                 self._heads[head] = branch
-                self._ages.enter_first(branch)
+                self._in_order.enter_first(branch)
                 self._remembered += len(branch)
                 self._recalled |= dict.fromkeys(_each(branch.digests), branch)
             yield
@@ -380,8 +457,8 @@ class PrefixPolicy(Generic[T]):
 
     def _learn_unused(self, branch: Branch) -> None:
         """A branch has come into its bin, unused in the one before."""
-        if self._random.random() * _LESSON_EVERY < 1:
-            kinds = [(run.kind, _LESSON_EVERY * run.chunks**_LESSON_POWER) for run in branch.runs if run.kind]
+        if branch.lesson:
+            kinds = [(run.kind, run.chunks**_LESSON_POWER) for run in branch.runs if run.kind]
             self._model.learn(kinds, branch.bin - 1, False)
         if branch.rank >= 0:
             self._leaves.push(branch)
@@ -390,8 +467,10 @@ class PrefixPolicy(Generic[T]):
         """Remember no more than there is room for: the oldest go."""
         most = max(MIN_REMEMBERED, REMEMBERED * self._members)
         for _ in range(_FORGOTTEN_AT_ONCE):
-            if self._remembered <= most or (branch := self._ages.take_oldest()) is None:
+            if self._remembered <= most or (branch := self._in_order.take_oldest()) is None:
                 return
+            if isinstance(branch, bytes):
+                self._heads[branch[:DIGEST_BYTES]] = branch = unpack(branch)
             if not branch.members:
                 self._drop(branch)
                 continue
@@ -401,17 +480,19 @@ class PrefixPolicy(Generic[T]):
                 branch.digests = branch.digests[: kept * DIGEST_BYTES]
                 branch.cut_runs(kept, head=True)
                 branch.tail = False
-            self._ages.settle(branch)
+            self._settled.add(branch)
 
     def _drop(self, branch: Branch) -> None:
         """Forget a branch that has no members."""
         self._behead(branch)
+        self._settled.discard(branch)
         self._remembered -= len(branch)
         branch.digests, branch.runs = b"", []
 
     def check_integrity(self) -> None:
         """Assert that branches share no chunk, and know their members and where these are."""
-        branches = list(self._heads.values())
+        packed = [unpack(of) for of in self._heads.values() if isinstance(of, bytes)]
+        branches = [branch for branch in self._heads.values() if isinstance(branch, Branch)]
         for branch in branches:
             members = []
             item = branch.first
@@ -424,9 +505,10 @@ class PrefixPolicy(Generic[T]):
             assert sum(run.chunks for run in branch.runs) == len(branch) > 0
             assert all(run.chunks > 0 and run.kind is not None for run in branch.runs)
             assert branch is self._heads[branch.digests[:DIGEST_BYTES]]
-        assert sorted(map(id, self._ages)) == sorted(map(id, branches))
+        known = [branch for branch in chain(self._in_order, self._settled) if not self._is_over(branch)]
+        assert sorted(map(id, known)) == sorted(map(id, self._heads.values()))
         self._leaves.check_integrity(branches)
-        digests = b"".join(branch.digests for branch in branches)
+        digests = b"".join(branch.digests for branch in (*branches, *packed))
         each = _each(digests)
         assert len(set(each)) == len(each)
         assert self._members == sum(branch.members for branch in branches)

@@ -1,4 +1,4 @@
-"""What a policy has learned, as bytes, so that a restart need not begin anew."""
+"""What a policy has learned, as bytes: so that a restart need not begin anew, and what has left takes little memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated
@@ -33,15 +33,16 @@ class Told(Struct, frozen=True, array_like=True):
     bin: Annotated[int, Meta(ge=0, lt=BINS)]
 
 
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Told)
+
+
 def pieces_of(branches: Iterable[Branch], now: float) -> Iterator[bytes]:
     """Branches as bytes, some in each piece."""
     told: list[Told] = []
     chunks = 0
     for branch in branches:
-        runs = [(run.chunks, run.touches, run.gap) for run in branch.runs]
-        output = branch.output, branch.output_bins
-        rest = branch.new, *output, branch.turn, branch.cut, branch.tail, branch.bin
-        told.append(Told(branch.digests, branch.begin, branch.parent, runs, now - branch.used, *rest))
+        told.append(_told(branch, now - branch.used))
         chunks += len(branch)
         if chunks >= _AT_ONCE:
             yield msgspec.msgpack.encode(told)
@@ -51,7 +52,6 @@ def pieces_of(branches: Iterable[Branch], now: float) -> Iterator[bytes]:
 
 def branches_of(piece: bytes, now: float) -> list[Branch]:
     """The branches of a piece, without members. Raises ValueError for what is none."""
-    branches = []
     try:
         all_told = msgspec.msgpack.decode(piece, type=list[Told])
     except msgspec.DecodeError as error:
@@ -60,12 +60,33 @@ def branches_of(piece: bytes, now: float) -> list[Branch]:
         chunks = sum(run[0] for run in told.runs)
         if not chunks or len(told.digests) != chunks * DIGEST_BYTES or len(told.parent) not in (0, DIGEST_BYTES):
             raise ValueError("a branch has as many digests as chunks")
-        runs = [Run(*run) for run in told.runs]
-        rest = told.new, told.output, told.output_bins, told.turn, told.cut, told.tail
-        branch = Branch(told.digests, told.begin, told.parent, runs, now - told.seconds, *rest)
-        branch.bin = told.bin
-        branches.append(branch)
-    return branches
+    return [_branch(told, now - told.seconds) for told in all_told]
+
+
+def pack(branch: Branch) -> bytes:
+    """A branch without members in a quarter of the memory. It begins with its first digest."""
+    return branch.digests[:DIGEST_BYTES] + _encoder.encode(_told(branch, max(branch.used, 0.0)))
+
+
+def unpack(packed: bytes) -> Branch:
+    """The branch that was packed, not judged yet."""
+    told = _decoder.decode(memoryview(packed)[DIGEST_BYTES:])
+    return _branch(told, told.seconds)
+
+
+def _told(branch: Branch, seconds: float) -> Told:
+    runs = [(run.chunks, run.touches, run.gap) for run in branch.runs]
+    output = branch.output, branch.output_bins
+    rest = branch.new, *output, branch.turn, branch.cut, branch.tail, branch.bin
+    return Told(branch.digests, branch.begin, branch.parent, runs, seconds, *rest)
+
+
+def _branch(told: Told, used: float) -> Branch:
+    runs = [Run(*run) for run in told.runs]
+    rest = told.new, told.output, told.output_bins, told.turn, told.cut, told.tail
+    branch = Branch(told.digests, told.begin, told.parent, runs, used, *rest)
+    branch.bin = told.bin
+    return branch
 
 
 def seal(pieces: Sequence[bytes]) -> bytes:

@@ -4,13 +4,13 @@ What a leaf is worth is rounded to one of a few hundred ranks, sixteen to each d
 in the order in which they came to it. So a step costs the same however many there are.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
 from itertools import count
 from math import log2
 from typing import Generic, TypeVar
 
-from async_cache.retention.branches import DIGEST_BYTES, HELD, SHOWN, SUSPENDED, Branch, Member
+from async_cache.retention.branches import DIGEST_BYTES, HELD, SHOWN, SUSPENDED, Branch, Member, Place
 from async_cache.retention.reuse import ReuseModel
 from async_cache.retention.ring import Ring
 
@@ -29,16 +29,19 @@ def rank_of(worth: float) -> int:
 class Leaves(Generic[T]):
     """The branches whose deepest member may leave, by what that is worth, and which of the others hang on what.
 
-    `branches` gives all that there are.
+    `all_branches` gives all that there are, and some that are over.
     """
 
-    def __init__(self, model: ReuseModel, branches: Iterable[Branch]):
+    def __init__(self, model: ReuseModel, all_branches: Callable[[], Iterable[Branch]]):
         self._model = model
-        self._branches = branches
+        self.all_branches = all_branches
         self._rings: dict[int, Ring[Branch]] = {}
         self._filled = 0  # by bit, the ranks of which there may be leaves
         self._hanging: dict[bytes, int] = {}  # the number of branches with members that have this digest before them
         self._held: dict[bytes, Branch] = {}  # by the digest of the deepest member, on which others hang
+        self._by_use: Ring[Place] = Ring()  # all that have members, and are not suspended
+        self.as_lru = False
+        """Whether that leaves first that was used first, whatever it is worth."""
         self._judged: tuple[Branch | None, int] = None, 0  # the one that came first, by so many lessons
 
     def rank(self, branch: Branch, item: T) -> int:
@@ -58,6 +61,9 @@ class Leaves(Generic[T]):
         if branch.deepest is None:
             self.take(branch)
             return
+        if branch.place is None:
+            branch.place = Place(branch)
+            self._by_use.use(branch.place, self._by_use.oldest() if branch.rank == SUSPENDED else None)
         digest = branch.deepest.chunk_hash[:DIGEST_BYTES]
         if digest in self._hanging:
             self.take(branch)
@@ -79,6 +85,9 @@ class Leaves(Generic[T]):
         if branch.rank >= 0:
             self._rings[branch.rank].discard(branch)
         branch.rank = why
+        if branch.place is not None and (why == SUSPENDED or not branch.members):
+            self._by_use.discard(branch.place)
+            branch.place = None
 
     def lowest(self) -> Branch | None:
         """The branch of the lowest rank; None if there is none."""
@@ -92,6 +101,8 @@ class Leaves(Generic[T]):
 
     def first(self) -> Branch | None:
         """The branch whose deepest member should leave first, judged anew; None if there is none."""
+        if self.as_lru and (place := self._by_use.oldest()) is not None and place.branch.rank >= 0:
+            return place.branch
         while (branch := self.lowest()) is not None:
             leaf, judged = branch.deepest, (branch, self._model.lessons)
             is_leaf = leaf.chunk_hash[:DIGEST_BYTES] not in self._hanging
@@ -128,9 +139,10 @@ class Leaves(Generic[T]):
 
     def victims(self) -> Iterator[T]:
         """Iterate over all members in the order in which they should go. Those that came may leave."""
-        first = self.first()
-        leaf: T | None = first.deepest if first is not None else None
-        if leaf is not None:
+        leaf: T | None = None
+        while leaf is None and (first := self.first()) is not None:
+            leaf = first.deepest
+            assert leaf is not None
             yield leaf
             if leaf.node is None:
                 leaf = None  # it has left
@@ -156,6 +168,8 @@ class Leaves(Generic[T]):
                 digest = branch.deepest.chunk_hash[:DIGEST_BYTES]
                 assert digest in self._hanging and self._held[digest] is branch
         assert hanging == self._hanging
+        in_use = {id(place.branch) for place in self._by_use}
+        assert in_use == {id(branch) for branch in branches if branch.members and branch.rank != SUSPENDED}
         assert ranked == {id(branch) for ring in self._rings.values() for branch in ring}
 
 
@@ -226,5 +240,5 @@ class _Walk(Generic[T]):
 
     def _left(self) -> Branch | None:
         """A branch with members that has not come, and is not among the leaves."""
-        waiting = (b for b in self._of._branches if b.members and b.rank in (HELD, SUSPENDED))
+        waiting = (b for b in self._of.all_branches() if b.members and b.rank in (HELD, SUSPENDED))
         return next((branch for branch in waiting if id(branch) not in self._seen), None)
