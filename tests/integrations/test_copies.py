@@ -141,10 +141,10 @@ async def ranks(
 
 
 @asynccontextmanager
-async def reader(where: Geometry, backend: Any) -> AsyncIterator[Rank]:
+async def reader(where: Geometry, backend: Any, **device: Any) -> AsyncIterator[Rank]:
     """An empty rank on a cache of its own."""
     async with AsyncCache(CacheConfig(l1_bytes=2**22), backends=[backend]) as cache:
-        rank = Rank(cache, where, SimulatedDevice(pages_of(where, filled=False)))
+        rank = Rank(cache, where, SimulatedDevice(pages_of(where, filled=False), **device))
         yield rank
         rank.device.close()
         await end(rank, "r")
@@ -372,6 +372,63 @@ def test_a_load_that_falls_short_while_it_is_streamed_fills_what_it_counts(missi
             async with reader(where, slow) as second:
                 assert await second.load(TOKENS, (OTHERS,)) == missing * CHUNK
                 assert all(right_blocks(first, second, missing * CHUNK // BLOCK))
+
+    virtual(run())
+
+
+@asynccontextmanager
+async def streaming(**device: Any) -> AsyncIterator[tuple[Rank, Rank]]:
+    """A rank whose chunks are in storage, which gives one in a quarter of a second, and one that is to load them."""
+    where, memory = geometry(), MemoryBackend()
+    async with ranks(where, {}, backend=memory) as (first,):
+        await first.save(TOKENS, (BLOCKS,))
+        await first.landed()
+        await first.cache.flush()
+        async with reader(where, ThrottledBackend(memory, bytes_per_second=1e3), **device) as second:
+            yield first, second
+
+
+@pytest.mark.parametrize("moment", range(18))
+@pytest.mark.parametrize("how", ["ended", "lost", "closed"])
+def test_whatever_happens_at_any_moment_of_a_streamed_load_it_fills_what_it_says_and_holds_nothing(
+    how: str, moment: int
+) -> None:
+    async def run() -> None:
+        async with streaming() as (first, second):
+            loading = asyncio.create_task(second.load(TOKENS, (OTHERS,)))
+            await asyncio.sleep(moment * 0.06)  # up to 1.02 s: all of it takes 0.96 s
+            is_over = loading.done()
+            if how == "ended":  # an abort
+                await second.cache.end_request("r")
+            elif how == "lost":  # the server
+                second.client.held = False
+            else:  # the engine
+                second.device.close()
+            filled = await loading
+            assert is_over == (moment > 16)
+            assert filled == len(TOKENS) if is_over else filled % CHUNK == 0
+            assert moment >= 16 or filled < len(TOKENS)
+            assert how != "lost" or is_over or not filled, "what was copied of its memory may be anything"
+            assert all(right_blocks(first, second, filled // BLOCK))
+
+    virtual(run())
+
+
+@pytest.mark.parametrize("stage", range(STAGES))
+@pytest.mark.parametrize("how", ["fails", "hangs"])
+def test_whichever_stage_of_a_streamed_load_breaks_it_fills_what_it_says_and_holds_nothing(
+    how: str, stage: int
+) -> None:
+    async def run() -> None:
+        async with streaming(**{how: stage}) as (first, second):
+            loading = asyncio.create_task(second.load(TOKENS, (OTHERS,)))
+            if how == "hangs":
+                await asyncio.sleep(1000)
+                assert not loading.done() and not second.client.leased
+                second.device.close()
+            filled = await loading
+            assert filled % CHUNK == 0 and filled <= stage // 2 * CHUNK
+            assert all(right_blocks(first, second, filled // BLOCK))
 
     virtual(run())
 
