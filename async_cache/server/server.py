@@ -23,6 +23,7 @@ from async_cache.errors import (
     CacheClosedError,
     ConfigError,
     ConnectionLostError,
+    LimitError,
     ProtocolError,
 )
 from async_cache.prompt.keys import check_label
@@ -314,10 +315,15 @@ class Server:
 
     async def _hear(self, sock: socket.socket | Secured) -> tuple[Hello, int | None]:
         self._door.check(len(self._sessions), sock.family)
-        heard = await receive_hello(sock)
+        hello, descriptor = await receive_hello(sock)
         self._door.heard()
-        self._door.check(len(self._sessions) + self._entering, sock.family)
-        return heard
+        try:
+            self._door.check(len(self._sessions) + self._entering, sock.family)
+        except LimitError:
+            if descriptor is not None:
+                os.close(descriptor)
+            raise
+        return hello, descriptor
 
     async def _turn_to_enter(self) -> None:
         """Return for one after the other, a turn of the loop apart, however many have said hello at once."""

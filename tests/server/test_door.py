@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import resource
 import socket
 from contextlib import ExitStack
@@ -9,6 +10,8 @@ from contextlib import ExitStack
 import pytest
 
 from async_cache import AccessDeniedError, LimitError, connect
+from async_cache.protocol.frames import frame
+from async_cache.protocol.messages import VERSION, Hello, encode
 from async_cache.server.door import Door, fitting_connections
 from async_cache.testing.virtual import run_virtual
 
@@ -16,6 +19,7 @@ from .programs import server
 from .support import Peer
 
 TOKEN = "token-of-red____________"
+HELLO = frame(encode(Hello(VERSION)))
 CONFIG = f'[server.tenants.red]\ntokens = ["{TOKEN}"]\nsalts = ["red"]\n'
 
 
@@ -47,6 +51,19 @@ async def test_some_connections_are_kept_for_the_unix_socket(tmp_path):
         assert peer.welcome.code == "limit"
         async with connect(served.urls[0]) as operator:
             await operator.ping()
+
+
+def test_the_segment_of_a_client_that_is_refused_when_it_has_said_hello_is_closed(tmp_path):
+    with serve(tmp_path, server_max_connections=1) as served, ExitStack() as stack:
+        late = [stack.enter_context(Peer(served.url, hello=False)) for _ in range(8)]
+        stack.enter_context(Peer(served.url))  # the one that is let in
+        segment = os.memfd_create("late", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        stack.callback(os.close, segment)
+        for peer in late:
+            peer._greet(HELLO, segment)
+            assert peer.welcome.code == "limit"
+            assert peer.socket.recv(1) == b""  # all that there was of it is closed by now
+        assert not [path for path in served.open_files() if path.startswith("/memfd:late")]
 
 
 async def test_wrong_tokens_are_refused_with_the_peers_address_and_few_lines(tmp_path):
