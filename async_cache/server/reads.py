@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 
 from async_cache.core import Core
+from async_cache.errors import LimitError
 from async_cache.handles.lease import Entered, spans_of
 from async_cache.handles.stream import Arrived, Streamed
 from async_cache.prompt.layout import ModelLayout
@@ -72,6 +73,11 @@ class Read(Held):
         if self._answering is not None:
             self._answering.undo()
 
+    def refuse(self) -> None:
+        """Leave it as if it had not been entered: its client hears of an error in place of the answer."""
+        self._answering = None
+        self.undo()
+
     def release(self) -> None:
         """Leave it."""
         entered = self._end()
@@ -132,7 +138,11 @@ class Reads:
         if len(entered.offsets) * len(entered.layout.groups) <= _AT_ONCE:
             self._tell_at_once(message, entered)
         else:
-            await self._tell(message, entered)
+            try:
+                await self._tell(message, entered)
+            except LimitError:
+                read.refuse()
+                raise
         if not self._mapped:
             await self._send(read, entered, Arrived(0, entered.offsets, entered.objects))
 

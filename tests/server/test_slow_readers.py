@@ -321,3 +321,18 @@ async def test_large_answers_count_until_they_are_read(tmp_path):
             assert listed and refused and all(one.message.startswith("unread_bytes: ") for one in refused)
             peer.send(messages.ListChunks(peer.number()))
             assert type(peer.answers(1)[0]) is messages.ChunksListed, "those that were read do not count"
+
+
+async def test_a_read_whose_answer_is_refused_was_not_entered(tmp_path):
+    (tmp_path / "config.toml").write_text(f'{CONFIG}[server.tenants.bound.limits]\nunread_bytes = "16KiB"\n')
+    prompt = make_prompt(4000, layout=make_layout(ObjectGroup((1,), "uint8"), chunk_tokens=1))
+    with server(tmp_path, f"unix://{tmp_path}/s", config=tmp_path / "config.toml") as served:
+        async with connect(served.url) as owner, connect(served.url, token=TOKEN) as client:
+            await fill(owner, prompt)
+            await client.prefetch(prompt, request_id="large").load_done
+            for _ in range(2):
+                with pytest.raises(LimitError, match="unread_bytes"):
+                    await client.read("large")
+            await client.end_request("large")
+            stats = await owner.stats()
+            assert (stats.requests, stats.leases) == (0, 0)
