@@ -13,7 +13,7 @@ import uvloop
 from async_cache.aio.forks import process
 from async_cache.client.client import CacheClient
 from async_cache.client.writing import Post
-from async_cache.errors import CacheClosedError
+from async_cache.errors import CacheClosedError, ConnectionLostError
 from async_cache.protocol.descriptors import above_standard
 
 T = TypeVar("T")
@@ -76,8 +76,14 @@ class ClientThread:
             warnings.warn("a BlockingClient was not closed", ResourceWarning, stacklevel=2)
 
     def _run(self, opened: "concurrent.futures.Future[None]") -> None:
-        with above_standard(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._serve(opened))
+        try:
+            with above_standard(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._serve(opened))
+        except OSError as error:  # a loop needs descriptors, of which there may be no more
+            if opened.done():
+                raise
+            self._end()
+            opened.set_exception(ConnectionLostError(f"no connection can be made here: {error.strerror or error}"))
 
     async def _serve(self, opened: "concurrent.futures.Future[None]") -> None:
         self._loop = asyncio.get_running_loop()

@@ -3,6 +3,8 @@
 import asyncio
 import concurrent.futures
 import gc
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -757,3 +759,19 @@ def test_a_connection_that_is_lost_is_told_and_comes_back() -> None:
             fill(client, PROMPT)
             assert client.prefetch(PROMPT).load_done.result(SOON).chunks == CHUNKS
             client.close()
+
+
+def test_where_no_file_can_be_opened_who_opens_a_client_hears_of_it() -> None:
+    program = (
+        "import os, resource\n"
+        "from async_cache import BlockingClient, ConnectionLostError\n"
+        "client = BlockingClient('unix:///nowhere')\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) - 1,) * 2)\n"
+        "try:\n"
+        "    client.open()\n"
+        "except ConnectionLostError as error:\n"
+        "    print(error, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=SECONDS, check=True)
+    assert "open files" in done.stdout
