@@ -1,6 +1,8 @@
 """What a policy has learned outlives the restart of a directory."""
 
+import asyncio
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,24 @@ async def test_a_directory_whose_policy_learns_nothing_has_no_note_of_it(tmp_pat
     await put(backend, range(4), 100)
     await backend.close()
     assert notes.read_one(os.fspath(tmp_path / "kv"), LEARNED) is None
+
+
+async def test_an_open_that_is_given_up_while_it_reads_what_was_learned_leaves_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, may_go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def read_one(path: str, name: str) -> None:
+        loop.call_soon_threadsafe(read.set)
+        may_go_on.wait()
+
+    monkeypatch.setattr(notes, "read_one", read_one)
+    backend = FileSystemBackend(tmp_path / "kv")
+    opening = asyncio.create_task(backend.open())
+    await read.wait()
+    opening.cancel()
+    await asyncio.wait([opening])
+    await backend.close()
+    may_go_on.set()
+    assert await backend._threads.ended(10)

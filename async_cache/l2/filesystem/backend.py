@@ -149,9 +149,9 @@ class FileSystemBackend(Backend):
         except OSError as error:
             raise BackendError(f"{self.name} cannot be opened: {error}") from error
         else:
-            self._is_open = True
             await self._recall()
             self._log = Log(directory, self._index, self._threads, self._settings)
+            self._is_open = True
         finally:
             if not self._is_open:
                 self._threads.shutdown()
