@@ -11,6 +11,7 @@ from typing import Literal, Self, cast
 
 import msgspec
 
+from async_cache.aio.ending import to_its_end
 from async_cache.aio.home import Home
 from async_cache.config import CacheConfig, prefixed
 from async_cache.core import Core
@@ -150,7 +151,7 @@ class AsyncCache:
         try:
             await core.retentions.recover()
         except BaseException:
-            await core.close()
+            await to_its_end(asyncio.create_task(core.close()))
             raise
         return core
 

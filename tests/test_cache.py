@@ -135,6 +135,32 @@ async def test_who_is_cancelled_in_the_step_in_which_it_has_opened_leaves_nothin
     assert closed.is_set(), "nobody else can close it"
 
 
+async def test_who_is_cancelled_again_while_a_cache_that_was_opening_closes_leaves_no_memory() -> None:
+    asked, leaves, may_leave = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    class Slow(MemoryBackend):
+        async def notes(self) -> dict[str, bytes]:
+            asked.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def close(self) -> None:
+            leaves.set()
+            await may_leave.wait()
+
+    before = os.listdir("/proc/self/fd")
+    opening = asyncio.create_task(AsyncCache(CacheConfig(l1_bytes=2**20), [Slow()]).open())
+    await asked.wait()
+    opening.cancel()
+    await leaves.wait()
+    opening.cancel()
+    await asyncio.sleep(0)
+    may_leave.set()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert os.listdir("/proc/self/fd") == before
+
+
 async def test_a_cache_that_is_closed_in_the_step_in_which_it_has_opened_is_closed() -> None:
     cache = AsyncCache(CacheConfig(l1_bytes=2**20, l2=["memory://"]))
     opening = asyncio.create_task(cache.open())
