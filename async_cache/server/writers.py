@@ -143,11 +143,12 @@ class Writers:
         account.take("reserved_share", chunks * room_bytes)
         try:
             await writer
+            account.store(len(writer) * room_bytes)  # others may have stored too much meanwhile
         except BaseException:
+            writer.close()
             account.give("reserved_share", chunks * room_bytes)
             raise
         account.give("reserved_share", (chunks - len(writer)) * room_bytes)
-        account.store(len(writer) * room_bytes)
         HeldWriter(message.number, self._held, self._connection, writer, account, room_bytes)
         return messages.StoreReserved(message.number, list(map(_INDEX, writer[:])), writer.shortfall)
 

@@ -9,12 +9,15 @@ from typing import get_args
 import pytest
 from contract.support import fill, make_layout, make_prompt
 
-from async_cache import ConfigError, LimitError, ObjectGroup, ServerConfig, connect
+from async_cache import AsyncCache, CacheConfig, ConfigError, LimitError, ObjectGroup, ServerConfig, connect
 from async_cache.limits import UNLIMITED, TenantLimits
+from async_cache.prompt.layout import HASH_AT_ONCE_TOKENS
 from async_cache.protocol import messages
 from async_cache.protocol.messages import Failed
 from async_cache.protocol.prompts import describe, pack
 from async_cache.server.accounts import Account
+from async_cache.server.held import Table
+from async_cache.server.writers import Writers
 from async_cache.testing.virtual import run_virtual
 
 from .programs import server
@@ -237,6 +240,27 @@ def test_what_is_stored_in_a_second_is_bounded():
         account.store(1)
 
     run_virtual(store())
+
+
+async def test_a_store_that_is_refused_once_it_has_its_room_gives_it_back():
+    """Of several that are begun at once, each was within the rate when it began."""
+    account, held = account_of(stored_bytes_per_second=1000, reserved_share=0.9), Table()
+    layout = make_layout(ObjectGroup((65_536,), "uint8"), chunk_tokens=HASH_AT_ONCE_TOKENS)
+    async with AsyncCache(CacheConfig(l1_bytes=MIB, l2=[])) as cache:
+        writers = Writers(held, None, None, None, None, account)
+
+        def open_writer(number):
+            prompt = layout.prompt(range(number, number + 4 * HASH_AT_ONCE_TOKENS), salt="red")
+            assert not prompt.hashed, "a thread does that, while others begin"
+            message = messages.ReserveStore(number, None, 0, 0)
+            return writers.open(message, prompt, lambda most: cache.core.writing.writer(prompt, 0, 0, most=most))
+
+        opened = await asyncio.gather(*map(open_writer, range(3)), return_exceptions=True)
+        assert [type(one) for one in opened] == [messages.StoreReserved, LimitError, LimitError]
+        assert account.used["reserved_share"] == (await cache.stats()).reserved_bytes == 4 * 65_536
+        for writer in list(held.values()):
+            writer.undo()
+        assert account.used["reserved_share"] == (await cache.stats()).reserved_bytes == 0
 
 
 async def test_what_is_not_read_waits_for_room_and_who_gives_up_passes_it_on():
