@@ -406,7 +406,7 @@ class Session:
         hits = await self._core.requests.query_lookup_hits(self._scope.inner(message.request_id))
         return messages.Hits(message.number, *split_hits(self._scope.outer(hits)))
 
-    async def _query_status(self, message: messages.QueryPrefetchStatus) -> Message | None:
+    async def _query_status(self, message: messages.QueryPrefetchStatus) -> None:
         request_id = self._scope.inner(message.request_id)
         result = await self._core.requests.query_status(request_id)
         if (request := self._core.requests.find(request_id)) is not None:
@@ -414,9 +414,9 @@ class Session:
         self._holders.claimed(request_id, True)
         loaded = messages.Loaded(message.number, *split_result(self._scope.outer(result)))
         if result.chunks:
-            return loaded
-        self._send_soon(loaded)
-        return None
+            self.connection.send(loaded)  # however much is unread: what was claimed is not handed out again
+        else:
+            self._send_soon(loaded)
 
     async def _lookup(self, message: messages.Lookup, prompt: Prompt) -> Message:
         return messages.Hits(message.number, await self._cache.lookup(prompt))

@@ -336,3 +336,16 @@ async def test_a_read_whose_answer_is_refused_was_not_entered(tmp_path):
             await client.end_request("large")
             stats = await owner.stats()
             assert (stats.requests, stats.leases) == (0, 0)
+
+
+async def test_a_result_is_not_lost_with_an_answer_that_is_refused(tmp_path):
+    (tmp_path / "config.toml").write_text(f'{CONFIG}[server.tenants.bound.limits]\nunread_bytes = "4KiB"\n')
+    layout = make_layout(ObjectGroup((1,), "uint8"))
+    parts = [make_prompt(1, number, layout) for number in range(256)]  # whose result is longer than that
+    with server(tmp_path, f"unix://{tmp_path}/s", config=tmp_path / "config.toml") as served:
+        async with connect(served.url, token=TOKEN) as client:
+            for part in parts:
+                await fill(client, part)
+            await client.prefetch_segments(parts, request_id="long").load_done
+            assert (await client.query_status("long")).chunks == 256
+            await client.end_request("long")
