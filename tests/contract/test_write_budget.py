@@ -1,13 +1,15 @@
 """A backend whose URL says how much may be written to it in a day is written no more, in whatever time, by whomever."""
 
 import asyncio
+import math
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from async_cache import AsyncCache, ConfigError
-from async_cache.l2.guard.budget import DAY_SECONDS, SAVED_UP, WriteBudget
+from async_cache.l2.guard.budget import DAY_SECONDS, SAVED_UP, Note, WriteBudget
 from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.placement import Placement
 from async_cache.l2.urls.registry import from_url
@@ -129,6 +131,18 @@ async def test_what_is_left_survives_a_restart_and_grows_meanwhile(tmp_path: Pat
         assert again.left_bytes == pytest.approx(left - 30, abs=1)
     again.recall(b"\xc1", 0)
     assert again.left_bytes == pytest.approx(70, abs=1)
+
+
+@pytest.mark.parametrize("left", [math.nan, math.inf, -math.inf, -1e300, 1e300])
+@pytest.mark.parametrize("noted_at", [math.nan, 0.0])
+async def test_a_note_that_came_to_harm_stops_neither_a_writer_nor_the_writing(left: float, noted_at: float) -> None:
+    now = [1000.0]
+    budget = WriteBudget(8000, lambda: now[0])
+    budget.recall(msgspec.msgpack.encode(Note(left, noted_at)), 1000.0)
+    assert budget.left_bytes <= 1000
+    budget.admits("", 10, 1)
+    now[0] += 3 * DAY_SECONDS
+    assert budget.left_bytes == 1000 and budget.admits("", 10, 1)
 
 
 @pytest.mark.real_time

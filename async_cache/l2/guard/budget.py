@@ -5,6 +5,7 @@ A bucket that fills at a steady rate: an eighth of the day's bytes fits in, and 
 """
 
 from collections.abc import Callable
+from math import isfinite
 
 import msgspec
 from msgspec import Struct
@@ -97,11 +98,12 @@ class WriteBudget:
         return msgspec.msgpack.encode(Note(self.left_bytes + self._promised, wall))
 
     def recall(self, note: bytes, wall: float) -> None:
-        """Go on from a note; what cannot be read is none."""
+        """Go on from a note; what cannot be read, or be so, is none."""
         try:
             told = msgspec.msgpack.decode(note, type=Note)
         except msgspec.DecodeError:
             return
         filled = told.left_bytes + max(wall - told.noted_at, 0.0) * self._rate
-        self._left = min(filled, self._most) - self.written
-        self._filled_at = self._clock()
+        if isfinite(filled):
+            self._left = max(min(filled, self._most), -self.day_bytes) - self.written
+            self._filled_at = self._clock()
