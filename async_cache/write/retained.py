@@ -24,6 +24,7 @@ from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
 from async_cache.l2.guard.guards import Guards, ask_all, held_by
 from async_cache.prompt import coverage
+from async_cache.prompt.arguments import MOST_SECONDS
 from async_cache.prompt.layout import Prompt
 from async_cache.retention.allowance import Allowance
 from async_cache.values import Clipped, Retained
@@ -369,7 +370,7 @@ class Retentions:
             return
         left = min(note.noted_at + note.lives_seconds - self._wall(), note.lives_seconds)
         retention = self._by_name.get(name)
-        if left <= 0 or not note.hashes:
+        if not 0 < left <= MOST_SECONDS or not note.hashes:
             self._note_soon(name, {tier})
             return
         if retention is None:

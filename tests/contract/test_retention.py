@@ -1,10 +1,12 @@
 """Retention: what somebody asks to be kept is kept until its time, in every tier, within his share, and he is told."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 
 from async_cache import AsyncCache, CacheConfig, Clipped, ConfigError, Retained
@@ -12,6 +14,7 @@ from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.urls.registry import from_url
 from async_cache.retention.policies import NAMES
 from async_cache.testing import GatedBackend
+from async_cache.write.retention import Note
 
 from .support import (
     OBJECT_BYTES,
@@ -201,6 +204,26 @@ async def test_a_restart_keeps_what_is_retained_where_the_tier_outlives_it() -> 
         assert await count_hits(cache, prompt) == 0
     async with open_cache(backend) as cache:
         assert await cache.retained() == []
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("damage", [{"noted_at": math.nan}, {"lives_seconds": math.inf, "noted_at": math.inf}])
+async def test_a_note_that_came_to_harm_keeps_nothing_and_no_other_from_its_end(damage: dict[str, float]) -> None:
+    backend, harmed, whole = MemoryBackend(), make_prompt(2), make_prompt(3, number=2)
+    async with open_cache(backend) as cache:
+        for prompt in (harmed, whole):
+            await fill(cache, prompt)
+            await cache.flush()
+            await cache.retain(prompt, ttl_seconds=100)
+    name = harmed.chunk_hashes[-1].hex()
+    note = msgspec.msgpack.decode(backend._notes[name], type=Note)
+    backend._notes[name] = msgspec.msgpack.encode(msgspec.structs.replace(note, **damage))
+    async with open_cache(backend) as cache:
+        assert [kept.chunks for kept in await cache.retained()] == [3]
+        await advance(101)
+        assert await cache.retained() == []
+        await settle()
+        assert not backend.pins and not backend._notes
 
 
 @pytest.mark.embedded
