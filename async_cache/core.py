@@ -26,7 +26,7 @@ from async_cache.prompt.layout import Prompt
 from async_cache.prompt.parts import Parts
 from async_cache.read.explain import Explainer
 from async_cache.read.filling import Filling
-from async_cache.read.hits import count_hits
+from async_cache.read.hits import HitCounter
 from async_cache.read.listing import Listing
 from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Loader
@@ -102,6 +102,7 @@ class Core:
         )
         self.requests = self.controller.requests
         self.streams = Streams(self.requests, self.loader, self.l1)
+        self.hit_counter = HitCounter(self.l1, self.guards, self.loader, tombstones, self.misses)
         self.explainer = Explainer(self.l1, self.guards, self.loader, tombstones, self.hashing, self.misses, self.roots)
         self.retentions = Retentions(self.l1, self.guards, self.sweeper, self.hashing, config)
         self.remover = Remover(
@@ -197,7 +198,8 @@ class Core:
 
     async def count_hits(self, prompt: Prompt | Parts) -> LookupHits:
         """Count how much of a prompt, or of several, is cached now."""
-        return await count_hits(prompt, self.l1, self.guards, self.loader, self.tombstones, self.hashing, self.misses)
+        await self.hashed(prompt)
+        return await self.hit_counter.count(prompt)
 
     def _owner_of(self, chunk_hash: bytes) -> str | None:
         entry = self.l1.find(chunk_hash)
