@@ -15,6 +15,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
+IMPORTED = {
+    "async_cache.integrations.transformers": ("torch", "transformers"),
+    "async_cache.testing.virtual": ("async_solipsism", "testing"),
+}
+"""Modules that only those import who have an extra: what is missing without it, and its name."""
 WITHOUT_TORCH = """
 import asyncio, sys
 sys.modules |= dict.fromkeys(("torch", "numpy"))
@@ -102,3 +107,11 @@ def test_links_of_a_document_lead_somewhere(document: Path) -> None:
 def test_the_chart_shows_the_table(tmp_path: Path) -> None:
     subprocess.run([sys.executable, ROOT / "benchmarks" / "chart.py", tmp_path / "chart.svg"], check=True, timeout=50)
     assert (tmp_path / "chart.svg").read_text() == (ROOT / "docs" / "benchmarks.svg").read_text()
+
+
+@pytest.mark.parametrize("module", IMPORTED)
+def test_who_imports_a_module_without_its_extra_is_told_the_extra(module: str) -> None:
+    missing, extra = IMPORTED[module]
+    code = f"import sys; sys.modules[{missing!r}] = None; import {module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert re.search(rf"^ImportError: .* pip install 'async-kv-cache\[{extra}\]'$", done.stderr, re.MULTILINE)

@@ -19,9 +19,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+try:
+    import torch
+    from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+    from transformers.cache_utils import DynamicLayer
+except ModuleNotFoundError as error:
+    raise ImportError("this needs torch and transformers: pip install 'async-kv-cache[transformers]'") from error
 
 from async_cache.aio.ending import in_thread
 from async_cache.cache import AsyncCache

@@ -5,7 +5,10 @@ import warnings
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-import async_solipsism
+try:
+    import async_solipsism
+except ModuleNotFoundError as error:
+    raise ImportError("virtual time needs async-solipsism: pip install 'async-kv-cache[testing]'") from error
 
 T = TypeVar("T")
 
