@@ -15,8 +15,8 @@ _PAST = 256  # times what is there: once so much was asked for, what was before 
 class Duel:
     """What was found, against what `lru` would have found.
 
-    `is_behind` tells to do as `lru` does, until as much again was asked for as before: so what is lost stays a small part
-    of all, and who has learned meanwhile is tried again.
+    `is_behind` tells to do as `lru` does, until as much again was asked for as before: so what is lost stays a small
+    part of all, and who has learned meanwhile is tried again.
     """
 
     def __init__(self) -> None:

@@ -3,9 +3,8 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from functools import wraps
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from async_cache.prompt.layout import ModelLayout
 from async_cache.prompt.objects import ObjectGroup
 from async_cache.testing import FailingBackend, GatedBackend, Verb, WrappedBackend
 from async_cache.testing.conformance import content, key, put, views
-from async_cache.testing.virtual import run_virtual
+from tests.virtual import virtual
 
 CLOSED, OPEN, HALF_OPEN = BreakerState
 TIMEOUTS = Timeouts(lookup_seconds=1.0, load_seconds=2.0, store_seconds=3.0)
@@ -114,16 +113,6 @@ VERBS: dict[str, Callable[[Guard], Awaitable[Any]]] = {
     "delete": lambda guard: guard.delete(KEYS),
     "keys": lambda guard: every_key(guard),
 }
-
-
-def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run a test in virtual time."""
-
-    @wraps(test)
-    def run(**arguments: Any) -> None:
-        run_virtual(test(**arguments))
-
-    return run
 
 
 # One outcome of each call.
