@@ -413,7 +413,7 @@ def test_tokens_are_cut_behind_each_separator():
         segments.split_at([1], [])
 
 
-async def test_the_benchmark_tells_what_each_method_costs(model, monkeypatch, capsys):
+async def test_the_benchmark_tells_what_each_method_costs(model, monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(TESTS.parent / "benchmarks")
     benchmark = importlib.import_module("segments")
     documents = [passage(number, 70) for number in range(8)]
@@ -423,13 +423,24 @@ async def test_the_benchmark_tells_what_each_method_costs(model, monkeypatch, ca
     await benchmark.quality(2)
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     told = {(row[0], row[1]): row[2:] for row in rows[1:]}
-    assert len(told) == 3 * 7 and {len(row) for row in told.values()} == {6}
+    assert len(told) == 3 * 7 and {len(row) for row in told.values()} == {7}
 
     class All(benchmark.DeviationPrefill):
         def __init__(self, *args, **options):
             super().__init__(*args, share=1.0, **options)
 
     monkeypatch.setattr(benchmark, "methods", lambda model: [benchmark.Method("all", All, 0.5)])
-    await benchmark.quality(2)
-    row = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
-    assert row[2:] == ["0.000", "0.000", "2 of 2", "20.0", "2 of 2", "100%"]
+    await benchmark.quality(1, tmp_path / "results")
+    capsys.readouterr()
+    compared, compare = [], benchmark.compare
+
+    async def count(*case):
+        compared.append(case)
+        return await compare(*case)
+
+    monkeypatch.setattr(benchmark, "compare", count)
+    for _ in range(2):
+        await benchmark.quality(2, tmp_path / "results")
+        row = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+        assert row[2:] == ["2", "0.000", "0.000", "2", "20.0", "2", "100%"]
+        assert len(compared) == 3  # of each context the second case, once
