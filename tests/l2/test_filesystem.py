@@ -492,14 +492,14 @@ class BadSectors:
         bad = list(map(places(self._directory).get, keys))
         left = [times]
 
-        def preadv(fd, parts, offset):
+        def preadv(fd, parts, offset, flags=0):
             end = offset + sum(map(len, parts))
             for place in bad:
                 here = os.readlink(f"/proc/self/fd/{fd}") == str(place.path)
                 if here and offset < place.offset + place.size_bytes and place.offset < end and left[0] != 0:
                     left[0] = left[0] and left[0] - 1
                     raise OSError(code, os.strerror(code))
-            return self._real(fd, parts, offset)
+            return self._real(fd, parts, offset, flags)
 
         self._monkeypatch.setattr(os, "preadv", preadv)
 
