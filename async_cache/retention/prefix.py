@@ -90,7 +90,7 @@ class PrefixPolicy(Generic[T]):
             else:
                 begin, is_packed = place, isinstance(owner, bytes)
                 if isinstance(owner, bytes):
-                    self._heads[owner[:DIGEST_BYTES]] = owner = unpack(owner)
+                    owner = self._unpacked(owner)
                 place = self._take_over(owner, branch, begin)
                 if is_packed:
                     self._pack(owner)
@@ -463,6 +463,10 @@ class PrefixPolicy(Generic[T]):
         if branch.rank >= 0:
             self._leaves.push(branch)
 
+    def _unpacked(self, packed: bytes) -> Branch:
+        branch = self._heads[packed[:DIGEST_BYTES]] = unpack(packed)
+        return branch
+
     def _forget(self) -> None:
         """Remember no more than there is room for: the oldest go."""
         most = max(MIN_REMEMBERED, REMEMBERED * self._members)
@@ -470,7 +474,7 @@ class PrefixPolicy(Generic[T]):
             if self._remembered <= most or (branch := self._in_order.take_oldest()) is None:
                 return
             if isinstance(branch, bytes):
-                self._heads[branch[:DIGEST_BYTES]] = branch = unpack(branch)
+                branch = self._unpacked(branch)
             if not branch.members:
                 self._drop(branch)
                 continue
