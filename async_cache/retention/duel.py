@@ -8,7 +8,7 @@ from bisect import bisect_right
 
 _SLOTS = 256  # of what is there, each has one part
 _BEHIND = 0.001  # of what was asked for: that much less may be found,
-_SLACK = 0.05  # and this part of what is there
+_SLACK = 32  # and so many chunks
 _PAST = 256  # times what is there: once so much was asked for, what was before counts half
 
 
@@ -57,5 +57,5 @@ class Duel:
         if self.is_behind:
             if self._asked >= self._until:
                 self.is_behind, self._lost = False, 0
-        elif self._lost > _BEHIND * self._asked + _SLACK * there:
+        elif self._lost > _BEHIND * self._asked + _SLACK:
             self.is_behind, self._until = True, 2 * self._asked

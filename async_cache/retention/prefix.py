@@ -90,7 +90,8 @@ class PrefixPolicy(Generic[T]):
             else:
                 begin, is_packed = place, isinstance(owner, bytes)
                 if isinstance(owner, bytes):
-                    owner = self._unpacked(owner)
+                    owner = unpack(owner)
+                    self._heads[owner.digests[:DIGEST_BYTES]] = owner
                 place = self._take_over(owner, branch, begin)
                 if is_packed:
                     self._pack(owner)
@@ -223,7 +224,8 @@ class PrefixPolicy(Generic[T]):
 
     def _unpack(self, packed: bytes) -> Branch:
         """The branch that was packed, to which something comes back."""
-        self._heads[packed[:DIGEST_BYTES]] = branch = unpack(packed)
+        branch = unpack(packed)
+        self._heads[packed[:DIGEST_BYTES]] = branch
         branch.judge(self._model)
         self._in_order.enter(branch)
         return branch
@@ -463,10 +465,6 @@ class PrefixPolicy(Generic[T]):
         if branch.rank >= 0:
             self._leaves.push(branch)
 
-    def _unpacked(self, packed: bytes) -> Branch:
-        branch = self._heads[packed[:DIGEST_BYTES]] = unpack(packed)
-        return branch
-
     def _forget(self) -> None:
         """Remember no more than there is room for: the oldest go."""
         most = max(MIN_REMEMBERED, REMEMBERED * self._members)
@@ -474,7 +472,8 @@ class PrefixPolicy(Generic[T]):
             if self._remembered <= most or (branch := self._in_order.take_oldest()) is None:
                 return
             if isinstance(branch, bytes):
-                branch = self._unpacked(branch)
+                branch = unpack(branch)
+                self._heads[branch.digests[:DIGEST_BYTES]] = branch
             if not branch.members:
                 self._drop(branch)
                 continue

@@ -39,7 +39,7 @@ def test_who_is_behind_does_as_lru_does_until_as_much_again_was_asked_for() -> N
     duel = Duel()
     duel.score(1000, 500, 510, CAPACITY)
     assert not duel.is_behind, "that may be chance"
-    duel.score(1000, 500, 510 + CAPACITY // 10, CAPACITY)
+    duel.score(1000, 500, 540, CAPACITY)
     assert duel.is_behind
     duel.score(1999, 500, 500, CAPACITY)
     assert duel.is_behind
