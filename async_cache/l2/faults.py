@@ -1,6 +1,6 @@
 """Which objects of a store could not be read: a store replaces them, and of some a lookup is to find nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 
 from async_cache.prompt.keys import ObjectKey
@@ -11,7 +11,7 @@ _REMEMBERED = 65_536  # objects; what is forgotten is found again, and fails aga
 class FaultState(Enum):
     """What is held of an object that could not be read.
 
-    SUSPECT     it may be the way to the store, and not the object
+    SUSPECT     it may be the disk, or the way to the store, and not the object
     UNREADABLE  it is the object: damaged and still there, or refused while others came. A lookup does not find it
 
     SUSPECT -> UNREADABLE. A store replaces both. Both are over when it is read, stored anew or removed.
@@ -49,6 +49,16 @@ class Faults:
         """Take note of objects that are UNREADABLE."""
         self._bound()
         self._states |= dict.fromkeys(keys, FaultState.UNREADABLE)
+
+    def failed(self, keys: Sequence[ObjectKey], *, beside_others: bool) -> list[ObjectKey]:
+        """Take note of objects that could not be read; return those that are UNREADABLE by that.
+
+        These are all that failed beside others that did not, and else those that have failed before.
+        """
+        unreadable = [key for key in keys if beside_others or key in self._states]
+        self.suspect(keys)
+        self.hide(unreadable)
+        return unreadable
 
     def over(self, keys: Iterable[ObjectKey]) -> None:
         """Forget what was held of objects."""

@@ -12,7 +12,6 @@ sweep      what dead writers left beside what they recorded
 rewriting  our index files, written anew
 catalog    what is known to be stored, and where
 segments   what is known of the files that bodies lie in
-faults     which objects could not be read
 work       threads, and tasks of the loop
 
 What blocks, in threads:

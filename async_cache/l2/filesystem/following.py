@@ -10,9 +10,9 @@ from contextlib import suppress
 from typing import TypeVar
 
 from async_cache.aio.slices import InTurns
+from async_cache.l2.faults import Faults
 from async_cache.l2.filesystem.catalog import Catalog
 from async_cache.l2.filesystem.directory import Directory, Moved
-from async_cache.l2.filesystem.faults import Faults
 from async_cache.l2.filesystem.format import Record
 from async_cache.l2.filesystem.journal import BEAT_SECONDS, Journal
 from async_cache.l2.filesystem.room import SLICE, Room

@@ -10,10 +10,10 @@ from typing import Any
 from async_cache.aio.slices import InTurns, turn
 from async_cache.errors import BackendError
 from async_cache.l2.backend import Loaded, LoadOutcome
+from async_cache.l2.faults import Faults
 from async_cache.l2.filesystem.ahead import Ahead
 from async_cache.l2.filesystem.catalog import Catalog
 from async_cache.l2.filesystem.directory import Directory
-from async_cache.l2.filesystem.faults import Faults
 from async_cache.l2.filesystem.files import NotOpened
 from async_cache.l2.filesystem.following import Following
 from async_cache.l2.filesystem.format import parse_segment

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from async_cache.l2.faults import Faults
 from async_cache.l2.filesystem.ahead import Ahead
 from async_cache.l2.filesystem.catalog import Catalog
 from async_cache.l2.filesystem.directory import Directory
-from async_cache.l2.filesystem.faults import Faults
 from async_cache.l2.filesystem.following import Following
 from async_cache.l2.filesystem.loading import Loading
 from async_cache.l2.filesystem.recovery import recover

@@ -10,10 +10,10 @@ from threading import Event
 
 from msgspec import Struct
 
+from async_cache.l2.faults import Faults
 from async_cache.l2.filesystem.bodies import Body
 from async_cache.l2.filesystem.catalog import Catalog
 from async_cache.l2.filesystem.directory import Commit, Directory, Moved
-from async_cache.l2.filesystem.faults import Faults
 from async_cache.l2.filesystem.files import FULL
 from async_cache.l2.filesystem.following import Following
 from async_cache.l2.filesystem.format import check_key
