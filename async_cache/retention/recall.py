@@ -64,7 +64,7 @@ def branches_of(piece: bytes, now: float) -> list[Branch]:
 
 
 def pack(branch: Branch) -> bytes:
-    """A branch without members in a quarter of the memory. It begins with its first digest."""
+    """A branch without members in less than half of the memory. It begins with its first digest."""
     return branch.digests[:DIGEST_BYTES] + _encoder.encode(_told(branch, max(branch.used, 0.0)))
 
 
