@@ -62,7 +62,7 @@ class Recorder(tracing.Watcher):
 
     def leaves(self, call: tracing.Call, result: int) -> None:
         before, began, aside = self._begun.pop(id(call))
-        if result >= 0 and (op := self._op(call, result, aside)):
+        if result >= 0 and (op := self._op(call, result, aside, began)):
             self._note(call, op, before, began)
 
     def _note(self, call: tracing.Call, op: tuple[Any, ...], before: bytes, began: int) -> None:
@@ -72,11 +72,17 @@ class Recorder(tracing.Watcher):
         path = call.paths[0]
         return path if Path(path).is_dir() else self._files[call.inode]
 
-    def _op(self, call: tracing.Call, result: int, aside: Any) -> tuple[Any, ...] | None:
+    def _was_made(self, path: str, inode: int, since: int) -> bool:
+        """Whether another thread has made the file of this name since so many operations."""
+        named = [op.what for op in self.ops[since:] if op.name == "name" and op.where == path]
+        return bool(named) and named[-1] == self._files.get(inode)
+
+    def _op(self, call: tracing.Call, result: int, aside: Any, began: int) -> tuple[Any, ...] | None:
         match call.name:
             case "open" | "openat":
                 inode = Path(f"/proc/{call.process}/fd/{result}").stat().st_ino
-                if aside and inode in self._files:  # else another thread has removed it meanwhile
+                there = aside or self._was_made(call.paths[0], inode, began)
+                if there and inode in self._files:  # else another thread has removed it meanwhile
                     return ("size", self._files[inode], 0) if call.flags & os.O_TRUNC else None
                 self._numbers += 1
                 self._files[inode] = self._numbers

@@ -4,13 +4,15 @@ Nothing torn is served; with `durability=fsync` all that was told as stored is t
 any other.
 """
 
+import os
 import pickle
 import random
+from types import SimpleNamespace
 
 import pytest
 from soak import rounds
 
-from .power import Disk, images, put
+from .power import Disk, Recorder, images, put
 from .story import STORED, Life, check
 from .strikes import strike
 
@@ -62,6 +64,20 @@ async def test_what_was_not_synced_is_lost(tmp_path, durability, manner, record_
     ops, end = record(tmp_path, durability, manner=manner)
     states = some(crashes(ops, end, rng, rounds(4, 40)), rng, rounds(100, 20_000))
     record_property("states", await survive(tmp_path, states, durable=durability == "fsync"))
+
+
+def test_a_file_that_two_threads_open_at_once_is_made_once(tmp_path):
+    """As the record has it: what was written to a file that it took for another would be lost with that."""
+    path = str(tmp_path / "file")
+    calls = [SimpleNamespace(name="openat", paths=[path], flags=os.O_CREAT, process=os.getpid()) for _ in range(2)]
+    recorder = Recorder(bytes)
+    for call in calls:
+        recorder.enters(call)
+    opened = [os.open(path, os.O_CREAT | os.O_RDWR) for _ in calls]
+    for call, fd in zip(calls, opened, strict=True):
+        recorder.leaves(call, fd)
+        os.close(fd)
+    assert [(op.name, op.where, op.what) for op in recorder.ops] == [("name", path, 1)]
 
 
 @pytest.mark.parametrize("manner", ["calm", "restless"])
