@@ -99,7 +99,7 @@ def test_memory_is_flat_over_a_hundred_thousand_prefetches_on_uvloop(tmp_path):
 
     async def main():
         backend = FileSystemBackend(tmp_path)
-        async with open_cache(backend, pages=1024, result_ttl_seconds=TTL_SECONDS) as cache:
+        async with open_cache(backend, pages=256, result_ttl_seconds=TTL_SECONDS) as cache:
             await fill_l2(cache, *STORED)
             rng = random.Random(1)
             await abandon(cache, warm_up, rng)
