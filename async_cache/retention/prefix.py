@@ -25,7 +25,7 @@ from async_cache.values import Removal
 REMEMBERED = 4  # times the chunks that are there: so many that left are remembered,
 MIN_REMEMBERED = 100_000  # or so many
 
-_LESSONS = 100_000  # for so many, every branch is one; then fewer and fewer,
+_LESSONS = 1_000_000  # for so many, every branch is one; then fewer and fewer,
 _LEAST_LESSONS = 0.125  # down to this part of them
 _LESSON_POWER = 0.3  # of the number of chunks is the weight of a lesson: they are not independent
 _FORGOTTEN_AT_ONCE = 8  # branches
