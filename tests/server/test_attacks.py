@@ -208,7 +208,7 @@ async def test_what_one_makes_the_server_keep_is_bounded_and_used_anew(tmp_path,
 
 
 async def test_tiny_objects_of_one_do_not_hold_up_what_another_writes_and_loads(tmp_path):
-    with serve(tmp_path, l1="64MiB") as served:
+    with serve(tmp_path, l1="64MiB", server_max_message_objects=2**18) as served:
         async with connect(served.url, token=RED) as red, connect(served.url, token=BLUE) as blue:
             async with red.store(TINY.prompt(range(64), salt="red")) as writer:
                 for chunk in writer:
