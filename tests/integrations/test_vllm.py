@@ -31,6 +31,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 
 from async_cache import ConfigError  # noqa: E402
 from async_cache.integrations import vllm as connector  # noqa: E402
+from async_cache.integrations import vllm_layouts  # noqa: E402
 from async_cache.integrations.paged import HostDevice, LoadOrder  # noqa: E402
 from tests.integrations.support import BOUND_TOKEN, Request, Served, until  # noqa: E402
 
@@ -129,6 +130,14 @@ def test_ranks_that_hold_the_same_are_readers_of_one() -> None:
 def test_what_is_not_supported_says_what_to_change(made: Any, options: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         connector.geometry(made, cached(FULL), connector.Options(**options))
+
+
+def test_a_gpu_is_for_those_who_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, device_type="cuda", device_name="a GPU")
+    monkeypatch.setattr(vllm_layouts, "current_platform", platform)
+    with pytest.raises(ConfigError, match="was not run on a GPU yet: gpu = true"):
+        connector.geometry(config(), cached(FULL), connector.Options())
+    assert connector.geometry(config(), cached(FULL), connector.Options(gpu=True)).pages
 
 
 def staged(stage: int, layers: int, *, of: int = 3) -> Any:
