@@ -44,6 +44,11 @@ class Leaves(Generic[T]):
         """Whether that leaves first that was used first, whatever it is worth."""
         self._judged: tuple[Branch | None, int] = None, 0  # the one that came first, by so many lessons
 
+    def __del__(self) -> None:
+        """Part the branches from their places, which know each other: nobody else would."""
+        for place in self._by_use:
+            place.branch.place = None
+
     def rank(self, branch: Branch, item: T) -> int:
         """The rank of a member. What only turns of a session have used goes first once that has ended."""
         run, _ = branch.run_at(branch.place_of(item.chunk_hash))
