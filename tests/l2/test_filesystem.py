@@ -1299,6 +1299,7 @@ async def test_what_another_process_stored_is_found_and_pinned(start):
 
 
 async def test_a_miss_asks_once_for_each_other_writer(start, monkeypatch):
+    monkeypatch.setattr(following, "ADOPT_SECONDS", 3600)  # a look that adopts asks more
     backend, others = await start(), [await start() for _ in range(3)]
     for n, other in enumerate(others):
         await put(other, range(10 * n, 10 * n + 10), 1000)
@@ -1646,7 +1647,8 @@ def no_locks(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_locks")
-async def test_without_locks_who_has_closed_is_followed_up_at_once(start, directory):
+async def test_without_locks_who_has_closed_is_followed_up_at_once(start, directory, monkeypatch):
+    monkeypatch.setattr(filesystem, "CLOSE_SECONDS", 60)  # all of it is put in order, on a busy machine too
     for number in range(4):
         backend = await start()
         assert await put(backend, [number], 5000) == [True]

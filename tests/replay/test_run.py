@@ -44,12 +44,14 @@ def test_lru_and_fifo_find_what_an_independent_simulator_says(policy: str) -> No
     assert hit_rates("synthetic", policy) == pytest.approx(theirs, abs=POINTS)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", LRU)
 def test_lru_and_perfect_foresight_find_what_is_known_of_them(name: str) -> None:
     assert hit_rates(name, "lru") == pytest.approx(LRU[name], abs=0.06)
     assert hit_rates(name, "foresight") == pytest.approx(FORESIGHT[name], abs=0.06)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["synthetic", *["conversation"] * bool(os.environ.get("SOAK"))])
 def test_prefix_closes_its_part_of_the_gap_between_them(name: str) -> None:
     found = hit_rates(name, "prefix")
