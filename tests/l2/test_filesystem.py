@@ -1653,6 +1653,7 @@ async def test_without_locks_who_has_closed_is_followed_up_at_once(start, direct
         backend = await start()
         assert await put(backend, [number], 5000) == [True]
         assert await find(backend, range(number + 1)) == [True] * (number + 1)
+        assert len([each async for each in backend.keys()]) == number + 1  # recovery has ended
         await backend.close()
     assert len(list(directory.glob("*.idx"))) == 1
     backend = await start()
