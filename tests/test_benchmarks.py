@@ -30,7 +30,7 @@ def test_a_benchmark_runs(script: str, arguments: tuple[str, ...], tmp_path: Pat
         env={"PATH": "", "PYTHONPATH": str(BENCHMARKS.parent), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
@@ -45,7 +45,7 @@ def test_the_backends_are_measured_and_told_what_was_aimed_at(part: str, tmp_pat
         env={"PATH": "", "PYTHONPATH": str(BENCHMARKS.parent), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     measured, _, aims = done.stdout.partition("## What was aimed at")
@@ -64,7 +64,7 @@ def test_a_trace_of_passages_is_replayed_both_ways(tmp_path: Path) -> None:
         env={"PATH": "", "PYTHONPATH": str(BENCHMARKS.parent)},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
     )
     assert done.returncode == 0, done.stderr
     assert "of which 236 (53.4%) could be reused" in done.stdout

@@ -28,7 +28,7 @@ def load(name: str) -> ModuleType:
 def run(name: str) -> str:
     """What an example prints."""
     command = [sys.executable, str(EXAMPLES / name)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -15,7 +15,7 @@ TOKEN = "token-of-acme-number-one"
 def node(*arguments: str) -> "subprocess.CompletedProcess[str]":
     program = shutil.which("node")
     assert program is not None, "apt-get install nodejs"
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=50, check=False)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=150, check=False)
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])

@@ -53,7 +53,7 @@ def needed(extra: str) -> set[str]:
 
 def test_without_the_extras_a_cache_works_but_for_tensors() -> None:
     command = [sys.executable, "-c", WITHOUT_TORCH]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert done.stdout == "[b'abcd']\n"
     assert "ImportError: tensors need torch: pip install 'async-kv-cache[torch]'" in done.stderr
 
@@ -61,7 +61,7 @@ def test_without_the_extras_a_cache_works_but_for_tensors() -> None:
 @pytest.mark.parametrize("missing", ["typer", "rich", "starlette", "uvicorn", "prometheus_client", "aiofiles"])
 def test_a_command_says_which_extra_it_needs(missing: str) -> None:
     code = f"import sys; sys.modules['{missing}'] = None; from async_cache.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=False)
     needs = "the commands need the extra server: pip install 'async-kv-cache[server]'"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"async-cache: {missing} is not installed; {needs}\n")
 
@@ -105,7 +105,7 @@ def test_links_of_a_document_lead_somewhere(document: Path) -> None:
 
 
 def test_the_chart_shows_the_table(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, ROOT / "benchmarks" / "chart.py", tmp_path / "chart.svg"], check=True, timeout=50)
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "chart.py", tmp_path / "chart.svg"], check=True, timeout=150)
     assert (tmp_path / "chart.svg").read_text() == (ROOT / "docs" / "benchmarks.svg").read_text()
 
 

@@ -40,7 +40,7 @@ def environ(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 @pytest.mark.parametrize("block", BLOCKS, ids=[str(number) for number in range(len(BLOCKS))])
 def test_the_python_of_the_readme_runs(block: str, tmp_path: Path, environ: dict[str, str]) -> None:
     command = [sys.executable, "-W", "error", "-c", block]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^8 (of 9 )?tokens are cached$", done.stdout, re.MULTILINE)
     assert "the chunks begin with [b'\\x01\\x01', b'\\x02\\x02']\n" in done.stdout
