@@ -124,7 +124,7 @@ class Core:
         parts = self.controller, self.loader, self.writing, self.writeback, self.backends, self.retentions
         for part in (*parts, *self.guards):
             part.reconfigure(config)
-        self.l1.bound(config.parsed_quotas)
+        self.l1.rooms.bound(config.parsed_quotas)
 
     def divide(self, parts: Mapping[str, tuple[Collection[str], int]], common_bytes: int) -> None:
         """Tell owners apart, by the names of parts: what each has of L1, and what of its chunks is not written yet.

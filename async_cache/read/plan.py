@@ -174,8 +174,10 @@ class Planner:
         objects, to_load = request.prompt.layout.objects, plan.to_load
         room_bytes = max(1, sum(objects.room_bytes))
         chunks = _BLOCKS_AT_ONCE // len(objects.room_bytes)
-        if len(to_load) > chunks or self._l1.free_bytes < room_bytes * len(to_load):
-            chunks = min(chunks, max(_EVICTED_AT_ONCE // len(objects.room_bytes), self._l1.free_bytes // room_bytes))
+        if len(to_load) > chunks or self._l1.rooms.free_bytes < room_bytes * len(to_load):
+            chunks = min(
+                chunks, max(_EVICTED_AT_ONCE // len(objects.room_bytes), self._l1.rooms.free_bytes // room_bytes)
+            )
         return list(islice(to_load, max(1, chunks)))
 
     def look_again(self, request: Request, found: Found, plan: Plan, numbers: Sequence[int]) -> None:
@@ -256,12 +258,12 @@ class Planner:
         size = sum(self._room_bytes(request, plan.to_load))
         if size > self._left_of_share(size):
             return False
-        return size <= self._l1.make_available(size) + sum(map(_spare_bytes, plan.unneeded(request.entries)))
+        return size <= self._l1.rooms.make_available(size) + sum(map(_spare_bytes, plan.unneeded(request.entries)))
 
     def _left_of_share(self, size_bytes: int) -> int:
         """What loads may have of L1 beside those that are on their way, of which as many are released as it takes."""
         left = self._share_bytes - self._loader.reserved_bytes()
-        while size_bytes > left and self._l1.catch_up():
+        while size_bytes > left and self._l1.rooms.catch_up():
             left = self._share_bytes - self._loader.reserved_bytes()
         return left
 
@@ -312,7 +314,7 @@ class Planner:
         spare = list(
             accumulate(map(_spare_bytes, reversed(behind)), initial=among)
         )  # by how many of the last chunks go
-        available, share = self._l1.make_available(rooms[-1]), self._left_of_share(rooms[-1])
+        available, share = self._l1.rooms.make_available(rooms[-1]), self._left_of_share(rooms[-1])
 
         def room_before(end: int) -> int:
             return rooms[bisect_left(numbers, end)]

@@ -200,7 +200,7 @@ class Accounts:
     def _leased_bytes(self, tenant: Tenant) -> int:
         """What requests hold of L1 that belongs to a tenant's salts; for one that may use every salt, all."""
         l1 = self._cache.core.l1
-        return l1.leased_bytes if tenant.salts is None else l1.leased_of(tenant.salts).size_bytes
+        return l1.leased_bytes if tenant.salts is None else l1.uses.leased_of(tenant.salts).size_bytes
 
     def __iter__(self) -> Iterator[Account]:
         return iter(self._accounts.values())

@@ -341,10 +341,10 @@ class Session:
         self._done(message)
 
     def _end_request(self, message: messages.EndRequest) -> None:
-        l1 = self._core.l1
-        before = l1.given()
+        rooms = self._core.l1.rooms
+        before = rooms.given()
         self._core.requests.end(self._scope.inner(message.request_id))
-        given = l1.given()
+        given = rooms.given()
         if given == before:
             self._send_soon(messages.Done(message.number))
         else:
@@ -352,7 +352,7 @@ class Session:
 
     def _send_caught_up(self, given: Sequence[int], answer: Callable[[], Message]) -> None:
         """Send what is true when all that was released by then is given back: of very much, that takes some turns."""
-        if self._core.l1.has_done(given):
+        if self._core.l1.rooms.has_done(given):
             self.connection.send(answer())
         else:
             self._loop.call_soon(self._send_caught_up, given, answer)
@@ -389,7 +389,7 @@ class Session:
     def _stats(self, message: messages.Stats) -> None:
         account, hold = self._account, self._shared.hold
         count = partial(stats_for, self._core, self.tenant, account)
-        self._send_caught_up(self._core.l1.given(), lambda: messages.Counted(message.number, count(hold())))
+        self._send_caught_up(self._core.l1.rooms.given(), lambda: messages.Counted(message.number, count(hold())))
 
     def _events(self, message: messages.Events) -> None:
         self._check_number(message.number)

@@ -14,7 +14,7 @@ def stats_for(core: Core, tenant: Tenant, account: Account, hold: Hold | None) -
         return msgspec.structs.replace(core.stats(), hold=hold)
     core.writing.reclaim()
     l1, salts = core.l1, tenant.salts
-    shares, leased = l1.shares.those_of(salts), l1.leased_of(salts)
+    shares, leased = l1.shares.those_of(salts), l1.uses.leased_of(salts)
     return CacheStats(
         requests=account.used["requests"],
         leases=leased.leases,

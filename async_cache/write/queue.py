@@ -360,7 +360,7 @@ class WriteQueue:
         self._held_bytes += write.size_bytes
         self._writes.add(write)
         for pending in batch:
-            self._l1.pin(pending.entry)
+            self._l1.uses.pin(pending.entry)
         return write
 
     def _release(self, write: Write) -> None:
@@ -368,7 +368,7 @@ class WriteQueue:
         self._writes.discard(write)
         write.ended.set_result(None)
         for pending in reversed(write.batch):
-            self._l1.unpin(pending.entry)
+            self._l1.uses.unpin(pending.entry)
 
     def _settle(self, pending: Pending, stored: int, *, raised: bool) -> None:
         """A write is over for one of its chunks, of which the backend has the objects in `stored` now."""

@@ -295,11 +295,11 @@ class Retentions:
 
     def _keep_in_l1(self, hashes: Sequence[bytes]) -> None:
         for entry in filter(None, map(self._l1.find, hashes)):
-            self._l1.retain(entry)
+            self._l1.uses.retain(entry)
 
     def _let_go_in_l1(self, hashes: Sequence[bytes]) -> None:
         for entry in filter(None, map(self._l1.find, hashes)):
-            self._l1.unretain(entry)
+            self._l1.uses.unretain(entry)
 
     async def removed(self, chunk_hashes: Sequence[bytes] | None) -> None:
         """End the retentions of chunks that somebody removed, or of all if None; no restart brings them back."""

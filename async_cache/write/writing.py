@@ -150,7 +150,7 @@ class Writing:
             raise
         finally:
             self._l1.release_soon(resident[::-1])
-        if missing and not made and (over := self._l1.over_quota(prompt, rank)) is not None:
+        if missing and not made and (over := self._l1.rooms.over_quota(prompt, rank)) is not None:
             raise LimitError(over)
         shortfall = Shortfall.MEMORY if len(made) < len(missing) else None
         self._roots.note(prompt)
