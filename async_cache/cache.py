@@ -1,21 +1,16 @@
 """`AsyncCache`: owns the tiers, the tasks and the sweepers of one process, and delegates the rest."""
 
 import asyncio
-import logging
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from enum import Enum
 from functools import partial
 from types import TracebackType
 from typing import Literal, Self, cast
 
-import msgspec
-
 from async_cache.aio.ending import to_its_end
-from async_cache.aio.home import Home
+from async_cache.aio.life import Life
 from async_cache.config import CacheConfig, prefixed
 from async_cache.core import Core
-from async_cache.errors import CacheClosedError, ConfigError
 from async_cache.handles.events import EVENTS_CAPACITY, EventStream
 from async_cache.handles.lease import ReadLease
 from async_cache.handles.prefetch import Prefetch, SegmentPrefetch
@@ -24,8 +19,7 @@ from async_cache.handles.writer import Writer
 from async_cache.l2.backend import Backend
 from async_cache.l2.opening import open_all
 from async_cache.l2.urls.registry import check_names, from_urls
-from async_cache.memory.arena import Arena
-from async_cache.memory.room import check_free
+from async_cache.memory.filled import filled_arena
 from async_cache.prompt.arguments import (
     MAX_REQUEST_ID,
     check_capacity,
@@ -35,15 +29,12 @@ from async_cache.prompt.arguments import (
     check_seconds,
     check_tier,
     check_tokens,
-    check_traceparent,
     check_ttl,
     parts_of,
-    ranks_of,
     selection_of,
-    start_of,
+    wanted,
 )
 from async_cache.prompt.layout import Prompt
-from async_cache.prompt.objects import PAGE_BYTES
 from async_cache.tracing import Tracing
 from async_cache.values import (
     BackendStatus,
@@ -57,33 +48,6 @@ from async_cache.values import (
     Retained,
     SegmentHits,
 )
-
-log = logging.getLogger(__name__)
-
-_POPULATE_BYTES = 64 * 2**20  # of the arena in one step
-_PROGRESS_SECONDS = 2.0  # between two lines of the log on how far it is
-
-
-def _populate_step(arena: Arena, begin: int, end: int) -> None:
-    """Fill a part. What is free is looked at once more: others take memory at the same time."""
-    if begin:
-        check_free(arena.size_bytes - begin)
-    arena.populate(begin, end)
-
-
-def _is_cancelled() -> bool:
-    """Whether somebody cancels the task that runs, and not what it waits for alone."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-class CacheState(Enum):
-    """NEW -> OPENING -> OPEN -> CLOSED; a cache that could not be opened is CLOSED."""
-
-    NEW = "new"
-    OPENING = "opening"
-    OPEN = "open"
-    CLOSED = "closed"
 
 
 class AsyncCache:
@@ -104,11 +68,8 @@ class AsyncCache:
         check_names(made)
         self._backends = made
         self._from_config = backends is None
-        self._core: Core | None = None
-        self._state = CacheState.NEW
-        self._opening: asyncio.Task[Core] | None = None
-        self._closing: asyncio.Task[None] | None = None
-        self._home: Home | None = None
+        self._life = Life(self._open, Core.close, "cache")
+        self._opened = self._life.opened
 
     # Life.
 
@@ -118,26 +79,12 @@ class AsyncCache:
         Raises ConfigError for memory or a backend that cannot be had as configured, BackendError for one that fails or
         does not open in time, and CacheClosedError where it was opened before.
         """
-        if self._state is not CacheState.NEW:
-            raise CacheClosedError("a cache is opened once")
-        self._state, self._home = CacheState.OPENING, Home()
-        opening = self._opening = asyncio.create_task(self._open())
-        try:
-            core = await opening
-        except BaseException as error:
-            by_close = self._is_closed and isinstance(error, asyncio.CancelledError) and not _is_cancelled()
-            await self.close()  # also of what has opened in the step in which its caller was cancelled
-            if by_close:
-                raise CacheClosedError("the cache was closed") from None
-            raise
-        if self._is_closed:
-            raise CacheClosedError("the cache was closed")
-        self._core, self._state = core, CacheState.OPEN
+        await self._life.open()
         return self
 
     async def _open(self) -> Core:
         tracing = Tracing() if self._config.traces else None
-        arena = await self._make_arena()
+        arena = await filled_arena(self._config.l1_bytes)
         try:
             for backend in self._backends:
                 backend.register(arena.fd, arena.view)
@@ -155,58 +102,13 @@ class AsyncCache:
             raise
         return core
 
-    async def _make_arena(self) -> Arena:
-        """L1's memory, all of it there. Raises ConfigError where the machine does not have so much."""
-        size_bytes = self._config.l1_bytes // PAGE_BYTES * PAGE_BYTES
-        await asyncio.to_thread(check_free, size_bytes)
-        try:
-            arena = Arena(size_bytes)
-            try:
-                await self._populate(arena)
-            except BaseException:
-                arena.close()
-                raise
-        except OSError as error:
-            raise ConfigError(f"l1_bytes {self._config.l1_bytes}: {error.strerror}") from error
-        return arena
-
-    async def _populate(self, arena: Arena) -> None:
-        """Fill the arena step by step, and log now and then how far it is."""
-        clock = asyncio.get_running_loop().time
-        told = clock()
-        for begin in range(0, arena.size_bytes, _POPULATE_BYTES):
-            end = min(begin + _POPULATE_BYTES, arena.size_bytes)
-            await asyncio.to_thread(_populate_step, arena, begin, end)
-            if clock() - told >= _PROGRESS_SECONDS:
-                told = clock()
-                log.info("L1: %d of %d MiB of memory are there", end >> 20, arena.size_bytes >> 20)
-
     async def close(self) -> None:
         """End all requests, write back what is pending (for `close_timeout_seconds`), close the backends; idempotent.
 
         Whoever waits for a future or a query gets CacheClosedError, and so does who opens it meanwhile. Raises
         RuntimeError in a loop that is not the one that opened it, or after a fork: nothing is changed then.
         """
-        if self._home is not None and not self._is_closed and self._home.is_elsewhere():
-            raise self._home.refusal("cache")
-        self._state, self._core = CacheState.CLOSED, None
-        if self._opening is not None:
-            opening, self._opening = self._opening, None  # it would keep the arena
-            self._closing = asyncio.create_task(self._close(opening))
-            del opening
-        if self._closing is not None:
-            await asyncio.shield(self._closing)  # to the end, also where the caller is cancelled
-
-    @staticmethod
-    async def _close(opening: asyncio.Task[Core]) -> None:
-        opening.cancel()
-        await asyncio.wait([opening])
-        if not opening.cancelled() and opening.exception() is None:
-            await opening.result().close()
-
-    @property
-    def _is_closed(self) -> bool:
-        return self._state is CacheState.CLOSED
+        await self._life.close()
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -222,13 +124,7 @@ class AsyncCache:
 
         Raises CacheClosedError, and RuntimeError in a loop that is not the one that opened it, or after a fork.
         """
-        if self._core is None:
-            raise CacheClosedError(
-                "the cache is closed" if self._is_closed else "the cache is not open: use `async with`"
-            )
-        if self._home is not None and self._home.is_elsewhere():
-            raise self._home.refusal("cache")
-        return self._core
+        return self._opened()
 
     # Prefetching.
 
@@ -253,23 +149,21 @@ class AsyncCache:
         opening, and not committed or given up yet; it waits for no others, and counts what is there in the end.
         Raises RequestConflictError if the id is in use for something else.
         """
-        core = self.core
-        check_prompt(prompt)
-        if request_id is not None:
-            check_request_id(request_id, MAX_REQUEST_ID)
-        check_seconds("deadline_seconds", deadline_seconds)
-        check_seconds("wait_for_writers_seconds", wait_for_writers_seconds)
-        check_traceparent(traceparent)
-        if traceparent is None and core.tracing is not None:
-            traceparent = core.tracing.here()
-        start_chunk, here = start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
-        return core.controller.start(
-            prompt, request_id, start_chunk, here, deadline_seconds, traceparent, wait_for_writers_seconds
+        return self._opened().start(
+            wanted(
+                prompt,
+                request_id=request_id,
+                skip_tokens=skip_tokens,
+                ranks=ranks,
+                deadline_seconds=deadline_seconds,
+                traceparent=traceparent,
+                wait_for_writers_seconds=wait_for_writers_seconds,
+            )
         )
 
     async def lookup(self, prompt: Prompt) -> LookupHits:
         """Count how much of a prompt is cached now, without a lease, a load or a promise."""
-        core = self.core
+        core = self._opened()
         check_prompt(prompt)
         return await core.count_hits(prompt)
 
@@ -287,28 +181,27 @@ class AsyncCache:
         A prefix of each part is promised, and room goes to earlier parts first. They are claimed, read and ended
         together; what parts have in common is loaded and kept once. Otherwise as `prefetch`.
         """
-        core = self.core
-        check_traceparent(traceparent)
-        if traceparent is None and core.tracing is not None:
-            traceparent = core.tracing.here()
-        return core.controller.start_parts(
-            parts_of(parts),
-            request_id=request_id,
-            ranks=ranks,
-            deadline_seconds=deadline_seconds,
-            traceparent=traceparent,
+        begun = self._opened().start(
+            wanted(
+                parts_of(parts),
+                request_id=request_id,
+                ranks=ranks,
+                deadline_seconds=deadline_seconds,
+                traceparent=traceparent,
+            )
         )
+        return cast(SegmentPrefetch, begun)
 
     async def lookup_segments(self, parts: Sequence[Prompt]) -> SegmentHits:
         """Count how much of each of up to 256 prompts or segments is cached now, as `lookup` does of one."""
-        return cast(SegmentHits, await self.core.count_hits(parts_of(parts)))
+        return cast(SegmentHits, await self._opened().count_hits(parts_of(parts)))
 
     async def explain(self, prompt: Prompt) -> Explanation:
         """Say where each chunk of a prompt is, or why it is not there, and where else its tokens are cached.
 
         Nothing is leased or loaded for that, and what a backend pins to answer is unpinned before this returns.
         """
-        core = self.core
+        core = self._opened()
         check_prompt(prompt)
         return await core.explainer.explain(prompt)
 
@@ -317,22 +210,22 @@ class AsyncCache:
 
         Raises UnknownRequestError if there is no such request, or its result was claimed.
         """
-        return await self.core.requests.query_lookup_hits(check_request_id(request_id, MAX_REQUEST_ID))
+        return await self._opened().requests.query_lookup_hits(check_request_id(request_id, MAX_REQUEST_ID))
 
     async def query_status(self, request_id: str) -> LoadResult:
         """Wait for the load of a request, and claim its result, which is handed out exactly once.
 
         Raises UnknownRequestError if there is no such request, or another caller has claimed it.
         """
-        return await self.core.requests.query_status(check_request_id(request_id, MAX_REQUEST_ID))
+        return await self._opened().requests.query_status(check_request_id(request_id, MAX_REQUEST_ID))
 
     async def renew(self, request_id: str) -> None:
         """Begin the time to live of a request's result or leases anew. Raises UnknownRequestError."""
-        self.core.requests.renew(check_request_id(request_id, MAX_REQUEST_ID))
+        self._opened().requests.renew(check_request_id(request_id, MAX_REQUEST_ID))
 
     async def end_request(self, request_id: str) -> None:
         """Release all that a request holds, cancel it if it runs, and free its id. Unknown ids are fine."""
-        core = self.core
+        core = self._opened()
         core.requests.end(check_request_id(request_id, MAX_REQUEST_ID))
         for backlog in core.l1.backlogs:
             if backlog:
@@ -347,7 +240,7 @@ class AsyncCache:
         UnknownRequestError, ReadConflictError for a second time, and ValueError for a rank or reader that the request
         does not have.
         """
-        core = self.core
+        core = self._opened()
         return ReadLease(partial(core.requests.enter, check_request_id(request_id, MAX_REQUEST_ID), rank, reader))
 
     def stream(self, request_id: str, *, rank: int = 0, reader: int = 0) -> ReadStream:
@@ -356,12 +249,12 @@ class AsyncCache:
         Entering waits for the lookup only; it raises as that of `read`. To leave before the load has ended is to leave
         as a reader does: where all others have left, too, that ends the request, and what is on its way for it.
         """
-        core = self.core
+        core = self._opened()
         return ReadStream(partial(core.streams.enter, check_request_id(request_id, MAX_REQUEST_ID), rank, reader))
 
     def store(self, prompt: Prompt, *, rank: int = 0, start_chunk: int = 0) -> Writer:
         """Write a rank's chunks from `start_chunk` on, those that L1 lacks: `async with` the writer, or `await` it."""
-        core = self.core
+        core = self._opened()
         check_prompt(prompt)
         return core.writing.writer(prompt, rank, start_chunk)
 
@@ -370,7 +263,7 @@ class AsyncCache:
 
         Returns the chunks that were written or dropped since the last flush, and those that are still pending.
         """
-        core = self.core
+        core = self._opened()
         check_seconds("deadline_seconds", deadline_seconds)
         return await core.writeback.flush(deadline_seconds)
 
@@ -384,26 +277,22 @@ class AsyncCache:
         where their tier outlives that. A second call for the same prompt renews or changes what the first has kept, and
         0 seconds end it; so does a deletion.
         """
-        core = self.core
+        core = self._opened()
         check_prompt(prompt)
         check_tokens(prompt, tokens)
         return await core.retentions.retain(prompt, tokens, check_ttl(ttl_seconds))
 
     async def retained(self) -> list[Retained]:
         """What is retained now, the first to expire first."""
-        return await self.core.retentions.retained()
+        return await self._opened().retentions.retained()
 
     async def warm(self, prompt: Prompt, *, deadline_seconds: float | None = None) -> LoadResult:
         """Load what is cached of a prompt into L1, and let go of it: the next request for it finds it there.
 
         Whoever is cancelled while it waits cancels the load, unless others wait for it, too.
         """
-        prefetch = self.prefetch(prompt, deadline_seconds=deadline_seconds)
-        try:
-            return msgspec.structs.replace(await prefetch.load_done, request_id="")
-        finally:
-            if self._core is not None:
-                self._core.requests.end(prefetch.request_id)
+        core = self._opened()
+        return await core.warm(core.start(wanted(prompt, deadline_seconds=deadline_seconds)))
 
     async def hint(
         self,
@@ -418,7 +307,7 @@ class AsyncCache:
         `output_tokens`: how much was generated behind it. `returns`: whether it will be asked for again (False: the
         session has ended), and `within_seconds`, how soon (a tool call is pending). It promises nothing.
         """
-        core = self.core
+        core = self._opened()
         check_prompt(prompt)
         check_hint(output_tokens, returns, within_seconds)
         await core.hashed(prompt)
@@ -435,7 +324,7 @@ class AsyncCache:
 
         Raises BackendError where a backend could not do it, after all others have.
         """
-        core = self.core
+        core = self._opened()
         check_prompt(prompt)
         return await core.remover.delete(prompt)
 
@@ -448,7 +337,7 @@ class AsyncCache:
         is committed after this call is kept. Some backends do not know what their objects are of: of these, what other
         tiers know is removed, and `unsure` names them. Raises BackendError as `delete` does.
         """
-        return await self.core.remover.delete_model(selection_of(model, revision, adapter, salt))
+        return await self._opened().remover.delete_model(selection_of(model, revision, adapter, salt))
 
     async def clear(self, tier: Literal["l1", "all"] = "l1") -> Deleted:
         """Empty L1 of all that does not wait to be written to L2 ("l1"), or both tiers ("all").
@@ -457,7 +346,7 @@ class AsyncCache:
         backend could not.
         """
         check_tier(tier)
-        return await self.core.remover.clear(tier)
+        return await self._opened().remover.clear(tier)
 
     # Backends, while it is open.
 
@@ -467,7 +356,7 @@ class AsyncCache:
         Raises ConfigError for a URL or a name that cannot be, ValueError for a position that there is not, and
         BackendError for a backend that fails or does not open in time.
         """
-        core = self.core
+        core = self._opened()
         if not isinstance(url_or_backend, str | Backend):
             raise TypeError(f"a backend must be a URL or a Backend, not {type(url_or_backend).__name__}")
         await core.backends.add(url_or_backend, position)
@@ -479,7 +368,7 @@ class AsyncCache:
         state is DRAINED when it is done; where objects `failed`, it may be begun again. Raises ConfigError for a name
         that there is not, and BackendError where the copying cannot go on.
         """
-        core = self.core
+        core = self._opened()
         check_seconds("deadline_seconds", deadline_seconds)
         return await core.backends.drain(name, deadline_seconds)
 
@@ -489,11 +378,11 @@ class AsyncCache:
         What only it has is not found any more, unless it was drained before. Raises ConfigError for a name that there
         is not.
         """
-        await self.core.backends.remove(name)
+        await self._opened().backends.remove(name)
 
     async def backends(self) -> list[BackendStatus]:
         """The backends that there are now, the fastest first, and behind them those that are being removed."""
-        return self.core.backends.statuses()
+        return self._opened().backends.statuses()
 
     # Looking at it.
 
@@ -503,11 +392,11 @@ class AsyncCache:
         A reader that leaves more than `capacity` events untaken misses some, and finds a `Skipped` there. Raises
         CacheClosedError when the cache closes. It ends with `aclose`, or with the last reference to it.
         """
-        return self.core.events.stream(check_capacity(capacity))
+        return self._opened().events.stream(check_capacity(capacity))
 
     async def stats(self) -> CacheStats:
         """Count what the cache holds now, and what it did since it was opened."""
-        core = self.core
+        core = self._opened()
         for backlog in core.l1.backlogs:  # what was released before is not held any more
             await backlog.done()
         return core.stats()
@@ -515,11 +404,11 @@ class AsyncCache:
     @property
     def memory(self) -> memoryview:
         """The memory of L1, fixed while the cache is open, to register with a GPU or NIC; only writers write to it."""
-        return memoryview(self.core.arena.view)
+        return memoryview(self._opened().arena.view)
 
     def check_integrity(self) -> None:
         """Assert that the records of the cache do not contradict each other."""
-        self.core.check_integrity()
+        self._opened().check_integrity()
 
     def __repr__(self) -> str:
-        return f"<AsyncCache, {self._state.value}, {self._config.l1_bytes} bytes of L1>"
+        return f"<AsyncCache, {self._life.state.value}, {self._config.l1_bytes} bytes of L1>"

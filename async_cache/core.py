@@ -7,11 +7,14 @@ from functools import partial
 from itertools import chain, filterfalse
 from operator import attrgetter, is_
 
+import msgspec
+
 from async_cache.aio.sweeper import Sweeper
 from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
 from async_cache.errors import CacheClosedError
 from async_cache.events import Events
+from async_cache.handles.prefetch import Prefetch
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
@@ -22,6 +25,7 @@ from async_cache.ledger.ledger import Ledger
 from async_cache.ledger.roots import Roots
 from async_cache.memory.arena import Arena
 from async_cache.observe import Observers
+from async_cache.prompt.arguments import Wanted
 from async_cache.prompt.layout import Prompt
 from async_cache.prompt.parts import Parts
 from async_cache.read.explain import Explainer
@@ -36,7 +40,7 @@ from async_cache.read.streams import Streams
 from async_cache.retention.policies import make_policy
 from async_cache.retention.quotas import Bounds
 from async_cache.tracing import Tracing
-from async_cache.values import CacheStats, LookupHits
+from async_cache.values import CacheStats, LoadResult, LookupHits
 from async_cache.write.backends import Backends
 from async_cache.write.moves import Moves
 from async_cache.write.removal import Remover
@@ -175,6 +179,19 @@ class Core:
         """Close what may take its time: to unmap gigabytes does."""
         self.hashing.close(wait=True)
         self.arena.close()
+
+    def start(self, wanted: Wanted) -> Prefetch:
+        """Begin a request, in the span of whoever calls, where it names none. Raises RequestConflictError."""
+        if self.tracing is not None and wanted.traceparent is None:
+            wanted.traceparent = self.tracing.here()
+        return self.controller.start(wanted)
+
+    async def warm(self, begun: Prefetch) -> LoadResult:
+        """Wait for a request that was begun to load what it asks for, and let go of it, whatever comes."""
+        try:
+            return msgspec.structs.replace(await begun.load_done, request_id="")
+        finally:
+            self.requests.end(begun.request_id)
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether the chunks of a prompt that are in memory have its layout.

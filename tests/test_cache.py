@@ -28,8 +28,8 @@ from async_cache import (
     TenantConfig,
     connect,
 )
-from async_cache import cache as cache_module
 from async_cache.l2.memory import MemoryBackend
+from async_cache.memory import filled as filling
 from async_cache.protocol.messages import MAX_CHUNKS
 from async_cache.server import Server
 from async_cache.testing import GatedBackend
@@ -49,9 +49,9 @@ async def until(cache: AsyncCache, *gone: str) -> None:
 async def test_it_is_told_how_far_the_filling_of_the_arena_is(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "_POPULATE_BYTES", 2**20)
-    monkeypatch.setattr(cache_module, "_PROGRESS_SECONDS", 0)
-    caplog.set_level(logging.INFO, "async_cache.cache")
+    monkeypatch.setattr(filling, "_POPULATE_BYTES", 2**20)
+    monkeypatch.setattr(filling, "_PROGRESS_SECONDS", 0)
+    caplog.set_level(logging.INFO, "async_cache.memory.filled")
     async with AsyncCache(CacheConfig(l1_bytes=3 * 2**20, l2=[])):
         pass
     assert [record.getMessage() for record in caplog.records] == [
@@ -67,8 +67,8 @@ async def test_memory_that_others_take_while_it_is_filled_is_refused(monkeypatch
         if size_bytes < 3 * 2**20:
             raise ConfigError("l1_bytes: gone")
 
-    monkeypatch.setattr(cache_module, "_POPULATE_BYTES", 2**20)
-    monkeypatch.setattr(cache_module, "check_free", check)
+    monkeypatch.setattr(filling, "_POPULATE_BYTES", 2**20)
+    monkeypatch.setattr(filling, "check_free", check)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(ConfigError, match="gone"):
         await AsyncCache(CacheConfig(l1_bytes=3 * 2**20, l2=[])).open()
@@ -127,7 +127,7 @@ async def test_who_is_cancelled_in_the_step_in_which_it_has_opened_leaves_nothin
 
     cache = AsyncCache(CacheConfig(l1_bytes=2**20), [Told()])
     opening = asyncio.create_task(cache.open())
-    while cache._opening is None or not cache._opening.done():  # noqa: ASYNC110 (steps are counted)
+    while cache._life.opening is None or not cache._life.opening.done():  # noqa: ASYNC110 (steps are counted)
         await asyncio.sleep(0)
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -164,7 +164,7 @@ async def test_who_is_cancelled_again_while_a_cache_that_was_opening_closes_leav
 async def test_a_cache_that_is_closed_in_the_step_in_which_it_has_opened_is_closed() -> None:
     cache = AsyncCache(CacheConfig(l1_bytes=2**20, l2=["memory://"]))
     opening = asyncio.create_task(cache.open())
-    while cache._opening is None or not cache._opening.done():  # noqa: ASYNC110 (steps are counted)
+    while cache._life.opening is None or not cache._life.opening.done():  # noqa: ASYNC110 (steps are counted)
         await asyncio.sleep(0)
     assert repr(cache).startswith("<AsyncCache, opening")
     await cache.close()

@@ -24,7 +24,7 @@ MAY_KNOW = {
     "values": "",
     "prompt": "",
     "memory": "errors prompt",
-    "aio": "",
+    "aio": "errors",
     "handles": "aio errors memory prompt values",
     "retention": "errors values",
     "protocol": "errors prompt values",
@@ -41,7 +41,7 @@ MAY_KNOW = {
     "write": "aio config errors handles l1 l2 ledger observe prompt read retention values",
     "events": "handles ledger observe values",
     "tracing": "errors handles observe read values",
-    "core": "aio config errors events l1 l2 ledger memory observe prompt read retention tracing values write",
+    "core": "aio config errors events handles l1 l2 ledger memory observe prompt read retention tracing values write",
     "cache": "aio config core errors handles l2 memory prompt tracing values",
     # the same from other processes
     "metrics": "aio core l2 read values",

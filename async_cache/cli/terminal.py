@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from async_cache.client.client import CacheClient, connect
+from async_cache.client.client import CacheClient
+from async_cache.client.connecting import connect
 from async_cache.config import ServerConfig, prefixed
 from async_cache.errors import ConfigError
 from async_cache.protocol.address import Address

@@ -1,45 +1,29 @@
 """`BlockingClient`: for engines whose scheduler is not asynchronous. It drives a client in a thread of its own."""
 
-import asyncio
 import ssl
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar
 
-from async_cache.client.client import (
-    CONNECT_TIMEOUT_SECONDS,
-    HEARTBEAT_SECONDS,
-    MAX_REQUEST_ID,
-    CacheClient,
-    client_maker,
-)
-from async_cache.client.handles import (
-    BlockingEvents,
-    BlockingPrefetch,
-    BlockingSegmentPrefetch,
-    BlockingStream,
-    BlockingWriter,
-    pass_on,
-)
+from async_cache.client.client import CONNECT_TIMEOUT_SECONDS, HEARTBEAT_SECONDS, CacheClient
+from async_cache.client.connecting import client_maker
+from async_cache.client.handles import BlockingEvents, BlockingStream, BlockingWriter
+from async_cache.client.prefetches import BlockingPrefetch, BlockingPrefetches, BlockingSegmentPrefetch
 from async_cache.client.thread import ClientThread
-from async_cache.errors import CacheClosedError
 from async_cache.handles.events import EVENTS_CAPACITY, EventStream
 from async_cache.handles.lease import ReadLease
-from async_cache.handles.prefetch import Prefetch
 from async_cache.handles.stream import ReadStream
 from async_cache.handles.writer import Writer
 from async_cache.prompt.arguments import (
+    MAX_CLIENT_REQUEST_ID,
     check_hint,
     check_prompt,
     check_request_id,
-    check_seconds,
-    check_traceparent,
     check_ttl,
     parts_of,
-    ranks_of,
-    start_of,
+    wanted,
 )
 from async_cache.prompt.layout import Prompt
 from async_cache.values import (
@@ -54,8 +38,6 @@ from async_cache.values import (
     Retained,
     SegmentHits,
 )
-
-P = TypeVar("P", bound=BlockingPrefetch)
 
 
 class BlockingClient:
@@ -87,8 +69,7 @@ class BlockingClient:
         make = client_maker(url, namespace, token, tls, connect_timeout_seconds, heartbeat_seconds)
         self._thread = ClientThread(make)
         weakref.finalize(self, self._thread.drop).atexit = False
-        self._prefetches: dict[BlockingPrefetch, Prefetch] = {}
-        self._ends: set[asyncio.Task[None]] = set()
+        self._prefetches = BlockingPrefetches(self._thread)
 
     # Life.
 
@@ -129,28 +110,26 @@ class BlockingClient:
         traceparent: str | None = None,
         wait_for_writers_seconds: float | None = None,
     ) -> BlockingPrefetch:
-        """Look a prompt up and load what is cached of it; returns at once, before the server has answered.
+        """Look a prompt up and load what is cached of it; returns at once. The arguments are those of `AsyncCache`.
 
-        `skip_tokens`: what the engine holds itself; its whole chunks are neither looked up nor counted.
-        `ranks`: those to load here, all if None; the others are only checked for existence.
-        `deadline_seconds` runs from the moment when the server has the call.
-        `traceparent`: the span that it belongs to, where the server has `traces`.
-        `wait_for_writers_seconds`: how long the lookup waits for chunks of the prompt that writers have announced, by
-        opening, and not committed or given up yet; it waits for no others, and counts what is there in the end.
-        A request id that is in use for something else reaches the futures, as RequestConflictError.
+        `deadline_seconds` runs from the moment when the server has the call. A request id that is in use for something
+        else reaches the futures, as RequestConflictError.
         """
         client = self._opened()
-        check_prompt(prompt)
-        start_of(prompt, skip_tokens), ranks_of(prompt, ranks)
-        check_seconds("wait_for_writers_seconds", wait_for_writers_seconds)
-        start = partial(
-            client.prefetch,
-            prompt,
-            skip_tokens=skip_tokens,
-            ranks=ranks,
-            wait_for_writers_seconds=wait_for_writers_seconds,
+        return self._prefetches.begin(
+            client,
+            BlockingPrefetch,
+            wanted(
+                prompt,
+                longest_id=MAX_CLIENT_REQUEST_ID,
+                request_id=request_id if request_id is not None else client.new_request_id(),
+                skip_tokens=skip_tokens,
+                ranks=ranks,
+                deadline_seconds=deadline_seconds,
+                traceparent=traceparent,
+                wait_for_writers_seconds=wait_for_writers_seconds,
+            ),
         )
-        return self._begin(client, BlockingPrefetch, start, request_id, deadline_seconds, traceparent)
 
     def prefetch_segments(
         self,
@@ -161,48 +140,20 @@ class BlockingClient:
         deadline_seconds: float | None = None,
         traceparent: str | None = None,
     ) -> BlockingSegmentPrefetch:
-        """Look up to 256 prompts or segments up, of one layout and salt, and load what is cached of each; one request.
-
-        See `AsyncCache.prefetch_segments`; otherwise as `prefetch`.
-        """
+        """Look up to 256 prompts or segments of one layout up as one request, and load what is cached of each."""
         client = self._opened()
-        ranks_of(parts_of(parts), ranks)
-        start = partial(client.prefetch_segments, tuple(parts), ranks=ranks)
-        return self._begin(client, BlockingSegmentPrefetch, start, request_id, deadline_seconds, traceparent)
-
-    def _begin(
-        self,
-        client: CacheClient,
-        kind: type[P],
-        start: Callable[..., Prefetch],
-        request_id: str | None,
-        deadline_seconds: float | None,
-        traceparent: str | None,
-    ) -> P:
-        check_seconds("deadline_seconds", deadline_seconds)
-        check_traceparent(traceparent)
-        request_id = client.new_request_id() if request_id is None else check_request_id(request_id, MAX_REQUEST_ID)
-        prefetch = kind(request_id, partial(self._thread.post, self._cancel))
-        start = partial(start, request_id=request_id, deadline_seconds=deadline_seconds, traceparent=traceparent)
-        if not self._thread.post(self._start, start, prefetch):
-            prefetch.break_with(CacheClosedError("the client was closed"))
-        return prefetch
-
-    def _start(self, start: Callable[[], Prefetch], prefetch: BlockingPrefetch) -> None:
-        try:
-            started = start()
-        except Exception as error:
-            prefetch.break_with(error)
-            return
-        self._prefetches[prefetch] = started
-        started.lookup_done.add_done_callback(partial(pass_on, prefetch.lookup_done))
-        started.load_done.add_done_callback(partial(pass_on, prefetch.load_done))
-        started.load_done.add_done_callback(lambda _: self._prefetches.pop(prefetch))
-
-    def _cancel(self, prefetch: BlockingPrefetch) -> None:
-        started = self._prefetches.get(prefetch)
-        if started is not None:
-            started.cancel()
+        return self._prefetches.begin(
+            client,
+            BlockingSegmentPrefetch,
+            wanted(
+                parts_of(parts),
+                longest_id=MAX_CLIENT_REQUEST_ID,
+                request_id=request_id if request_id is not None else client.new_request_id(),
+                ranks=ranks,
+                deadline_seconds=deadline_seconds,
+                traceparent=traceparent,
+            ),
+        )
 
     def lookup(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> LookupHits:
         """How much of a prompt is cached now: no lease, no load, no promise."""
@@ -279,10 +230,10 @@ class BlockingClient:
 
         Where there is no server, or the client is closed, nothing is held.
         """
-        check_request_id(request_id, MAX_REQUEST_ID)
+        check_request_id(request_id, MAX_CLIENT_REQUEST_ID)
         client = self._thread.client
         if client is not None and not self._thread.is_forked:
-            self._thread.post(self._end, client, request_id)
+            self._thread.spawn(partial(client.end_request, request_id))
 
     def hint_nowait(
         self,
@@ -296,34 +247,14 @@ class BlockingClient:
         check_prompt(prompt)
         check_hint(output_tokens, returns, within_seconds)
         hint = self._opened().hint
-        tell = partial(hint, prompt, output_tokens=output_tokens, returns=returns, within_seconds=within_seconds)
-        self._thread.post(self._tell, tell)
+        self._thread.spawn(
+            partial(hint, prompt, output_tokens=output_tokens, returns=returns, within_seconds=within_seconds)
+        )
 
     def retain_nowait(self, prompt: Prompt, *, ttl_seconds: float, told: Callable[[Retained], object]) -> None:
         """Keep a prompt, without waiting: `told` gets the answer, in the client's thread, where there is one."""
         check_prompt(prompt)
-        retain = partial(self._opened().retain, prompt, ttl_seconds=check_ttl(ttl_seconds))
-        self._thread.post(self._tell, retain, told)
-
-    def _tell(
-        self, call: Callable[[], Coroutine[Any, Any, Any]], told: Callable[[Any], object] = lambda answer: None
-    ) -> None:
-        async def tell() -> None:
-            told(await call())
-
-        task = asyncio.get_running_loop().create_task(tell())
-        self._ends.add(task)
-        task.add_done_callback(self._ended)
-
-    def _end(self, client: CacheClient, request_id: str) -> None:
-        task = asyncio.get_running_loop().create_task(client.end_request(request_id))
-        self._ends.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._ends.discard(task)
-        if not task.cancelled():
-            task.exception()  # the connection is lost, and what was held with it
+        self._thread.spawn(partial(self._opened().retain, prompt, ttl_seconds=check_ttl(ttl_seconds)), told)
 
     def flush(self, deadline_seconds: float | None = None) -> FlushResult:
         """Wait until what was committed is in L2, up to `deadline_seconds`.

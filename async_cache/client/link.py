@@ -178,7 +178,7 @@ class Link:
         call: PrefetchCall,
         deadline_seconds: float | None,
         traceparent: str | None,
-        wait_for_writers_seconds: float,
+        wait_for_writers_seconds: float | None,
     ) -> None:
         """Begin a prefetch. Raises what a layout or prompt is refused with, and ServiceError."""
         layout, number, request_id = call.prompt.layout, call.number, call.request_id

@@ -149,10 +149,16 @@ class Links:
         return link
 
     def here(self) -> Link | None:
-        """The link that there is now. Raises RuntimeError in a loop that did not open the client, or after a fork."""
-        if self.current is not None and self._home is not None and self._home.is_elsewhere():
+        """The link that there is now, or None while it is lost. Raises CacheClosedError, unless the client is open.
+
+        Raises RuntimeError in a loop that did not open the client, or after a fork.
+        """
+        link = self.current
+        if link is None:
+            self.check_open()
+        elif self._home is not None and self._home.is_elsewhere():
             raise self._home.refusal("client")
-        return self.current
+        return link
 
     async def ready(self) -> Link:
         """The link, or the next one. Raises CacheClosedError, and what the next attempt fails with."""

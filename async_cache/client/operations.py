@@ -1,16 +1,26 @@
-"""What operators ask of a server: its backends, its settings, and what it holds of whom."""
+"""What is asked of a server that is not about a prompt: what it holds of whom, its backends, and its settings."""
 
+import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from async_cache.client.links import Links
-from async_cache.prompt.arguments import check_seconds, check_text
+from async_cache.handles.events import EVENTS_CAPACITY, EventStream
+from async_cache.prompt.arguments import check_capacity, check_seconds, check_text, check_tier, selection_of
 from async_cache.prompt.layout import ModelLayout, check_index
 from async_cache.protocol import messages
 from async_cache.protocol.messages import MAX_URL
 from async_cache.protocol.prompts import layout_of
-from async_cache.values import BackendStatus, ListedChunk
+from async_cache.values import (
+    BackendStatus,
+    CacheStats,
+    Deleted,
+    DeletedModel,
+    FlushResult,
+    ListedChunk,
+    Retained,
+)
 
 A = TypeVar("A")
 
@@ -21,9 +31,67 @@ class Operations:
     def __init__(self, links: Links):
         self._links = links
 
-    async def _ask(self, answer: type[A], make: Callable[[int], Any]) -> A:
+    async def _ask(self, answer: type[A], make: Callable[[int], Any], newer: type[messages.Message] | None = None) -> A:
+        """Ask the server; what is `newer`, not every server of this version knows."""
         link = self._links.here() or await self._links.ready()
+        if newer is not None:
+            link.check_knows(newer)
         return await link.ask(answer, make(link.next_number()))
+
+    async def flush(self, deadline_seconds: float | None = None) -> FlushResult:
+        """Wait until what was committed is in L2. Counts what was written or dropped since the last flush."""
+        seconds = check_seconds("deadline_seconds", deadline_seconds)
+        return (await self._ask(messages.Flushed, lambda number: messages.Flush(number, seconds))).result
+
+    async def retained(self) -> list[Retained]:
+        """What is retained of the salts of this client's token, the first to expire first. Raises ServiceError."""
+        return (await self._ask(messages.RetainedListed, messages.ListRetained, messages.ListRetained)).retained
+
+    async def delete_model(
+        self, model: str, *, revision: str | None = None, adapter: str | None = None, salt: str | None = None
+    ) -> DeletedModel:
+        """Remove what is cached of a model, or of one revision, adapter or salt of it, of the salts of this token.
+
+        `unsure` is "l2" to a token that is bound to salts. Raises BackendError where a backend could not, ServiceError
+        for a server that is too old for it.
+        """
+        selection_of(model, revision, adapter, salt)
+        delete = partial(messages.DeleteModel, model=model, revision=revision, adapter=adapter, salt=salt)
+        return (await self._ask(messages.ModelDeleted, delete, messages.DeleteModel)).deleted
+
+    async def clear(self, tier: Literal["l1", "all"] = "l1") -> Deleted:
+        """Empty L1 of what L2 has ("l1"), or both tiers ("all").
+
+        Raises AccessDeniedError for a token that is bound to salts.
+        """
+        check_tier(tier)
+        return (await self._ask(messages.Removed, lambda number: messages.Clear(number, tier))).deleted
+
+    def events(self, capacity: int = EVENTS_CAPACITY) -> EventStream:
+        """What is stored and removed from now on, of the salts of this client's token, in order.
+
+        See `AsyncCache.events`. It is bound to the connection: once that is lost, iterating raises ConnectionLostError,
+        and whoever goes on begins anew.
+        """
+        check_capacity(capacity)
+        link = self._links.here()
+        if link is None:
+            stream = EventStream(capacity)
+            stream.break_with(self._links.error)
+            return stream
+        return link.events(capacity)
+
+    async def stats(self) -> CacheStats:
+        """A snapshot of what the server's cache holds, and counters since it was opened."""
+        return (await self._ask(messages.Counted, messages.Stats)).stats
+
+    async def ping(self) -> float:
+        """The seconds that the server takes to answer."""
+        began = time.perf_counter()
+        await self._ask(messages.Done, messages.Ping)
+        return time.perf_counter() - began
+
+    # Backends and settings.
 
     async def add_backend(self, url: str, *, position: int | None = None) -> None:
         """Have the server open one more backend, and use it: as the slowest, or before the one at a position.

@@ -44,6 +44,7 @@ class ClientThread:
         self._thread: threading.Thread | None = None
         self._process = process()
         self._closing = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()  # of which nobody waits for the end
         self._lock = threading.RLock()  # of what is posted, and the end of that; it may be dropped anywhere
 
     # Life.
@@ -131,6 +132,25 @@ class ClientThread:
             if accepts:
                 self._loop.call_soon_threadsafe(call, *args)
             return accepts
+
+    def spawn(
+        self, call: Callable[[], Coroutine[Any, Any, Any]], told: Callable[[Any], object] = lambda answer: None
+    ) -> bool:
+        """Have something asked without waiting: `told` gets the answer, in the client's thread, where there is one."""
+        return self.post(self._spawn, call, told)
+
+    def _spawn(self, call: Callable[[], Coroutine[Any, Any, Any]], told: Callable[[Any], object]) -> None:
+        async def tell() -> None:
+            told(await call())
+
+        task = asyncio.get_running_loop().create_task(tell())
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # the connection is lost, and what was held with it
 
     def opened(self) -> CacheClient:
         """The client. Raises CacheClosedError unless it is open, and in a forked child."""

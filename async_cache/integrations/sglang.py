@@ -21,7 +21,7 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, HiCacheStorageC
 from sglang.srt.observability.metrics_collector import StorageMetrics
 
 from async_cache.client.blocking import BlockingClient
-from async_cache.client.client import connect
+from async_cache.client.connecting import connect
 from async_cache.errors import AsyncCacheError, ConfigError, ConnectionLostError
 from async_cache.integrations.asking import FIRST_CHUNKS, count_found, parts_of
 from async_cache.integrations.optional import OptionalClient

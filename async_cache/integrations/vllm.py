@@ -24,7 +24,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.kv_cache_interface import group_kernel_blocks
 
 from async_cache.client.blocking import BlockingClient
-from async_cache.client.client import connect
+from async_cache.client.connecting import connect
 from async_cache.errors import AsyncCacheError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged import (

@@ -142,7 +142,7 @@ class L1Store:
 
     def release_soon(self, entries: Sequence[Entry]) -> None:
         """Release entries, of very many some in each of the loop's next turns, or when their room is needed."""
-        self.backlog.do_ahead(self.release, entries)
+        self.backlog.do_ahead(self.uses.release, entries)
 
     def touch_soon(self, chunk_hashes: Sequence[bytes]) -> None:
         """Touch chunks, after what is released soon."""

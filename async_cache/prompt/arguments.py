@@ -5,15 +5,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec import Struct
+
 from async_cache.prompt.layout import Prompt, check_ranks
 from async_cache.prompt.objects import as_int, check_int
 from async_cache.prompt.origin import Selection
 from async_cache.prompt.parts import MAX_PARTS, Parts
 
-MAX_REQUEST_ID = 1024  # a server puts its tenant and namespace before a client's, which has up to 256
+MAX_CLIENT_REQUEST_ID = 256
+MAX_REQUEST_ID = 1024  # a server puts its tenant and namespace before a client's
 
 
-def check_prompt(prompt: Prompt) -> None:
+def check_prompt(prompt: object) -> None:
     """Check that it is a prompt. Raises TypeError."""
     if not isinstance(prompt, Prompt):
         raise TypeError(f"prompt must come from ModelLayout.prompt, not be a {type(prompt).__name__}")
@@ -88,7 +91,7 @@ def check_capacity(capacity: int) -> int:
     return capacity
 
 
-def start_of(prompt: Prompt, skip_tokens: int) -> int:
+def start_of(prompt: Prompt | Parts, skip_tokens: int) -> int:
     """The chunk at which a prefetch begins that skips so many tokens. Raises TypeError or ValueError."""
     skipped = as_int("skip_tokens", skip_tokens)
     if skipped < 0:
@@ -100,6 +103,44 @@ def ranks_of(prompt: Prompt | Parts, ranks: Sequence[int] | None) -> tuple[int, 
     """The ranks that a prefetch loads, ascending; all if None. Raises TypeError or ValueError."""
     world_size = prompt.layout.world_size
     return tuple(range(world_size)) if ranks is None else check_ranks(ranks, world_size)
+
+
+class Wanted(Struct, gc=False):
+    """What a prefetch asks for, checked: the chunks from `start_chunk` on, and of these the `ranks`."""
+
+    asked: Prompt | Parts
+    request_id: str | None
+    start_chunk: int
+    ranks: tuple[int, ...]
+    deadline_seconds: float | None
+    traceparent: str | None
+    wait_for_writers_seconds: float | None
+
+
+def wanted(
+    asked: Prompt | Parts,
+    *,
+    longest_id: int = MAX_REQUEST_ID,
+    request_id: str | None = None,
+    skip_tokens: int = 0,
+    ranks: Sequence[int] | None = None,
+    deadline_seconds: float | None = None,
+    traceparent: str | None = None,
+    wait_for_writers_seconds: float | None = None,
+) -> Wanted:
+    """What a prefetch of a prompt, or of several, asks for. Raises TypeError or ValueError."""
+    if type(asked) is not Parts:
+        check_prompt(asked)
+    if request_id is not None:
+        check_request_id(request_id, longest_id)
+    if deadline_seconds is not None:
+        deadline_seconds = check_some_seconds("deadline_seconds", deadline_seconds)
+    if wait_for_writers_seconds is not None:
+        wait_for_writers_seconds = check_some_seconds("wait_for_writers_seconds", wait_for_writers_seconds)
+    if traceparent is not None:
+        check_traceparent(traceparent)
+    start_chunk, here = start_of(asked, skip_tokens), ranks_of(asked, ranks)
+    return Wanted(asked, request_id, start_chunk, here, deadline_seconds, traceparent, wait_for_writers_seconds)
 
 
 MOST_NAME = 1024

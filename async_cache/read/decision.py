@@ -98,7 +98,7 @@ class Decider:
         entries = [entry for entry in map(find, hashes) if entry is not None and entry.present == full]
         if len(entries) < len(hashes):
             return False
-        self._l1.lease(entries)
+        self._l1.uses.lease(entries)
         request.entries = [*entries]
         request.promise_all()
         return True
@@ -139,7 +139,7 @@ class Decider:
             some = list(map(find, hashes[begin:end]))
             incomplete: Sequence[int] = range(begin, end)
             if any(some):
-                self._l1.lease(filter(None, some))
+                self._l1.uses.lease(filter(None, some))
                 incomplete = [n for n, entry in enumerate(some, begin) if entry is None or entry.present != full]
             entries += some
             left -= end - begin
@@ -181,7 +181,7 @@ class Decider:
             entry, load = find(chunk_hash), table.get(chunk_hash)
             if entry is not None and request.entries[number] is None:
                 if entry.layout.same_bytes(layout):
-                    self._l1.lease((entry,))
+                    self._l1.uses.lease((entry,))
                     request.entries[number] = entry
                 else:
                     others.add(number)

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Generator, Mapping, Sequence
-from typing import cast
 
 from async_cache.advice import Adviser
 from async_cache.aio.clock import precise_clock
@@ -18,15 +17,8 @@ from async_cache.l2.tombstones import Tombstones
 from async_cache.ledger.roots import Roots
 from async_cache.observe import Observers, notify
 from async_cache.prompt import coverage
-from async_cache.prompt.arguments import (
-    MAX_REQUEST_ID,
-    check_request_id,
-    check_seconds,
-    check_traceparent,
-    ranks_of,
-)
+from async_cache.prompt.arguments import Wanted
 from async_cache.prompt.layout import Prompt
-from async_cache.prompt.parts import Parts
 from async_cache.read.answers import Promised, hits_of, nothing, result_of
 from async_cache.read.decision import Decider, Wait
 from async_cache.read.filling import Filling
@@ -72,29 +64,21 @@ class PrefetchController:
         self._tasks: set[asyncio.Task[None]] = set()
         self._cancel = self.cancel  # one for all
 
-    def start(
-        self,
-        prompt: Prompt | Parts,
-        request_id: str | None,
-        start_chunk: int,
-        ranks: Sequence[int],
-        deadline_seconds: float | None,
-        traceparent: str | None = None,
-        wait_for_writers_seconds: float | None = None,
-    ) -> Prefetch:
+    def start(self, wanted: Wanted) -> Prefetch:
         """Begin a request, or return the one that runs under this id. What needs no waiting is known on return.
 
         Raises RequestConflictError if the id is in use for something else.
         """
-        requests = self.requests
+        requests, prompt, request_id = self.requests, wanted.asked, wanted.request_id
+        start_chunk, ranks, deadline_seconds = wanted.start_chunk, wanted.ranks, wanted.deadline_seconds
         if request_id is None:
             request_id = requests.new_id()
         elif (known := requests.same(request_id, prompt, start_chunk, ranks)) is not None:
             return known.prefetch
         request = Request(request_id, prompt, start_chunk, ranks, self._clock(), self._loop)
-        request.traceparent = traceparent
-        if wait_for_writers_seconds:
-            request.waits_until = self._loop.time() + wait_for_writers_seconds
+        request.traceparent = wanted.traceparent
+        if wanted.wait_for_writers_seconds:
+            request.waits_until = self._loop.time() + wanted.wait_for_writers_seconds
         handle = Prefetch if isinstance(prompt, Prompt) else SegmentPrefetch
         request.prefetch = prefetch = handle(request, self._cancel)
         requests.add(request)
@@ -103,23 +87,6 @@ class PrefetchController:
             request.due = request.began + deadline_seconds
             request.deadline = self._loop.call_later(deadline_seconds, self._deadline_passed, request)
         return prefetch
-
-    def start_parts(
-        self,
-        asked: Parts,
-        *,
-        request_id: str | None = None,
-        ranks: Sequence[int] | None = None,
-        deadline_seconds: float | None = None,
-        traceparent: str | None = None,
-    ) -> SegmentPrefetch:
-        """Begin a request for several prompts, as `AsyncCache.prefetch_segments` says."""
-        if request_id is not None:
-            check_request_id(request_id, MAX_REQUEST_ID)
-        check_seconds("deadline_seconds", deadline_seconds)
-        check_traceparent(traceparent)
-        here = ranks_of(asked, ranks)
-        return cast(SegmentPrefetch, self.start(asked, request_id, 0, here, deadline_seconds, traceparent))
 
     def reconfigure(self, config: CacheConfig) -> None:
         """Go by the settings as they are now."""
@@ -247,8 +214,8 @@ class PrefetchController:
                 request.reasons[number] = failure or Shortfall.GONE
             elif request.reasons:  # what lacked when a part came that another one had asked for has come, too
                 request.reasons.pop(number, None)
-        self._l1.lease(new)
-        self._l1.release(old)
+        self._l1.uses.lease(new)
+        self._l1.uses.release(old)
         if request.state is LOADING and not request.loads:
             self._finish(request)
         else:

@@ -15,7 +15,10 @@ apart       what a cache tells apart by tenants
 partials    frames of one tenant that have begun, bounded
 probe       how long the event loop is held, and by what
 turns       whose messages are carried out next
-session     one connection: what it asks for, and the table of what it holds
+session     one connection: who answers its messages, and the table of what it holds
+shared      what all of them have in common
+requests    what it asks of requests: begun, claimed, renewed, ended
+queries     what it asks of prompts and models beside: what is cached, to keep it, to remove it
 making      the prompts and layouts of messages, made in their turn
 held        what is in that table: the common part, and messages that wait for their answer
 layouts     layouts that clients register, and the prompts that name them

@@ -141,10 +141,6 @@ class Layouts:
         """The prompts that a message names, as one request asks for them; otherwise as `prompt`."""
         return parts_of(list(map(self.prompt, wires)))
 
-    def objects(self, wire: messages.WirePrompt) -> int:
-        """How many objects a chunk has."""
-        return self._layouts[wire.layout].objects
-
     def chunk_tokens(self, wire: messages.WirePrompt) -> int:
         """How many tokens a chunk has."""
         return self._layouts[wire.layout].layout.chunk_tokens

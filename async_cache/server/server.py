@@ -44,7 +44,8 @@ from async_cache.server.partials import TenantPartials
 from async_cache.server.prefetches import Holders
 from async_cache.server.probe import Probe
 from async_cache.server.segment import ClientSegment
-from async_cache.server.session import Session, Shared
+from async_cache.server.session import Session
+from async_cache.server.shared import Shared
 from async_cache.server.turns import Turns
 
 log = logging.getLogger(__name__)

@@ -6,22 +6,14 @@ it.
 
 import asyncio
 import logging
-import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import copy_context
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-import msgspec
-
 from async_cache.aio.slices import InTurns, working_for
-from async_cache.cache import AsyncCache
-from async_cache.config import ServerConfig
 from async_cache.errors import AsyncCacheError, ConnectionLostError, LimitError, ProtocolError
-from async_cache.handles.prefetch import Prefetch, Promised
 from async_cache.prompt.layout import HASH_AT_ONCE_TOKENS, ModelLayout, Prompt
 from async_cache.prompt.parts import Parts
 from async_cache.protocol import messages
@@ -31,61 +23,33 @@ from async_cache.protocol.messages import (
     Large,
     Message,
     encode,
-    encode_each,
-    encoded_array,
     failed,
     read,
 )
-from async_cache.protocol.parts import split_hits, split_result
 from async_cache.server import costs
-from async_cache.server.access import Scope, Tenant, before_own_ids
-from async_cache.server.accounts import Account, Accounts, record_bytes
+from async_cache.server.access import Scope, Tenant
 from async_cache.server.administration import Administration
-from async_cache.server.deletions import ModelDeletions, told
 from async_cache.server.events import MAX_STREAMS, HeldEvents
 from async_cache.server.held import Held, Table, Wait
-from async_cache.server.layouts import Layouts, SharedLayouts, is_small, make
+from async_cache.server.layouts import Layouts, is_small, make
 from async_cache.server.making import Making
-from async_cache.server.partials import TenantPartials
-from async_cache.server.prefetches import HeldPrefetch, Holders, Holding
+from async_cache.server.queries import Queries
 from async_cache.server.reads import Reads
+from async_cache.server.requests import Requests
 from async_cache.server.roles import OF_ALL_ROLES, OF_ROLES
 from async_cache.server.segment import ClientSegment
+from async_cache.server.shared import Shared
 from async_cache.server.stats import stats_for
-from async_cache.server.turns import LIGHT, Turns
+from async_cache.server.turns import LIGHT
 from async_cache.server.writers import Writers
-from async_cache.values import Hold
 
 log = logging.getLogger(__name__)
 
 A = TypeVar("A")
-_Begins = messages.Prefetch | messages.PrefetchSegments
 
-_SPANS_AT_ONCE = 2048  # that are encoded in a step: a millisecond
 _RELEASED_AT_ONCE = 64  # of what a connection holds when it is gone: a millisecond or two
 _SMALL_BYTES = 4096  # of an answer; what is larger is counted until it is read
 _decoder = Decoder(messages.Request)
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What the sessions of a server share."""
-
-    cache: AsyncCache
-    config: ServerConfig
-    holders: Holders
-    layouts: SharedLayouts
-    copiers: Executor
-    makers: Executor
-    """Make long prompts and large layouts."""
-    partials_of: Callable[[Account], TenantPartials]
-    """What knows of frames that have begun, of the connections of a tenant."""
-    reload: Callable[[], Awaitable[tuple[list[str], list[str]]]]
-    hold: Callable[[], Hold | None]
-    """The longest of the loop, of late."""
-    turns: Turns
-    accounts: Accounts
-    deletions: ModelDeletions
 
 
 class Session:
@@ -125,29 +89,29 @@ class Session:
         )
         self._making = Making(self.connection, self._turn, shared.makers, self._spawn, self._fail)
         self._administration = Administration(cache, tenant, account, shared.reload)
-        self._cache, self._core = cache, cache.core
-        self._shared = shared
+        self._queries = Queries(cache, tenant, account, shared.deletions)
+        self._core = cache.core
+        self._hold = shared.hold
         self._max_requests = config.max_requests
         self.tenant = tenant
         self._has_role = tenant.role != "all"
         self._closed = closed
-        self._scope = Scope(tenant, namespace)
+        self._scope = scope = Scope(tenant, namespace)
         self._layouts = Layouts(cache, shared.layouts, tenant, account, config.max_message_objects)
-        self._holders = shared.holders
+        self._requests = Requests(self.held, self.connection, cache.core, scope, shared.holders, account, self._context)
         self._reads = Reads(
             self.held,
             self.connection,
             cache.core,
             self._layouts,
-            self._scope,
+            scope,
             self._turn,
-            self._holders,
+            shared.holders,
             account,
             lease_seconds=None if tenant.trusted else cache.core.config.lease_ttl_seconds,
             mapped=mapped,
         )
         self._writers = Writers(self.held, self.connection, segment, shared.copiers, self._turn, account)
-        self._claims: weakref.WeakValueDictionary[str, Promised] = weakref.WeakValueDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
         self._left = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -178,9 +142,7 @@ class Session:
                 self._of_prompts(message, message.prompts, self._layouts.parts, message.prompts)
             else:
                 self._check_number(message.number)
-                waiting = _WAITING.get(kind)
-                ask = self._administration.answer if waiting is None else partial(waiting, self)
-                self._wait(message, partial(ask, message))
+                self._wait(message, partial(_WAITING.get(kind, _administered)(self), message))
         except ProtocolError:
             raise  # to the connection, which sends the client away
         except Exception as error:
@@ -285,77 +247,13 @@ class Session:
     def _done(self, message: Any) -> None:
         self.connection.send(messages.Done(message.number))
 
-    def _send_soon(self, answer: Message) -> None:
-        """Send what may have ended a request: those who hold it hear of that first, in the loop's next turn."""
-        self._loop.call_soon(self.connection.send, answer)
-
     # What needs no waiting.
-
-    def _prefetch(self, message: messages.Prefetch, prompt: Prompt) -> None:
-        waits = message.wait_for_writers_seconds if isinstance(message, messages.AwaitingPrefetch) else None
-        prefetch = partial(self._cache.prefetch, skip_tokens=message.skip_tokens, wait_for_writers_seconds=waits)
-        self._begin(message, prompt, partial(prefetch, prompt))
-
-    def _prefetch_segments(self, message: messages.PrefetchSegments, parts: Parts) -> None:
-        self._begin(message, parts, partial(self._core.controller.start_parts, parts))
-
-    def _begin(self, message: _Begins, asked: Prompt | Parts, start: Callable[..., Prefetch]) -> None:
-        """Begin a request, on the account of this connection's tenant."""
-        request_id, objects = self._scope.inner(message.request_id), asked.layout.objects
-        size_bytes = record_bytes(len(asked), costs.objects_of(asked.layout))
-        is_new = self._holders.find(request_id) is None
-        if is_new:
-            self._account.take_request(size_bytes)
-        try:
-            prefetch = self._context.run(
-                start,
-                request_id=request_id,
-                ranks=message.ranks,
-                deadline_seconds=message.deadline_seconds,
-                traceparent=message.traceparent,
-            )
-        except BaseException:
-            if is_new:
-                self._account.give_request(size_bytes)
-            raise
-        mask = objects.full_mask if message.ranks is None else objects.mask_of_ranks(message.ranks)
-        holding = Holding(self._account, size_bytes, objects.rooms[mask])
-        HeldPrefetch(message.number, self.held, self.connection, prefetch, self._holders, self._scope, holding)
 
     def _cancel(self, message: messages.Cancel) -> None:
         held = self.held.get(message.call)
         if held is not None:
             held.undo()
         self._done(message)
-
-    def _unclaim(self, message: messages.Unclaim) -> None:
-        request_id = self._scope.inner(message.request_id)
-        request = self._claims.pop(request_id, None)
-        if request is not None and self._core.requests.find(request_id) is request:
-            self._core.requests.unclaim(request_id)
-            self._holders.claimed(request_id, False)
-        self._done(message)
-
-    def _renew(self, message: messages.Renew) -> None:
-        self._core.requests.renew(self._scope.inner(message.request_id))
-        self._done(message)
-
-    def _end_request(self, message: messages.EndRequest) -> None:
-        rooms = self._core.l1.rooms
-        before = rooms.given()
-        self._core.requests.end(self._scope.inner(message.request_id))
-        given = rooms.given()
-        if given == before:
-            self._send_soon(messages.Done(message.number))
-        else:
-            self._loop.call_soon(self._send_caught_up, given, partial(messages.Done, message.number))
-
-    def _send_caught_up(self, given: Sequence[int], answer: Callable[[], Message]) -> None:
-        """Send what is true when all that was released by then is given back: of very much, that takes some turns."""
-        if self._core.l1.rooms.has_done(given):
-            self.connection.send(answer())
-        else:
-            self._loop.call_soon(self._send_caught_up, given, answer)
 
     def _acquire_read(self, message: messages.AcquireRead) -> None:
         self._check_number(message.number)
@@ -368,7 +266,7 @@ class Session:
 
     def _release_read(self, message: messages.ReleaseRead) -> None:
         self._reads.release(message.read)
-        self._send_soon(messages.Done(message.number))
+        self._requests.answer_soon(messages.Done(message.number))
 
     def _store_data(self, message: messages.StoreData) -> None:
         self._writers.receive(message)
@@ -387,97 +285,23 @@ class Session:
         self._done(message)
 
     def _stats(self, message: messages.Stats) -> None:
-        account, hold = self._account, self._shared.hold
-        count = partial(stats_for, self._core, self.tenant, account)
-        self._send_caught_up(self._core.l1.rooms.given(), lambda: messages.Counted(message.number, count(hold())))
+        count = partial(stats_for, self._core, self.tenant, self._account)
+        given = self._core.l1.rooms.given()
+        self._requests.answer_caught_up(given, lambda: messages.Counted(message.number, count(self._hold())))
 
     def _events(self, message: messages.Events) -> None:
         self._check_number(message.number)
         if self.held.streams >= MAX_STREAMS:
             raise LimitError(f"a connection reads up to {MAX_STREAMS} streams of events")
-        stream = self._cache.core.events.stream(message.capacity, self.tenant.salts)
+        stream = self._core.events.stream(message.capacity, self.tenant.salts)
         events = HeldEvents(message.number, self.held, self.connection, stream)
         self._tasks.add(events.task)
         events.task.add_done_callback(self._tasks.discard)
 
-    # What waits.
-
-    async def _query_lookup_hits(self, message: messages.QueryPrefetchLookupHits) -> Message:
-        hits = await self._core.requests.query_lookup_hits(self._scope.inner(message.request_id))
-        return messages.Hits(message.number, *split_hits(self._scope.outer(hits)))
-
-    async def _query_status(self, message: messages.QueryPrefetchStatus) -> None:
-        request_id = self._scope.inner(message.request_id)
-        result = await self._core.requests.query_status(request_id)
-        if (request := self._core.requests.find(request_id)) is not None:
-            self._claims[request_id] = request
-        self._holders.claimed(request_id, True)
-        loaded = messages.Loaded(message.number, *split_result(self._scope.outer(result)))
-        if result.chunks:
-            self.connection.send(loaded)  # however much is unread: what was claimed is not handed out again
-        else:
-            self._send_soon(loaded)
-
-    async def _lookup(self, message: messages.Lookup, prompt: Prompt) -> Message:
-        return messages.Hits(message.number, await self._cache.lookup(prompt))
-
-    async def _lookup_segments(self, message: messages.LookupSegments, parts: Parts) -> Message:
-        return messages.Hits(message.number, *split_hits(await self._core.count_hits(parts)))
-
-    async def _explain(self, message: messages.Explain, prompt: Prompt) -> Message:
-        explanation = await self._cache.explain(prompt)
-        if len(explanation.spans) <= _SPANS_AT_ONCE:
-            return messages.Explained(message.number, explanation)
-        parts: list[bytes] = []
-        async for spans in InTurns(explanation.spans, _SPANS_AT_ONCE):
-            parts.append(encode_each(spans))
-        array: Any = encoded_array(len(explanation.spans), parts)
-        return messages.Explained(message.number, msgspec.structs.replace(explanation, spans=array))
-
-    async def _retain(self, message: messages.Retain, prompt: Prompt) -> Message:
-        kept = await self._cache.retain(prompt, tokens=message.tokens, ttl_seconds=message.ttl_seconds)
-        return messages.Kept(message.number, kept)
-
-    async def _list_retained(self, message: messages.ListRetained) -> Message:
-        async with self._account.listing:
-            kept = await self._cache.core.retentions.retained(self.tenant.may_use)
-        return messages.RetainedListed(message.number, kept)
-
-    async def _warm(self, message: messages.Warm, prompt: Prompt) -> Message:
-        size_bytes = record_bytes(len(prompt), self._layouts.objects(message.prompt))
-        self._account.take_request(size_bytes)
-        request_id = self._core.requests.new_id(before_own_ids(self.tenant))
-        try:
-            begun = self._cache.prefetch(prompt, request_id=request_id, deadline_seconds=message.deadline_seconds)
-            result = msgspec.structs.replace(await begun.load_done, request_id="")
-        finally:
-            self._core.requests.end(request_id)
-            self._account.give_request(size_bytes)
-        return messages.Loaded(message.number, result)
-
-    async def _hint(self, message: messages.Hint, prompt: Prompt) -> Message:
-        known = message.output_tokens, message.returns, message.within_seconds
-        await self._cache.hint(prompt, output_tokens=known[0], returns=known[1], within_seconds=known[2])
-        return messages.Done(message.number)
-
-    async def _reserve_store(self, message: messages.ReserveStore, prompt: Prompt) -> Message:
+    def _reserve_store(self, message: messages.ReserveStore, prompt: Prompt) -> None:
         expired = partial(self._writers.expired, message.number)
-        make = partial(self._cache.core.writing.writer, prompt, message.rank, message.start_chunk, expired)
-        return await self._writers.open(message, prompt, lambda chunks: make(most=chunks))
-
-    async def _delete(self, message: messages.Delete, prompt: Prompt) -> Message:
-        return messages.Removed(message.number, await self._cache.delete(prompt))
-
-    async def _delete_model(self, message: messages.DeleteModel) -> Message:
-        asked = message.model, message.revision, message.adapter, message.salt
-        deletion = self._shared.deletions.begin(self.tenant, *asked)
-        return messages.ModelDeleted(message.number, told(self.tenant, await asyncio.shield(deletion)))
-
-    async def _flush(self, message: messages.Flush) -> Message:
-        owners = None if self.tenant.trusted else self.tenant.salts
-        return messages.Flushed(
-            message.number, await self._cache.core.writeback.flush(message.deadline_seconds, owners)
-        )
+        make = partial(self._core.writing.writer, prompt, message.rank, message.start_chunk, expired)
+        self._wait(message, partial(self._writers.open, message, prompt, lambda chunks: make(most=chunks)))
 
     # The end.
 
@@ -523,51 +347,59 @@ class Session:
             await asyncio.wait(running)
 
 
-def _waits(handler: Callable[[Session, Any, A], Coroutine[Any, Any, Message]]) -> Callable[[Session, Any, A], None]:
-    """Have a message about a prompt, or several, answered by a task."""
-    return lambda session, message, asked: session._wait(message, partial(handler, session, message, asked))
-
-
 _Asks = Callable[[], Coroutine[Any, Any, Message | None]]
-_Waits = Callable[[Session, Any], Coroutine[Any, Any, Message | None]]
+
+
+def _begins(session: Session, message: Any, asked: Prompt | Parts) -> None:
+    session._requests.begin(message, asked)
+
+
+def _answers(answer: Callable[[Queries, Any, A], Coroutine[Any, Any, Message]]) -> Callable[[Session, Any, A], None]:
+    """Have a message about a prompt, or several, answered by a task."""
+    return lambda session, message, asked: session._wait(message, partial(answer, session._queries, message, asked))
+
 
 _OF_PROMPTS: dict[type[Message], Callable[[Session, Any, Prompt], None]] = {
-    messages.Prefetch: Session._prefetch,
-    messages.AwaitingPrefetch: Session._prefetch,
-    messages.Lookup: _waits(Session._lookup),
-    messages.Explain: _waits(Session._explain),
-    messages.Retain: _waits(Session._retain),
-    messages.Warm: _waits(Session._warm),
-    messages.Hint: _waits(Session._hint),
-    messages.ReserveStore: _waits(Session._reserve_store),
-    messages.Delete: _waits(Session._delete),
+    messages.Prefetch: _begins,
+    messages.AwaitingPrefetch: _begins,
+    messages.Lookup: _answers(Queries.lookup),
+    messages.Explain: _answers(Queries.explain),
+    messages.Retain: _answers(Queries.retain),
+    messages.Warm: _answers(Queries.warm),
+    messages.Hint: _answers(Queries.hint),
+    messages.ReserveStore: Session._reserve_store,
+    messages.Delete: _answers(Queries.delete),
 }
 
 _OF_PARTS: dict[type[Message], Callable[[Session, Any, Parts], None]] = {
-    messages.PrefetchSegments: Session._prefetch_segments,
-    messages.LookupSegments: _waits(Session._lookup_segments),
+    messages.PrefetchSegments: _begins,
+    messages.LookupSegments: _answers(Queries.lookup),
 }
 
 _AT_ONCE: dict[type[Message], Callable[[Session, Any], None]] = {
     messages.RegisterLayout: Session._register_layout,
     messages.Cancel: Session._cancel,
-    messages.Unclaim: Session._unclaim,
+    messages.Unclaim: lambda session, message: session._requests.unclaim(message),
     messages.AcquireRead: Session._acquire_read,
     messages.AcquireStream: Session._acquire_stream,
     messages.ReleaseRead: Session._release_read,
     messages.StoreData: Session._store_data,
     messages.CommitStore: Session._commit_store,
     messages.CloseStore: Session._close_store,
-    messages.Renew: Session._renew,
-    messages.EndRequest: Session._end_request,
+    messages.Renew: lambda session, message: session._requests.renew(message),
+    messages.EndRequest: lambda session, message: session._requests.end(message),
     messages.Stats: Session._stats,
     messages.Events: Session._events,
     messages.Ping: Session._done,
 }
-_WAITING: dict[type[Message], _Waits] = {
-    messages.QueryPrefetchLookupHits: Session._query_lookup_hits,
-    messages.QueryPrefetchStatus: Session._query_status,
-    messages.ListRetained: Session._list_retained,
-    messages.Flush: Session._flush,
-    messages.DeleteModel: Session._delete_model,
+_WAITING: dict[type[Message], Callable[[Session], Callable[[Any], Coroutine[Any, Any, Message | None]]]] = {
+    messages.QueryPrefetchLookupHits: lambda session: session._requests.query_hits,
+    messages.QueryPrefetchStatus: lambda session: session._requests.query_status,
+    messages.ListRetained: lambda session: session._queries.list_retained,
+    messages.Flush: lambda session: session._queries.flush,
+    messages.DeleteModel: lambda session: session._queries.delete_model,
 }
+
+
+def _administered(session: Session) -> Callable[[Any], Coroutine[Any, Any, Message]]:
+    return session._administration.answer

@@ -177,7 +177,7 @@ class Writing:
             self._check_open()
             found = list(map(self._l1.find, some))
             there = [entry for entry in found if entry is not None]
-            self._l1.lease(there)
+            self._l1.uses.lease(there)
             resident += there
             missing += [
                 index

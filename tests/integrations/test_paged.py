@@ -15,7 +15,7 @@ import torch
 
 from async_cache import BlockingClient, LoadResult, LookupHits, ModelLayout, ObjectGroup, Prompt, connect
 from async_cache.advice import Pace
-from async_cache.client.handles import BlockingPrefetch
+from async_cache.client.prefetches import BlockingPrefetch
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged import (
     AbsentWorker,

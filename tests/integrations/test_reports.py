@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from async_cache import BlockingClient, ConnectionLostError, ModelLayout, ObjectGroup, Removal, Removed, Stored
-from async_cache.client.handles import BlockingPrefetch
+from async_cache.client.prefetches import BlockingPrefetch
 from async_cache.integrations.paged.reports import BlockEvents, Counts, Tally
 from async_cache.prompt.layout import Prompt
 from tests.integrations.support import Served, served, until

@@ -12,6 +12,7 @@ from faults.small_steps import small_steps
 
 from async_cache import AsyncCache, BackendError, CacheConfig, ModelLayout, ObjectGroup, ObjectKey, Shortfall
 from async_cache.l1.store import L1Store
+from async_cache.l1.uses import Uses
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.memory import MemoryBackend
 from async_cache.observe import Observer, Observers
@@ -38,7 +39,7 @@ STEPS: list[tuple[Any, str]] = [
     (Planner, "_fits"),
     (Planner, "_reserve_within"),
     (L1Store, "reserve"),
-    (L1Store, "lease"),
+    (Uses, "lease"),
     (coverage, "lengths"),
     (coverage, "needed"),
     (Found, "masks"),

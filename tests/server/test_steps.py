@@ -20,7 +20,7 @@ from async_cache.protocol.prompts import describe, unpack
 from async_cache.read import decision
 from async_cache.read.plan import Planner
 from async_cache.read.search import Search
-from async_cache.server import Server, session
+from async_cache.server import Server, queries
 from async_cache.server.layouts import Layouts
 from async_cache.server.prefetches import HeldPrefetch
 from async_cache.write.removal import Remover
@@ -231,7 +231,7 @@ async def test_an_explanation_of_very_many_spans_is_encoded_in_turns():
         peer.store(ids(6000), 6000, step=2)
         return peer.ask(m.Explain(peer.number(), ids(6000)), until=m.Explained).explanation
 
-    with counted(session, "encode_each") as encoded:
+    with counted(queries, "encode_each") as encoded:
         async with serving(explain) as (explanation, _):
             assert [span.start_chunk for span in explanation.spans] == list(range(6000))
     assert list(encoded.values()) == [1, 1, 1]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, Protocol
 
-from async_cache.client.handles import BlockingPrefetch
+from async_cache.client.prefetches import BlockingPrefetch
 from async_cache.values import LoadResult, LookupHits
 
 

@@ -10,7 +10,8 @@ from threading import Lock
 from typing import Any, Protocol
 
 from async_cache.client.blocking import BlockingClient
-from async_cache.client.handles import BlockingEvents, BlockingPrefetch
+from async_cache.client.handles import BlockingEvents
+from async_cache.client.prefetches import BlockingPrefetch
 from async_cache.errors import AsyncCacheError
 from async_cache.integrations.paged.records import EngineRequest
 from async_cache.prompt.layout import Prompt

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from async_cache.advice import Adviser, Pace
 from async_cache.client.blocking import BlockingClient
-from async_cache.client.handles import BlockingFuture, BlockingPrefetch
+from async_cache.client.prefetches import BlockingFuture, BlockingPrefetch
 from async_cache.errors import AsyncCacheError
 from async_cache.integrations.optional import OptionalClient
 from async_cache.integrations.paged.orders import Complaint, Geometry, LoadOrder, Orders, SaveOrder, Tables

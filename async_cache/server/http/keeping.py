@@ -10,11 +10,12 @@ from msgspec import Struct
 from async_cache.core import Core
 from async_cache.errors import AsyncCacheError, LimitError
 from async_cache.handles.prefetch import Prefetch
-from async_cache.prompt.arguments import check_tokens, check_ttl
+from async_cache.prompt.arguments import check_tokens, check_ttl, wanted
 from async_cache.prompt.layout import Prompt
 from async_cache.server.access import Tenant, before_own_ids
 from async_cache.server.http.explain import Question
 from async_cache.server.http.named import named
+from async_cache.values import LoadResult
 
 MOST_LOADS = 64
 """Loads that are under way at a time, and those that have ended and are remembered."""
@@ -31,7 +32,7 @@ class Load(Struct, eq=False):
     """A prompt that is warmed for a tenant, until it has loaded."""
 
     tenant: Tenant
-    task: "asyncio.Task[None]"
+    task: "asyncio.Task[LoadResult]"
     prefetch: Prefetch
     error: str = ""
 
@@ -63,19 +64,11 @@ class Keeping:
             raise LimitError(f"{MOST_LOADS} prompts are being loaded, which is the limit")
         for name in done[: max(len(self._loads) + 1 - 2 * MOST_LOADS, 0)]:
             del self._loads[name]
-        controller = self._core.controller
-        ranks = tuple(range(prompt.layout.world_size))
-        prefetch = controller.start(prompt, self._core.requests.new_id(before_own_ids(tenant)), 0, ranks, None)
-        name = token_hex(8)
-        self._loads[name] = load = Load(tenant, asyncio.create_task(self._let_go(prefetch)), prefetch)
+        core, name = self._core, token_hex(8)
+        prefetch = core.start(wanted(prompt, request_id=core.requests.new_id(before_own_ids(tenant))))
+        self._loads[name] = load = Load(tenant, asyncio.create_task(core.warm(prefetch)), prefetch)
         load.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return name
-
-    async def _let_go(self, prefetch: Prefetch) -> None:
-        try:
-            await prefetch.load_done
-        finally:
-            self._core.requests.end(prefetch.request_id)
 
     def progress(self, name: str, tenant: Tenant) -> dict[str, Any] | None:
         """How far it is; None for what this tenant has not asked for, or long ago."""
