@@ -111,8 +111,10 @@ class Connection(asyncio.Protocol):
 
     def send(self, message: Message) -> None:
         """Send a message with the others of this step of the loop; nothing if the connection is not open."""
-        if self._state is _OPEN:
-            self.send_payload(encode(message))
+        if self._state is _OPEN:  # as `send_payload`, which would be a call more for each message
+            if not (self._out or self._is_taking):
+                self._loop.call_soon(self.flush)
+            self._out.append(frame(encode(message)))
 
     def send_payload(self, payload: bytes) -> None:
         """Send a message that is encoded already."""

@@ -1,9 +1,11 @@
 """Bytes <-> payloads: every payload is preceded by its length, 4 bytes, little-endian. Knows no socket."""
 
 from collections.abc import Iterator
+from struct import Struct
 
 from async_cache.errors import ProtocolError
 
+_unpack = Struct("<I").unpack_from
 HEADER_BYTES = 4
 MAX_GREETING_BYTES = 4096
 """The largest payload of the first frame in each direction: so much may be sent by a peer that is not known yet."""
@@ -15,14 +17,20 @@ DATA_BYTES = 256 * 2**10
 
 def frame(payload: bytes) -> bytes:
     """A payload with its header. Raises ProtocolError for one that the other end would refuse."""
-    check_size(len(payload), MAX_PAYLOAD_BYTES)
-    return len(payload).to_bytes(HEADER_BYTES, "little") + payload
+    size_bytes = len(payload)
+    if not 0 < size_bytes <= MAX_PAYLOAD_BYTES:
+        raise _refused(size_bytes, MAX_PAYLOAD_BYTES)
+    return size_bytes.to_bytes(HEADER_BYTES, "little") + payload
 
 
 def check_size(size_bytes: int, limit_bytes: int) -> None:
     """Check that a frame may have a payload of this size. Raises ProtocolError."""
     if not 0 < size_bytes <= limit_bytes:
-        raise ProtocolError(f"a frame of {size_bytes} bytes: 1 to {limit_bytes} are allowed")
+        raise _refused(size_bytes, limit_bytes)
+
+
+def _refused(size_bytes: int, limit_bytes: int) -> ProtocolError:
+    return ProtocolError(f"a frame of {size_bytes} bytes: 1 to {limit_bytes} are allowed")
 
 
 class FrameReader:
@@ -60,6 +68,7 @@ class FrameReader:
             self._kept += view[begin:]
 
     def _length(self, data: bytes | bytearray, begin: int) -> int:
-        length = int.from_bytes(data[begin : begin + HEADER_BYTES], "little")
-        check_size(length, self._limit_bytes)
+        length: int = _unpack(data, begin)[0]
+        if not 0 < length <= self._limit_bytes:
+            raise _refused(length, self._limit_bytes)
         return length

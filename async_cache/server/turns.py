@@ -79,9 +79,10 @@ class Turn:
             and (not party.light_waiting or (turns.running is self and self._left > 0))
             and (turns.left > 0 or turns.may_pass(party))
         ):
+            if turns.left <= 0:
+                party.passed += cost
             turns.left -= cost
             party.light -= cost
-            party.passed += cost
             self._left -= cost
             return True
         if not self._waits:
@@ -92,9 +93,11 @@ class Turn:
 
     def charge(self, cost: int) -> None:
         """Pay for light work that was done, or is about to be."""
-        self._turns.left -= cost
-        self._party.light -= cost
-        self._party.passed += cost
+        turns, party = self._turns, self._party
+        if turns.left <= 0:
+            party.passed += cost
+        turns.left -= cost
+        party.light -= cost
         self._left -= cost
 
     def begin(self, cost: int, work: Callable[[], object]) -> bool:

@@ -53,16 +53,16 @@ class Decoder:
             message = self._decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError, ValueError) as error:
             raise ProtocolError(f"not a message: {error}"[:_TOLD]) from error
-        if self._is_of_requests:
+        if self._is_of_requests and type(message) in _TIMED:
             check_times(message)
         return message
 
 
 def check_times(request: Any) -> None:
     """Check what no type says of a request. Raises ProtocolError."""
-    timed = _TIMED.get(type(request))
-    if timed is not None and any((getattr(request, name) or 0) < 0 for name in timed):
-        raise ProtocolError("not a message: seconds are 0 or more")
+    for name in _TIMED.get(type(request), ()):
+        if (getattr(request, name) or 0) < 0:
+            raise ProtocolError("not a message: seconds are 0 or more")
 
 
 def read(large: Large) -> Any:
