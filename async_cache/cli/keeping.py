@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from async_cache.cli.drawing import seconds
-from async_cache.cli.prompts import Adapter, LayoutFile, Model, Revision, Salt, Tokens, asked, of_a_prompt
+from async_cache.cli.prompts import of_a_prompt
 from async_cache.cli.terminal import Json, TokenFile, Url, busy, console, print_json, table, with_client
 from async_cache.client.client import CacheClient
 from async_cache.errors import ConfigError
@@ -14,34 +14,24 @@ from async_cache.server.http.named import named
 from async_cache.values import Retained
 
 
-def retain(
-    tokens: Tokens,
+@of_a_prompt
+async def retain(
+    client: CacheClient,
+    prompt: Prompt,
+    json: bool,
+    *,
     keep: Annotated[int | None, typer.Option("--tokens", metavar="N", help="Only the first so many tokens.")] = None,
     ttl: Annotated[float, typer.Option("--ttl", metavar="SECONDS", help="For so long; 0 ends it.")] = 300.0,
-    model: Model = "",
-    layout: LayoutFile = None,
-    salt: Salt = "",
-    adapter: Adapter = "",
-    revision: Revision = None,
-    url: Url = "",
-    token_file: TokenFile = None,
-    json: Json = False,
 ) -> None:
     """Keep what is cached of a prompt for a while, and say how much that is: it is not evicted before its time."""
-    make = asked(tokens, model, layout, salt, adapter, revision)
-
-    async def ask(client: CacheClient) -> None:
-        prompt = await make(client)
-        try:
-            kept = await client.retain(prompt, tokens=keep, ttl_seconds=ttl)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(str(error)) from error
-        if json:
-            print_json(named(kept))
-        else:
-            console.print(_sentence(kept))
-
-    with_client(url, token_file, ask)
+    try:
+        kept = await client.retain(prompt, tokens=keep, ttl_seconds=ttl)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    if json:
+        print_json(named(kept))
+    else:
+        console.print(_sentence(kept))
 
 
 def retained(url: Url = "", token_file: TokenFile = None, json: Json = False) -> None:

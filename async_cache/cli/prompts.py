@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Awaitable, Callable
+from inspect import Parameter, Signature, signature
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,8 +43,11 @@ Revision = Annotated[
 ]
 
 
-def of_a_prompt(work: Callable[[CacheClient, Prompt, bool], Awaitable[None]]) -> Callable[..., None]:
-    """The command that does this about the prompt that its flags say; with True, it prints JSON."""
+def of_a_prompt(work: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """The command that does this about the prompt that its flags say; with True, it prints JSON.
+
+    It has the flags that all such commands have, and those of `work` itself: its parameters that are named.
+    """
 
     def command(
         tokens: Tokens,
@@ -55,15 +59,23 @@ def of_a_prompt(work: Callable[[CacheClient, Prompt, bool], Awaitable[None]]) ->
         url: Url = "",
         token_file: TokenFile = None,
         json: Json = False,
+        **own: Any,
     ) -> None:
-        make = asked(tokens, model, layout, salt, adapter, revision)
+        make = _asked(tokens, model, layout, salt, adapter, revision)
 
         async def ask(client: CacheClient) -> None:
-            await work(client, await make(client), json)
+            await work(client, await make(client), json, **own)
 
         with_client(url, token_file, ask)
 
+    tokens, *common = list(signature(command).parameters.values())[:-1]
+    own = [given for given in signature(work).parameters.values() if given.kind is Parameter.KEYWORD_ONLY]
+    parameters = [tokens, *own, *common]
     command.__name__, command.__doc__ = work.__name__, work.__doc__
+    command.__signature__ = Signature(  # type: ignore[attr-defined]
+        [given.replace(kind=Parameter.POSITIONAL_OR_KEYWORD) for given in parameters], return_annotation=None
+    )
+    command.__annotations__ = {given.name: given.annotation for given in parameters} | {"return": None}
     return command
 
 
@@ -195,7 +207,7 @@ def clear(
 # What is asked for.
 
 
-def asked(
+def _asked(
     tokens: str, model: str, layout: Path | None, salt: str, adapter: str, revision: str | None
 ) -> Callable[[CacheClient], Awaitable[Prompt]]:
     """What makes the prompt that the flags say, once there is a server to ask for the layout. Raises ConfigError."""
