@@ -1,25 +1,21 @@
 """`AsyncCache`: owns the tiers, the tasks and the sweepers of one process, and delegates the rest."""
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Literal, Self, cast
 
-from async_cache.aio.ending import to_its_end
 from async_cache.aio.life import Life
 from async_cache.config import CacheConfig, prefixed
-from async_cache.core import Core
+from async_cache.core import Core, open_core
 from async_cache.handles.events import EVENTS_CAPACITY, EventStream
 from async_cache.handles.lease import ReadLease
 from async_cache.handles.prefetch import Prefetch, SegmentPrefetch
 from async_cache.handles.stream import ReadStream
 from async_cache.handles.writer import Writer
 from async_cache.l2.backend import Backend
-from async_cache.l2.opening import open_all
 from async_cache.l2.urls.registry import check_names, from_urls
-from async_cache.memory.filled import filled_arena
 from async_cache.prompt.arguments import (
     MAX_REQUEST_ID,
     check_capacity,
@@ -35,7 +31,6 @@ from async_cache.prompt.arguments import (
     wanted,
 )
 from async_cache.prompt.layout import Prompt
-from async_cache.tracing import Tracing
 from async_cache.values import (
     BackendStatus,
     CacheStats,
@@ -66,9 +61,8 @@ class AsyncCache:
             if not isinstance(backend, Backend):
                 raise TypeError(f"a backend must be a Backend, not {type(backend).__name__}")
         check_names(made)
-        self._backends = made
-        self._from_config = backends is None
-        self._life = Life(self._open, Core.close, "cache")
+        told = prefixed("l2") if backends is None else nullcontext()
+        self._life = Life(partial(open_core, self._config, made, told), Core.close, "cache")
         self._opened = self._life.opened
 
     # Life.
@@ -81,26 +75,6 @@ class AsyncCache:
         """
         await self._life.open()
         return self
-
-    async def _open(self) -> Core:
-        tracing = Tracing() if self._config.traces else None
-        arena = await filled_arena(self._config.l1_bytes)
-        try:
-            for backend in self._backends:
-                backend.register(arena.fd, arena.view)
-            with prefixed("l2") if self._from_config else nullcontext():
-                await open_all(self._backends, self._config)
-            arena.seal()  # not before: what is registered may have been mapped by a process of a backend
-        except BaseException:
-            arena.close()
-            raise
-        core = Core(self._config, arena, self._backends, tracing)
-        try:
-            await core.retentions.recover()
-        except BaseException:
-            await to_its_end(asyncio.create_task(core.close()))
-            raise
-        return core
 
     async def close(self) -> None:
         """End all requests, write back what is pending (for `close_timeout_seconds`), close the backends; idempotent.
@@ -227,9 +201,8 @@ class AsyncCache:
         """Release all that a request holds, cancel it if it runs, and free its id. Unknown ids are fine."""
         core = self._opened()
         core.requests.end(check_request_id(request_id, MAX_REQUEST_ID))
-        for backlog in core.l1.backlogs:
-            if backlog:
-                await backlog.done()
+        if any(core.l1.rooms.waiting):
+            await core.l1.rooms.caught_up()
 
     # Reading and writing.
 
@@ -397,8 +370,7 @@ class AsyncCache:
     async def stats(self) -> CacheStats:
         """Count what the cache holds now, and what it did since it was opened."""
         core = self._opened()
-        for backlog in core.l1.backlogs:  # what was released before is not held any more
-            await backlog.done()
+        await core.l1.rooms.caught_up()  # what was released before is not held any more
         return core.stats()
 
     @property

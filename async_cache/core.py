@@ -3,12 +3,14 @@
 import asyncio
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain, filterfalse
 from operator import attrgetter, is_
 
 import msgspec
 
+from async_cache.aio.ending import to_its_end
 from async_cache.aio.sweeper import Sweeper
 from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
@@ -20,10 +22,12 @@ from async_cache.l1.store import L1Store
 from async_cache.l2.backend import Backend
 from async_cache.l2.guard import Guard
 from async_cache.l2.guard.guards import Guards
+from async_cache.l2.opening import open_all
 from async_cache.l2.tombstones import Tombstones
 from async_cache.ledger.ledger import Ledger
 from async_cache.ledger.roots import Roots
 from async_cache.memory.arena import Arena
+from async_cache.memory.filled import filled_arena
 from async_cache.observe import Observers
 from async_cache.prompt.arguments import Wanted
 from async_cache.prompt.layout import Prompt
@@ -252,3 +256,28 @@ class Core:
         self.writeback.check_integrity()
         self.controller.check_integrity()
         self.retentions.check_integrity()
+
+
+async def open_core(config: CacheConfig, backends: Sequence[Backend], told: AbstractContextManager[object]) -> Core:
+    """Make the arena, and open the backends; nothing is left if one fails. `told` says where their errors come from.
+
+    Raises as `AsyncCache.open`.
+    """
+    tracing = Tracing() if config.traces else None
+    arena = await filled_arena(config.l1_bytes)
+    try:
+        for backend in backends:
+            backend.register(arena.fd, arena.view)
+        with told:
+            await open_all(backends, config)
+        arena.seal()  # not before: what is registered may have been mapped by a process of a backend
+    except BaseException:
+        arena.close()
+        raise
+    core = Core(config, arena, backends, tracing)
+    try:
+        await core.retentions.recover()
+    except BaseException:
+        await to_its_end(asyncio.create_task(core.close()))
+        raise
+    return core

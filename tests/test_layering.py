@@ -42,7 +42,7 @@ MAY_KNOW = {
     "events": "handles ledger observe values",
     "tracing": "errors handles observe read values",
     "core": "aio config errors events handles l1 l2 ledger memory observe prompt read retention tracing values write",
-    "cache": "aio config core errors handles l2 memory prompt tracing values",
+    "cache": "aio config core handles l2 prompt values",
     # the same from other processes
     "metrics": "aio core l2 read values",
     "server": (

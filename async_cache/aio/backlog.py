@@ -16,23 +16,24 @@ class Backlog:
 
     def __init__(self, at_once: int):
         self._at_once = self._left = at_once  # items in this turn
-        self._waiting: deque[tuple[Callable[[Sequence[Any]], object], Sequence[Any], int]] = deque()
+        self.waiting: deque[tuple[Callable[[Sequence[Any]], object], Sequence[Any], int]] = deque()
+        """Work, its items, and how many of these are done: to look whether there is some."""
         self._comes_again = False  # in the loop's next turn
         self.given = 0
         """How many items had to wait so far."""
         self._done = 0  # those of them that are done
 
     def __bool__(self) -> bool:
-        return bool(self._waiting)
+        return bool(self.waiting)
 
     def do(self, work: Callable[[Sequence[Any]], object], items: Sequence[Any]) -> None:
         """Do work on items, in slices if they are many. It must not raise."""
-        if len(items) <= FEW and not self._waiting:
+        if len(items) <= FEW and not self.waiting:
             work(items)
             return
-        self._waiting.append((work, items, 0))
+        self.waiting.append((work, items, 0))
         self.given += len(items)
-        while self._waiting and self._left > 0:
+        while self.waiting and self._left > 0:
             self._left -= self.do_some(self._left)
         self._come_again()
 
@@ -45,17 +46,17 @@ class Backlog:
 
     def do_some(self, count: int | None = None) -> int:
         """Do work on up to so many of the items that wait, as in a turn if None, and say how many these were."""
-        work, items, begin = self._waiting.popleft()
+        work, items, begin = self.waiting.popleft()
         end = min(begin + (count if count is not None else self._at_once), len(items))
         if end < len(items):
-            self._waiting.appendleft((work, items, end))
+            self.waiting.appendleft((work, items, end))
         self._done += end - begin
         work(items[begin:end])
         return end - begin
 
     def do_all(self) -> None:
         """Do all that waits."""
-        while self._waiting:
+        while self.waiting:
             self.do_some()
 
     def has_done(self, given: int) -> bool:
@@ -76,7 +77,7 @@ class Backlog:
     def _next_turn(self) -> None:
         self._comes_again = False
         self._left = self._at_once
-        while self._waiting and self._left > 0:
+        while self.waiting and self._left > 0:
             self._left -= self.do_some(self._left)
-        if self._waiting:
+        if self.waiting:
             self._come_again()

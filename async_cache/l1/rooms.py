@@ -1,6 +1,6 @@
 """The memory of L1: what is reserved of it, and who leaves for what has to come."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 
 from async_cache.aio.backlog import Backlog
 from async_cache.l1.entry import Entry, Reservation, ReservationState
@@ -42,7 +42,9 @@ class Rooms:
         self.detached: set[Entry] = set()
         """Entries that have left the index, and have their memory until nobody uses it."""
         self.backlogs: list[Backlog] = []
-        """All that gives back room soon: whoever holds some, and lets go of it in turns, adds his own."""
+        """All that gives back room soon."""
+        self.waiting: list[Sized] = []
+        """What waits in each of these: `any` says whether there is something, in no time."""
         self._adopting = Backlog(_ADOPTED_AT_ONCE)
         self.evictable_bytes = self.reserved_bytes = self.quarantined_bytes = 0
 
@@ -98,6 +100,16 @@ class Rooms:
     def has_done(self, given: Sequence[int]) -> bool:
         """Whether all has given back its room that was to do so when `given` was this."""
         return all(map(Backlog.has_done, self.backlogs, given))
+
+    def add_backlog(self, backlog: Backlog) -> None:
+        """Know one more that gives back room soon: whoever holds some, and lets go of it in turns, adds his own."""
+        self.backlogs.append(backlog)
+        self.waiting.append(backlog.waiting)
+
+    async def caught_up(self) -> None:
+        """Return when all has given back its room that is to do so now."""
+        for backlog in self.backlogs:
+            await backlog.done()
 
     def catch_up(self) -> bool:
         """Do some of what is to give back room soon; False if there is nothing of that."""

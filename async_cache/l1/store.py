@@ -57,9 +57,7 @@ class L1Store:
         self._victims = rooms.victims
         self.backlog = Backlog(_AT_ONCE)
         """What is released, touched and discarded soon."""
-        self.backlogs = rooms.backlogs
-        """All that gives back room of L1 soon."""
-        self.backlogs.append(self.backlog)
+        rooms.add_backlog(self.backlog)
         self.closed = False
         self.deferred_by_owner: Counter[str] = Counter()
         self.left = dict.fromkeys(Removal, 0)
@@ -69,16 +67,6 @@ class L1Store:
     def used_bytes(self) -> int:
         """The bytes of L1 that are not free: resident, reserved or quarantined."""
         return self.rooms.used_bytes
-
-    @property
-    def available_bytes(self) -> int:
-        """The bytes of L1 that are free or may be evicted."""
-        return self.rooms.available_bytes
-
-    @property
-    def evictable_bytes(self) -> int:
-        """The bytes of L1 that may be evicted."""
-        return self.rooms.evictable_bytes
 
     @property
     def reserved_bytes(self) -> int:
@@ -131,14 +119,6 @@ class L1Store:
     def unpin(self, entry: Entry) -> None:
         """Take one pin of an entry away."""
         self.uses.unpin(entry)
-
-    def retain(self, entry: Entry) -> None:
-        """Keep an entry until `unretain`, or until it is removed."""
-        self.uses.retain(entry)
-
-    def unretain(self, entry: Entry) -> None:
-        """Keep an entry no longer, the head of a prefix before its tail."""
-        self.uses.unretain(entry)
 
     def release_soon(self, entries: Sequence[Entry]) -> None:
         """Release entries, of very many some in each of the loop's next turns, or when their room is needed."""

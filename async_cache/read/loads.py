@@ -71,7 +71,7 @@ class Loader:
         self._reserved_bytes = 0
         self._added: list[tuple[Request, Sequence[bytes], _Rooms, Sources]] = []
         self._backlog = Backlog(_RELEASED_AT_ONCE)
-        l1.backlogs.append(self._backlog)
+        l1.rooms.add_backlog(self._backlog)
         self._loop = asyncio.get_running_loop()
 
     @property

@@ -18,14 +18,7 @@ from async_cache.prompt.layout import HASH_AT_ONCE_TOKENS, ModelLayout, Prompt
 from async_cache.prompt.parts import Parts
 from async_cache.protocol import messages
 from async_cache.protocol.connection import Connection
-from async_cache.protocol.messages import (
-    Decoder,
-    Large,
-    Message,
-    encode,
-    failed,
-    read,
-)
+from async_cache.protocol.messages import Decoder, Large, Message, encode, failed, read
 from async_cache.server import costs
 from async_cache.server.access import Scope, Tenant
 from async_cache.server.administration import Administration

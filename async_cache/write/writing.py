@@ -66,7 +66,7 @@ class Writing:
         self._roots = roots if roots is not None else Roots()
         self._l1 = l1
         self._discarding = Backlog(_DISCARDED_AT_ONCE)
-        l1.backlogs.append(self._discarding)
+        l1.rooms.add_backlog(self._discarding)
         self._writeback = writeback
         self._hashing = hashing
         self._loop = asyncio.get_running_loop()

@@ -214,7 +214,7 @@ class L1Machine(RuleBasedStateMachine):
     def reserve(self, layout: ModelLayout, first: int, chunks: int, rank: int) -> None:
         rank %= layout.world_size
         room = layout.objects.room_bytes[rank]
-        before, free = dict(self.l1.index), self.l1.available_bytes
+        before, free = dict(self.l1.index), self.l1.rooms.available_bytes
         in_use = [entry for entry in (*self.leased, *self.held) if not entry.detached]
         wanted = [(f"{self.LAYOUTS.index(layout)}/{n}".encode(), rank) for n in range(first, first + chunks)]
         made = self.l1.reserve(layout, wanted)
@@ -288,7 +288,7 @@ async def test_a_block_has_what_lies_side_by_side_once_it_is_given_back() -> Non
         assert put(l1, ONE, "a", 4) == 4
         l1.release_soon([lease(l1, "a", [number])[0] for number in (0, 2, 1, 3)])
         await asyncio.sleep(0)
-        assert l1.evictable_bytes == 2 * PAGE_BYTES  # enough, and not side by side
+        assert l1.rooms.evictable_bytes == 2 * PAGE_BYTES  # enough, and not side by side
         assert put(l1, TWO, "b", 1) == 1
         l1.backlog.do_all()
         l1.check_integrity()

@@ -69,9 +69,9 @@ def test_nothing_that_is_in_use_is_evicted_from_memory(policy: str, seed: int) -
             case 7 if l1.index:
                 entry = random.choice(list(l1.index.values()))
                 if entry.retained:
-                    l1.unretain(entry)
+                    l1.uses.unretain(entry)
                 elif sum(each.retained for each in l1.index.values()) < 6:
-                    l1.retain(entry)
+                    l1.uses.retain(entry)
         l1.check_integrity()
     assert l1.evicted > 50
     for found in leased:
