@@ -200,9 +200,9 @@ async def test_over_a_unix_socket_a_wrong_token_is_refused_and_none_is_not(url: 
                 await bound.prefetch(PROMPT).load_done
 
 
-@pytest.mark.parametrize("end", ["server", "client"])
+@pytest.mark.parametrize("end", ["server.server", "client.connecting"])
 async def test_another_version_of_the_protocol_is_refused(end: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"async_cache.{end}.{end}.VERSION", 2)
+    monkeypatch.setattr(f"async_cache.{end}.VERSION", 2)
     async with serve(url):
         with pytest.raises(ProtocolError, match=r"the server speaks version \d of the protocol, the client \d"):
             await connect(url).open()
