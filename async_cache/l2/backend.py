@@ -129,6 +129,8 @@ class Backend(ABC):
     """Whether what leaves first depends on what is asked for: then it wants to hear of each prompt, by `asked`."""
     unit_bytes: int = 1
     """Of what it has room for, each object takes a multiple of this."""
+    least_object_bytes: int = 1
+    """And so much at least: what is known of it takes memory, too."""
 
     def __init_subclass__(cls) -> None:
         """Have a class that loads in its own way, and says nothing meanwhile, asked for its `load`, and no other's."""

@@ -21,6 +21,9 @@ class Shape(Struct, gc=False, eq=False):
 
     It never changes: a chunk that gets an object more gets the shape that `grown` has for that. `numbers` counts the
     objects, in the order of their places. `origin` is what the chunk is of, where that is known.
+
+    A shape that is `alone` belongs to one chunk, has a table of its own, and changes with it. An object that it loses
+    keeps its number and its place.
     """
 
     sizes: dict[tuple[int, int], int]
@@ -29,6 +32,7 @@ class Shape(Struct, gc=False, eq=False):
     room_bytes: int
     grown: dict[tuple[int, int, int], "Shape"]  # by the rank, the group and the size of what is added
     origin: Origin | None = None
+    alone: bool = False
 
 
 class Table(Struct, gc=False, eq=False):
@@ -93,11 +97,11 @@ class Chunk(Struct, gc=False, eq=False):
 
 def placed_of(chunk: Chunk) -> list[tuple[tuple[int, int], int, bytes]]:
     """The objects of a chunk: (rank, group), size in bytes and place of each."""
-    sizes, places = chunk.table.shape.sizes, chunk.table.places_in(chunk.row)
-    width = len(places) // len(sizes)
+    shape, places = chunk.table.shape, chunk.table.places_in(chunk.row)
+    numbers = shape.numbers
+    width = len(places) // len(numbers)
     return [
-        (which, size, places[number * width : number * width + width])
-        for number, (which, size) in enumerate(sizes.items())
+        (which, size, places[(begin := numbers[which] * width) : begin + width]) for which, size in shape.sizes.items()
     ]
 
 

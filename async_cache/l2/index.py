@@ -42,7 +42,7 @@ class Index:
     of its visits would take a tenth of a second. A pin outlives its chunk, so
     that a late unpin cannot take a pin of one that was stored anew. `on_removed` hears of each chunk that has left, or
     lost one of its objects: it is to call the backend's own `on_removed`. What is cleared at the end is not told.
-    The room of an object is its size, in whole units.
+    The room of an object is its size, in whole units, or the least that one takes.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Index:
         on_removed: Callable[[bytes, Removal], None] = lambda chunk_hash, removal: None,
         *,
         unit_bytes: int = 1,
+        least_object_bytes: int = 1,
     ) -> None:
         self.objects = 0
         self.used_bytes = 0
@@ -64,7 +65,7 @@ class Index:
         """What owners may have at most."""
         self._adopting = Backlog(_ADOPTED_AT_ONCE)
         self._coming: dict[bytes, Coming] = {}  # of chunks that are about to be stored
-        self._tables = Tables(unit_bytes)
+        self._tables = Tables(unit_bytes, least_object_bytes)
         self._leaving = Leaving(self._chunks, self.pins, self._policy)
         self._suspended = self._leaving.suspended
 
@@ -220,12 +221,9 @@ class Index:
         """Know what a chunk is of: it counts for its owner from now on."""
         self._left(chunk.shape.origin)
         self.origins[origin] += 1
-        shape = self._tables.nothing(origin)
-        for (rank, group), size_bytes in chunk.shape.sizes.items():
-            shape = self._tables.grown(shape, rank, group, size_bytes)
-        self._move(chunk, shape, chunk.table.places_in(chunk.row))
+        self._tables.adopt(chunk, origin)
         self.bounds.enter(chunk.chunk_hash, *origin[:2], None)
-        self.bounds.add(*origin[:2], shape.size_bytes)
+        self.bounds.add(*origin[:2], chunk.shape.size_bytes)
 
     def reserve(self, chunk_hash: bytes, size_bytes: int) -> "Reserved | None":
         """Let the owner of a chunk have so much more, until `unreserve`, and evict of its own what that takes.
@@ -276,14 +274,14 @@ class Index:
         found: list[tuple[int, bytes] | None] = []
         for chunk_hash, rank, group in keys:
             chunk = get(chunk_hash)
-            if chunk is None or (number := (shape := (table := chunk.table).shape).numbers.get((rank, group))) is None:
+            if chunk is None or (size := (shape := (table := chunk.table).shape).sizes.get((rank, group))) is None:
                 found.append(None)
             else:
-                sizes, width = shape.sizes, table.width
-                if len(sizes) > 1:
-                    width //= len(sizes)
-                begin = chunk.row * table.width + number * width
-                found.append((sizes[rank, group], bytes(table.places[begin : begin + width])))
+                numbers, width = shape.numbers, table.width
+                if len(numbers) > 1:
+                    width //= len(numbers)
+                begin = chunk.row * table.width + numbers[rank, group] * width
+                found.append((size, bytes(table.places[begin : begin + width])))
         return found
 
     def place_of(self, key: ObjectKey) -> tuple[int, bytes] | None:
@@ -381,10 +379,9 @@ class Index:
             self._remove(key.chunk_hash, removal)
             self._on_removed(key.chunk_hash, removal)
             return
-        shape, places = chunk.shape, chunk.table.places_in(chunk.row)
-        width = len(places) // len(shape.sizes)
-        at = shape.numbers[dropped] * width
-        self._reshape(chunk, self._tables.without(shape, dropped), places[:at] + places[at + width :])
+        size_bytes = chunk.shape.sizes[dropped]
+        self._tables.drop(chunk, dropped)
+        self._count(chunk.shape, -1, -size_bytes)
         self._on_removed(key.chunk_hash, removal)
 
     def evict(self, size_bytes: int) -> list[ObjectKey] | None:
@@ -441,7 +438,7 @@ class Index:
         return [(ObjectKey(chunk_hash, *which), size) for which, size in self._shape_of(chunk_hash).sizes.items()]
 
     def room_bytes(self, size_bytes: int) -> int:
-        """What an object of so many bytes takes, in whole units."""
+        """What an object of so many bytes takes."""
         return self._tables.room_bytes(size_bytes)
 
     def _add(self, key: ObjectKey, size_bytes: int, place: bytes = b"") -> Chunk:
@@ -452,9 +449,9 @@ class Index:
             chunk = self._chunks[chunk_hash] = Chunk(chunk_hash, *self._tables.row(shape, place))
             self._count(shape, 1, size_bytes)
         else:
-            shape = self._tables.grown(chunk.shape, rank, group, size_bytes)
-            places, at = chunk.table.places_in(chunk.row), shape.numbers[rank, group] * len(place)
-            self._reshape(chunk, shape, places[:at] + place + places[at + len(place) :])
+            before_bytes = chunk.shape.sizes.get((rank, group))
+            self._tables.put(chunk, rank, group, size_bytes, place)
+            self._count(chunk.shape, before_bytes is None, size_bytes - (before_bytes or 0))
         return chunk
 
     def _came(self, chunk_hash: bytes, origin: Origin | None = None, *, is_oldest: bool = False) -> Shape:
@@ -467,17 +464,6 @@ class Index:
             parent = coming.parent if coming is not None else None
             self.bounds.enter(chunk_hash, *origin[:2], parent, is_oldest=is_oldest)
         return self._tables.nothing(origin)
-
-    def _reshape(self, chunk: Chunk, shape: Shape, places: bytes) -> None:
-        """Have a chunk be of another shape, and its objects at these places."""
-        before = chunk.shape
-        self._move(chunk, shape, places)
-        self._count(shape, len(shape.sizes) - len(before.sizes), shape.size_bytes - before.size_bytes)
-
-    def _move(self, chunk: Chunk, shape: Shape, places: bytes) -> None:
-        table, row = chunk.table, chunk.row
-        chunk.table, chunk.row = self._tables.row(shape, places)
-        self._tables.give_back(table, row)
 
     def _count(self, shape: Shape, objects: int, size_bytes: int) -> None:
         """There are so many more, which belong to whom the shape says."""

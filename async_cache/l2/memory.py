@@ -4,7 +4,7 @@ It uses no threads, so that it runs under a virtual clock as well.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -24,6 +24,7 @@ from async_cache.values import BackendUsage, Removal
 
 _SELECTED_AT_ONCE = 4096  # chunks: a millisecond or so
 STEP_BYTES = 4 * 2**20  # copied in one step of the loop: a millisecond or two
+_KNOWN_BYTES = 512  # what is known of an object takes so much, however little it has
 
 
 @dataclass(slots=True)
@@ -38,10 +39,11 @@ class _Object:
 class MemoryBackend(Backend):
     """Private copies of objects, with a checksum that every load verifies.
 
-    `capacity_bytes` bounds the sum of the objects' sizes (None: no bound). Where it is reached, chunks without a pin
-    make room, in the order of `policy`, by default the least recently looked up or stored first: the objects of a chunk
-    are of use together, so a pin on one protects all, and all leave together. The contents outlive `close`: whoever
-    opens this backend next finds them.
+    `capacity_bytes` bounds the sum of the objects' sizes (None: no bound), where each counts as `least_object_bytes` if
+    it has less: 512 in a backend of a URL, as much as is known of it. Where it is reached, chunks without a pin make
+    room, in the order of `policy`, by default the least recently looked up or stored first: the objects of a chunk are
+    of use together, so a pin on one protects all, and all leave together. The contents outlive `close`: whoever opens
+    this backend next finds them.
     """
 
     retains = True
@@ -52,14 +54,17 @@ class MemoryBackend(Backend):
         *,
         capacity_bytes: int | None = None,
         policy: EvictionPolicy[Chunk] | None = None,
+        least_object_bytes: int = 1,
     ):
         if capacity_bytes is not None and capacity_bytes < 1:
             raise ValueError(f"capacity_bytes must be at least 1, or None for no bound, not {capacity_bytes}")
         self.name = name
         self.capacity_bytes = capacity_bytes
         self.learns = policy is not None
-        self._index = Index(policy, telling(self))
+        self.least_object_bytes = least_object_bytes
+        self._index = Index(policy, telling(self), least_object_bytes=least_object_bytes)
         self._objects: dict[ObjectKey, _Object] = {}
+        self._used_bytes = 0
         self._notes: dict[str, bytes] = {}
         self._turn = asyncio.Lock()
 
@@ -71,7 +76,12 @@ class MemoryBackend(Backend):
         if "@" in url.netloc:
             raise ConfigError("memory has no user and no password, only a name")
         parameters = url.parameters(capacity=capacity, policy=a_policy)
-        return cls(url.netloc or "memory", capacity_bytes=parameters.get("capacity"), policy=parameters.get("policy"))
+        return cls(
+            url.netloc or "memory",
+            capacity_bytes=parameters.get("capacity"),
+            policy=parameters.get("policy"),
+            least_object_bytes=_KNOWN_BYTES,
+        )
 
     @property
     def pins(self) -> int:
@@ -181,7 +191,7 @@ class MemoryBackend(Backend):
         return self._index.without_origin
 
     def usage(self) -> BackendUsage:
-        return BackendUsage(self._index.objects, self._index.used_bytes, self.capacity_bytes)
+        return BackendUsage(self._index.objects, self._used_bytes, self.capacity_bytes)
 
     async def close(self) -> None:
         """Drop the pins: they belong to those who leave. The objects stay."""
@@ -193,7 +203,8 @@ class MemoryBackend(Backend):
         assert self._index.objects == len(self._objects)
         assert self._index.used_bytes == sum(stored.size_bytes for stored in self._objects.values())
         assert all(self._index.present(list(self._objects)))
-        assert self.capacity_bytes is None or self._index.used_bytes <= self.capacity_bytes
+        assert self._used_bytes == sum(self._index.room_bytes(stored.size_bytes) for stored in self._objects.values())
+        assert self.capacity_bytes is None or self._used_bytes <= self.capacity_bytes
         for stored in self._objects.values():
             assert stored.size_bytes == sum(map(len, stored.pieces))
 
@@ -228,7 +239,7 @@ class MemoryBackend(Backend):
     async def _store(self, key: ObjectKey, buffer: memoryview) -> bool:
         if key in self._objects:
             return True
-        if self.capacity_bytes is not None and len(buffer) > self.capacity_bytes:
+        if self.capacity_bytes is not None and self._index.room_bytes(len(buffer)) > self.capacity_bytes:
             return False
         pieces = []
         digest = xxh3_64()
@@ -246,26 +257,30 @@ class MemoryBackend(Backend):
         if reserved is None:
             return False
         for victim in reserved.evicted:
-            for gone in keys_of(victim):
-                del self._objects[gone]
-        fits = self._make_room(stored.size_bytes)
+            self._forget(keys_of(victim))
+        fits = self._make_room(self._index.room_bytes(stored.size_bytes))
         self._index.unreserve(reserved)
         if fits:
             self._objects[key] = stored
+            self._used_bytes += self._index.room_bytes(stored.size_bytes)
             self._index.put(key, stored.size_bytes)
         return fits
 
-    def _make_room(self, size_bytes: int) -> bool:
+    def _make_room(self, room_bytes: int) -> bool:
         """Evict until so many bytes fit; False, and nothing leaves, if they never will."""
         if self.capacity_bytes is None:
             return True
-        evicted = self._index.evict(self._index.used_bytes + size_bytes - self.capacity_bytes)
-        for victim in evicted or ():
-            del self._objects[victim]
+        evicted = self._index.evict(self._used_bytes + room_bytes - self.capacity_bytes)
+        self._forget(evicted or ())
         return evicted is not None
 
+    def _forget(self, keys: Iterable[ObjectKey]) -> None:
+        """Drop objects that the index has no more."""
+        for key in keys:
+            self._used_bytes -= self._index.room_bytes(self._objects.pop(key).size_bytes)
+
     def _remove(self, key: ObjectKey, removal: Removal) -> None:
-        del self._objects[key]
+        self._forget((key,))
         self._index.drop(key, removal)
 
 

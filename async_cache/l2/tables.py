@@ -3,21 +3,22 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 
-from async_cache.l2.chunks import ROWS, Shape, Table
+from async_cache.l2.chunks import ROWS, Chunk, Shape, Table, placed_of
 from async_cache.prompt.origin import Origin
 
 SHARED_OBJECTS = 16_384  # in the shapes that chunks share: a few megabytes, however many a chunk has
-ALIKE_OBJECTS = 64  # of a chunk whose shape is shared after it has lost one: each step to it is another shape
+ALIKE_OBJECTS = 128  # of a chunk that shares its shape: each step to it is another shape, which takes as long as it has
+LEFT_ALIKE_OBJECTS = 8  # of a chunk that shares its shape after it has lost one: it is made anew, step by step
 
 
 class Tables:
     """Shapes, of which there is one for all chunks that came by it alike, and rows for the chunks that have them.
 
-    The room of an object is its size, in whole units.
+    The room of an object is its size, in whole units, or the least that one takes.
     """
 
-    def __init__(self, unit_bytes: int):
-        self._unit_bytes = unit_bytes
+    def __init__(self, unit_bytes: int, least_object_bytes: int):
+        self._unit_bytes, self._least_object_bytes = unit_bytes, least_object_bytes
         self._empty: dict[Origin | None, Shape] = {}  # by what it is of
         self._numbers: dict[tuple[tuple[int, int], ...], dict[tuple[int, int], int]] = {}  # of shapes, by their objects
         self._shared_objects = 0
@@ -26,8 +27,9 @@ class Tables:
     # Shapes.
 
     def room_bytes(self, size_bytes: int) -> int:
-        """What an object of so many bytes takes, in whole units."""
-        return -(-size_bytes // self._unit_bytes) * self._unit_bytes
+        """What an object of so many bytes takes, in whole units, and the least at least."""
+        size_bytes = -(-size_bytes // self._unit_bytes) * self._unit_bytes
+        return max(size_bytes, self._least_object_bytes) if size_bytes else 0
 
     def nothing(self, origin: Origin | None) -> Shape:
         """The shape of a chunk that has nothing yet."""
@@ -58,19 +60,6 @@ class Tables:
             self._shared_objects = 0
         return grown
 
-    def without(self, shape: Shape, dropped: tuple[int, int]) -> Shape:
-        """The shape with one object less."""
-        sizes = {which: size for which, size in shape.sizes.items() if which != dropped}
-        if len(sizes) <= ALIKE_OBJECTS:
-            without = self.nothing(shape.origin)
-            for (rank, group), size in sizes.items():
-                without = self.grown(without, rank, group, size)
-            return without
-        size = shape.sizes[dropped]
-        room_bytes = shape.room_bytes - self.room_bytes(size)
-        numbers = {which: number for number, which in enumerate(sizes)}
-        return Shape(sizes, numbers, shape.size_bytes - size, room_bytes, {}, shape.origin)
-
     def _numbered(self, sizes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
         """The numbers of these objects, shared by all shapes that have the same."""
         which = tuple(sizes)
@@ -78,6 +67,71 @@ class Tables:
         if numbers is None:
             numbers = self._numbers[which] = {each: number for number, each in enumerate(which)}
         return numbers
+
+    # Chunks.
+
+    def put(self, chunk: Chunk, rank: int, group: int, size_bytes: int, place: bytes) -> None:
+        """Have a chunk have one object more, or another size and place of one that it has."""
+        shape, which = chunk.table.shape, (rank, group)
+        if shape.alone or (len(shape.sizes) >= ALIKE_OBJECTS and shape.sizes.get(which) != size_bytes):
+            self._put_alone(self._alone(chunk), which, size_bytes, place)
+        else:
+            grown = self.grown(shape, rank, group, size_bytes)
+            places, begin = chunk.table.places_in(chunk.row), grown.numbers[which] * len(place)
+            self._move(chunk, grown, places[:begin] + place + places[begin + len(place) :])
+
+    def drop(self, chunk: Chunk, which: tuple[int, int]) -> None:
+        """Have a chunk have an object less, of the several that it has."""
+        shape = chunk.table.shape
+        if shape.alone or len(shape.sizes) > LEFT_ALIKE_OBJECTS:
+            shape = self._alone(chunk).shape
+            size_bytes = shape.sizes.pop(which)
+            shape.size_bytes -= size_bytes
+            shape.room_bytes -= self.room_bytes(size_bytes)
+        else:
+            self._make_anew(chunk, [placed for placed in placed_of(chunk) if placed[0] != which], shape.origin)
+
+    def adopt(self, chunk: Chunk, origin: Origin) -> None:
+        """Have a chunk be of that."""
+        if chunk.table.shape.alone:
+            chunk.table.shape.origin = origin
+        else:
+            self._make_anew(chunk, placed_of(chunk), origin)
+
+    def _make_anew(
+        self, chunk: Chunk, placed: Sequence[tuple[tuple[int, int], int, bytes]], origin: Origin | None
+    ) -> None:
+        """Have a chunk share the shape of all that came by these objects in this order."""
+        shape = self.nothing(origin)
+        for (rank, group), size_bytes, _ in placed:
+            shape = self.grown(shape, rank, group, size_bytes)
+        self._move(chunk, shape, b"".join(place for _, _, place in placed))
+
+    def _move(self, chunk: Chunk, shape: Shape, places: bytes) -> None:
+        table, row = chunk.table, chunk.row
+        chunk.table, chunk.row = self.row(shape, places)
+        self.give_back(table, row)
+
+    def _alone(self, chunk: Chunk) -> Table:
+        """The table of a chunk that is alone from now on."""
+        table, row, shape = chunk.table, chunk.row, chunk.table.shape
+        if not shape.alone:
+            alone = Shape(
+                dict(shape.sizes), dict(shape.numbers), shape.size_bytes, shape.room_bytes, {}, shape.origin, alone=True
+            )
+            chunk.table, chunk.row = Table(alone, table.width, bytearray(table.places_in(row)), 1), 0
+            self.give_back(table, row)
+        return chunk.table
+
+    def _put_alone(self, table: Table, which: tuple[int, int], size_bytes: int, place: bytes) -> None:
+        shape = table.shape
+        before_bytes = shape.sizes.get(which, 0)
+        begin = shape.numbers.setdefault(which, len(shape.numbers)) * len(place)
+        table.places[begin : begin + len(place)] = place
+        table.width = len(table.places)
+        shape.sizes[which] = size_bytes
+        shape.size_bytes += size_bytes - before_bytes
+        shape.room_bytes += self.room_bytes(size_bytes) - self.room_bytes(before_bytes)
 
     # Rows.
 

@@ -19,7 +19,8 @@ class Wrapper(Backend):
         self.inner = inner
         self.name = inner.name
         self.limits, self.placement, self.shared = inner.limits, inner.placement, inner.shared
-        self.ttl_seconds, self.unit_bytes = inner.ttl_seconds, inner.unit_bytes
+        self.ttl_seconds = inner.ttl_seconds
+        self.unit_bytes, self.least_object_bytes = inner.unit_bytes, inner.least_object_bytes
         self.retains, self.learns = inner.retains, inner.learns
 
     @property

@@ -80,7 +80,7 @@ class ChunkObjects:
     def __init__(self, groups: Sequence[ObjectGroup], world_size: int):
         self._groups = groups
         self._world_size = world_size
-        self._in_units: dict[int, int] = {}
+        self._in_units: dict[tuple[int, int], int] = {}
 
     def ranks_of(self, group: ObjectGroup) -> Sequence[int]:
         """The ranks that hold a group."""
@@ -99,12 +99,14 @@ class ChunkObjects:
         """How many chunks have about so many objects; one at least."""
         return max(1, objects // max(1, self.full_mask.bit_count()))
 
-    def bytes_in_units(self, unit_bytes: int) -> int:
-        """What all objects of a chunk take where each takes a multiple of so many bytes."""
-        size_bytes = self._in_units.get(unit_bytes)
+    def bytes_in_units(self, unit_bytes: int, least_bytes: int) -> int:
+        """What all objects of a chunk take where each takes a multiple of some bytes, and so many at least."""
+        size_bytes = self._in_units.get((unit_bytes, least_bytes))
         if size_bytes is None:
-            sizes = [-(-group.size_bytes // unit_bytes) * len(self.ranks_of(group)) for group in self._groups]
-            size_bytes = self._in_units[unit_bytes] = unit_bytes * sum(sizes)
+            size_bytes = self._in_units[unit_bytes, least_bytes] = sum(
+                max(-(-group.size_bytes // unit_bytes) * unit_bytes, least_bytes) * len(self.ranks_of(group))
+                for group in self._groups
+            )
         return size_bytes
 
     # Masks.

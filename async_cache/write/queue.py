@@ -8,6 +8,7 @@ from functools import partial
 from itertools import compress, islice
 from operator import not_
 
+from async_cache.aio.slices import slices
 from async_cache.errors import BackendError
 from async_cache.l1.entry import Entry
 from async_cache.l1.store import L1Store
@@ -128,7 +129,7 @@ class WriteQueue:
         Others' chunks would make room for it, in vain.
         """
         while (pending := self.waiting.first()) is not None:
-            size_bytes = pending.entry.layout.objects.bytes_in_units(self.guard.backend.unit_bytes)
+            size_bytes = self.guard.room_bytes(pending.entry.layout.objects)
             usage = self.guard.usage()
             if usage is None or usage.capacity_bytes is None or size_bytes <= usage.capacity_bytes:
                 break
@@ -305,15 +306,17 @@ class WriteQueue:
             if missing:
                 entries = dict.fromkeys([keys[key].entry for key in missing])
                 guard.coming([Coming(entry.chunk_hash, entry.parent, entry.origin) for entry in entries])
-                call = guard.begin_store(missing, [self._buffer(keys[key].entry, key) for key in missing])
-            if call is not None:
-                done = await call.result()
-                new = list(compress(missing, done))
+            new: list[ObjectKey] = []
+            for part in slices(missing, _BATCH_OBJECTS):  # a chunk may have more of them than a call
+                call = guard.begin_store(part, [self._buffer(keys[key].entry, key) for key in part])
+                if call is None:
+                    return False
+                new += compress(part, await call.result())
                 stored.update(new)
-                faults.over(stored)
-                if new and self._observers.stored:
-                    await self._tell_stored(keys, dict.fromkeys(keys[key] for key in new), stored)
-            return call is not None or not missing
+            faults.over(stored)
+            if new and self._observers.stored:
+                await self._tell_stored(keys, dict.fromkeys(keys[key] for key in new), stored)
+            return True
         except BackendError:
             return False
         finally:

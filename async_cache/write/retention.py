@@ -69,7 +69,4 @@ class Tier:
 
     def chunk_bytes(self, layout: ModelLayout) -> int:
         """What a chunk takes here."""
-        objects = layout.objects
-        if self.guard is None:
-            return sum(objects.room_bytes)
-        return objects.bytes_in_units(self.guard.backend.unit_bytes)
+        return sum(layout.objects.room_bytes) if self.guard is None else self.guard.room_bytes(layout.objects)

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from faults.disk import place_of
 
+from async_cache.l2 import tables
 from async_cache.l2.backend import Backend, LoadOutcome
-from async_cache.l2.chunks import Chunk
+from async_cache.l2.chunks import Chunk, placed_of
 from async_cache.l2.filesystem.backend import FileSystemBackend
 from async_cache.l2.index import Index
 from async_cache.l2.memory import MemoryBackend
 from async_cache.prompt.keys import ObjectKey
+from async_cache.prompt.origin import Origin
 from async_cache.retention.policies import NAMES, make_policy
+from async_cache.retention.quotas import Bounds, Quota
 from async_cache.testing import flip_bit
 from async_cache.testing.conformance import content, find, get, key, put, views
 from async_cache.values import Removal
@@ -207,21 +210,29 @@ def test_all_leave_in_the_end_pinned_or_not() -> None:
     assert (index.objects, index.used_bytes, index.chunk_hashes()) == (0, 0, [])
 
 
+@pytest.mark.parametrize("alike", [0, 1, 3, tables.ALIKE_OBJECTS])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_totals_hold_whatever_is_called(seed: int) -> None:
+def test_what_is_there_is_what_was_put_whatever_is_called(
+    seed: int, alike: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "ALIKE_OBJECTS", alike)
+    monkeypatch.setattr(tables, "LEFT_ALIKE_OBJECTS", min(alike, 2))
     chance = random.Random(seed)
-    index, _ = filled(0)
-    there: dict[object, int] = {}
-    for _ in range(400):
-        which = key(chance.randrange(6), chance.randrange(2))
-        match chance.choice(("put", "put", "oldest", "drop", "evict", "pin", "unpin")):
+    index = Index()
+    index.bound(Bounds([Quota("", None, 10**6)], lambda quota: 10**6))
+    there: dict[ObjectKey, tuple[int, bytes]] = {}
+    for number in range(400):
+        which, placed = (
+            key(chance.randrange(6), group=chance.randrange(5)),
+            (chance.randrange(1, 20), number.to_bytes(4)),
+        )
+        match chance.choice(("put", "put", "oldest", "drop", "evict", "pin", "unpin", "asked")):
             case "put":
-                size = chance.randrange(1, 20)
-                index.put(which, size)
-                there[which] = size
+                index.put(which, *placed)
+                there[which] = placed
             case "oldest":
-                index.put_oldest(which, 7)
-                there.setdefault(which, 7)
+                index.put_oldest(which, *placed)
+                there.setdefault(which, placed)
             case "drop":
                 index.drop(which, Removal.DELETED)
                 there.pop(which, None)
@@ -232,8 +243,34 @@ def test_the_totals_hold_whatever_is_called(seed: int) -> None:
                 index.pin_present([which])
             case "unpin":
                 index.unpin([which])
+            case "asked":
+                index.asked([which.chunk_hash], 1, 1, Origin("", "model"))
         index.check_integrity()
-        assert (index.objects, index.used_bytes) == (len(there), sum(there.values()))
+        every = [key(n, group=group) for n in range(6) for group in range(5)]
+        assert index.placed(every) == list(map(there.get, every))
+        assert {
+            ObjectKey(chunk.chunk_hash, *which): (size, place)
+            for chunk in index.chunks()
+            for which, size, place in placed_of(chunk)
+        } == there
+
+
+def test_a_chunk_of_many_objects_gets_and_loses_them_where_it_is() -> None:
+    index = Index()
+    chunk_hash, count = b"c" * 32, tables.ALIKE_OBJECTS + 1
+    for group in range(count):
+        index.put(ObjectKey(chunk_hash, 0, group), 10, bytes(8))
+    chunk = index.get(chunk_hash)
+    assert chunk is not None
+    table = chunk.table
+    for group in range(count, 4 * count):
+        index.put(ObjectKey(chunk_hash, 0, group), 10, bytes(8))
+    for group in range(4 * count - 1):
+        index.drop(ObjectKey(chunk_hash, 0, group), Removal.DELETED)
+    assert chunk.table is table, "to make another one takes as long as it has objects, for each of them"
+    assert (index.objects, index.used_bytes) == (1, 10)
+    index.drop(ObjectKey(chunk_hash, 0, 4 * count - 1), Removal.DELETED)
+    assert (index.objects, index.used_bytes, index.get(chunk_hash)) == (0, 0, None)
 
 
 # The backends that use it.

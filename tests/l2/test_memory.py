@@ -11,6 +11,7 @@ import pytest
 
 from async_cache.l2.backend import Backend, Coming, LoadOutcome
 from async_cache.l2.memory import STEP_BYTES, MemoryBackend
+from async_cache.l2.urls.registry import from_url
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.origin import Origin
 from async_cache.retention.policies import NAMES, make_policy
@@ -28,6 +29,7 @@ from async_cache.testing.conformance import (
     views,
 )
 from async_cache.testing.virtual import run_virtual
+from async_cache.values import BackendUsage
 
 
 class TestConformance(BackendSuite):
@@ -53,6 +55,18 @@ async def test_what_was_used_last_is_evicted_last(use: str) -> None:
         await put(backend, [0], 100)
     await put(backend, [4, 5], 100)
     assert await find(backend, range(6)) == [True, False, False, True, True, True]
+
+
+async def test_in_one_of_a_url_an_object_takes_as_much_as_is_known_of_it_however_little_it_has() -> None:
+    backend = from_url("memory://?capacity=16KiB")
+    for n in range(40):
+        assert await put(backend, [n], 1) == [True]
+    assert backend.usage() == BackendUsage(32, 16 * 1024, 16 * 1024)
+    assert await find(backend, range(40)) == [False] * 8 + [True] * 32
+    await put(backend, [40], 4096)
+    assert backend.usage() == BackendUsage(25, 16 * 1024, 16 * 1024)
+    assert await backend.delete([key(40), key(8)]) == 2
+    assert backend.usage() == BackendUsage(23, 23 * 512, 16 * 1024)
 
 
 async def test_the_ranks_of_a_chunk_leave_together() -> None:

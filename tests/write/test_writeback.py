@@ -270,6 +270,23 @@ class Owned(Timed):
             await asyncio.sleep(1)
 
 
+def test_a_chunk_of_more_objects_than_a_call_has_is_stored_by_several_and_goes_on_after_one_that_failed() -> None:
+    many = ModelLayout("many", tuple(ObjectGroup((1,), "uint8") for _ in range(600)), chunk_tokens=4)
+    memory = MemoryBackend()
+    timed = Timed(FailingBackend(memory, "store", 5))
+
+    async def scene(cache: AsyncCache) -> None:
+        await store(cache, 0, layout=many)
+        assert await cache.flush() == FlushResult(1, 0, 0)
+        assert [count for _, count in timed.stored] == [256, 256, 88]
+        await store(cache, 1, layout=many)
+        assert await cache.flush() == FlushResult(1, 0, 0)
+        assert [count for _, count in timed.stored[3:]] == [256, 256, 256, 88], "what is there is not stored again"
+
+    play(timed, scene)
+    assert memory.usage().objects == 2 * 600
+
+
 def test_chunks_of_others_are_stored_before_all_of_one_and_a_flush_of_their_own_does_not_wait_for_it() -> None:
     owned = Owned(MemoryBackend())
     large = ModelLayout("large", (ObjectGroup((PAGE,), "uint8"),), chunk_tokens=4)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import compress, groupby, repeat
 from operator import itemgetter
 
-from async_cache.l2.chunks import Chunk, placed_of
+from async_cache.l2.chunks import Chunk, keys_of, placed_of
 from async_cache.l2.filesystem.clearing import Hole
 from async_cache.l2.filesystem.format import PAGE_BYTES, Kind, Record, pages
 from async_cache.l2.filesystem.journal import Journal
@@ -238,19 +238,22 @@ class Catalog:
     # All of it.
 
     def records(self, chunks: Iterable[Chunk]) -> Iterator[bytes]:
-        """What an index file of ours is to have: those objects of these chunks that we answer for, and drops.
+        """What an index file of ours is to have: drops, and for each object of these chunks its record, if it is ours.
 
         Each step looks at what is there at that time.
         """
         yield from self.segments.drops()
         for chunk in chunks:
-            data = b""
             origin = self.origins.number_of(chunk.shape.origin)
-            for which, size, place in placed_of(chunk):
-                segment, page, checksum = self.segments.at(place)
-                if self.segments.is_ours(segment):
-                    data += segment.put_record(ObjectKey(chunk.chunk_hash, *which), size, page, checksum, origin)
-            yield data
+            for key in keys_of(chunk):
+                yield self._put_record(key, origin)
+
+    def _put_record(self, key: ObjectKey, origin: int) -> bytes:
+        placed = self.index.place_of(key)
+        if placed is None:
+            return b""  # it has gone since the step before
+        segment, page, checksum = self.segments.at(placed[1])
+        return segment.put_record(key, placed[0], page, checksum, origin) if self.segments.is_ours(segment) else b""
 
     def bodies_in(self, chunk: Chunk) -> Iterator[tuple[str, int, int]]:
         """The bodies of a chunk: segment, first page and end."""

@@ -9,6 +9,7 @@ from typing import TypeVar
 from async_cache.l2.backend import Backend, Coming
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.layout import Prompt
+from async_cache.prompt.objects import ChunkObjects
 from async_cache.retention.quotas import Bounds
 from async_cache.values import BackendUsage
 
@@ -120,6 +121,10 @@ class Told:
         except (Exception, asyncio.CancelledError):
             log.exception("backend %s could not say what it knows", self.name, extra=self.about)
             return None
+
+    def room_bytes(self, objects: ChunkObjects) -> int:
+        """What all objects of a chunk take of what the backend has room for."""
+        return objects.bytes_in_units(self.backend.unit_bytes, self.backend.least_object_bytes)
 
     def usage(self) -> BackendUsage | None:
         """What the backend holds, as far as it knows; None if it cannot say."""

@@ -14,6 +14,9 @@ from faults.disk import places
 
 from async_cache.l2.backend import LoadOutcome
 from async_cache.l2.filesystem import FileSystemBackend
+from async_cache.l2.filesystem.directory import Directory
+from async_cache.l2.filesystem.format import RECORD_BYTES
+from async_cache.l2.filesystem.room import SLICE
 from async_cache.read.batches import Batches
 from async_cache.testing.conformance import key
 
@@ -131,3 +134,22 @@ async def test_batches_of_a_prefetch_begin_in_turns(tmp_path, monkeypatch):
         with patch.object(BaseEventLoop, "_run_once", counted), patch.object(Batches, "_objects", prepared):
             assert (await cache.prefetch(prompt).load_done).chunks == len(prompt)
     assert sum(turns.values()) == 16 and max(turns.values()) <= 2
+
+
+async def test_an_index_is_written_anew_a_slice_of_objects_at_a_time_also_of_one_chunk(tmp_path):
+    appended, append = [], Directory.append
+
+    def told(directory, records):
+        appended.append(len(records) // RECORD_BYTES)
+        append(directory, records)
+
+    keys = [key(0, group=group) for group in range(2 * SLICE + 1)]
+    backend = FileSystemBackend(tmp_path)
+    await backend.open()
+    assert all(await backend.store(keys, [memoryview(b"x")] * len(keys)))
+    with patch.object(Directory, "append", told):
+        await backend.close()
+    assert sum(appended) == len(keys) and max(appended) == SLICE
+    await backend.open()
+    assert all(await backend.lookup(keys))
+    await backend.close()
