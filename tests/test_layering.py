@@ -64,6 +64,8 @@ LAZY = {
 """What is imported in a function, and where: an extra that most have no use for."""
 ENTRY_POINTS = {
     ("async_cache.l2.urls.registry", "importlib.metadata"),
+    ("async_cache.cli", "importlib.metadata"),  # its commands, each when it is asked for
+    ("async_cache.cli.app", "importlib.metadata"),
     ("async_cache.cli.doctor", "importlib.metadata"),  # which versions are there
     ("async_cache.l2.mooncake.backend", "importlib.util"),  # to see whether an extra is there, which a helper imports
 }

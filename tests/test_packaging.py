@@ -60,10 +60,20 @@ def test_without_the_extras_a_cache_works_but_for_tensors() -> None:
 
 @pytest.mark.parametrize("missing", ["typer", "rich", "starlette", "uvicorn", "prometheus_client", "aiofiles"])
 def test_a_command_says_which_extra_it_needs(missing: str) -> None:
-    code = f"import sys; sys.modules['{missing}'] = None; from async_cache.cli import main; main()"
+    code = f"import sys; sys.modules['{missing}'] = None; sys.argv[1:] = ['serve']"
+    code += "; from async_cache.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=False)
     needs = "the commands need the extra server: pip install 'async-kv-cache[server]'"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"async-cache: {missing} is not installed; {needs}\n")
+
+
+def test_a_command_does_without_what_only_a_server_needs() -> None:
+    needless = ("aiofiles", "starlette", "uvicorn", "prometheus_client")
+    code = f"import sys; sys.modules |= dict.fromkeys({needless}); sys.argv[1:] = ['ping', '--url', 'unix:///none']"
+    code += "; from async_cache.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("async-cache: there is no server at unix:///none")
 
 
 def test_only_extras_need_torch() -> None:

@@ -1,6 +1,8 @@
 """The command line, `async-cache`: a server, and what one asks and tells it.
 
-app       the commands, and how what goes wrong is told
+app       which commands there are, each imported when it is asked for, and how what goes wrong is told
+serving   to serve, and the settings that this would be with
+asking    those that ask a server about itself
 backends  those that change the backends of a server, or move what a backend holds
 prompts   those about prompts and chunks: why one is not cached, what there is
 keeping   those about what is kept, and loaded beforehand
@@ -16,20 +18,21 @@ terminal  what commands share: the console, a client of the server, how sizes ar
 """
 
 import sys
+from importlib.metadata import EntryPoint
 
 _EXTRA = {"aiofiles", "prometheus_client", "rich", "starlette", "typer", "uvicorn"}
 
-try:
-    from async_cache.cli.app import main
-except ModuleNotFoundError as error:
-    _missing = (error.name or "").partition(".")[0]
-    if _missing not in _EXTRA:
-        raise
 
-    def main() -> None:
-        """Say what is missing, and exit."""
+def main() -> None:
+    """Run a command, or say which extra it lacks, and exit."""
+    try:
+        EntryPoint("main", "async_cache.cli.app:main", "").load()()
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
+            raise
         needs = "the commands need the extra server: pip install 'async-kv-cache[server]'"
-        sys.exit(f"async-cache: {_missing} is not installed; {needs}")
+        sys.exit(f"async-cache: {missing} is not installed; {needs}")
 
 
 __all__ = ["main"]

@@ -13,10 +13,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import msgspec
+import typer
 from msgspec import Struct
 from rich.text import Text
 
-from async_cache.cli.terminal import console, grid, print_json, show_bytes
+from async_cache.cli.serving import L2, ConfigFile, L1Bytes, Listen, given
+from async_cache.cli.terminal import Json, console, grid, print_json, show_bytes
 from async_cache.config import CacheConfig, ServerConfig, hide_password, http_address
 from async_cache.errors import AsyncCacheError
 from async_cache.l2.urls.registry import from_url
@@ -39,6 +41,23 @@ class Finding(Struct, frozen=True):
     state: str
     found: str
     change: str = ""
+
+
+def doctor(
+    config: ConfigFile = None,
+    listen: Listen = None,
+    l1_bytes: L1Bytes = None,
+    l2: L2 = None,
+    json: Json = False,
+) -> None:
+    """Look whether this machine can do what the settings want: memory, limits, disks, sockets; say what to change.
+
+    It takes the flags of `serve`. The exit code is 1 where something would not work.
+    """
+    cache_given, server_given = given(config, listen, l1_bytes, l2)
+    cache_config, server_config = CacheConfig.of(cache_given), ServerConfig.of(server_given)
+    if not show(list(examine(cache_config, server_config)), json=json):
+        raise typer.Exit(1)
 
 
 def examine(cache: CacheConfig, server: ServerConfig) -> Iterator[Finding]:

@@ -1,13 +1,8 @@
 """How numbers and shares are drawn in a terminal."""
 
 from collections.abc import Sequence
-from math import log10
 
 from rich.text import Text
-
-from async_cache.server.http.status import Flight
-
-_FIRST, _LAST = -6, 2  # powers of ten, of a second
 
 
 def bar(parts: Sequence[tuple[float, str]], width: int) -> Text:
@@ -21,36 +16,6 @@ def bar(parts: Sequence[tuple[float, str]], width: int) -> Text:
         text.append(("━" if color else " ") * (end - drawn), color)
         drawn = end
     return text
-
-
-def timeline(flight: Flight, width: int) -> Text:
-    """A request from its beginning: until the hits are known (●), and until they are in memory (■), or still waits."""
-    known, done, now = flight.lookup_seconds, flight.seconds, flight.ago_seconds
-    line, styles = [" "] * width, [""] * width
-
-    def draw(begin: int, end: int, sign: str, style: str) -> None:
-        for at in range(begin, min(end, width)):
-            line[at], styles[at] = sign, style
-
-    if known is None:
-        draw(0, _place(now, width), "╌", "blue")
-    else:
-        middle = _place(known, width)
-        draw(0, middle, "━", "blue")
-        if done is None:
-            draw(middle, _place(now, width), "╌", "yellow")
-        elif flight.l2_chunks or flight.shortfall:
-            style = "red" if flight.shortfall else "yellow"
-            end = _place(done, width)
-            draw(middle, end, "━", style)
-            draw(end, end + 1, "■", style)
-        draw(middle, middle + 1, "●", "blue")
-    return Text.assemble(*zip(line, styles, strict=True), no_wrap=True)
-
-
-def _place(value: float, width: int) -> int:
-    part = (log10(max(value, 10.0**_FIRST)) - _FIRST) / (_LAST - _FIRST)
-    return min(width - 1, int(part * width))
 
 
 def seconds(value: float | None) -> str:

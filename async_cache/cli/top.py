@@ -9,6 +9,7 @@ import tty
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import log10
 from typing import Annotated
 
 import typer
@@ -20,7 +21,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from async_cache.cli.drawing import bar, count, percent, seconds, timeline
+from async_cache.cli.drawing import bar, count, percent, seconds
 from async_cache.cli.terminal import TokenFile, show_bytes
 from async_cache.cli.web import Http, StatusPage
 from async_cache.errors import ServiceError
@@ -31,6 +32,7 @@ _SAMPLES, _FEW = 31, 6  # of the server's: the last minute, and the last ten sec
 _HELD_SECONDS = 0.05  # beyond this, it is said of the event loop
 _SMALL = 100  # columns
 _WORD = 15  # columns, for a reason
+_FIRST, _LAST = -6, 2  # powers of ten, of a second
 
 
 def top(
@@ -190,10 +192,40 @@ def _requests(status: Status, rows: int, *, small: bool) -> RenderableType:
     for flight in [*status.flights, *status.recent][:rows]:
         row: list[RenderableType] = [Text(flight.request_id, no_wrap=True, overflow="ellipsis")]
         took = flight.seconds if flight.seconds is not None else flight.ago_seconds
-        row += [timeline(flight, width), flight.shortfall or seconds(took)]
+        row += [_timeline(flight, width), flight.shortfall or seconds(took)]
         row += [] if small else [_chunks(flight), Text(_whose(flight.tenant, flight.model), no_wrap=True)]
         table.add_row(*row)
     return table
+
+
+def _timeline(flight: Flight, width: int) -> Text:
+    """A request from its beginning: until the hits are known (●), and until they are in memory (■), or still waits."""
+    known, done, now = flight.lookup_seconds, flight.seconds, flight.ago_seconds
+    line, styles = [" "] * width, [""] * width
+
+    def draw(begin: int, end: int, sign: str, style: str) -> None:
+        for at in range(begin, min(end, width)):
+            line[at], styles[at] = sign, style
+
+    if known is None:
+        draw(0, _place(now, width), "╌", "blue")
+    else:
+        middle = _place(known, width)
+        draw(0, middle, "━", "blue")
+        if done is None:
+            draw(middle, _place(now, width), "╌", "yellow")
+        elif flight.l2_chunks or flight.shortfall:
+            style = "red" if flight.shortfall else "yellow"
+            end = _place(done, width)
+            draw(middle, end, "━", style)
+            draw(end, end + 1, "■", style)
+        draw(middle, middle + 1, "●", "blue")
+    return Text.assemble(*zip(line, styles, strict=True), no_wrap=True)
+
+
+def _place(value: float, width: int) -> int:
+    part = (log10(max(value, 10.0**_FIRST)) - _FIRST) / (_LAST - _FIRST)
+    return min(width - 1, int(part * width))
 
 
 def _chunks(flight: Flight) -> Text:

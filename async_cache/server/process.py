@@ -20,7 +20,7 @@ from async_cache.metrics import Watch
 from async_cache.protocol.address import Address
 from async_cache.server.access import tenant_of
 from async_cache.server.garbage import collecting_briefly
-from async_cache.server.http import HTTPServer
+from async_cache.server.http.serving import HTTPServer
 from async_cache.server.listener import Listener, sockets_given
 from async_cache.server.logs import tell
 from async_cache.server.probe import Probe

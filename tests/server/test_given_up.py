@@ -22,7 +22,7 @@ from async_cache.l2.memory import MemoryBackend
 from async_cache.metrics import Watch
 from async_cache.server import Server
 from async_cache.server.access import tenant_of
-from async_cache.server.http import HTTPServer
+from async_cache.server.http.serving import HTTPServer
 from async_cache.testing import ThrottledBackend
 from async_cache.values import Event
 

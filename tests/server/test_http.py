@@ -18,8 +18,9 @@ from async_cache.l2.memory import MemoryBackend
 from async_cache.metrics import Watch
 from async_cache.server import Server
 from async_cache.server.access import tenant_of
-from async_cache.server.http import HTTPServer, serving
+from async_cache.server.http import serving
 from async_cache.server.http.health import Problem, problems
+from async_cache.server.http.serving import HTTPServer
 from async_cache.testing.backends import GatedBackend
 from async_cache.testing.virtual import run_virtual
 

@@ -9,7 +9,3 @@ named     values as JSON has them
 status    what the page and `async-cache top` show, as one value
 page.html the page: one file, as it is
 """
-
-from async_cache.server.http.serving import HTTPServer
-
-__all__ = ["HTTPServer"]
