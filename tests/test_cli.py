@@ -209,6 +209,12 @@ def test_help_lists_the_commands(shared: Path) -> None:
     assert listed == ["add", "drain", "remove", "list"]
 
 
+def test_a_command_that_is_written_wrongly_is_guessed(shared: Path) -> None:
+    done = run(shared, "bakcend")
+    assert done.returncode == 2
+    assert "Did you mean 'backend'" in done.stderr
+
+
 def test_the_version_is_printed(shared: Path) -> None:
     assert printed(shared, "--version") == f"async-cache {__version__}\n"
 

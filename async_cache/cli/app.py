@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
-from typer.main import get_command
+from typer.main import get_command, get_group
 
 from async_cache import __version__
 from async_cache.errors import AsyncCacheError
@@ -48,9 +48,9 @@ _OTHERWISE = {"config": "show_config", "list": "list_chunks", "reload": "reload_
 class Commands(TyperGroup):
     """Imports the module of a command when it is asked for: a `ping` does without what a server needs."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """The names of all of them."""
-        return list(_COMMANDS)
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.commands: Any = dict.fromkeys(_COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """One of them, None where there is none of that name."""
@@ -58,10 +58,12 @@ class Commands(TyperGroup):
             return None
         attribute = _OTHERWISE.get(cmd_name, cmd_name.replace("-", "_"))
         found = EntryPoint(cmd_name, f"{_COMMANDS[cmd_name]}:{attribute}", "").load()
-        if not isinstance(found, typer.Typer):
-            command, found = found, typer.Typer(add_completion=False)
-            found.command(cmd_name)(command)
-        return get_command(found)
+        alone = typer.Typer(add_completion=False)
+        if isinstance(found, typer.Typer):
+            alone.add_typer(found, name=cmd_name)
+            return get_group(alone).commands[cmd_name]
+        alone.command(cmd_name)(found)
+        return get_command(alone)
 
 
 app = typer.Typer(
