@@ -68,7 +68,12 @@ class Terminal:
 
 @contextmanager
 def terminal(
-    command: Sequence[str], directory: Path, environment: Mapping[str, str], columns: int = 120, lines: int = 40
+    command: Sequence[str],
+    directory: Path,
+    environment: Mapping[str, str],
+    columns: int = 120,
+    lines: int = 40,
+    kind: str = "xterm-256color",
 ) -> Iterator[Terminal]:
     """Run a command in a terminal of this size; it is killed in the end."""
     master, slave = pty.openpty()
@@ -77,7 +82,7 @@ def terminal(
     process = subprocess.Popen(
         command,
         cwd=directory,
-        env={**kept, "TERM": "xterm-256color"},
+        env={**kept, "TERM": kind},
         stdin=slave,
         stdout=slave,
         stderr=slave,

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,28 @@ def test_it_fits_any_terminal(columns: int, lines: int, site: ServedWeb, tmp_pat
         assert len(text.splitlines()) <= lines
         shown.press(b"\x03")
         assert shown.end() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_the_terminal_as_it_was(number: signal.Signals, site: ServedWeb, tmp_path: Path) -> None:
+    with terminal([*TOP, "--http", address(site)], tmp_path, environment(), 100, 30) as shown:
+        shown.until(lambda text: "healthy" in text)
+        shown.process.send_signal(number)
+        assert shown.end() == 0
+        assert b"\x1b[?1049l" in shown.heard[-80:] and b"\x1b[?25h" in shown.heard[-80:]
+
+
+def test_in_80_columns_nothing_of_the_times_is_cut(site: ServedWeb, tmp_path: Path) -> None:
+    with terminal([*TOP, "--http", address(site)], tmp_path, environment(), 80, 24) as shown:
+        tiles = shown.until(lambda text: "engine-1" in text and "tiers" in text).splitlines()[1:4]
+        assert "known 50, 99 %" in tiles[0] and "loaded 50, 99 %" in tiles[0]
+        assert "…" not in "".join(tiles)
+
+
+def test_a_terminal_that_cannot_be_drawn_on_gets_it_once(site: ServedWeb, tmp_path: Path) -> None:
+    with terminal([*TOP, "--http", address(site)], tmp_path, environment(), 130, 60, "dumb") as shown:
+        assert shown.end() == 0
+        assert b"healthy" in shown.heard and b"\x1b" not in shown.heard
 
 
 def test_a_server_that_goes_away_is_seen_and_one_that_comes_back(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ _SAMPLES, _FEW = 31, 6  # of the server's: the last minute, and the last ten sec
 _HELD_SECONDS = 0.05  # beyond this, it is said of the event loop
 _SMALL = 100  # columns
 _WORD = 15  # columns, for a reason
+_ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # after which the terminal is as it was
 _FIRST, _LAST = -6, 2  # powers of ten, of a second
 
 
@@ -43,12 +44,13 @@ def top(
 ) -> None:
     """Watch a running server: its tiers, hit rate, requests on their way, and what misses. Press q to leave.
 
-    It asks the server's HTTP port. Where the output is no terminal, it prints what there is once.
+    It asks the server's HTTP port. Without a terminal, or on one that cannot be drawn on, it prints what there is
+    once.
     """
     page = StatusPage(http, token_file)
     if json:
         sys.stdout.buffer.write(page.raw())
-    elif sys.stdout.isatty():
+    elif sys.stdin.isatty() and sys.stdout.isatty() and not Console().is_dumb_terminal:
         uvloop.run(_watch(page, every))
     else:
         past: Past = deque([page.read()])
@@ -84,7 +86,7 @@ async def _watch(page: StatusPage, every: float) -> None:
 
 @contextmanager
 def _keys(left: asyncio.Event) -> Iterator[None]:
-    """Have single keys read: q, Ctrl-C and the end of the input set the event."""
+    """Have single keys read: q, Ctrl-C, the end of the input and a signal that ends processes set the event."""
     loop, stdin = asyncio.get_running_loop(), sys.stdin.fileno()
     before = termios.tcgetattr(stdin)
 
@@ -94,11 +96,13 @@ def _keys(left: asyncio.Event) -> Iterator[None]:
 
     tty.setcbreak(stdin)
     loop.add_reader(stdin, pressed)
-    loop.add_signal_handler(signal.SIGINT, left.set)
+    for number in _ENDING:
+        loop.add_signal_handler(number, left.set)
     try:
         yield
     finally:
-        loop.remove_signal_handler(signal.SIGINT)
+        for number in _ENDING:
+            loop.remove_signal_handler(number)
         loop.remove_reader(stdin)
         termios.tcsetattr(stdin, termios.TCSADRAIN, before)
 
@@ -112,7 +116,7 @@ def _screen(past: Past, lost: str, width: int) -> RenderableType:
         Layout(head, size=1 + _is_held(past[-1]) + len(past[-1].problems) + bool(lost)),
         Layout(_tiles(past, small=small), size=4),
         Layout(Panel(parts["requests"], title="requests", title_align="left"), ratio=3, minimum_size=5),
-        Layout(name="below", ratio=2, minimum_size=6),
+        Layout(name="below", ratio=3 if small else 2, minimum_size=6),
     )
     tiers = Panel(parts["tiers"], title="tiers", title_align="left")
     missed = Panel(parts["misses"], title="what misses, and why", title_align="left")
@@ -163,14 +167,14 @@ def _tiles(past: Past, *, small: bool = False) -> RenderableType:
     tiles = Table.grid(expand=True, padding=(0, 1))
     for _ in range(4):
         tiles.add_column(ratio=1)
-    pending, known, loaded = f"{status.pending:,} on their way", "until hits known", "then, until loaded"
+    known, loaded, most = "until hits known", "then, until loaded", "99 %: "
     if small:
-        pending, known, loaded = f"+{status.pending:,}", "hits known", "loaded"
+        known, loaded, most = "known 50, 99 %", "loaded 50, 99 %", ""
     tiles.add_row(
         _tile("hit rate", percent(hits, asked), "" if small else "of tokens"),
-        _tile("requests/s", f"{speed:,.1f}", pending),
-        _tile(known, seconds(status.lookup.median), f"99 %: {seconds(status.lookup.p99)}"),
-        _tile(loaded, seconds(status.gap.median), f"99 %: {seconds(status.gap.p99)}"),
+        _tile("requests/s", f"{speed:,.1f}", f"+{status.pending:,}" if small else f"{status.pending:,} on their way"),
+        _tile(known, seconds(status.lookup.median), f"{most}{seconds(status.lookup.p99)}"),
+        _tile(loaded, seconds(status.gap.median), f"{most}{seconds(status.gap.p99)}"),
     )
     return tiles
 
