@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -202,6 +203,19 @@ def test_doctor_goes_on_where_a_directory_cannot_be_used(where: str, why: str, t
     told = {it["about"]: it for it in json.loads(done.stdout)}
     assert told[f"fs://{where}"]["state"] == "bad" and why in told[f"fs://{where}"]["found"]
     assert "packages" in told
+
+
+def test_doctor_tells_an_address_that_is_taken_from_one_that_can_not_be(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        where = busy, "unix:///proc/nobody/makes/this"
+        listen = [word for url in where for word in ("--listen", url)]
+        done = run(tmp_path, "doctor", "--l1-bytes", "1MiB", "--l2", "fs:///proc/nobody", *listen, "--json")
+    assert done.returncode == 1
+    told = {it["about"]: (it["state"], it["change"]) for it in json.loads(done.stdout)}
+    assert told[busy] == ("look", "A server may be running already: async-cache ping.")
+    assert told[where[1]] == ("bad", "Take another one.")
+    assert told["fs:///proc/nobody"] == ("bad", "Name another one."), "nobody can own what is there"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`async-cache doctor`: whether a machine and its settings can do what they should, and what to change."""
 
+import errno
 import os
 import platform
 import re
@@ -27,6 +28,7 @@ from async_cache.protocol.address import Address
 from async_cache.server.listener import Listener
 
 _DESCRIPTORS = 4096
+_TAKEN = "already"  # in what is said of an address where somebody listens
 _MOUNTS = Path("/proc/mounts")
 _ESCAPED = re.compile(rb"\\([0-3][0-7][0-7])")  # what would part the fields, such as a space in a path
 _NETWORKED = ("nfs", "nfs4", "cifs", "lustre", "ceph", "fuse.sshfs", "9p")
@@ -138,7 +140,8 @@ def _backend(url: str) -> Iterator[Finding]:
     try:
         directly = _reads_past_the_page_cache(there)
     except OSError as error:
-        change = f"chown it to the user {os.getuid()}, or name another one."
+        owned = error.errno in (errno.EACCES, errno.EPERM)
+        change = f"chown it to the user {os.getuid()}, or name another one." if owned else "Name another one."
         yield Finding(name, "bad", f"{there} cannot be written to: {error.strerror}", change)
         return
     kind, options = _mount(there)
@@ -202,7 +205,10 @@ def _addresses(server: ServerConfig) -> Iterator[Finding]:
         try:
             Listener(address).close()
         except AsyncCacheError as error:
-            yield Finding(name, "look", str(error), "A server may be running already: async-cache ping.")
+            if _TAKEN in str(error):
+                yield Finding(name, "look", str(error), "A server may be running already: async-cache ping.")
+            else:  # without HTTP, a server serves all the same
+                yield Finding(name, "bad" if name in server.listen else "look", str(error), "Take another one.")
         else:
             yield Finding(name, "ok", "is free")
     if address_of_tmp := next((a.path for a in addresses.values() if a.path.startswith(tempfile.gettempdir())), ""):
