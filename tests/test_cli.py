@@ -405,6 +405,9 @@ def test_a_copy_that_is_killed_is_gone_on_with(directory: Path) -> None:
 def test_a_copy_that_cannot_be_is_told_in_one_line(directory: Path) -> None:
     fill(f"fs://{directory}/a", 1)
     assert "unknown scheme" in complaint(run(directory, "copy", f"fs://{directory}/a", "nothing://x"))
+    done = run(directory, "copy", f"fs://{directory}/mistyped", f"fs://{directory}/b")
+    assert complaint(done) == f"SRC: there is no directory {directory}/mistyped"
+    assert not (directory / "mistyped").exists()
     assert "cannot be opened" in complaint(run(directory, "copy", f"fs://{directory}/a", "fs:///proc/self/none"))
 
 

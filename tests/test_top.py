@@ -108,7 +108,8 @@ def test_without_a_terminal_it_prints_once(site: ServedWeb, tmp_path: Path) -> N
 
 
 def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
-    assert "127.0.0.1:1/status" in complaint(run(tmp_path, "top", "--http", "127.0.0.1:1"))
+    told = complaint(run(tmp_path, "top", "--http", "127.0.0.1:1"))
+    assert told.startswith("nobody answers at http://127.0.0.1:1/status: Connection refused; `http` in the settings")
     assert complaint(run(tmp_path, "top", "--http", "nowhere")).startswith("--http: http must be host:port")
     config = tmp_path / "cache.toml"
     config.write_text(TENANTS)

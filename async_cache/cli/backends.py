@@ -11,7 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from async_cache.cli.terminal import Json, TokenFile, Url, busy, console, print_json, show_bytes, table, with_client
+from async_cache.cli.terminal import (
+    Json,
+    TokenFile,
+    Url,
+    busy,
+    console,
+    directory_of,
+    print_json,
+    show_bytes,
+    table,
+    with_client,
+)
 from async_cache.client.client import CacheClient
 from async_cache.errors import BackendError, ConfigError
 from async_cache.l2.copy import copy_all
@@ -108,6 +119,10 @@ def copy(
 ) -> None:
     """Copy all that one backend holds, and another one lacks. To break it off does no harm: run it again."""
     of, to = from_url(source), from_url(target)
+    if (
+        holds := directory_of(source)
+    ) is not None and not holds.is_dir():  # to open it would make one, and copy nothing
+        raise ConfigError(f"SRC: there is no directory {holds}")
 
     async def run() -> Copied:
         with _progress(shown=not json) as show:

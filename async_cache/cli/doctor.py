@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import msgspec
 import typer
@@ -19,7 +19,7 @@ from msgspec import Struct
 from rich.text import Text
 
 from async_cache.cli.serving import L2, ConfigFile, L1Bytes, Listen, given
-from async_cache.cli.terminal import Json, console, grid, print_json, show_bytes
+from async_cache.cli.terminal import Json, console, directory_of, grid, print_json, show_bytes
 from async_cache.config import CacheConfig, ServerConfig, hide_password, http_address
 from async_cache.errors import AsyncCacheError
 from async_cache.l2.urls.registry import from_url
@@ -127,11 +127,11 @@ def _backend(url: str) -> Iterator[Finding]:
     except AsyncCacheError as error:
         yield Finding(hide_password(url), "bad", hide_password(str(error)), "Write it as docs/configuration.md says.")
         return
-    if parts.scheme != "fs":
+    path = directory_of(url)
+    if path is None:
         if parts.hostname and parts.port:
             yield _reachable(parts.scheme, parts.hostname, parts.port)
         return
-    path = Path(unquote(parts.path, errors="surrogateescape"))
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     name = f"fs://{path}"
     if not there.is_dir():

@@ -143,7 +143,7 @@ def delete_model(
 
 
 def list_chunks(
-    model: Model = "",
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="Of this model only.")] = "",
     salt: Annotated[str | None, typer.Option("--salt", help="Of this salt only; '' for none.")] = None,
     chunks: Annotated[bool, typer.Option("--chunks", help="List chunk by chunk, not only how many there are.")] = False,
     backend: Annotated[

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import typer
@@ -26,7 +27,15 @@ console = Console(
 HEARTBEAT_SECONDS = 2.5
 """Who has asked waits for twice as long for a server that is silent."""
 
-Url = Annotated[str, typer.Option("--url", metavar="URL", help="Where the server listens.", show_default=False)]
+Url = Annotated[
+    str,
+    typer.Option(
+        "--url",
+        metavar="URL",
+        help="Where the server listens; by default, as its settings in the environment say.",
+        show_default=False,
+    ),
+]
 TokenFile = Annotated[
     Path | None, typer.Option("--token-file", metavar="FILE", help="A file with the token, if the server wants one.")
 ]
@@ -65,6 +74,12 @@ def with_client(url: str, token_file: Path | None, use: Callable[[CacheClient], 
             await use(client)
 
     uvloop.run(run())
+
+
+def directory_of(url: str) -> Path | None:
+    """The directory that a backend of this URL keeps its objects in, None if it has none."""
+    parts = urlsplit(url)
+    return Path(unquote(parts.path, errors="surrogateescape")) if parts.scheme == "fs" else None
 
 
 def show_bytes(size_bytes: int) -> str:

@@ -16,7 +16,13 @@ from async_cache.server.http.status import Status
 _SECONDS = 5.0
 
 Http = Annotated[
-    str, typer.Option("--http", metavar="HOST:PORT", help="Where the server answers HTTP.", show_default=False)
+    str,
+    typer.Option(
+        "--http",
+        metavar="HOST:PORT",
+        help="Where the server answers HTTP; by default, as its settings in the environment say.",
+        show_default=False,
+    ),
 ]
 
 
@@ -43,7 +49,10 @@ class StatusPage:
                     raise AccessDeniedError(msgspec.json.decode(error.read())["error"]) from error
                 raise ProtocolError(f"{self.url} answers {error.code}") from error
         except (URLError, OSError) as error:
-            raise ConnectionLostError(f"{self.url}: {getattr(error, 'reason', error)}") from error
+            why = error.reason if isinstance(error, URLError) else error
+            said = (why.strerror if isinstance(why, OSError) else None) or why
+            where = "`http` in the settings of a server says where it answers, --http where to ask"
+            raise ConnectionLostError(f"nobody answers at {self.url}: {said}; {where}") from error
 
     def read(self) -> Status:
         """The status. Raises as `raw`, and ProtocolError where something else answers there."""
