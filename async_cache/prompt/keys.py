@@ -7,10 +7,11 @@ meaning and the shape of the bytes, so one digest identifies a chunk among all m
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ctypes import string_at
 from functools import lru_cache
-from struct import pack
+from itertools import islice
+from struct import Struct, pack
 from typing import Any, NamedTuple
 
 from blake3 import blake3
@@ -19,9 +20,11 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_SALT_BYTES = 128
 MAX_DIGEST_BYTES = 64
 _YIELD_CHUNKS = 256  # a quarter of a millisecond
-_KNOWN_BYTES = 65_536
 
 Media = Sequence[tuple[int, bytes]]
+
+_PLAIN = frozenset({list, tuple, memoryview, array})
+"""Kinds of tokens that are read as they are."""
 
 _TORCH_FORMATS = {
     "torch.int8": "b", "torch.int16": "h", "torch.int32": "i", "torch.int64": "q",
@@ -48,16 +51,9 @@ def root(fields: Iterable[str], packed: bytes = b"") -> bytes:
     return blake3(b"async_cache root 1\n" + pack_fields(fields) + packed).digest()
 
 
-def segment_domain(context: bytes) -> str:
-    """The domain of a segment's root: how many tokens its context has, packed token ids, and their digest."""
-    return (_known_domain if len(context) <= _KNOWN_BYTES else _domain)(context)
-
-
-def _domain(context: bytes) -> str:
-    return f"segment/{len(context) // 4}/{blake3(context).hexdigest()}"
-
-
-_known_domain = lru_cache(maxsize=64)(_domain)  # many segments have one context; at most 4 MiB of them
+def segment_root(context: bytes, fields: Sequence[str], packed: bytes = b"") -> bytes:
+    """As `root`, of a segment: behind its domain, which tells packed token ids of a context by count and digest."""
+    return root((f"segment/{len(context) // 4}/{blake3(context).hexdigest()}", *fields), packed)
 
 
 def pack_fields(fields: Iterable[str]) -> bytes:
@@ -71,14 +67,10 @@ def pack_tokens(tokens: Any) -> bytes:
     Takes a sequence of int, an `array`, a one-dimensional NumPy array or torch tensor, or a buffer of integers.
     Raises TypeError for what is not integers and ValueError for an id outside 0..2**31-1.
     """
-    if isinstance(tokens, str):
-        raise TypeError("token ids must be integers, not text: a tokenizer makes them")
-    if isinstance(tokens, (bytes, bytearray)):
-        raise TypeError("token ids must be integers; cast raw bytes with memoryview(...).cast('i')")
-    if hasattr(tokens, "detach"):  # a torch tensor, recognised without importing torch
-        tokens = _view_tensor(tokens)
+    if type(tokens) not in _PLAIN:
+        tokens = _plain(tokens)
     try:
-        data = _pack_list(tokens) if isinstance(tokens, (list, tuple)) else _pack_buffer(_view(tokens))
+        data = _pack_list(tokens) if isinstance(tokens, (list, tuple)) else _pack_view(_view(tokens))
     except OverflowError:
         raise ValueError(f"token ids must be between 0 and {MAX_TOKEN_ID}") from None
     except (TypeError, ValueError) as error:  # ValueError: it cannot be seen as a buffer, NumPy's dates for one
@@ -88,6 +80,15 @@ def pack_tokens(tokens: Any) -> bytes:
     if not data[3::4].isascii():  # the top byte of each id: its sign bit must be clear
         raise ValueError(f"token ids must be between 0 and {MAX_TOKEN_ID}")
     return data
+
+
+def _plain(tokens: Any) -> Any:
+    """What is left of the kinds of tokens that have to be looked at before they are read."""
+    if isinstance(tokens, str):
+        raise TypeError("token ids must be integers, not text: a tokenizer makes them")
+    if isinstance(tokens, (bytes, bytearray)):
+        raise TypeError("token ids must be integers; cast raw bytes with memoryview(...).cast('i')")
+    return _view_tensor(tokens) if hasattr(tokens, "detach") else tokens  # a torch tensor, without importing torch
 
 
 def _pack_list(tokens: list[int] | tuple[int, ...]) -> bytes:
@@ -101,6 +102,8 @@ def _little_endian(words: "array[int]", order: str) -> bytes:
 
 
 def _view(tokens: Any) -> memoryview:
+    if type(tokens) is memoryview:
+        return tokens
     try:
         return memoryview(tokens)
     except TypeError:
@@ -118,13 +121,13 @@ def _view_tensor(tensor: Any) -> memoryview:
     return memoryview(string_at(tensor.data_ptr(), tensor.nbytes)).cast(kind)  # type: ignore[call-overload, no-any-return]
 
 
-def _pack_buffer(view: memoryview) -> bytes:
+def _pack_view(view: memoryview) -> bytes:
     if view.ndim != 1:
         raise TypeError(f"it has {view.ndim} dimensions")
     byteorder = _BYTEORDERS.get(view.format)
     if byteorder is None:
         raise TypeError(f"its elements have the format {view.format!r}")
-    data = view.tobytes()
+    data = _bytes_of(view)
     if view.itemsize == 4:  # a negative id shows in its sign bit, checked by the caller
         return data if byteorder == "little" else _little_endian(array("I", data), byteorder)
     if view.itemsize == 8:
@@ -138,6 +141,14 @@ def _pack_buffer(view: memoryview) -> bytes:
     if byteorder != sys.byteorder:
         words.byteswap()
     return _little_endian(array("I", words), sys.byteorder)
+
+
+def _bytes_of(view: memoryview) -> bytes:
+    """What is in a view. Where that is all of some `bytes`, it is these, whose hash is computed only once."""
+    known: Any = view.obj
+    if type(known) is bytes and len(known) == view.nbytes and view.contiguous:
+        return known
+    return view.tobytes()
 
 
 def check_text(name: str, value: str) -> bytes:
@@ -183,24 +194,30 @@ def check_media(media: Media, tokens: int) -> tuple[tuple[int, bytes], ...]:
 
 def chain_tokens(start: bytes, packed: bytes, chunk_tokens: int, media: Media = ()) -> list[bytes]:
     """Chunk hashes of packed token ids: hash(previous || ids of the chunk || the media that begin in it)."""
-    size = chunk_tokens * 4
-    whole = len(packed) - len(packed) % size
+    chunks = len(packed) // (chunk_tokens * 4)
+    pieces = _cut_into(chunk_tokens)(packed[: chunks * chunk_tokens * 4])
     previous = start
     hashes: list[bytes] = []
     extra = _media_by_chunk(media, chunk_tokens) if media else {}
     hasher = blake3()  # one for all: to make it takes as long as to hash a chunk
     reset, update, digest, append = hasher.reset, hasher.update, hasher.digest, hashes.append
-    for first in range(0, whole, size * _YIELD_CHUNKS):
-        if first:
+    while len(hashes) < chunks:
+        if hashes:
             time.sleep(0)  # in a thread: who waits for the interpreter's lock gets it now, and not after 5 ms
-        for begin in range(first, min(first + size * _YIELD_CHUNKS, whole), size):
+        for (ids,) in islice(pieces, _YIELD_CHUNKS):
             reset()
-            update(previous + packed[begin : begin + size])
+            update(previous + ids)
             if extra:
-                update(extra.get(begin // size, b""))
+                update(extra.get(len(hashes), b""))
             previous = digest()
             append(previous)
     return hashes
+
+
+@lru_cache(maxsize=64)
+def _cut_into(chunk_tokens: int) -> Callable[[bytes], Iterator[tuple[bytes]]]:
+    """Cuts packed ids into chunks, faster than a slice for each."""
+    return Struct(f"{4 * chunk_tokens}s").iter_unpack
 
 
 def _media_by_chunk(media: Media, chunk_tokens: int) -> dict[int, bytes]:

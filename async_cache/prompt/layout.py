@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
+
+from msgspec import Struct
 
 from async_cache.prompt import keys
 from async_cache.prompt.keys import Media
@@ -20,7 +22,9 @@ from async_cache.prompt.origin import Origin, shared_origin
 HASH_AT_ONCE_TOKENS = 32_768  # a quarter of a millisecond; a longer prompt is hashed when it is first used
 MAX_NAME = 1024
 
+_MAX_KNOWN_CONTEXT = 16_384  # bytes
 _known_root = lru_cache(maxsize=1024)(keys.root)  # many chains have one
+_known_segment_root = lru_cache(maxsize=256)(keys.segment_root)
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,8 @@ class ModelLayout:
         whole = count - count % self.chunk_tokens
         items = tuple(item for item in keys.check_media(media, count) if item[0] < whole) if media else ()
         source = TokenSource(packed[: whole * 4], items, context)
-        root = self._root(source.domain, salt, adapter)
-        return Prompt(self, root, count, salt, adapter, source, base_tokens=source.base_tokens)
+        root = self._token_root(context, salt, adapter)
+        return Prompt(self, root, count, salt, adapter, source, base_tokens=len(context) // 4 if context else 0)
 
     def prompt_from_hashes(
         self, block_hashes: Sequence[bytes], block_tokens: int, *, salt: str = "", adapter: str = ""
@@ -123,10 +127,16 @@ class ModelLayout:
         return Prompt(self, root, len(checked) * self.chunk_tokens, salt, adapter, DigestSource(checked), hashes)
 
     def _root(self, domain: str, salt: str, adapter: str) -> bytes:
-        for name, label in (("adapter", adapter), ("salt", salt)):
-            if label != "":
-                keys.check_label(name, label)
+        _check_labels(salt, adapter)
         return _known_root((domain, self.model, self.revision, adapter, salt), self._packed_shape)
+
+    def _token_root(self, context: bytes | None, salt: str, adapter: str) -> bytes:
+        """That of a chain over tokens: of a segment behind packed ids of a context, or of a prompt, which has none."""
+        if context is None:
+            return self._root("tokens", salt, adapter)
+        _check_labels(salt, adapter)
+        root_of = _known_segment_root if len(context) <= _MAX_KNOWN_CONTEXT else keys.segment_root
+        return root_of(context, (self.model, self.revision, adapter, salt), self._packed_shape)
 
     @cached_property
     def _packed_shape(self) -> bytes:
@@ -161,7 +171,7 @@ class ModelLayout:
         return self.objects.block_bytes
 
 
-class TokenSource(NamedTuple):
+class TokenSource(Struct, frozen=True, gc=False):
     """Token ids of the whole chunks, as packed little-endian uint32, and the media that begin in them.
 
     `context`: those of a segment's context; None for a prompt, which has none.
@@ -171,25 +181,15 @@ class TokenSource(NamedTuple):
     media: Media = ()
     context: bytes | None = None
 
-    @property
-    def domain(self) -> str:
-        """What a root says of where the tokens stand."""
-        return "tokens" if self.context is None else keys.segment_domain(self.context)
 
-    @property
-    def base_tokens(self) -> int:
-        """How many tokens the context has."""
-        return len(self.context) // 4 if self.context is not None else 0
-
-
-class BlockSource(NamedTuple):
+class BlockSource(Struct, frozen=True, gc=False):
     """An engine's chained block hashes, each for `block_tokens` tokens."""
 
     blocks: tuple[bytes, ...]
     block_tokens: int
 
 
-class DigestSource(NamedTuple):
+class DigestSource(Struct, frozen=True, gc=False):
     """An engine's digests of chunks, one for each."""
 
     digests: tuple[bytes, ...]
@@ -296,7 +296,7 @@ class Prompt:
                     tokens = min(tokens, most_chunks * chunk_tokens)
                 items = tuple(item for item in media if item[0] < tokens)
                 source = TokenSource(packed[: tokens * 4], items, context)
-                root = layout._root(source.domain, self.salt, adapter)
+                root = layout._token_root(context, self.salt, adapter)
                 return Prompt(layout, root, tokens, self.salt, adapter, source, base_tokens=self.base_tokens)
             case BlockSource(blocks, block_tokens) if chunk_tokens % block_tokens == 0:
                 most = None if most_chunks is None else most_chunks * chunk_tokens // block_tokens
@@ -307,6 +307,13 @@ class Prompt:
 
     def __repr__(self) -> str:
         return f"<Prompt of {self.tokens} tokens, {len(self)} chunks, model {self.layout.model!r}>"
+
+
+def _check_labels(salt: str, adapter: str) -> None:
+    if adapter != "":
+        keys.check_label("adapter", adapter)
+    if salt != "":
+        keys.check_label("salt", salt)
 
 
 def check_ranks(ranks: Sequence[int], world_size: int) -> tuple[int, ...]:

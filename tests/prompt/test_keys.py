@@ -104,6 +104,13 @@ def test_an_array_and_a_cast_buffer_give_the_same_ids(code: str) -> None:
     assert keys.pack_tokens(memoryview(ids.tobytes()).cast(code)) == packed(SMALL)
 
 
+def test_a_view_of_bytes_gives_what_it_shows_and_not_what_lies_around_it() -> None:
+    ids = list(range(1, 9))
+    view = memoryview(packed(ids)).cast("I")
+    for shown in (slice(None), slice(2, None), slice(-3), slice(None, None, -1), slice(None, None, 2), slice(0)):
+        assert keys.pack_tokens(view[shown]) == packed(ids[shown])
+
+
 @pytest.mark.parametrize("dtype", NUMPY, ids=lambda dtype: dtype.str)
 def test_numpy_integers_of_either_byte_order_give_the_same_ids(dtype: np.dtype[Any]) -> None:
     ids = SMALL if narrow(dtype) else LARGE

@@ -109,6 +109,18 @@ def test_a_segment_counts_its_context_apart() -> None:
     assert LAYOUT.segment(range(9)).base_tokens == LAYOUT.prompt(range(9)).base_tokens == 0
 
 
+@pytest.mark.parametrize("tokens", [0, 5, 4096, 4097], ids=lambda tokens: f"{tokens} tokens")
+def test_a_context_is_the_same_whatever_it_came_as_and_only_as_a_whole(tokens: int) -> None:
+    context = list(range(tokens))
+    ways = [context, tuple(context), array("q", context), memoryview(array("i", context).tobytes()).cast("i")]
+    domain = f"segment/{tokens}/{blake3(array('I', context).tobytes()).hexdigest()}"
+    root = keys.root([domain, LAYOUT.model, LAYOUT.revision, "", ""], LAYOUT._packed_shape)
+    for way in (*ways, *ways):  # computed, and known
+        assert LAYOUT.segment([1], context=way).root == root
+    for other in (context[1:], context[:-1], context[::-1]) if tokens else ():
+        assert LAYOUT.segment([1], context=other).root != root
+
+
 def test_a_segment_is_chained_within_itself() -> None:
     one, other = LAYOUT.segment([1, 2, 3, 4, 5, 6, 7, 8]), LAYOUT.segment([1, 2, 3, 4, 9, 9, 9, 9])
     assert one.chunk_hashes[0] == other.chunk_hashes[0] and one.chunk_hashes[1] != other.chunk_hashes[1]
