@@ -34,6 +34,7 @@ from async_cache.handles.lease import ReadChunk
 from async_cache.integrations.blended import BlendedCache
 from async_cache.integrations.rotary import Rotary, Turn, turned
 from async_cache.integrations.transformers import CachedPrefix, compute_next, token_ids
+from async_cache.prompt.keys import pack_tokens
 from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.values import SegmentResult, Shortfall
 
@@ -82,11 +83,14 @@ def split_at(tokens: Sequence[int], separator: Sequence[int]) -> list[list[int]]
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """A part of a prompt, which begins at `start`. `prompt`: what it is cached as, if it has a whole chunk."""
+    """A part of a prompt that is cached as `prompt`, and has a whole chunk: a segment, or a text that leads.
+
+    It begins at token `start`; its token ids are of shape (tokens,).
+    """
 
     start: int
     ids: torch.Tensor
-    prompt: Prompt | None
+    prompt: Prompt
     is_segment: bool
 
 
@@ -131,6 +135,7 @@ class SegmentedPrefill:
         self._salt, self._adapter = salt, adapter
         self._first_tokens = first_tokens
         self._context = token_ids(context)
+        self._packed_context = memoryview(pack_tokens(context)).cast("i")
         if len(self._context):
             self._prefix.checked(self._context)
         self._context_kv: DynamicCache | None = None
@@ -142,16 +147,15 @@ class SegmentedPrefill:
 
     def segment(self, tokens: Any) -> Prompt:
         """What a segment is cached as, for calls of the cache."""
-        return self.layout.segment(tokens, context=self._context, salt=self._salt, adapter=self._adapter)
+        return self.layout.segment(tokens, context=self._packed_context, salt=self._salt, adapter=self._adapter)
 
     async def prefill(self, parts: Sequence[Segment | Text], *, deadline_seconds: float | None = None) -> Blended:
         """Load what is cached of the parts, and compute the rest, in threads; segments that lack a chunk are stored.
 
         Raises ValueError for tokens that the model cannot read, and TypeError for what is no part.
         """
-        pieces = self._pieces(parts)
-        ids = torch.cat([piece.ids for piece in pieces]) if pieces else torch.empty(0, dtype=torch.long)
-        ids = self._prefix.checked(ids)
+        ids, pieces = self._pieces(parts)
+        self._prefix.checked(ids)
         spliced = _Spliced(self._empty(len(ids)), self._empty(len(ids)))
         result, found = await self._load(pieces, spliced, deadline_seconds)
         computed = await self._complete(pieces, found, spliced)
@@ -160,22 +164,21 @@ class SegmentedPrefill:
         logits = await in_thread(self._blend, ids, places, kv)
         return Blended(logits, kv, result, computed + len(places))
 
-    def _pieces(self, parts: Sequence[Segment | Text]) -> list[_Piece]:
+    def _pieces(self, parts: Sequence[Segment | Text]) -> tuple[torch.Tensor, list[_Piece]]:
+        """The token ids of a prompt, and what of it is cached."""
+        texts: list[torch.Tensor] = []
         pieces: list[_Piece] = []
-        start, chunk = 0, self.layout.chunk_tokens
+        start = 0
         for part in parts:
             if not isinstance(part, Segment | Text):
                 raise TypeError(f"a part must be a Segment or a Text, not a {type(part).__name__}")
-            ids, prompt = token_ids(part.tokens), None
-            if isinstance(part, Segment):
-                prompt = self.segment(ids)
-            elif not start:
-                prompt = self._prefix.prompt(ids)
-            if len(ids):
-                whole = prompt if len(ids) >= chunk else None
-                pieces.append(_Piece(start, ids, whole, isinstance(part, Segment)))
+            is_segment, ids = isinstance(part, Segment), token_ids(part.tokens)
+            if len(ids) >= self.layout.chunk_tokens and (is_segment or not start):
+                prompt = self.segment(ids) if is_segment else self._prefix.prompt(ids)
+                pieces.append(_Piece(start, ids, prompt, is_segment))
+            texts.append(ids)
             start += len(ids)
-        return pieces
+        return torch.cat(texts) if texts else token_ids(()), pieces
 
     def _empty(self, tokens: int) -> torch.Tensor:
         (group,) = self.layout.groups
@@ -188,18 +191,17 @@ class SegmentedPrefill:
         self, pieces: Sequence[_Piece], spliced: _Spliced, deadline_seconds: float | None
     ) -> tuple[SegmentResult, dict[_Piece, int]]:
         """Put what is cached where it belongs; the result, and how many chunks there are of each piece."""
-        cached = [piece for piece in pieces if piece.prompt is not None]
-        if not cached:
+        if not pieces:
             return _nothing("", None), {}
         request_id = ""
         try:
-            prompts = [piece.prompt for piece in cached if piece.prompt is not None]
+            prompts = [piece.prompt for piece in pieces]
             prefetch = self._cache.prefetch_segments(prompts, deadline_seconds=deadline_seconds)
             request_id = prefetch.request_id
             result = await prefetch.load_done
             async with self._cache.read(request_id) as lease:
-                found = {piece: part.chunks for piece, part in zip(cached, result.parts, strict=True)}
-                await in_thread(self._take, cached, found, list(lease), spliced)
+                found = {piece: part.chunks for piece, part in zip(pieces, result.parts, strict=True)}
+                await in_thread(self._take, pieces, found, list(lease), spliced)
                 if not lease.held:
                     raise ConnectionLostError("the connection was lost while the KV was copied")
             self._prefix.is_well(_LOADED)
@@ -214,30 +216,24 @@ class SegmentedPrefill:
             return _nothing(request_id, Shortfall.BACKEND_ERROR), {}
 
     def _take(
-        self,
-        cached: Sequence[_Piece],
-        found: dict[_Piece, int],
-        leased: Sequence[ReadChunk],
-        spliced: _Spliced,
+        self, pieces: Sequence[_Piece], found: dict[_Piece, int], leased: Sequence[ReadChunk], spliced: _Spliced
     ) -> None:
         """Copy what is leased; a segment that lacks a chunk is not taken, since all of it is computed."""
-        there = [self._is_there(piece, found) for piece in cached]
-        turns = [self._turn(piece) if taken else None for piece, taken in zip(cached, there, strict=True)]
+        turns = [self._turn(piece) for piece in pieces]
         for chunk in leased:
-            if there[chunk.part]:
+            piece = pieces[chunk.part]
+            if self._is_there(piece, found):
                 (stored,) = chunk.tensors()
                 assert stored is not None  # nothing has a window
-                self._put(cached[chunk.part], turns[chunk.part], chunk.index, stored[0], stored[1], spliced)
+                self._put(piece, turns[chunk.part], chunk.index, stored[0], stored[1], spliced)
 
     def _is_there(self, piece: _Piece, found: dict[_Piece, int]) -> bool:
-        assert piece.prompt is not None
         return not piece.is_segment or found.get(piece, 0) == len(piece.prompt)
 
     def _turn(self, piece: _Piece) -> Turn | None:
         """By how much the keys of a segment are turned, from where they were computed to where they stand."""
         if not piece.is_segment:
             return None
-        assert piece.prompt is not None
         return self._rotary.turn(len(self._context), piece.start, len(piece.prompt) * self.layout.chunk_tokens)
 
     def _put(
@@ -265,8 +261,6 @@ class SegmentedPrefill:
         computed = 0
         made: dict[bytes, DynamicCache] = {}  # of segments that stand in this prompt more than once
         for piece in pieces:
-            if piece.prompt is None:
-                continue
             if not piece.is_segment:
                 computed += await self._complete_lead(piece, found.get(piece, 0), spliced)
             elif not self._is_there(piece, found):
@@ -279,7 +273,6 @@ class SegmentedPrefill:
 
     async def _complete_lead(self, piece: _Piece, chunks: int, spliced: _Spliced) -> int:
         """Compute what lacks of a leading text, behind what is there, as any prompt is."""
-        assert piece.prompt is not None
         chunk = self.layout.chunk_tokens
         begin, end = chunks * chunk, len(piece.prompt) * chunk
         if begin == end:
@@ -317,10 +310,9 @@ class SegmentedPrefill:
         """The places of tokens that are computed anew, the last one in any case."""
         anew = torch.ones(tokens, dtype=torch.bool)
         for piece in pieces:
-            if piece.prompt is not None:
-                kept = len(piece.prompt) * self.layout.chunk_tokens
-                first = min(self._first_tokens, kept) if piece.is_segment else 0
-                anew[piece.start + first : piece.start + kept] = False
+            kept = len(piece.prompt) * self.layout.chunk_tokens
+            first = min(self._first_tokens, kept) if piece.is_segment else 0
+            anew[piece.start + first : piece.start + kept] = False
         anew[-1] = True
         return anew.nonzero().flatten()
 
