@@ -18,12 +18,11 @@ import argparse
 import asyncio
 import copy
 import json
-import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -66,7 +65,6 @@ class Material(NamedTuple):
 
 def load() -> tuple[Any, Material]:
     """The model, and token ids; parts are tokenised apart."""
-    os.environ["TQDM_DISABLE"] = "1"
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, gguf_file=MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, gguf_file=MODEL).eval()
 
@@ -98,16 +96,28 @@ def cases(material: Material, count: int) -> list[list[Segment | Text]]:
     ]
 
 
+class EarlyKeys:
+    """The keys of a full prefill in one of the first layers; those of the last prompt are kept, for the next method."""
+
+    def __init__(self, model: Any):
+        self._model = copy.copy(model.model)  # the same weights
+        self._model.config = copy.copy(model.config)
+        self._model.config.num_hidden_layers = EARLY_LAYERS
+        self.of = lru_cache(maxsize=1)(self._of)
+
+    def _of(self, ids: tuple[int, ...]) -> torch.Tensor:
+        kv = DynamicCache(config=self._model.config)
+        self._model(torch.tensor([ids]), cache=kv, use_cache=True)
+        keys: torch.Tensor = kv.layers[-1].keys
+        return keys
+
+
 class DeviationPrefill(SegmentedPrefill):
     """Computes anew the share of the segments' tokens whose keys are the furthest from a full prefill's, early on."""
 
-    def __init__(self, *args: Any, share: float, **options: Any):
+    def __init__(self, *args: Any, share: float, early: EarlyKeys, **options: Any):
         super().__init__(*args, first_tokens=0, **options)
-        model = args[1]
-        self._share, self._chosen = share, 0
-        self._early = copy.copy(model.model)  # the same weights
-        self._early.config = copy.copy(model.config)
-        self._early.config.num_hidden_layers = EARLY_LAYERS
+        self._share, self._early, self._chosen = share, early, 0
 
     async def prefill(self, *args: Any, **options: Any) -> Blended:
         blended = await super().prefill(*args, **options)
@@ -115,9 +125,8 @@ class DeviationPrefill(SegmentedPrefill):
 
     @torch.no_grad()
     def _blend(self, ids: torch.Tensor, places: torch.Tensor, kv: BlendedCache) -> torch.Tensor:
-        early = DynamicCache(config=self._early.config)
-        self._early(ids[None], cache=early, use_cache=True)
-        deviation = (early.layers[-1].keys - kv.layers[EARLY_LAYERS - 1].keys).square().sum((0, 1, 3))
+        right = self._early.of(tuple(ids.tolist()))
+        deviation = (right - kv.layers[EARLY_LAYERS - 1].keys).square().sum((0, 1, 3))
         deviation[places] = -1  # they are computed in any case
         self._chosen = int(self._share * (len(ids) - len(places)))
         most = deviation.topk(self._chosen).indices
@@ -133,11 +142,11 @@ class Method(NamedTuple):
 
 
 def methods(model: Any) -> list[Method]:
-    early = EARLY_LAYERS / model.config.num_hidden_layers
+    early, to_choose = EarlyKeys(model), EARLY_LAYERS / model.config.num_hidden_layers
     return [
         *(Method(f"first {count}", partial(SegmentedPrefill, first_tokens=count)) for count in (16, 0, 8, 32)),
         *(
-            Method(f"top {share:.0%} by deviation", partial(DeviationPrefill, share=share), early)
+            Method(f"top {share:.0%} by deviation", partial(DeviationPrefill, share=share, early=early), to_choose)
             for share in (0.10, 0.15, 0.20)
         ),
     ]
@@ -202,7 +211,8 @@ async def quality(count: int, results: Path | None = None) -> None:
     model, material = load()
     told = known(results)
     contexts = {"system + 256 neutral": material.system + material.neutral, "system": material.system, "none": []}
-    rows = [(name, method) for name in contexts for method in methods(model)]
+    ways = methods(model)
+    rows = [(name, method) for name in contexts for method in ways]
     stored: set[str] = set()
     async with AsyncCache(CacheConfig(l1_bytes=L1_BYTES, l2=[])) as cache:
         prefills = [method.prefill(cache, model, context=contexts[name], name=MODEL) for name, method in rows]
@@ -353,7 +363,7 @@ async def index() -> None:
 def hashing(layout: ModelLayout) -> Iterator[float]:
     """Microseconds to hash 1,000 tokens as segments of 250, or as one prompt, and of the digests of 31 chunks alone."""
     ids = memoryview(torch.arange(1000, dtype=torch.int32).numpy())
-    context = memoryview(torch.arange(320, dtype=torch.int32).numpy())
+    context = memoryview(bytes(4 * 320)).cast("i")
     chunk = bytes(32 + 4 * layout.chunk_tokens)
 
     def segments() -> list[Prompt]:

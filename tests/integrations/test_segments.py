@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -250,6 +252,17 @@ async def test_a_leading_text_is_an_exact_prompt(model):
         assert (await prefix.CachedPrefix(cache, model, chunk_tokens=CHUNK).prefill([*text, 1])).result.chunks == 3
 
 
+async def test_a_leading_text_of_which_a_part_is_there_is_what_is_computed_in_one_go(model):
+    longer = [Text([*PARTS[0].tokens, *passage(6, 8)]), *PARTS[1:]]
+    async with open_cache() as cache:
+        cold = await make(cache, model).prefill(longer)
+    async with open_cache() as cache:
+        await make(cache, model).prefill(PARTS)
+        warm = await make(cache, model).prefill(longer)
+        assert [part.chunks for part in warm.result.parts] == [2, 3, 2]
+        assert same(cold, warm)
+
+
 async def test_segments_with_another_context_salt_or_adapter_are_others(model):
     async with open_cache() as cache:
         await make(cache, model).prefill(PARTS)
@@ -318,6 +331,42 @@ async def test_who_gives_up_holds_nothing(model):
             task.cancel()
             await asyncio.wait((task,))
         assert (await cache.stats()).leases == 0
+
+
+@pytest.mark.parametrize(("where", "least"), [("cold", 20), ("L1", 2), ("L2", 2)])
+async def test_who_is_cancelled_in_any_thread_holds_nothing_and_the_next_answer_is_the_same(
+    model, monkeypatch, where, least
+):
+    async with open_cache() as cache:
+        right = await make(cache, model).prefill(PARTS)
+    calls = {module: module.in_thread for module in (segments, prefix)}
+
+    async def in_thread_until_struck(call, function, /, *args):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            asyncio.current_task().cancel()
+        return await call(function, *args)
+
+    for strike in count(1):
+        async with open_cache(MemoryBackend()) as cache:
+            if where != "cold":
+                await make(cache, model).prefill(PARTS)
+            if where == "L2":
+                await cache.flush()
+                await cache.clear("l1")
+            prefill, left = make(cache, model), strike
+            with monkeypatch.context() as patch:
+                for module, call in calls.items():
+                    patch.setattr(module, "in_thread", partial(in_thread_until_struck, call))
+                (done,) = await asyncio.gather(prefill.prefill(PARTS), return_exceptions=True)
+            stats = await cache.stats()
+            assert (stats.requests, stats.leases, stats.reserved_bytes) == (0, 0, 0)
+            assert same(right, await prefill.prefill(PARTS))
+            if left > 0:
+                break
+            assert isinstance(done, asyncio.CancelledError)
+    assert strike > least and same(right, done)
 
 
 async def test_what_cannot_be_a_prompt_is_refused(model):
@@ -427,7 +476,7 @@ async def test_the_benchmark_tells_what_each_method_costs(model, monkeypatch, tm
 
     class All(benchmark.DeviationPrefill):
         def __init__(self, *args, **options):
-            super().__init__(*args, share=1.0, **options)
+            super().__init__(*args, share=1.0, early=benchmark.EarlyKeys(args[1]), **options)
 
     monkeypatch.setattr(benchmark, "methods", lambda model: [benchmark.Method("all", All, 0.5)])
     await benchmark.quality(1, tmp_path / "results")
