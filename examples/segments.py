@@ -124,7 +124,7 @@ def main() -> None:
         sys.exit(f"There is no {MODEL} in {MODEL_DIR}: `make demo` downloads it once (93 MB).")
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, gguf_file=MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, gguf_file=MODEL)
-    with console.status("") as status:
+    with console.status("Measure how the keys of the model move") as status:
         answered = asyncio.run(answer_all(model, tokenizer, status.update))
     show(answered, tokenizer)
 

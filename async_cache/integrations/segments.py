@@ -18,7 +18,7 @@ Needs `async-kv-cache[transformers]`.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -152,15 +152,16 @@ class SegmentedPrefill:
     async def prefill(self, parts: Sequence[Segment | Text], *, deadline_seconds: float | None = None) -> Blended:
         """Load what is cached of the parts, and compute the rest, in threads; segments that lack a chunk are stored.
 
-        Raises ValueError for tokens that the model cannot read, and TypeError for what is no part.
+        Raises ValueError for tokens that the model cannot read and for more than 256 parts that are cached, and
+        TypeError for what is no part.
         """
         ids, pieces = self._pieces(parts)
         self._prefix.checked(ids)
         spliced = _Spliced(self._empty(len(ids)), self._empty(len(ids)))
         result, found = await self._load(pieces, spliced, deadline_seconds)
         computed = await self._complete(pieces, found, spliced)
-        kv = BlendedCache(self._model.config, *(part.to(self._model.device) for part in spliced))
         places = self._places(pieces, len(ids))
+        kv = await in_thread(self._blended, spliced)
         logits = await in_thread(self._blend, ids, places, kv)
         return Blended(logits, kv, result, computed + len(places))
 
@@ -277,10 +278,8 @@ class SegmentedPrefill:
         begin, end = chunks * chunk, len(piece.prompt) * chunk
         if begin == end:
             return 0
-        kv = DynamicCache(config=self._model.config)
-        for number, parts in enumerate(zip(*spliced, strict=True) if begin else ()):
-            keys, values = (part[None, :, :begin].to(self._model.device, copy=True) for part in parts)
-            kv.update(keys, values, number)
+        there = _Spliced(*(part[:, :, :begin] for part in spliced))
+        kv = await in_thread(self._copied, zip(*there, strict=True) if begin else ())
         await self._prefix.compute(piece.ids[:end], kv)
         await self._prefix.write(piece.prompt, [(layer.keys, layer.values) for layer in kv.layers])
         await in_thread(self._put_computed, piece, kv, 0, spliced)
@@ -295,16 +294,26 @@ class SegmentedPrefill:
                 await self._prefix.compute(self._context, context)
                 computed += len(self._context)
             self._context_kv = context
-        kv = DynamicCache(config=self._model.config)
-        for number, layer in enumerate(self._context_kv.layers if len(self._context) else ()):
-            kv.update(layer.keys, layer.values, number)
+        context_layers = self._context_kv.layers if len(self._context) else ()
+        kv = await in_thread(self._copied, ((layer.keys[0], layer.values[0]) for layer in context_layers))
         chunk, begin = self.layout.chunk_tokens, len(self._context)
         for first in range(0, len(prompt) * chunk, chunk):
             await in_thread(compute_next, self._model, ids[first : first + chunk], kv)
         await self._prefix.write(prompt, [(it.keys[:, :, begin:], it.values[:, :, begin:]) for it in kv.layers])
         return kv, computed
 
+    def _copied(self, layers: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+        """KV for the model to go on behind, from the keys and values of each layer, of shape (heads, tokens, width)."""
+        kv = DynamicCache(config=self._model.config)
+        for number, parts in enumerate(layers):
+            keys, values = (part[None].to(self._model.device) for part in parts)
+            kv.update(keys, values, number)
+        return kv
+
     # All of it together.
+
+    def _blended(self, spliced: _Spliced) -> BlendedCache:
+        return BlendedCache(self._model.config, *(part.to(self._model.device) for part in spliced))
 
     def _places(self, pieces: Sequence[_Piece], tokens: int) -> torch.Tensor:
         """The places of tokens that are computed anew, the last one in any case."""

@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -369,6 +370,26 @@ async def test_who_is_cancelled_in_any_thread_holds_nothing_and_the_next_answer_
     assert strike > least and same(right, done)
 
 
+async def test_kv_is_copied_in_threads_and_not_in_the_loop(model, monkeypatch):
+    longer = [Text([*PARTS[0].tokens, *passage(6, 8)]), *PARTS[1:]]  # of a leading text a part is there
+    threads = []
+
+    def noted(call):
+        def in_which_thread(*args, **options):
+            threads.append(threading.current_thread())
+            return call(*args, **options)
+
+        return in_which_thread
+
+    async with open_cache() as cache:
+        prefill = make(cache, model)
+        for copies, name in ((transformers.DynamicCache, "update"), (segments.BlendedCache, "__init__")):
+            monkeypatch.setattr(copies, name, noted(getattr(copies, name)))
+        for parts in (PARTS, longer):
+            await prefill.prefill(parts)
+    assert threads and threading.main_thread() not in threads
+
+
 async def test_what_cannot_be_a_prompt_is_refused(model):
     async with open_cache() as cache:
         prefill = make(cache, model)
@@ -378,6 +399,7 @@ async def test_what_cannot_be_a_prompt_is_refused(model):
             ([[1, 2]], TypeError, "must be a Segment or a Text, not a list"),
             ([Text([64])], ValueError, "token 64 is not one of the model's 64"),
             ([Segment("text")], TypeError, "token ids"),
+            ([Segment(passage(2, CHUNK))] * 257, ValueError, "1 to 256 parts"),
         ):
             with pytest.raises(error, match=words):
                 await prefill.prefill(parts)
