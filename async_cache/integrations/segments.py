@@ -17,10 +17,10 @@ steps that end where a chunk ends, and stored; then it is as one that was found,
 Needs `async-kv-cache[transformers]`.
 """
 
-import asyncio
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from transformers import DynamicCache, PreTrainedModel
 from async_cache.aio.ending import in_thread
 from async_cache.cache import AsyncCache
 from async_cache.client import CacheClient
-from async_cache.errors import AsyncCacheError, ConnectionLostError
+from async_cache.errors import AsyncCacheError
 from async_cache.handles.lease import ReadChunk
 from async_cache.integrations.blended import BlendedCache
 from async_cache.integrations.rotary import Rotary, Turn, turned
@@ -37,8 +37,6 @@ from async_cache.integrations.transformers import CachedPrefix, compute_next, to
 from async_cache.prompt.keys import pack_tokens
 from async_cache.prompt.layout import ModelLayout, Prompt
 from async_cache.values import SegmentResult, Shortfall
-
-_LOADED = "computed without the cache"
 
 
 @dataclass(frozen=True)
@@ -199,27 +197,16 @@ class SegmentedPrefill:
             prompts = [piece.prompt for piece in pieces]
             prefetch = self._cache.prefetch_segments(prompts, deadline_seconds=deadline_seconds)
             request_id = prefetch.request_id
-            result = await prefetch.load_done
-            async with self._cache.read(request_id) as lease:
-                found = {piece: part.chunks for piece, part in zip(pieces, result.parts, strict=True)}
-                await in_thread(self._take, pieces, found, list(lease), spliced)
-                if not lease.held:
-                    raise ConnectionLostError("the connection was lost while the KV was copied")
-            self._prefix.is_well(_LOADED)
-            return result, found
-        except asyncio.CancelledError:
-            if request_id:
-                with suppress(AsyncCacheError):
-                    await self._cache.end_request(request_id)
-            raise
+            found = await self._prefix.copied(prefetch, partial(self._take, pieces, spliced))
+            return await prefetch.load_done, found
         except AsyncCacheError as error:
-            self._prefix.warn(_LOADED, error)
+            self._prefix.warn_unread(error)
             return _nothing(request_id, Shortfall.BACKEND_ERROR), {}
 
-    def _take(
-        self, pieces: Sequence[_Piece], found: dict[_Piece, int], leased: Sequence[ReadChunk], spliced: _Spliced
-    ) -> None:
+    def _take(self, pieces: Sequence[_Piece], spliced: _Spliced, leased: Sequence[ReadChunk]) -> dict[_Piece, int]:
         """Copy what is leased; a segment that lacks a chunk is not taken, since all of it is computed."""
+        chunks = Counter(chunk.part for chunk in leased)
+        found = {piece: chunks[part] for part, piece in enumerate(pieces)}
         turns = [self._turn(piece) for piece in pieces]
         for chunk in leased:
             piece = pieces[chunk.part]
@@ -227,6 +214,7 @@ class SegmentedPrefill:
                 (stored,) = chunk.tensors()
                 assert stored is not None  # nothing has a window
                 self._put(piece, turns[chunk.part], chunk.index, stored[0], stored[1], spliced)
+        return found
 
     def _is_there(self, piece: _Piece, found: dict[_Piece, int]) -> bool:
         return not piece.is_segment or found.get(piece, 0) == len(piece.prompt)

@@ -30,6 +30,7 @@ from async_cache.aio.ending import in_thread
 from async_cache.cache import AsyncCache
 from async_cache.client import CacheClient
 from async_cache.errors import AsyncCacheError, ConnectionLostError
+from async_cache.handles.lease import ReadChunk
 from async_cache.handles.prefetch import Prefetch
 from async_cache.integrations.blended import BlendedCache
 from async_cache.integrations.fp8 import fp8_layout, from_fp8, to_fp8
@@ -179,33 +180,45 @@ class CachedPrefix:
 
     async def read(self, prefetch: Prefetch) -> Loaded:
         """The KV of what was loaded, copied once that is done: the request is over. One that is gone gives none."""
-        request_id = prefetch.request_id
+        try:
+            kv = await self.copied(prefetch, self._rebuild)
+            return Loaded(kv, await prefetch.load_done)
+        except AsyncCacheError as error:
+            return self._without_cache(error, prefetch.request_id)
+
+    async def copied(self, prefetch: Prefetch, copy: Callable[[Sequence[ReadChunk]], T]) -> T:
+        """What is made, in a thread, of the chunks that were loaded, once that is done: the request is over.
+
+        For other integrations. Raises AsyncCacheError where nothing can be read.
+        """
         try:
             await prefetch.load_done  # an error of its own says more than that there is nothing to read
-            async with self._cache.read(request_id) as lease:
-                kv = await in_thread(self._rebuild, [chunk.tensors() for chunk in lease])
+            async with self._cache.read(prefetch.request_id) as lease:
+                made = await in_thread(copy, list(lease))
                 if not lease.held:
                     raise ConnectionLostError("the connection was lost while the KV was copied")
-                self.is_well(_READ)
-                return Loaded(kv, lease.result)
         except asyncio.CancelledError:
             with suppress(AsyncCacheError):
-                await self._cache.end_request(request_id)
+                await self._cache.end_request(prefetch.request_id)
             raise
-        except AsyncCacheError as error:
-            return self._without_cache(error, request_id)
+        self._is_well(_READ)
+        return made
 
     def _without_cache(self, error: AsyncCacheError, request_id: str = "") -> Loaded:
-        self.warn(_READ, error)
+        self.warn_unread(error)
         return Loaded(self._rebuild(()), _nothing(request_id))
 
-    def warn(self, what: str, error: AsyncCacheError) -> None:
+    def warn_unread(self, error: AsyncCacheError) -> None:
+        """Log that a prompt is computed without the cache, and why, once for each reason."""
+        self._warn(_READ, error)
+
+    def _warn(self, what: str, error: AsyncCacheError) -> None:
         """Log one line, until it is another one or all is well."""
         if self._warned.get(what) != str(error):
             self._warned[what] = str(error)
             log.warning("prompts are %s: %s", what, error)
 
-    def is_well(self, what: str) -> None:
+    def _is_well(self, what: str) -> None:
         """Log the next failure, whatever it is."""
         self._warned.pop(what, None)
 
@@ -217,11 +230,12 @@ class CachedPrefix:
             return self._without_cache(error)
         return await self.read(prefetch)
 
-    def _rebuild(self, leased: Sequence[Any]) -> DynamicCache:
+    def _rebuild(self, leased: Sequence[ReadChunk]) -> DynamicCache:
         """The KV of consecutive chunks, the first of the prompt before all. It shares no memory with them."""
         kv = DynamicCache(config=self._model.config)
         dtype = getattr(torch, self._group.dtype)
-        chunks = [from_fp8(tensors[0], tensors[1], dtype) if self._fp8 else tensors[0] for tensors in leased]
+        stored: list[Any] = [chunk.tensors() for chunk in leased]
+        chunks = [from_fp8(tensors[0], tensors[1], dtype) if self._fp8 else tensors[0] for tensors in stored]
         for layer in range(len(kv.layers) if chunks else 0):
             keys, values = (torch.cat([chunk[part, layer] for chunk in chunks], dim=1)[None] for part in (0, 1))
             kv.update(keys.to(self._model.device), values.to(self._model.device), layer)
@@ -278,9 +292,9 @@ class CachedPrefix:
                     await in_thread(copy, layers, chunk.index, *chunk.tensors())
                     chunk.commit()
                     taken += 1
-            self.is_well(_STORED)
+            self._is_well(_STORED)
         except AsyncCacheError as error:
-            self.warn(_STORED, error)
+            self._warn(_STORED, error)
         return taken
 
     # What callers give.
