@@ -25,9 +25,9 @@ class Turn(NamedTuple):
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def of(self, span: slice) -> "Turn":
+    def of(self, keys: slice) -> "Turn":
         """That of some of the keys."""
-        return Turn(self.cos[span], self.sin[span])
+        return Turn(self.cos[keys], self.sin[keys])
 
 
 class Rotary:

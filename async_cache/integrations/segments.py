@@ -230,12 +230,12 @@ class SegmentedPrefill:
     ) -> None:
         """Put some consecutive tokens of a piece where they stand, from chunk `index` of it on."""
         tokens, offset = keys.shape[-2], index * self.layout.chunk_tokens
-        span = slice(piece.start + offset, piece.start + offset + tokens)
-        spliced.values[:, :, span] = values
+        there = slice(piece.start + offset, piece.start + offset + tokens)
+        spliced.values[:, :, there] = values
         if turn is not None:
-            turned(keys, turn.of(slice(offset, offset + tokens)), spliced.keys[:, :, span])
+            turned(keys, turn.of(slice(offset, offset + tokens)), spliced.keys[:, :, there])
         else:
-            spliced.keys[:, :, span] = keys
+            spliced.keys[:, :, there] = keys
 
     def _put_computed(self, piece: _Piece, kv: DynamicCache, skipped: int, spliced: _Spliced) -> None:
         """Put all whole chunks of a piece where they stand, from KV that has them behind so many other tokens."""

@@ -352,20 +352,20 @@ def _nothing(request_id: str) -> LoadResult:
 
 def _copy_chunk(layers: Sequence[tuple[torch.Tensor, torch.Tensor]], index: int, chunk: torch.Tensor) -> None:
     """Fill `chunk`, shaped as in `kv_layout`, with chunk number `index` of the model's KV."""
-    tokens = chunk.shape[3]
-    span = slice(index * tokens, (index + 1) * tokens)
+    size = chunk.shape[3]
+    tokens = slice(index * size, (index + 1) * size)
     with torch.no_grad():
         for number, (keys, values) in enumerate(layers):
-            chunk[0, number].copy_(keys[0, :, span])
-            chunk[1, number].copy_(values[0, :, span])
+            chunk[0, number].copy_(keys[0, :, tokens])
+            chunk[1, number].copy_(values[0, :, tokens])
 
 
 def _round_chunk(
     layers: Sequence[tuple[torch.Tensor, torch.Tensor]], index: int, scales: torch.Tensor, chunk: torch.Tensor
 ) -> None:
     """Fill `chunk`, shaped as in `kv_layout`, and its scales with chunk number `index` of the model's KV in fp8."""
-    tokens = chunk.shape[3]
-    span = slice(index * tokens, (index + 1) * tokens)
+    size = chunk.shape[3]
+    tokens = slice(index * size, (index + 1) * size)
     for number, parts in enumerate(layers):
         for part, exact in enumerate(parts):
-            to_fp8(exact[0, :, span], scales[part, number], chunk[part, number])
+            to_fp8(exact[0, :, tokens], scales[part, number], chunk[part, number])

@@ -387,7 +387,7 @@ async def test_kv_is_copied_in_threads_and_not_in_the_loop(model, monkeypatch):
             monkeypatch.setattr(copies, name, noted(getattr(copies, name)))
         for parts in (PARTS, longer):
             await prefill.prefill(parts)
-    assert threads and threading.main_thread() not in threads
+    assert threads and threading.current_thread() not in threads
 
 
 async def test_what_cannot_be_a_prompt_is_refused(model):
