@@ -225,6 +225,15 @@ async def test_who_stored_a_common_beginning_first_does_not_matter(model):
     assert same(*answers)
 
 
+async def test_two_at_once_compute_the_same_and_store_it(model):
+    async with open_cache() as cache:
+        prefill, parts = make(cache, model), PARTS[::-1]
+        both = await asyncio.gather(prefill.prefill(PARTS), prefill.prefill(parts))
+        again = [await prefill.prefill(PARTS), await prefill.prefill(parts)]
+        assert [warm.result.chunks for warm in again] == [2 + SEGMENT_CHUNKS, SEGMENT_CHUNKS]
+        assert all(map(same, both, again))
+
+
 async def test_all_of_it_computed_anew_is_a_full_prefill_bit_by_bit(model):
     parts = [Segment(passage(2, 29)), Segment(passage(3, 16)), Text(passage(4, 5))]
     kv = transformers.DynamicCache(config=model.config)
