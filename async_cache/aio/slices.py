@@ -3,12 +3,14 @@
 import asyncio
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
 
+Wait = Callable[[], Awaitable[object]]
+"""What to wait for between two steps."""
 
 working_for: ContextVar[str] = ContextVar("working_for", default="")
 """For whom a task works, if somebody has said so: of the turns for slices, each has as many as any other."""

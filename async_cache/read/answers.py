@@ -101,6 +101,7 @@ def _hits(
     length, start_chunk, chunk_tokens = request.lengths[number], request.start_chunk, prompt.layout.chunk_tokens
     shortfall, missed = promised.misses.get(number, _NO_MISS)
     loads, sizes = promised.loads, prompt.layout.objects.sizes
+    masks = loads.values() if len(from_l2) == len(loads) else [loads[chunk] for chunk in from_l2]
     expected = promised.expected_load_seconds if from_l2 or len(request.lengths) == 1 else 0.0
     missing_tokens = prompt.tokens - (start_chunk + length) * chunk_tokens
     return LookupHits(
@@ -112,7 +113,7 @@ def _hits(
         l2_chunks=len(from_l2),
         found_chunks=promised.found[number],
         shortfall=shortfall,
-        load_bytes=sum([sizes[loads[chunk]] for chunk in from_l2]) if loads else 0,
+        load_bytes=sum(map(sizes.__getitem__, masks)),
         expected_load_seconds=expected,
         missed=missed,
         recompute_from=adviser.recompute_from(start_chunk, from_l2, length, chunk_tokens, expected, missing_tokens)

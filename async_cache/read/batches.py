@@ -26,6 +26,9 @@ _BATCH_BYTES = 64 * 2**20  # of one call to a backend: enough to keep its thread
 _BATCH_CHUNKS = 1024  # what the loop prepares in a millisecond or two, ...
 _BATCH_OBJECTS = 2048  # ... of so many objects
 _FEW_OBJECTS = 256  # more have a turn of the loop to themselves
+_FIRST_CHUNKS = 4  # of the first call, where somebody watches, ...
+_MANY_CHUNKS = 32  # ... and more than so many are to be loaded: they take a while to prepare, ...
+_FIRST_SECONDS = 0.002  # ... which begins when the first ones come, or after this
 _PLACE = attrgetter("rank", "offset")
 
 
@@ -41,13 +44,16 @@ class Batch:
     """The objects of one call to a backend, by chunk.
 
     `parts` are pinned, until they are unpinned or the batch ends. `touches` are those whose room was given to the call,
-    until the call has ended, which may be later.
+    until the call has ended, which may be later. `came` is set when the first of it has come, where others wait for
+    that: it is their `after`.
     """
 
-    __slots__ = ("call", "guard", "objects", "parts", "size_bytes", "state", "touches", "tried")
+    __slots__ = ("after", "call", "came", "guard", "objects", "parts", "size_bytes", "state", "touches", "tried")
 
-    def __init__(self, guard: Guard, tried: frozenset[Guard]):
+    def __init__(self, guard: Guard, tried: frozenset[Guard], after: asyncio.Event | None = None):
         self.guard = guard
+        self.after = after
+        self.came: asyncio.Event | None = None
         self.tried = tried | {guard}  # the holders that need not be asked if this one fails
         self.state = BatchState.QUEUED
         self.parts: dict[ChunkLoad, int] = {}
@@ -103,18 +109,22 @@ class Batches:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
 
-    def enqueue(self, guard: Guard, parts: Iterable[tuple[ChunkLoad, int]], tried: frozenset[Guard]) -> None:
+    def enqueue(self, guard: Guard, parts: Sequence[tuple[ChunkLoad, int]], tried: frozenset[Guard]) -> None:
         """Cut objects, which are pinned, into batches, and start those that the bytes in flight allow."""
         queue, batch = self._queue_of(guard), Batch(guard, tried)
         before, layout, objects, size_bytes = 0, None, 0, 0
+        most_chunks = _BATCH_CHUNKS
+        if self._watchers.count and len(parts) > _MANY_CHUNKS:
+            most_chunks, batch.came = _FIRST_CHUNKS, asyncio.Event()
+            self._loop.call_later(_FIRST_SECONDS, batch.came.set)
         for load, mask in parts:
             if mask != before or load.layout is not layout:  # most often all are alike
                 before, layout = mask, load.layout
                 objects, size_bytes = mask.bit_count(), layout.objects.sizes[mask]
-            is_full = batch.size_bytes >= _BATCH_BYTES or len(batch.parts) >= _BATCH_CHUNKS
+            is_full = batch.size_bytes >= _BATCH_BYTES or len(batch.parts) >= most_chunks
             if is_full or batch.objects + objects > _BATCH_OBJECTS:
                 self._queue(queue, batch)
-                batch = Batch(guard, tried)
+                batch, most_chunks = Batch(guard, tried, batch.came or batch.after), _BATCH_CHUNKS
             batch.objects += objects
             load.wanted |= mask
             load.waiting |= mask
@@ -195,6 +205,8 @@ class Batches:
             task.add_done_callback(self._tasks.discard)
 
     async def _run(self, batch: Batch) -> None:
+        if batch.after is not None:
+            await batch.after.wait()
         if batch.objects > _FEW_OBJECTS:
             await turn()  # many may run at once
         # What was abandoned in the queue starts again elsewhere: its room here may be freed at any time.
@@ -206,11 +218,14 @@ class Batches:
             log.exception("a batch of loads from %s failed", batch.guard.name, extra=batch.guard.about)
             self._end(batch)
             self._failed(parts)
+        finally:
+            if batch.came is not None:
+                batch.came.set()
 
     async def _call(self, batch: Batch, parts: Mapping[ChunkLoad, int]) -> tuple[Sequence[LoadOutcome], Shortfall]:
         """What one call to a backend brings: an outcome for each object, or none and the reason."""
         keys, buffers = self._objects(parts)
-        progress = Progress(self._watchers, partial(self._progressed, parts))
+        progress = Progress(self._watchers, partial(self._progressed, batch, parts))
         call = batch.call = batch.guard.begin_load(keys, buffers, progress.loaded) if keys else None
         outcomes: list[LoadOutcome] = []
         failure = Shortfall.BACKEND_ERROR
@@ -252,7 +267,7 @@ class Batches:
             batch.guard.unpin(keys)
         self._pump(batch.guard)
 
-    def _progressed(self, parts: Mapping[ChunkLoad, int], numbers: Sequence[int]) -> None:
+    def _progressed(self, batch: Batch, parts: Mapping[ChunkLoad, int], numbers: Sequence[int]) -> None:
         """Tell of objects of a call, by their numbers in it; a backend may say any."""
         ends = list(accumulate(mask.bit_count() for mask in parts.values()))
         loads = list(parts.items())
@@ -264,6 +279,8 @@ class Batches:
                 which = load.layout.objects.members[mask][number - ends[at]]  # from the end of its chunk on backwards
                 loaded.append((load, 1 << load.layout.objects.bit(*which)))
         self._loaded(loaded)
+        if batch.came is not None:
+            batch.came.set()  # behind those who watch
 
     def _let_rooms_go(self, batch: Batch) -> None:
         batch.call = None  # of one that was cancelled or failed, the task keeps the frames, and they keep its loads

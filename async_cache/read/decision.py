@@ -5,10 +5,10 @@ held between two steps is the request's, which may end at each of them. All that
 there, or pinned in L2 with room reserved for it, before anybody is told.
 """
 
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
-from async_cache.aio.slices import slices, turn
+from async_cache.aio.slices import Wait, slices, turn
 from async_cache.aio.worker import Worker
 from async_cache.l1.store import L1Store
 from async_cache.l2.guard import Guard
@@ -28,9 +28,6 @@ from async_cache.values import Shortfall
 
 _LOOKED_UP_AT_ONCE = 8192  # chunks in L1, or objects in L2, in a step of the loop: a millisecond or two
 _CAUGHT_UP_AT_ONCE = 4096  # chunks
-
-Wait = Callable[[], Awaitable[object]]
-"""What to wait for between two steps."""
 
 
 class _Tally:
@@ -209,7 +206,10 @@ class Decider:
                 self._catch_up(request, search, found, numbers)
                 if len(numbers) == _CAUGHT_UP_AT_ONCE:
                     yield turn
-        plan = self._planner.plan(request, found)
+        if not (request.loads or any(request.entries) or any(found.masks().values())):
+            nothing = request.lengths
+            return Promised(nothing, dict(self._misses_of(request, found, nothing)))
+        plan = yield from self._planner.plan(request, found)
         request.promise(plan.lengths, plan.needed)
         tally = _Tally(plan.length)
         for numbers in slices(sorted(request.loads), _CAUGHT_UP_AT_ONCE) if request.loads else ():
@@ -277,12 +277,12 @@ class Decider:
             self._loader.shared_loads += sum(map(int.bit_count, shared.values()))
             loads = {number: loaded.get(number, 0) | shared.get(number, 0) for number in {**shared, **loaded}}
         request.from_l2 = sorted(loads) or ()
-        misses = dict(self._misses_of(request, found, plan)) if length < len(hashes) or len(plan.runs) > 1 else {}
+        misses = dict(self._misses_of(request, found, plan.found)) if length < len(hashes) or len(plan.runs) > 1 else {}
         return Promised(plan.found, misses, loads, self._loader.expected_seconds(tally.more_bytes))
 
-    def _misses_of(self, request: Request, found: Found, plan: Plan) -> Iterator[tuple[int, Miss]]:
-        """Why less is promised of a prompt than it asks for, by its number."""
-        prompts = enumerate(zip(request.prompt.parts, plan.runs, plan.lengths, plan.found, strict=True))
+    def _misses_of(self, request: Request, found: Found, exist: Sequence[int]) -> Iterator[tuple[int, Miss]]:
+        """Why less is promised of a prompt than it asks for, by its number; so many chunks of each exist."""
+        prompts = enumerate(zip(request.prompt.parts, request.runs, request.lengths, exist, strict=True))
         for part, (prompt, run, length, there) in prompts:
             if there < len(run):
                 at = request.start_chunk + there

@@ -24,7 +24,8 @@ from async_cache.read.request import Request
 from async_cache.values import Shortfall
 
 _RELEASED_AT_ONCE = 512  # loads, in a few milliseconds; then the loop gets its turn
-_TOLD_AT_ONCE = 4096  # shares, in two milliseconds; then the loop gets its turn
+_SETTLED_AT_ONCE = 512  # loads that are committed, or ...
+_TOLD_AT_ONCE = 4096  # ... shares, in two milliseconds; then the loop gets its turn
 Arrival = tuple[int, Entry | None, Shortfall | None]
 """The number of a chunk, what can be found of it, and why that may be less than was wanted."""
 Settled = tuple[ChunkLoad, Entry | None]
@@ -231,7 +232,7 @@ class Loader:
             elif not load.waiting:
                 complete.append(load)
                 told += len(load.shares)
-                if told >= _TOLD_AT_ONCE:
+                if told >= _TOLD_AT_ONCE or len(complete) >= _SETTLED_AT_ONCE:
                     self._settle(complete)
                     complete, told = [], 0
                     await asyncio.sleep(0)

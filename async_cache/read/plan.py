@@ -6,10 +6,11 @@ order of the prompts.
 
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from itertools import accumulate, chain, compress, groupby, islice, repeat
 from operator import and_, invert, not_
 
+from async_cache.aio.slices import Wait, turn
 from async_cache.config import CacheConfig
 from async_cache.l1.entry import Entry, Reservation
 from async_cache.l1.store import L1Store
@@ -23,6 +24,7 @@ from async_cache.read.request import Request
 
 _BLOCKS_AT_ONCE = 2048  # reserved in a step of the loop, in a few milliseconds: so many that are free, ...
 _EVICTED_AT_ONCE = 1024  # ... and so many where others are evicted for them
+_PLANNED_AT_ONCE = 8192  # chunks, in a millisecond or two
 _COMPARED_AT_A_TIME = 1024  # chunks
 
 
@@ -80,22 +82,20 @@ class Plan:
 
 
 def _lacking(needed: Sequence[int], here: Sequence[int], local: int) -> dict[int, int]:
-    """The objects to be loaded that are not here, by chunk: of most chunks in a row all are there, or none."""
+    """The objects to be loaded that are not here, by chunk: most often none is, or all of many chunks in a row are."""
+    if needed.count(local) == len(needed) and not any(here):
+        return dict.fromkeys(range(len(needed)), local)
     lacking: dict[int, int] = {}
     for begin in range(0, len(needed), _COMPARED_AT_A_TIME):
         need, have = needed[begin : begin + _COMPARED_AT_A_TIME], here[begin : begin + _COMPARED_AT_A_TIME]
-        if need == have:
-            continue
-        if any(have) or need.count(local) < len(need):
+        if need != have:
             masks = map(and_, map(and_, need, repeat(local)), map(invert, have))
             lacking |= {number: mask for number, mask in enumerate(masks, begin) if mask}
-        else:
-            lacking.update(enumerate(need, begin))
     return lacking
 
 
 class Planner:
-    """Makes the plan of a request in one step of the loop, and the room for it in one or more.
+    """Makes the plan of a request, and the room for it, each in one step of the loop, or in several.
 
     Between these, others have their turn. So who reserves looks again at what is to be loaded: it may have come by now,
     be on its way, or be gone.
@@ -110,8 +110,11 @@ class Planner:
         """Give loads in flight the share of L1 that the settings say."""
         self._share_bytes = int(self._l1.arena.size_bytes * config.prefetch_share)
 
-    def plan(self, request: Request, found: Found) -> Plan:
-        """Plan the longest prefixes for which L1 can make room; releases the leases beyond them."""
+    def plan(self, request: Request, found: Found) -> Generator[Wait, None, Plan]:
+        """Plan the longest prefixes for which L1 can make room; releases the leases beyond them.
+
+        Of very much, it is done in a few steps, with what to wait for before the next.
+        """
         here = [entry.present if entry is not None else 0 for entry in request.entries]
         loads = self._loads(request, request.loads) if request.loads else {}
         for number, load in loads.items():
@@ -119,7 +122,12 @@ class Planner:
         plan = Plan(request.prompt.layout, _united(here, found.masks()), request.runs)
         for number, load in loads.items():
             here[number] = _spoken_for(load, here[number])
+        is_long = len(here) > _PLANNED_AT_ONCE
+        if is_long:
+            yield turn
         plan.promise(request, plan.found, here)
+        if is_long:
+            yield turn
         if not self._fits(request, plan):
             self._shorten_to_fit(request, plan, here)
         request.release(self._l1, plan.kept)  # not yet what only a shorter prefix needs

@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping, Sequence
 
 from async_cache.advice import Adviser
 from async_cache.aio.clock import precise_clock
+from async_cache.aio.slices import Wait
 from async_cache.aio.sweeper import Sweeper
 from async_cache.aio.worker import Worker
 from async_cache.config import CacheConfig
@@ -20,7 +21,7 @@ from async_cache.prompt import coverage
 from async_cache.prompt.arguments import Wanted
 from async_cache.prompt.layout import Prompt
 from async_cache.read.answers import Promised, hits_of, nothing, result_of
-from async_cache.read.decision import Decider, Wait
+from async_cache.read.decision import Decider
 from async_cache.read.filling import Filling
 from async_cache.read.loads import Arrival, Loader
 from async_cache.read.misses import Misses

@@ -13,7 +13,7 @@ from async_cache import (
     UnknownRequestError,
 )
 from async_cache.l2.memory import MemoryBackend
-from async_cache.testing.backends import FailingBackend, GatedBackend, ThrottledBackend
+from async_cache.testing.backends import FailingBackend, GatedBackend, ThrottledBackend, WrappedBackend
 
 from .support import (
     OBJECT_BYTES,
@@ -97,6 +97,48 @@ async def test_copying_on_while_the_rest_loads_takes_as_long_as_the_longer_of_bo
                     await asyncio.sleep(copy_seconds)
             took = loop.time() - began
             assert took <= 1.15 * 8 * max(SECONDS, copy_seconds)
+
+
+class Noted(WrappedBackend):
+    """Notes how many objects each load asks for, in the order of what else is noted."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.notes = []
+
+    async def before(self, verb, keys, buffers):
+        if verb == "load":
+            self.notes.append(f"{len(keys)} asked for")
+
+
+@pytest.mark.embedded
+async def test_the_first_chunks_of_a_long_stream_are_there_before_the_rest_is_asked_for():
+    prompt = make_prompt(40)
+    await seed(backend := Noted(MemoryBackend()), prompt)
+    async with open_cache(backend) as cache:
+        prefetch = cache.prefetch(prompt)
+        async with cache.stream(prefetch.request_id) as stream:
+            async for chunk in stream:
+                check(chunk, prompt)
+                if chunk.index in (0, 39):
+                    backend.notes.append(f"chunk {chunk.index}")
+        assert backend.notes == ["4 asked for", "chunk 0", "36 asked for", "chunk 39"]
+        await cache.clear("l1")
+        await cache.prefetch(prompt).load_done  # nobody watches
+        assert backend.notes[4:] == ["40 asked for"]
+
+
+@pytest.mark.embedded
+async def test_first_chunks_that_take_long_do_not_hold_up_the_rest_of_a_stream():
+    prompt = make_prompt(40)
+    await seed(gate := GatedBackend(MemoryBackend(), "load"), prompt)
+    async with open_cache(gate) as cache:
+        prefetch = cache.prefetch(prompt)
+        async with cache.stream(prefetch.request_id) as stream:
+            await gate.reached("load", 2)
+            assert len(stream) == 0
+            gate.release()
+            assert len(await arrivals(stream, prompt)) == 40
 
 
 async def test_what_is_in_memory_comes_at_once_and_the_rest_as_it_loads():

@@ -3,9 +3,11 @@
 import asyncio
 import gc
 import logging
+from asyncio.base_events import BaseEventLoop
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from faults.small_steps import small_steps
@@ -23,7 +25,7 @@ from async_cache.read.decision import Decider, _join
 from async_cache.read.load import ChunkLoad
 from async_cache.read.loads import Loader
 from async_cache.read.lookup import Found
-from async_cache.read.plan import Planner
+from async_cache.read.plan import Plan, Planner
 from async_cache.read.prefetch import PrefetchController
 from async_cache.read.search import Search
 from async_cache.testing.backends import GatedBackend, WrappedBackend
@@ -274,6 +276,49 @@ async def test_a_hash_that_somebody_made_up_gets_no_room_beside_that_of_another_
         for prefetch in (first, second):
             await cache.end_request(prefetch.request_id)
         assert await nothing_is_held(cache, memory)
+
+
+async def test_a_plan_of_very_many_chunks_is_made_in_turns_of_the_loop() -> None:
+    layout = ModelLayout("toy", (ObjectGroup((8,), "uint8"),), chunk_tokens=1)
+    prompt = layout.prompt(range(8))
+    turns: dict[str, int] = {}
+    turn = 0
+    run_once = BaseEventLoop._run_once
+
+    def next_turn(loop: BaseEventLoop) -> None:
+        nonlocal turn
+        turn += 1
+        run_once(loop)
+
+    def noted(owner: Any, name: str) -> Any:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any) -> Any:
+            turns.setdefault(name, turn)
+            return real(*arguments)
+
+        return patch.object(owner, name, call)
+
+    async with AsyncCache(CacheConfig(l1_bytes=2**20), [MemoryBackend()]) as cache:
+        async with cache.store(prompt) as writer:
+            for chunk in writer:
+                chunk.commit()
+        await cache.flush()
+        for at_once in (8, 7):
+            await cache.clear("l1")
+            turns.clear()
+            with (
+                patch("async_cache.read.plan._PLANNED_AT_ONCE", at_once),
+                patch.object(BaseEventLoop, "_run_once", next_turn),
+                noted(Plan, "__init__"),
+                noted(Plan, "promise"),
+                noted(Planner, "_fits"),
+            ):
+                prefetch = cache.prefetch(prompt)
+                assert (await prefetch.load_done).chunks == 8
+            assert list(turns) == ["__init__", "promise", "_fits"]
+            assert len(set(turns.values())) == (1 if at_once == 8 else 3)
+            await cache.end_request(prefetch.request_id)
 
 
 async def test_a_share_that_is_taken_again_before_its_release_in_parts_has_come_to_it_is_kept() -> None:
