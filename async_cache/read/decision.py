@@ -229,7 +229,7 @@ class Decider:
             request.promise(plan.lengths, plan.needed)
             sources = found.sources(to_load)
             tally.load(to_load, sources, request.prompt.layout.objects.sizes)
-            if not plan.to_load:
+            if not plan.to_load and not (to_load and in_steps):  # else what is said of it has a step to itself
                 break
             if to_load:
                 self._load(request, found, sources, to_load)

@@ -278,7 +278,7 @@ async def test_a_hash_that_somebody_made_up_gets_no_room_beside_that_of_another_
         assert await nothing_is_held(cache, memory)
 
 
-async def test_a_plan_of_very_many_chunks_is_made_in_turns_of_the_loop() -> None:
+async def test_what_is_promised_of_very_many_chunks_is_decided_in_turns_of_the_loop() -> None:
     layout = ModelLayout("toy", (ObjectGroup((8,), "uint8"),), chunk_tokens=1)
     prompt = layout.prompt(range(8))
     turns: dict[str, int] = {}
@@ -304,20 +304,23 @@ async def test_a_plan_of_very_many_chunks_is_made_in_turns_of_the_loop() -> None
             for chunk in writer:
                 chunk.commit()
         await cache.flush()
-        for at_once in (8, 7):
+        for at_once in (9, 7):
             await cache.clear("l1")
             turns.clear()
             with (
                 patch("async_cache.read.plan._PLANNED_AT_ONCE", at_once),
+                patch("async_cache.read.decision._CAUGHT_UP_AT_ONCE", at_once),
                 patch.object(BaseEventLoop, "_run_once", next_turn),
                 noted(Plan, "__init__"),
                 noted(Plan, "promise"),
                 noted(Planner, "_fits"),
+                noted(Planner, "reserve"),
+                noted(Decider, "_promised"),
             ):
                 prefetch = cache.prefetch(prompt)
                 assert (await prefetch.load_done).chunks == 8
-            assert list(turns) == ["__init__", "promise", "_fits"]
-            assert len(set(turns.values())) == (1 if at_once == 8 else 3)
+            assert list(turns) == ["__init__", "promise", "_fits", "reserve", "_promised"]
+            assert len(set(turns.values())) == (1 if at_once == 9 else 5)
             await cache.end_request(prefetch.request_id)
 
 
