@@ -9,6 +9,8 @@ STEPS = (
     "l1.store._AT_ONCE",
     "read.explain._OBJECTS_AT_ONCE",
     "read.batches._FEW_OBJECTS",
+    "read.batches._FIRST_CHUNKS",
+    "read.batches._MANY_CHUNKS",
     "read.decision._CAUGHT_UP_AT_ONCE",
     "read.decision._LOOKED_UP_AT_ONCE",
     "read.hits._AT_ONCE",
