@@ -60,8 +60,9 @@ LAZY = {
     ("async_cache.memory.tensors", "torch"),
     ("async_cache.tracing", "opentelemetry"),
     ("async_cache.replay.plot", "matplotlib.figure"),
+    ("async_cache.retention.policies", "async_cache.retention.prefix"),  # which needs numpy
 }
-"""What is imported in a function, and where: an extra that most have no use for."""
+"""What is imported in a function, and where: an extra that most have no use for, or what needs it."""
 ENTRY_POINTS = {
     ("async_cache.l2.urls.registry", "importlib.metadata"),
     ("async_cache.cli", "importlib.metadata"),  # its commands, each when it is asked for

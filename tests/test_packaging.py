@@ -76,6 +76,24 @@ def test_a_command_does_without_what_only_a_server_needs() -> None:
     assert done.stderr.startswith("async-cache: there is no server at unix:///none")
 
 
+def test_the_policy_that_learns_says_which_extra_it_needs_and_the_others_do_without() -> None:
+    code = """
+import sys
+sys.modules["numpy"] = None
+from async_cache.errors import ConfigError
+from async_cache.retention.policies import NAMES, make_policy
+for name in NAMES:
+    try:
+        make_policy(name, lambda: 0.0)
+    except ConfigError as error:
+        print(error)
+"""
+    told = subprocess.check_output([sys.executable, "-c", code], text=True, timeout=150)
+    needs = "the policy prefix needs the extra prefix: pip install 'async-kv-cache[prefix]'"
+    assert told == f"numpy is not installed; {needs}\n"
+    assert needed("prefix") <= needed("server"), "`replay` compares all policies"
+
+
 def test_only_extras_need_torch() -> None:
     assert not any(re.match(r"torch|numpy", requirement) for requirement in PROJECT["dependencies"])
     assert [extra for extra in EXTRAS if "torch" in needed(extra)] == ["torch", "transformers", "demo", "dev"]

@@ -8,7 +8,7 @@ from async_cache.retention.reuse import Kind, ReuseModel
 
 DIGEST_BYTES = 4
 """What is remembered of a chunk. Where two have the same, one of them is judged as the other."""
-HELD, SUSPENDED, SHOWN = -1, -2, -3
+HELD, SUSPENDED, SHOWN, WAITING = -1, -2, -3, -4
 """Why a branch is not among the leaves."""
 
 
@@ -42,7 +42,7 @@ class Branch(Struct, gc=False, eq=False):
     """What is left of the path of one request: a row of chunks, some of them members, the others remembered.
 
     The deepest member may leave next. The branch is among the leaves then, by its `rank`; or it is HELD, since other
-    branches hang on that member, SUSPENDED, or being SHOWN.
+    branches hang on that member, SUSPENDED, being SHOWN, or WAITING to be ranked.
     """
 
     digests: bytes

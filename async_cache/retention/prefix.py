@@ -15,11 +15,11 @@ from random import Random
 from typing import Generic, TypeVar
 
 from async_cache.retention.ages import Ages, Order, bin_at
-from async_cache.retention.branches import DIGEST_BYTES, HELD, SUSPENDED, Branch, Member, Run, common
+from async_cache.retention.branches import DIGEST_BYTES, HELD, SUSPENDED, WAITING, Branch, Member, Run, common
 from async_cache.retention.duel import Duel
 from async_cache.retention.recall import branches_of, pack, pieces_of, unpack
 from async_cache.retention.reuse import NO_GAP, ReuseModel, cut_of, gap_of, octave_of, output_of
-from async_cache.retention.worths import Leaves, rank_of
+from async_cache.retention.worths import Leaves
 from async_cache.values import Removal
 
 REMEMBERED = 4  # times the chunks that are there: so many that left are remembered,
@@ -27,7 +27,6 @@ MIN_REMEMBERED = 100_000  # or so many
 
 _LESSONS = 1_000_000  # for so many, every branch is one; then fewer and fewer,
 _LEAST_LESSONS = 0.125  # down to this part of them
-_LESSON_POWER = 0.3  # of the number of chunks is the weight of a lesson: they are not independent
 _FORGOTTEN_AT_ONCE = 8  # branches
 _LONGEST_PATH = 8192  # chunks: what lies behind is known, but not as a part of the path
 _RECALLED_CHUNKS = 131_072  # after a restart: those of the branches used last. The order of use has as many
@@ -79,26 +78,25 @@ class PrefixPolicy(Generic[T]):
         self._pass_time()
         for aged in self._ages.pass_on(self._now):
             self._learn_unused(aged)
-        digests = b"".join([chunk_hash[:DIGEST_BYTES] for chunk_hash in path])
+        each = [chunk_hash[:DIGEST_BYTES] for chunk_hash in path]
+        digests, heads = b"".join(each), self._heads
         branch = Branch(digests, 0, b"", [], self._now, octave_of(tokens), *output_of(output_tokens), 0)
         place = found = lru_found = 0
         while place < len(path):
-            owner = self._heads.get(digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES])
-            if owner is None:
-                branch.extend(1, 1, NO_GAP)
+            begin = place
+            while place < len(path) and each[place] not in heads:
                 place += 1
-            else:
-                begin, is_packed = place, isinstance(owner, bytes)
-                if isinstance(owner, bytes):
-                    owner = unpack(owner)
-                    self._heads[owner.digests[:DIGEST_BYTES]] = owner
-                place = self._take_over(owner, branch, begin)
-                if is_packed:
-                    self._pack(owner)
-                found = branch.members if found == begin else found
-                had = self._duel.has(owner.used, place - begin)
-                lru_found = place if had and lru_found == begin else lru_found
-                branch.new = octave_of(max(tokens - place * chunk_tokens, 0))
+            if place > begin:
+                branch.extend(place - begin, 1, NO_GAP)
+                continue
+            owner, is_packed = self._owner(each[place])
+            place = self._take_over(owner, branch, begin)
+            if is_packed:
+                self._pack(owner)
+            found = branch.members if found == begin else found
+            had = self._duel.has(owner.used, place - begin)
+            lru_found = place if had and lru_found == begin else lru_found
+            branch.new = octave_of(max(tokens - place * chunk_tokens, 0))
         if tokens < len(path) * chunk_tokens:
             branch.part_tail()
         branch.judge(self._model)
@@ -195,17 +193,18 @@ class PrefixPolicy(Generic[T]):
         """What is known of the first chunks of a branch, and that they were used, is known of those of another one."""
         age = branch.used - owner.used
         gap = gap_of(age)
-        lessons = []
+        kinds, chunks = [], []
         for run in owner.runs:
             taken = min(run.chunks, shared)
             if taken <= 0:
                 break
-            if owner.lesson and run.kind is not None:
-                lessons.append((run.kind, taken**_LESSON_POWER))
+            if run.kind is not None:
+                kinds.append(run.kind)
+                chunks.append(taken)
             branch.extend(taken, run.touches + 1, gap)
             shared -= taken
-        if lessons:
-            self._model.learn(lessons, owner.bin if owner.ages else bin_at(age), True)
+        if owner.lesson and kinds:
+            self._model.learn(kinds, chunks, owner.bin if owner.ages else bin_at(age), used=True)
 
     def _recall(self, branch: Branch, digests: bytes) -> None:
         """What comes back of these chunks after a restart is in another branch than it was."""
@@ -221,6 +220,14 @@ class PrefixPolicy(Generic[T]):
             packed = self._heads[head] = pack(branch)
             self._in_order.enter(packed)
             branch.digests, branch.runs = b"", []
+
+    def _owner(self, digest: bytes) -> tuple[Branch, bool]:
+        """The branch that begins with a digest, and whether it was packed until now."""
+        owner = self._heads[digest]
+        if not isinstance(owner, bytes):
+            return owner, False
+        unpacked = self._heads[digest] = unpack(owner)
+        return unpacked, True
 
     def _unpack(self, packed: bytes) -> Branch:
         """The branch that was packed, to which something comes back."""
@@ -311,7 +318,7 @@ class PrefixPolicy(Generic[T]):
             newer.older = item
             return
         branch.deepest = item
-        if branch.rank < 0 or older is None or branch.run_at(place)[1]:
+        if branch.rank != WAITING and (branch.rank < 0 or older is None or branch.run_at(place)[1]):
             self._leaves.push(branch)
 
     def _branch_for(self, chunk_hash: bytes, parent: T | None) -> tuple[Branch, int]:
@@ -407,7 +414,7 @@ class PrefixPolicy(Generic[T]):
         if self._duel.is_behind or branch is None or (place := branch.place_of(chunk_hash)) < 0:
             return True
         first, kind = self._leaves.first(), branch.run_at(place)[0].kind
-        return first is None or kind is None or rank_of(self._model.worth(kind, branch.bin)) >= first.rank
+        return first is None or kind is None or self._model.rank(kind, branch.bin) >= first.rank
 
     def victims(self) -> Iterator[T]:
         """Iterate over all items in the order in which they should go. Those that came may leave."""
@@ -460,8 +467,8 @@ class PrefixPolicy(Generic[T]):
     def _learn_unused(self, branch: Branch) -> None:
         """A branch has come into its bin, unused in the one before."""
         if branch.lesson:
-            kinds = [(run.kind, run.chunks**_LESSON_POWER) for run in branch.runs if run.kind]
-            self._model.learn(kinds, branch.bin - 1, False)
+            kinds = [run.kind for run in branch.runs if run.kind is not None]
+            self._model.learn(kinds, [run.chunks for run in branch.runs], branch.bin - 1, used=False)
         if branch.rank >= 0:
             self._leaves.push(branch)
 

@@ -10,9 +10,13 @@ the best ratio, over all horizons, of the probability of a use to the time for w
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from math import exp, log2, sqrt
+from math import log2
 
+import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
 
 BINS = 32
 BIN_ENDS = [1.5 * 2 ** (bin / 2) for bin in range(BINS)]
@@ -27,6 +31,9 @@ _GROUPS = BINS >> _GROUP_BITS
 _BASE_LOGIT = -3.0
 _MOST_LOGIT = 100.0
 _STEP = 0.1
+_LESSON_POWER = 0.3  # of the number of chunks is the weight of a lesson: they are not independent
+_LEARNED_AT_ONCE = 256  # lessons
+_JUDGED_AT_ONCE = 12  # kinds: more take memory that the system gives and takes back each time, which is slow
 _FRESH_FOR = 1000  # lessons, or an eighth of all: then what a kind is worth is computed anew
 _FRESH_BITS = 3
 _MOST_KINDS = 2048
@@ -35,58 +42,51 @@ _MOST_NUMBER = 1e12
 
 _TOUCHES = (2, 3, 5, 9, 17, 65)
 _VALUES = (7, 2, 4, 17, 17, 16, 12, 7 * 17, 7 * 17, 17 * 17)
-_ROWS = list(range(sum(_VALUES)))  # one for each value of a trait; these numbers are shared by all kinds
-_FIRST = [sum(_VALUES[:trait]) for trait in range(len(_VALUES))]
-_WIDTHS = [end - begin for begin, end in zip([0.0, *BIN_ENDS], BIN_ENDS, strict=False)]
+_TRAITS = len(_VALUES)
+_FIRST = [sum(_VALUES[:trait]) for trait in range(_TRAITS)]
+_ROWS = sum(_VALUES) + 1  # one for each value of a trait, and the last for one that nobody told
+_FOR_ALL = np.int16(_GROUPS * _ROWS)  # here the weights for all bins begin,
+_OF_BINS = (_GROUPS + 1) * _ROWS  # and here those of one bin, and of the bins since the end of the output
+_WEIGHTS = _OF_BINS + BINS * (1 + 2 + 2 * 4 + 1)
+_NOTHING = _WEIGHTS - BINS
+_UNTOLD = [*range(_ROWS - 1, _OF_BINS, _ROWS), *range(_NOTHING, _WEIGHTS)]  # weights that stay 0
+_EACH_BIN = np.arange(BINS)
+_WIDTHS = np.diff([0.0, *BIN_ENDS])
+
+_LEAST_SECONDS = 1e-9
+_STEPS = 16  # ranks for a doubling of what it is worth
+_LEAST, _MOST = -48, 16  # powers of two
+RANKS = (_MOST - _LEAST) * _STEPS
+"""As many ranks are below all others, for what is of sessions that have ended."""
 
 
 class Kind(Struct, gc=False, eq=False):
     """Chunks that have all traits in common, and what these are worth in each bin, as was computed last.
 
-    `own` and `shared`: the rows of their traits, and of those that all chunks have that were used last by the same
-    request. `since`: where the weights by the time since the end of the output begin, and those
-    by that and the turn; UNTOLD where that is not known.
+    `rows`: of their traits, and where the weights by the time since the end of the output begin, and those by that and
+    the turn. `ranks`: see `rank_of`.
     """
 
-    own: tuple[int, ...]
-    shared: tuple[int, ...]
-    since: int
-    since_and_turn: int
+    rows: bytes
+    ranks: "array[int] | None" = None
     fresh_until: int = 0  # lessons
-    worths: "array[float] | None" = None
-
-
-def floats(arrays: "Sequence[array[float]]") -> bytes:
-    """Numbers, four bytes each."""
-    return b"".join([array("f", numbers).tobytes() for numbers in arrays])
-
-
-def take_floats(arrays: "Sequence[array[float]]", content: bytes) -> None:
-    """Set numbers to what `floats` has said of them. Raises ValueError, and sets none, where it says that of others."""
-    numbers = array("f")
-    numbers.frombytes(content)
-    if len(numbers) != sum(map(len, arrays)) or not all(abs(number) < _MOST_NUMBER for number in numbers):
-        raise ValueError("these are other numbers")
-    at = 0
-    for each in arrays:
-        each[:] = array("d", numbers[at : at + len(each)])
-        at += len(each)
 
 
 class ReuseModel:
     """The weights, and what they say of each kind.
 
     For a value of a trait there is one weight for all bins, and one for each group of bins. Others belong to a bin,
-    or to the bins since the end of the output.
+    or to the bins since the end of the output. Lessons wait until there are some hundreds of them, and are learned
+    together; kinds are judged together, as far as that can wait.
     """
 
     def __init__(self) -> None:
-        self._of_groups = [array("d", bytes(8 * len(_ROWS))) for _ in range(_GROUPS + 1)]  # the last one: for all bins
-        self._of_bins = array("d", bytes(8 * BINS * (1 + 2 + 2 * 4)))
-        self._squares = [array("d", [1.0]) * len(_ROWS) for _ in self._of_groups]  # summed, of gradients, for AdaGrad
-        self._squares_of_bins = array("d", [1.0]) * len(self._of_bins)
+        self._weights = np.zeros(_WEIGHTS)
+        self._squares = np.ones(_WEIGHTS)  # summed, of gradients, for AdaGrad
+        self._waiting = _Lessons()
         self.lessons = 0
         self._kinds: dict[int, Kind] = {}
+        self._new: list[Kind] = []  # those that were not judged yet
 
     def kind(self, touches: int, tail: bool, cut: int, new: int, output: int, bins: int, turn: int, gap: int) -> Kind:
         """The kind of a chunk.
@@ -101,130 +101,130 @@ class ReuseModel:
         if kind is None:
             if len(self._kinds) >= _MOST_KINDS:
                 self._kinds.clear()
+                self._new.clear()
             kind = self._kinds[code] = _kind(touched, tail, cut, new, output, bins, turn, gap)
+            self._new.append(kind)
         return kind
 
-    def learn(self, chunks: Sequence[tuple[Kind, float]], bin: int, used: bool) -> None:
-        """Chunks that one request used last were used in a bin, or have come through it unused.
+    def learn(self, kinds: Sequence[Kind], chunks: Sequence[int], bin: int, *, used: bool) -> None:
+        """So many chunks of each of these kinds were used in a bin, or have come through it unused."""
+        waiting = self._waiting
+        waiting.rows += b"".join([kind.rows for kind in kinds])
+        waiting.chunks += chunks
+        waiting.bins += bytes([bin]) * len(kinds)
+        waiting.used += bytes([used]) * len(kinds)
+        self.lessons += len(kinds)
+        if len(waiting.bins) >= _LEARNED_AT_ONCE:
+            self._learn_all()
 
-        `chunks`: of which kinds they are, each with the weight that it has as a lesson.
-        """
-        group, for_all, of_bins = self._of_groups[bin >> _GROUP_BITS], self._of_groups[_GROUPS], self._of_bins
-        squares, squares_for_all = self._squares[bin >> _GROUP_BITS], self._squares[_GROUPS]
-        request = chunks[0][0]
-        shared = request.shared
-        places = [bin] if request.since < 0 else [bin, request.since + bin, request.since_and_turn + bin]
-        base = sum(map(of_bins.__getitem__, places), _BASE_LOGIT)
-        base += sum(map(group.__getitem__, shared)) + sum(map(for_all.__getitem__, shared))
-        slopes = summed = 0.0
-        for kind, weight in chunks:
-            own = kind.own
-            logit = sum(map(group.__getitem__, own), base) + sum(map(for_all.__getitem__, own))
-            slope = (1 / (1 + _odds(-logit)) - used) * weight
-            square, step = slope * slope, _STEP * slope
-            slopes += slope
-            summed += square
-            for row in own:
-                squares[row] = total = squares[row] + square
-                group[row] -= step / sqrt(total)
-                squares_for_all[row] = total = squares_for_all[row] + square
-                for_all[row] -= step / sqrt(total)
-        step = _STEP * slopes
-        for row in shared:
-            squares[row] = total = squares[row] + summed
-            group[row] -= step / sqrt(total)
-            squares_for_all[row] = total = squares_for_all[row] + summed
-            for_all[row] -= step / sqrt(total)
-        for place in places:
-            self._squares_of_bins[place] = total = self._squares_of_bins[place] + summed
-            of_bins[place] -= step / sqrt(total)
-        self.lessons += len(chunks)
+    def _learn_all(self) -> None:
+        """Learn from the lessons that wait: one step of AdaGrad."""
+        waiting, self._waiting = self._waiting, _Lessons()
+        bins = np.frombuffer(waiting.bins, np.uint8)[:, None]
+        at = np.frombuffer(waiting.rows, np.int16).reshape(-1, _TRAITS + 2)
+        rows = at[:, :_TRAITS]
+        groups = rows + (bins >> _GROUP_BITS) * np.int16(_ROWS)
+        places = np.hstack([groups, rows + _FOR_ALL, at[:, _TRAITS:] + bins, np.int16(_OF_BINS) + bins])
+        logits = self._weights[places].sum(1) + _BASE_LOGIT
+        chances = 1 / (1 + _odds(-logits))
+        slopes = (chances - np.frombuffer(waiting.used, np.uint8)) * np.array(waiting.chunks) ** _LESSON_POWER
+        flat, count = places.ravel(), places.shape[1]
+        self._squares += np.bincount(flat, np.repeat(slopes * slopes, count), _WEIGHTS)
+        self._weights -= _STEP * np.bincount(flat, np.repeat(slopes, count), _WEIGHTS) / np.sqrt(self._squares)
+        self._weights[_UNTOLD] = 0.0
 
     def learned(self) -> bytes:
         """All that it has learned."""
-        return self.lessons.to_bytes(8, "little") + floats(self._arrays())
+        if self._waiting.bins:
+            self._learn_all()
+        numbers = np.concatenate([self._weights, self._squares]).astype(np.float32)
+        return self.lessons.to_bytes(8, "little") + numbers.tobytes()
 
     def recall(self, learned: bytes) -> None:
         """Go on from what one has learned. Raises ValueError for anything else."""
-        take_floats(self._arrays(), learned[8:])
+        numbers = np.frombuffer(learned[8:], np.float32) if len(learned) % 4 == 0 else np.zeros(0)
+        if len(numbers) != 2 * _WEIGHTS or not (np.abs(numbers) < _MOST_NUMBER).all():
+            raise ValueError("these are other numbers")
+        weights, squares = np.split(numbers.astype(np.float64), 2)
+        self._weights, self._squares = weights, np.maximum(squares, 1.0)
+        self._weights[_UNTOLD] = 0.0
         self.lessons = int.from_bytes(learned[:8], "little")
         self._kinds.clear()
 
-    def _arrays(self) -> "list[array[float]]":
-        return [*self._of_groups, *self._squares, self._of_bins, self._squares_of_bins]
+    def rank(self, kind: Kind, bin: int) -> int:
+        """The rank of what chunks of a kind are worth in a bin: uses to be expected per second of memory."""
+        if self.lessons >= kind.fresh_until:
+            self.judge([kind])
+        assert kind.ranks is not None
+        return kind.ranks[bin]
 
-    def worth(self, kind: Kind, bin: int) -> float:
-        """What it is worth to keep a chunk of this kind in this bin: uses to be expected per second of memory."""
-        worths = kind.worths
-        if worths is None or self.lessons >= kind.fresh_until:
-            kind.fresh_until = self.lessons + max(_FRESH_FOR, self.lessons >> _FRESH_BITS)
-            worths = kind.worths = array("f", self._worths(kind))
-        return worths[bin]
+    def judge(self, kinds: Iterable[Kind]) -> None:
+        """Find out what new kinds are worth, and anew what those of these are that were judged long ago."""
+        stale = list({id(kind): kind for kind in (*kinds, *self._new) if self.lessons >= kind.fresh_until}.values())
+        self._new.clear()
+        for first in range(0, len(stale), _JUDGED_AT_ONCE):
+            self._judge(stale[first : first + _JUDGED_AT_ONCE])
 
-    def _worths(self, kind: Kind) -> list[float]:
-        """The worth in each bin: the mean of the Gittins indices at its beginning and its end.
+    def _judge(self, kinds: Sequence[Kind]) -> None:
+        """The rank in each bin is that of the mean of the Gittins indices at its beginning and its end.
 
         With the chance to live unused until a time, and the memory spent until then, as the two coordinates of a
-        point, the index is the steepest way down from one point to any later one: a side of their convex hull.
+        point, the index is the steepest way down from one point to any later one.
         """
-        spent, unused = self._curve(kind)
-        hull = [(spent[BINS], unused[BINS], 0.0)]  # each point with the steepness of the side behind it
-        indices = [0.0] * BINS
-        for bin in range(BINS - 1, -1, -1):
-            x, y = spent[bin], unused[bin]
-            behind_x, behind_y, steepest = hull[-1]
-            steep = _slope(x, y, behind_x, behind_y)
-            while steep <= steepest and len(hull) > 1:
-                hull.pop()
-                behind_x, behind_y, steepest = hull[-1]
-                steep = _slope(x, y, behind_x, behind_y)
-            hull.append((x, y, steep))
-            indices[bin] = steep
-        return [(now + then) / 2 for now, then in zip(indices, [*indices[1:], indices[-1]], strict=True)]
+        spent, unused = self._curves(b"".join([kind.rows for kind in kinds]))
+        used = np.maximum(unused[:, :-1, None] - unused[:, None, 1:], 0)  # 0 for what is not later
+        index = (used / np.maximum(spent[:, None, 1:] - spent[:, :-1, None], _LEAST_SECONDS)).max(2)
+        index[:, :-1] += index[:, 1:]
+        index[:, -1] *= 2
+        octaves = np.log2(np.maximum(index, 2.0**_LEAST)) - 1 - _LEAST
+        ranks = (RANKS + np.clip(_STEPS * octaves, 0, RANKS - 1)).astype(np.int16)
+        fresh_until = self.lessons + max(_FRESH_FOR, self.lessons >> _FRESH_BITS)
+        for kind, of in zip(kinds, ranks, strict=True):
+            kind.ranks, kind.fresh_until = array("h", of.tobytes()), fresh_until
 
-    def _curve(self, kind: Kind) -> tuple[list[float], list[float]]:
-        """At each end of a bin, the memory spent until then, and the chance to be unused until then."""
-        rows, of_bins, since, and_turn = kind.own + kind.shared, self._of_bins, kind.since, kind.since_and_turn
-        *by_group, base = [sum(map(weights.__getitem__, rows)) for weights in self._of_groups]
-        base += _BASE_LOGIT
-        logits: Iterable[float] = of_bins[:BINS]
-        if since >= 0:
-            told = zip(logits, of_bins[since : since + BINS], of_bins[and_turn : and_turn + BINS], strict=True)
-            logits = map(sum, told)
-        time, left = 0.0, 1.0
-        spent, unused = [time], [left]
-        for bin, logit in enumerate(logits):
-            after = left / (1 + _odds(base + by_group[bin >> _GROUP_BITS] + logit))
-            time += (left + after) / 2 * _WIDTHS[bin]
-            left = after
-            spent.append(time)
-            unused.append(left)
+    def _curves(self, rows: bytes) -> tuple[Floats, Floats]:
+        """At each end of a bin, the memory spent until then, and the chance to be unused until then; of each kind."""
+        at = np.frombuffer(rows, np.int16).reshape(-1, _TRAITS + 2)
+        by_row = self._weights[:_OF_BINS].reshape(_GROUPS + 1, _ROWS)[:, at[:, :_TRAITS]].sum(2)
+        logits = np.repeat(by_row[:_GROUPS] + by_row[_GROUPS], 1 << _GROUP_BITS, 0).T + _BASE_LOGIT
+        logits += self._weights[at[:, _TRAITS:, None] + _EACH_BIN].sum(1)
+        logits += self._weights[_OF_BINS + _EACH_BIN]
+        unused = np.ones((len(at), BINS + 1))
+        np.cumprod(1 / (1 + _odds(logits)), 1, out=unused[:, 1:])
+        spent = np.zeros_like(unused)
+        np.cumsum((unused[:, :-1] + unused[:, 1:]) / 2 * _WIDTHS, 1, out=spent[:, 1:])
         return spent, unused
 
 
+class _Lessons:
+    """Lessons that wait to be learned together. Of each: rows, chunks, a bin, and whether they were used then."""
+
+    def __init__(self) -> None:
+        self.rows, self.bins, self.used = bytearray(), bytearray(), bytearray()
+        self.chunks: list[int] = []
+
+
 def _kind(touched: int, tail: bool, cut: int, new: int, output: int, bins: int, turn: int, gap: int) -> Kind:
-    own = [(0, touched), (1, tail), (6, gap), (7, touched * 17 + new)]
-    shared = [(2, cut), (3, new), (5, turn)]
-    since = since_and_turn = UNTOLD
+    values = [touched, tail, cut, new, output, turn, gap, touched * 17 + new, touched * 17 + output, new * 17 + output]
+    rows = [first + value for first, value in zip(_FIRST, values, strict=True)]
+    since = since_and_turn = _NOTHING
     if output >= 0:
-        own.append((8, touched * 17 + output))
-        shared += [(4, output), (9, new * 17 + output)]
-        since = BINS + BINS - bins
+        since = _OF_BINS + BINS + BINS - bins
         since_and_turn = since + 2 * BINS * (1 + min(turn, 3))
-    return Kind(_rows(own), _rows(shared), since, since_and_turn)
+    else:
+        for trait in (4, 8, 9):
+            rows[trait] = _ROWS - 1
+    return Kind(array("h", [*rows, since, since_and_turn]).tobytes())
 
 
-def _rows(values: Iterable[tuple[int, int]]) -> tuple[int, ...]:
-    return tuple([_ROWS[_FIRST[trait] + value] for trait, value in values])
+def _odds(logits: Floats) -> Floats:
+    odds: Floats = np.exp(np.minimum(logits, _MOST_LOGIT))
+    return odds
 
 
-def _slope(x: float, y: float, behind_x: float, behind_y: float) -> float:
-    """How steep it goes down to a later point; 0 where nothing is left, and no memory is spent any more."""
-    return (y - behind_y) / (behind_x - x) if behind_x > x else 0.0
-
-
-def _odds(logit: float) -> float:
-    return exp(min(logit, _MOST_LOGIT))
+def rank_of(worth: float) -> int:
+    """The rank of what is worth so many uses per second."""
+    return RANKS + (min(max(int(_STEPS * (log2(worth) - _LEAST)), 0), RANKS - 1) if worth > 0 else 0)
 
 
 def gap_of(seconds: float) -> int:

@@ -1,29 +1,22 @@
 """The leaves of a tree of branches, the least worth first.
 
 What a leaf is worth is rounded to one of a few hundred ranks, sixteen to each doubling, and the leaves of one rank are
-in the order in which they came to it. So a step costs the same however many there are.
+in the order in which they came to it. So a step costs the same however many there are. A leaf is ranked when somebody
+asks for one, with all that came, or have aged, since.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
 from itertools import count
-from math import log2
 from typing import Generic, TypeVar
 
-from async_cache.retention.branches import DIGEST_BYTES, HELD, SHOWN, SUSPENDED, Branch, Member, Place
-from async_cache.retention.reuse import ReuseModel
+from async_cache.retention.branches import DIGEST_BYTES, HELD, SHOWN, SUSPENDED, WAITING, Branch, Member, Place, Run
+from async_cache.retention.reuse import RANKS, ReuseModel, rank_of
 from async_cache.retention.ring import Ring
 
-_STEPS = 16  # ranks for a doubling
-_LEAST, _MOST = -48, 16  # powers of two
-_RANKS = (_MOST - _LEAST) * _STEPS  # as many again, below, for what is of sessions that have ended
+_MOST_WAITING = 256  # branches
 
 T = TypeVar("T", bound=Member)
-
-
-def rank_of(worth: float) -> int:
-    """The rank of what is worth so many uses per second."""
-    return _RANKS + (min(max(int(_STEPS * (log2(worth) - _LEAST)), 0), _RANKS - 1) if worth > 0 else 0)
 
 
 class Leaves(Generic[T]):
@@ -39,6 +32,7 @@ class Leaves(Generic[T]):
         self._filled = 0  # by bit, the ranks of which there may be leaves
         self._hanging: dict[bytes, int] = {}  # the number of branches with members that have this digest before them
         self._held: dict[bytes, Branch] = {}  # by the digest of the deepest member, on which others hang
+        self._waiting: list[Branch] = []  # to be ranked; those that are among the leaves may be so already
         self._by_use: Ring[Place] = Ring()  # all that have members, and are not suspended
         self.as_lru = False
         """Whether that leaves first that was used first, whatever it is worth."""
@@ -50,19 +44,22 @@ class Leaves(Generic[T]):
             place.branch.place = None
 
     def rank(self, branch: Branch, item: T) -> int:
-        """The rank of a member. What only turns of a session have used goes first once that has ended."""
-        run, _ = branch.run_at(branch.place_of(item.chunk_hash))
+        """The rank of a member."""
+        return self._rank_of(branch, branch.run_at(branch.place_of(item.chunk_hash))[0])
+
+    def _rank_of(self, branch: Branch, run: Run) -> int:
+        """The rank of a run. What only turns of a session have used goes first once that has ended."""
         assert run.kind is not None
-        rank = rank_of(self._model.worth(run.kind, branch.bin))
+        rank = self._model.rank(run.kind, branch.bin)
         if branch.told is None or run.touches > branch.turn + 1:  # others than its own turns have used it
             return rank
         returns, within_seconds = branch.told
         if not returns:
-            return rank - _RANKS
+            return rank - RANKS
         return max(rank, rank_of(1 / within_seconds)) if within_seconds else rank
 
     def push(self, branch: Branch) -> None:
-        """Rank a branch by what its deepest member is worth now, unless others hang on that."""
+        """Have a branch be ranked by what its deepest member is worth, unless others hang on that."""
         if branch.deepest is None:
             self.take(branch)
             return
@@ -74,7 +71,24 @@ class Leaves(Generic[T]):
             self.take(branch)
             self._held[digest] = branch
             return
-        rank = self.rank(branch, branch.deepest)
+        if branch.rank != WAITING:
+            self._waiting.append(branch)
+        if branch.rank < 0:
+            branch.rank = WAITING
+        if len(self._waiting) >= _MOST_WAITING:
+            self._rank_all()
+
+    def _rank_all(self) -> None:
+        """Rank all branches that wait for it, together."""
+        waiting, self._waiting = self._waiting, []
+        waiting = [branch for branch in waiting if branch.rank >= 0 or branch.rank == WAITING]
+        runs = [branch.run_at(branch.place_of(branch.deepest.chunk_hash))[0] for branch in waiting]
+        self._model.judge([run.kind for run in runs if run.kind is not None])
+        for branch, run in zip(waiting, runs, strict=True):
+            self._enter(branch, self._rank_of(branch, run))
+
+    def _enter(self, branch: Branch, rank: int) -> None:
+        """Have a branch be among the leaves of a rank, and of no other."""
         if rank == branch.rank:
             return
         self.take(branch)
@@ -96,6 +110,8 @@ class Leaves(Generic[T]):
 
     def lowest(self) -> Branch | None:
         """The branch of the lowest rank; None if there is none."""
+        if self._waiting:
+            self._rank_all()
         while self._filled:
             lowest = self._filled & -self._filled
             branch = self._rings[lowest.bit_length() - 1].oldest()
@@ -106,14 +122,19 @@ class Leaves(Generic[T]):
 
     def first(self) -> Branch | None:
         """The branch whose deepest member should leave first, judged anew; None if there is none."""
+        if self._waiting:
+            self._rank_all()
         if self.as_lru and (place := self._by_use.oldest()) is not None and place.branch.rank >= 0:
             return place.branch
         while (branch := self.lowest()) is not None:
             leaf, judged = branch.deepest, (branch, self._model.lessons)
-            is_leaf = leaf.chunk_hash[:DIGEST_BYTES] not in self._hanging
-            if is_leaf and (judged == self._judged or self.rank(branch, leaf) <= branch.rank):
-                self._judged = judged
-                return branch
+            if leaf.chunk_hash[:DIGEST_BYTES] not in self._hanging:
+                if judged == self._judged:
+                    return branch
+                self._model.judge([run.kind for run in branch.runs if run.kind is not None])  # all may leave now
+                if self.rank(branch, leaf) <= branch.rank:
+                    self._judged = judged
+                    return branch
             self.push(branch)  # others came to hang on it, or what was learned since speaks for it
         return None
 
