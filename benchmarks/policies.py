@@ -1,23 +1,25 @@
-"""What a policy costs: `python benchmarks/policies.py [CHUNKS ...]`; microseconds a use and a victim, bytes a chunk.
+"""What a policy costs: `python benchmarks/policies.py [--policies NAMES] [CHUNKS ...]`; microseconds and bytes.
 
 Sessions whose prompts grow by some chunks a turn, most of which end after a few; a tier of so many chunks. A use is all
 that is told of a chunk on a path: that it was asked for, that it came, that it was used at the end of its lease. A
-victim is one that is asked for, and left. Learning is counted where it happens. The policies take turns.
+victim is one that is asked for, and left. Learning is counted where it happens. The policies take turns. `ms at once`:
+the longest that one request, or one victim, has taken, in time of the processor.
 """
 
-import sys
+import argparse
 import time
 import tracemalloc
+from collections.abc import Callable
 from hashlib import blake2b
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 from msgspec import Struct
 
-from async_cache.retention.policies import make_policy
+from async_cache.retention.policies import NAMES, make_policy
 from async_cache.values import Removal
 
-POLICIES = ("lru", "prefix")
 SIZES = (10_000, 100_000, 300_000)
 TURN_CHUNKS, SESSIONS, AT_ONCE = 12, 64, 16
 ROUNDS = 3
@@ -84,10 +86,13 @@ class Tier:
 
     def _make_room(self, count: int) -> None:
         while len(self.items) + count > self.chunks and self.items:
-            victim = next(self.policy.victims())
-            del self.items[victim.chunk_hash]
-            self.policy.left(victim, Removal.CAPACITY)
-            self.counts["victim"] += 1
+            self._evict()
+
+    def _evict(self) -> None:
+        victim = next(self.policy.victims())
+        del self.items[victim.chunk_hash]
+        self.policy.left(victim, Removal.CAPACITY)
+        self.counts["victim"] += 1
 
     def fill(self) -> None:
         """Have the tier be full."""
@@ -107,6 +112,24 @@ class Tier:
         return told
 
 
+def longest_ms(tier: Tier, uses: int) -> float:
+    """The longest of so many uses that one request, or one victim, takes. Asking for the time is no part of it."""
+    longest = 0.0
+
+    def timed(step: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            nonlocal longest
+            began = time.thread_time()
+            step(*arguments)
+            longest = max(longest, time.thread_time() - began)
+
+        return run
+
+    with patch.multiple(tier, _serve=timed(tier._serve), _evict=timed(tier._evict)):
+        tier.run(uses)
+    return 1000 * longest
+
+
 def held_bytes(name: str, chunks: int) -> float:
     """What a policy holds for each chunk that is there, with what it remembers, beside the items themselves."""
     tracemalloc.start()
@@ -120,22 +143,30 @@ def held_bytes(name: str, chunks: int) -> float:
 
 def main() -> None:
     """Print a row for each size and policy."""
-    sizes = tuple(map(int, sys.argv[1:])) or SIZES
-    print(f"{'chunks':>9}  {'policy':7}  {'us a use':>9}  {'us a victim':>11}  {'bytes a chunk':>13}")
-    for chunks in sizes:
-        tiers = {name: Tier(name, chunks) for name in POLICIES}
+    parser = argparse.ArgumentParser(description="What a policy costs.")
+    parser.add_argument("sizes", metavar="CHUNKS", type=int, nargs="*", default=SIZES)
+    parser.add_argument("--policies", default="lru,prefix", help=f"of {', '.join(NAMES)}")
+    arguments = parser.parse_args()
+    policies = arguments.policies.split(",")
+    print(
+        f"{'chunks':>9}  {'policy':7}  {'us a use':>9}  {'us a victim':>11}  {'ms at once':>10}  {'bytes a chunk':>13}"
+    )
+    for chunks in arguments.sizes:
+        tiers = {name: Tier(name, chunks) for name in policies}
         for tier in tiers.values():
             tier.fill()
             tier.costs()
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in POLICIES}
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in policies}
         for _ in range(ROUNDS):
             for name, tier in tiers.items():
-                tier.run(max(chunks // 2, 20_000))
+                tier.run(max(chunks // 20, 20_000))
                 rounds[name].append(tier.costs())
         for name, costs in rounds.items():
             use, victim = (sorted(cost[what] for cost in costs)[ROUNDS // 2] for what in ("use", "victim"))
+            longest = longest_ms(tiers.pop(name), 20_000)
             held = held_bytes(name, min(chunks, 50_000))
-            print(f"{chunks:>9,}  {name:7}  {use:9.2f}  {victim:11.2f}  {held:13.0f}", flush=True)
+            row = f"{chunks:>9,}  {name:7}  {use:9.2f}  {victim:11.2f}  {longest:10.2f}  {held:13.0f}"
+            print(row, flush=True)
 
 
 if __name__ == "__main__":
