@@ -89,9 +89,10 @@ class PrefixPolicy(Generic[T]):
             if place > begin:
                 branch.extend(place - begin, 1, NO_GAP)
                 continue
-            owner, is_packed = self._owner(each[place])
+            known = heads[each[place]]
+            owner = self._opened(known) if isinstance(known, bytes) else known
             place = self._take_over(owner, branch, begin)
-            if is_packed:
+            if owner is not known:
                 self._pack(owner)
             found = branch.members if found == begin else found
             had = self._duel.has(owner.used, place - begin)
@@ -193,18 +194,17 @@ class PrefixPolicy(Generic[T]):
         """What is known of the first chunks of a branch, and that they were used, is known of those of another one."""
         age = branch.used - owner.used
         gap = gap_of(age)
-        kinds, chunks = [], []
+        chunks = []
         for run in owner.runs:
             taken = min(run.chunks, shared)
             if taken <= 0:
                 break
             if run.kind is not None:
-                kinds.append(run.kind)
-                chunks.append(taken)
+                chunks.append((run.kind, taken))
             branch.extend(taken, run.touches + 1, gap)
             shared -= taken
-        if owner.lesson and kinds:
-            self._model.learn(kinds, chunks, owner.bin if owner.ages else bin_at(age), used=True)
+        if owner.lesson and chunks:
+            self._model.learn(chunks, owner.bin if owner.ages else bin_at(age), used=True)
 
     def _recall(self, branch: Branch, digests: bytes) -> None:
         """What comes back of these chunks after a restart is in another branch than it was."""
@@ -221,18 +221,14 @@ class PrefixPolicy(Generic[T]):
             self._in_order.enter(packed)
             branch.digests, branch.runs = b"", []
 
-    def _owner(self, digest: bytes) -> tuple[Branch, bool]:
-        """The branch that begins with a digest, and whether it was packed until now."""
-        owner = self._heads[digest]
-        if not isinstance(owner, bytes):
-            return owner, False
-        unpacked = self._heads[digest] = unpack(owner)
-        return unpacked, True
+    def _opened(self, packed: bytes) -> Branch:
+        """The branch that was packed, in its place and not judged yet."""
+        branch = self._heads[packed[:DIGEST_BYTES]] = unpack(packed)
+        return branch
 
     def _unpack(self, packed: bytes) -> Branch:
         """The branch that was packed, to which something comes back."""
-        branch = unpack(packed)
-        self._heads[packed[:DIGEST_BYTES]] = branch
+        branch = self._opened(packed)
         branch.judge(self._model)
         self._in_order.enter(branch)
         return branch
@@ -467,8 +463,8 @@ class PrefixPolicy(Generic[T]):
     def _learn_unused(self, branch: Branch) -> None:
         """A branch has come into its bin, unused in the one before."""
         if branch.lesson:
-            kinds = [run.kind for run in branch.runs if run.kind is not None]
-            self._model.learn(kinds, [run.chunks for run in branch.runs], branch.bin - 1, used=False)
+            chunks = [(run.kind, run.chunks) for run in branch.runs if run.kind is not None]
+            self._model.learn(chunks, branch.bin - 1, used=False)
         if branch.rank >= 0:
             self._leaves.push(branch)
 
@@ -479,8 +475,7 @@ class PrefixPolicy(Generic[T]):
             if self._remembered <= most or (branch := self._in_order.take_oldest()) is None:
                 return
             if isinstance(branch, bytes):
-                branch = unpack(branch)
-                self._heads[branch.digests[:DIGEST_BYTES]] = branch
+                branch = self._opened(branch)
             if not branch.members:
                 self._drop(branch)
                 continue

@@ -34,6 +34,7 @@ _STEP = 0.1
 _LESSON_POWER = 0.3  # of the number of chunks is the weight of a lesson: they are not independent
 _LEARNED_AT_ONCE = 256  # lessons
 _JUDGED_AT_ONCE = 12  # kinds: more take memory that the system gives and takes back each time, which is slow
+_NEW_AT_ONCE = 4 * _JUDGED_AT_ONCE  # that are judged with others before somebody asks for them
 _FRESH_FOR = 1000  # lessons, or an eighth of all: then what a kind is worth is computed anew
 _FRESH_BITS = 3
 _MOST_KINDS = 2048
@@ -106,14 +107,14 @@ class ReuseModel:
             self._new.append(kind)
         return kind
 
-    def learn(self, kinds: Sequence[Kind], chunks: Sequence[int], bin: int, *, used: bool) -> None:
-        """So many chunks of each of these kinds were used in a bin, or have come through it unused."""
+    def learn(self, chunks: Sequence[tuple[Kind, int]], bin: int, *, used: bool) -> None:
+        """Chunks, so many of each kind, were used in a bin, or have come through it unused."""
         waiting = self._waiting
-        waiting.rows += b"".join([kind.rows for kind in kinds])
-        waiting.chunks += chunks
-        waiting.bins += bytes([bin]) * len(kinds)
-        waiting.used += bytes([used]) * len(kinds)
-        self.lessons += len(kinds)
+        waiting.rows += b"".join([kind.rows for kind, _ in chunks])
+        waiting.chunks += [count for _, count in chunks]
+        waiting.bins += bytes([bin]) * len(chunks)
+        waiting.used += bytes([used]) * len(chunks)
+        self.lessons += len(chunks)
         if len(waiting.bins) >= _LEARNED_AT_ONCE:
             self._learn_all()
 
@@ -160,8 +161,8 @@ class ReuseModel:
 
     def judge(self, kinds: Iterable[Kind]) -> None:
         """Find out what new kinds are worth, and anew what those of these are that were judged long ago."""
-        stale = list({id(kind): kind for kind in (*kinds, *self._new) if self.lessons >= kind.fresh_until}.values())
-        self._new.clear()
+        new, self._new = self._new[-_NEW_AT_ONCE:], []
+        stale = list({id(kind): kind for kind in (*kinds, *new) if self.lessons >= kind.fresh_until}.values())
         for first in range(0, len(stale), _JUDGED_AT_ONCE):
             self._judge(stale[first : first + _JUDGED_AT_ONCE])
 

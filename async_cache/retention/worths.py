@@ -15,6 +15,7 @@ from async_cache.retention.reuse import RANKS, ReuseModel, rank_of
 from async_cache.retention.ring import Ring
 
 _MOST_WAITING = 256  # branches
+_JUDGED_AT_ONCE = 8  # runs of one
 
 T = TypeVar("T", bound=Member)
 
@@ -131,7 +132,8 @@ class Leaves(Generic[T]):
             if leaf.chunk_hash[:DIGEST_BYTES] not in self._hanging:
                 if judged == self._judged:
                     return branch
-                self._model.judge([run.kind for run in branch.runs if run.kind is not None])  # all may leave now
+                next_runs = branch.runs[-_JUDGED_AT_ONCE:]  # that may leave now
+                self._model.judge([run.kind for run in next_runs if run.kind is not None])
                 if self.rank(branch, leaf) <= branch.rank:
                     self._judged = judged
                     return branch
@@ -184,12 +186,15 @@ class Leaves(Generic[T]):
         """Assert that all of these branches are where they belong, and no others are among the leaves."""
         hanging: dict[bytes, int] = {}
         ranked: set[int] = set()
+        waiting = set(map(id, self._waiting))
         for branch in branches:
             if branch.members and branch.parent:
                 hanging[branch.parent] = hanging.get(branch.parent, 0) + 1
             if branch.rank >= 0:
                 assert branch.members and branch.newer is not None and self._filled >> branch.rank & 1
                 ranked.add(id(branch))
+            elif branch.rank == WAITING:
+                assert branch.members and id(branch) in waiting
             elif branch.members and branch.rank == HELD:
                 digest = branch.deepest.chunk_hash[:DIGEST_BYTES]
                 assert digest in self._hanging and self._held[digest] is branch

@@ -35,7 +35,7 @@ def test_what_is_sure_to_be_used_or_never_is_worth_something_in_each_bin(weight:
     kind = model.kind(1, False, 0, octave_of(100), *output_of(10), 0, NO_GAP)
     assert all(RANKS <= model.rank(kind, bin) < 2 * RANKS for bin in range(BINS))
     for used in (True, False):
-        model.learn([kind], [1], 5, used=used)
+        model.learn([(kind, 1)], 5, used=used)
     assert all(map(isfinite, numbers_of(model)))
 
 
@@ -44,7 +44,7 @@ def test_what_comes_back_after_some_seconds_is_worth_most_just_before() -> None:
     kind = model.kind(1, False, 0, octave_of(100), *output_of(None), 0, NO_GAP)
     for _ in range(2000):
         for bin in range(9):
-            model.learn([kind], [1], bin, used=bin == 8)
+            model.learn([(kind, 1)], bin, used=bin == 8)
     ranks = [model.rank(kind, bin) for bin in range(BINS)]
     assert ranks[:8] == sorted(ranks[:8]) and ranks[7] > ranks[0] + 16, "twice as much"
 
@@ -79,7 +79,7 @@ def hazards(model: ReuseModel, kind: Kind) -> list[float]:
     found = []
     for bin in range(BINS):
         probe = ReuseModel()
-        probe.learn([kind], [1], bin, used=True)
+        probe.learn([(kind, 1)], bin, used=True)
         changed = [place for place, weight in enumerate(numbers_of(probe)[: len(weights) // 2]) if weight]
         found.append(1 / (1 + exp(3.0 - sum(weights[place] for place in changed))))
     return found
@@ -117,7 +117,7 @@ def test_lessons_count_before_they_are_learned() -> None:
     model = ReuseModel()
     kind = model.kind(1, False, 0, 5, *output_of(10), 0, NO_GAP)
     for _ in range(3):
-        model.learn([kind, kind], [4, 1], 2, used=False)
+        model.learn([(kind, 4), (kind, 1)], 2, used=False)
     assert model.lessons == 6
     after = ReuseModel()
     after.recall(model.learned())
