@@ -77,7 +77,7 @@ class ReuseModel:
     """The weights, and what they say of each kind.
 
     For a value of a trait there is one weight for all bins, and one for each group of bins. Others belong to a bin,
-    or to the bins since the end of the output. Lessons wait until there are some hundreds of them, and are learned
+    or to the bins since the end of the output. Lessons wait until there are some hundreds, and are learned
     together; kinds are judged together, as far as that can wait.
     """
 
