@@ -8,7 +8,7 @@ import errno
 import os
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from threading import Event
 
@@ -44,11 +44,13 @@ class Moved(OSError):
 
 
 class Commit(Struct, eq=False):
-    """Records of bodies that were written to these segments, and why they could not be appended."""
+    """The records of bodies that were written, by segment, and of each segment why they are not recorded, if so."""
 
-    segments: set[str]
-    records: bytes
-    fault: OSError | None = None
+    records: dict[str, bytes]
+    faults: dict[str, Exception] = {}
+
+    def __post_init__(self) -> None:
+        self.faults = dict.fromkeys(self.records, OSError(errno.EIO, "it was not recorded"))
 
 
 class Directory:
@@ -142,43 +144,56 @@ class Directory:
         self.journal.reserve(len(bodies))
         self.bodies.write(bodies, stop)
 
-    def commit(self, commit: Commit) -> None:
-        """Record that bodies are there, together with all others that wait for it. Raises OSError: then none is."""
+    def commit(self) -> None:
+        """Record the bodies of all commits that wait, each of which has the faults of what is not recorded then.
+
+        Nothing waits where they were done together with another one.
+        """
         batch = []
         with suppress(IndexError):
             while True:
                 batch.append(self.waiting.popleft())
-        if batch:  # else it was done together with another one
-            try:
-                self._commit({segment for each in batch for segment in each.segments}, batch)
-            except OSError as error:
-                for each in batch:
-                    each.fault = error.with_traceback(None)
-        if commit.fault is not None:
-            raise commit.fault
-
-    def _commit(self, segments: set[str], batch: list[Commit]) -> None:
-        if self._fsync:
-            for segment in segments:
-                self._sync(segment)
-            names = {*segments, self.journal.name}
-            if names - self._named:
-                os.fsync(self.fd)
-                self._named |= names
-        self.journal.append(b"".join([each.records for each in batch]))
-        if self._fsync:
-            self.journal.sync()
-
-    def _sync(self, segment: str) -> None:
-        """Have a segment survive a power failure. Where that failed once, no later try tells anything: the kernel takes
-        for written what it could not write."""
-        if segment in self.doubtful:
-            raise OSError(errno.EIO, "a sync of its segment failed", segment)
+        segments = {segment for each in batch for segment in each.records}
+        faults: dict[str, Exception] = {}
         try:
-            self.bodies.sync(segment)
-        except OSError:
-            self.doubtful.add(segment)
-            raise
+            if self._fsync:
+                faults |= self._sync(segments)
+            recorded = [data for each in batch for segment, data in each.records.items() if segment not in faults]
+            if recorded:
+                self.journal.append(b"".join(recorded))
+                if self._fsync:
+                    self.journal.sync()
+        except Exception as error:  # it may be recorded, and is not told
+            faults = dict.fromkeys(segments, error.with_traceback(None)) | faults
+        for each in batch:
+            each.faults = {segment: faults[segment] for segment in each.records if segment in faults}
+
+    def _sync(self, segments: Iterable[str]) -> dict[str, Exception]:
+        """Have segments survive a power failure; why some may not. Raises OSError where none does.
+
+        Where the sync of one failed once, no later try tells anything: the kernel takes for written what it could not
+        write.
+        """
+        faults: dict[str, Exception] = {}
+        for segment in segments:
+            try:
+                if segment in self.doubtful:
+                    raise OSError(errno.EIO, "a sync of its segment failed", segment)
+                self.bodies.sync(segment)
+            except OSError as error:
+                self.doubtful.add(segment)
+                faults[segment] = error.with_traceback(None)
+        names = {self.journal.name, *segments}
+        if unnamed := names - faults.keys() - self._named:
+            try:
+                os.fsync(self.fd)
+            except OSError as error:
+                if self.journal.name in unnamed:
+                    raise
+                faults |= dict.fromkeys(unnamed, error.with_traceback(None))
+            else:
+                self._named |= unnamed
+        return faults
 
     def drop(self, holes: Sequence[Hole], emptied: Collection[str]) -> None:
         """Record that bodies are there no more, clear them, and remove segments that are empty. Raises OSError."""

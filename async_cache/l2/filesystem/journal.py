@@ -165,7 +165,7 @@ class Journal:
             try:
                 while written < len(data):
                     written += os.pwrite(self._open.fd, data[written:], self.size_bytes + written)
-            except OSError:
+            except BaseException:
                 if written:
                     os.ftruncate(self._open.fd, self.size_bytes)
                 raise

@@ -198,18 +198,23 @@ class Storing:
         if self._work.over:
             self._end(write)
             return
-        written = [(body, segment) for body, segment in write.bodies if body.fault is None]
-        data = [
-            segment.put_record(body.key, body.size_bytes, body.page, body.checksum, self._origin_of(body.key))
-            for body, segment in reversed(written)  # such that the tail of a prefix is older than its head
-        ]
-        commit = Commit({body.segment for body, _ in written}, b"".join(data))
+        commit = Commit({segment: b"".join(data) for segment, data in self._records(write).items()})
         self._directory.waiting.append(commit)
-        committing = self._threads.run(self._threads.changes, self._directory.commit, commit)
-        committing.add_done_callback(partial(self._published, write))
+        committing = self._threads.run(self._threads.changes, self._directory.commit)
+        committing.add_done_callback(partial(self._published, write, commit))
 
-    def _published(self, write: Write, committing: "asyncio.Future[None]") -> None:
-        fault = _fault_of(committing)
+    def _records(self, write: Write) -> dict[str, list[bytes]]:
+        """Those of the bodies that were written, by segment, such that the tail of a prefix is older than its head."""
+        data: dict[str, list[bytes]] = {}
+        for body, segment in reversed(write.bodies):
+            if body.fault is None:
+                put = segment.put_record(body.key, body.size_bytes, body.page, body.checksum, self._origin_of(body.key))
+                data.setdefault(body.segment, []).append(put)
+        return data
+
+    def _published(self, write: Write, commit: Commit, committing: "asyncio.Future[None]") -> None:
+        if not committing.cancelled():
+            committing.exception()  # looked at: the commit has all faults
         self._end(write)
         if self._work.over:
             return
@@ -218,8 +223,8 @@ class Storing:
         segments = self._catalog.segments
         for body, segment in reversed(write.bodies):
             recorded = body.fault is None  # or perhaps, if the commit failed
-            if recorded and fault is not None:
-                body.fault = fault
+            if recorded and (fault := commit.faults.get(body.segment)) is not None:
+                body.fault = _os_error(fault)
             if body.segment in self._directory.doubtful:
                 segments.turn_from(segment)
             if not recorded:
@@ -253,9 +258,14 @@ class Storing:
         return sum(len(write.bodies) for write in self._writes)
 
 
-def _fault_of(future: "Future[None] | asyncio.Future[None] | None") -> OSError | None:
+def _fault_of(future: "Future[None] | None") -> OSError | None:
     """Why a call was not done, or failed."""
     if future is None or future.cancelled():
         return InterruptedError(errno.EINTR, "it was not written")
     error = future.exception()
-    return error if error is None or isinstance(error, OSError) else OSError(errno.EIO, str(error))
+    return _os_error(error) if error is not None else None
+
+
+def _os_error(error: BaseException) -> OSError:
+    """As which a fault is told, whatever it was."""
+    return error if isinstance(error, OSError) else OSError(errno.EIO, repr(error))
