@@ -5,6 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
+from async_cache.aio.countdown import Countdown
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -32,7 +34,8 @@ async def until_done(
 ) -> None:
     """Wait until one of these is done, whatever came of it, or the time is over. Cancelled, it cancels none of them.
 
-    It is what `asyncio.wait` does for the first that completes, in a third of the time: each load waits so twice.
+    Time for which the loop was held does not count, see `Countdown`. It is what `asyncio.wait` does for the first that
+    completes, in a third of the time: each load waits so twice.
     """
     if any(future.done() for future in futures):
         return
@@ -42,7 +45,7 @@ async def until_done(
         if not waiter.done():
             waiter.set_result(None)
 
-    timer = loop.call_later(timeout_seconds, wake) if timeout_seconds is not None else None
+    timer = Countdown(loop, timeout_seconds, wake) if timeout_seconds is not None else None
     for future in futures:
         future.add_done_callback(wake)
     try:

@@ -199,6 +199,62 @@ async def test_a_call_that_is_silent_is_counted_once_when_its_time_is_over(
     assert guard.breaker.told == ["failed"]
 
 
+# Silence, and a loop that could not listen.
+
+
+class Held(WrappedBackend):
+    """Lookups answer after so many turns of the loop, when what they wait for has come."""
+
+    def __init__(self, turns: int) -> None:
+        super().__init__(MemoryBackend())
+        self.came, self._turns = asyncio.Event(), turns
+
+    async def lookup(self, keys: Sequence[ObjectKey]) -> list[bool]:
+        await self.came.wait()
+        for _ in range(self._turns):
+            await asyncio.sleep(0)
+        return await super().lookup(keys)
+
+
+def hold(seconds: float, then: Callable[[], object] = lambda: None) -> None:
+    """Hold the loop for so long, at the end of which something comes."""
+    loop: Any = asyncio.get_running_loop()
+    loop._selector.clock.advance(seconds)
+    then()
+
+
+@pytest.mark.parametrize("begin", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("turns", [0, 1, 5, 20])
+@virtual
+async def test_an_answer_that_came_while_the_loop_was_held_is_one(begin: float, turns: int) -> None:
+    backend = Held(turns)
+    guard = Guard(backend, Counted(), TIMEOUTS)
+    asyncio.get_running_loop().call_later(begin, hold, 5.0, backend.came.set)
+    assert await guard.lookup(KEYS) == [False] * 3
+    assert guard.breaker.told == ["succeeded"]
+
+
+@virtual
+async def test_what_answers_in_time_but_for_a_hold_of_the_loop_is_not_silent() -> None:
+    loop = asyncio.get_running_loop()
+    backend = Held(0)
+    guard = Guard(backend, Counted(), TIMEOUTS)
+    loop.call_later(0.4, hold, 5.0, lambda: loop.call_later(0.4, backend.came.set))
+    assert await guard.lookup(KEYS) == [False] * 3
+    assert guard.breaker.told == ["succeeded"]
+
+
+@pytest.mark.parametrize("begin", [0.0, 0.5, 0.95])
+@virtual
+async def test_what_stays_silent_after_a_hold_of_the_loop_is_silent(begin: float) -> None:
+    guard = Guard(Held(0), Counted(), TIMEOUTS)
+    asyncio.get_running_loop().call_later(begin, hold, 5.0)
+    assert await guard.lookup(KEYS) is None
+    assert 5.8 < asyncio.get_running_loop().time() < 6.2
+    assert guard.breaker.told == ["failed"]
+    await guard.close(1.0)
+
+
 @pytest.mark.parametrize("verb", ["lookup", "load", "store", "delete"])
 @virtual
 async def test_a_call_that_is_given_up_says_nothing_and_the_next_one_tries(verb: Any) -> None:
