@@ -31,7 +31,7 @@ MAY_KNOW = {
     "limits": "",
     "config": "errors limits prompt protocol retention",
     "observe": "handles prompt values",
-    "recording": "errors observe prompt",
+    "recording": "aio errors observe prompt",
     "ledger": "observe prompt values",
     "advice": "",
     # the tiers, and the ways through them

@@ -2,12 +2,12 @@
 
 import asyncio
 import itertools
-import os
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from async_cache.aio.forks import keep_from_children
 from async_cache.aio.worker import Worker
 from async_cache.client.calls import Call, Commit, EventsCall, PrefetchCall, Question, ReadCall, StreamCall
 from async_cache.client.claims import Claims
@@ -35,20 +35,7 @@ A = TypeVar("A")
 Lost = Callable[["Link", Exception], None]
 """Is called once with the link and the reason, when its connection is lost."""
 
-_links: "weakref.WeakSet[Link]" = weakref.WeakSet()
 _decoder = Decoder(messages.Answer)
-
-
-def _disconnect_child() -> None:
-    """A forked child has its parent's sockets, and would keep the connections alive beyond the parent."""
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for link in _links:
-        for descriptor in link.descriptors():
-            os.dup2(null, descriptor, inheritable=False)  # the number stays taken: who closes it closes nothing else
-    os.close(null)
-
-
-os.register_at_fork(after_in_child=_disconnect_child)
 
 
 class Link:
@@ -73,7 +60,7 @@ class Link:
         self._gone = asyncio.Event()
         self._lost = lost
         self._loop = asyncio.get_running_loop()
-        _links.add(self)
+        keep_from_children(self)
 
     def descriptors(self) -> list[int]:
         """The descriptors of the socket and the segment, as long as they are open."""

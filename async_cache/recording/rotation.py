@@ -7,6 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from async_cache.aio.forks import keep_from_children
 from async_cache.errors import ConfigError
 
 _PARTS = 8  # of the bound: that much is a file that is full, as it is and, for a while, compressed as well
@@ -26,6 +27,7 @@ class RotatedFile:
         """
         self.path, self.most_bytes, self._header = path, most_bytes, header
         self._descriptor, self._size, self._is_torn = -1, 0, False
+        keep_from_children(self)
         self._lock()
         try:
             self._partial().unlink(missing_ok=True)
@@ -50,6 +52,10 @@ class RotatedFile:
         if self._size > len(self._header) and self._size + len(lines) > self.most_bytes // _PARTS:
             self._begin()
         self._append(lines)
+
+    def descriptors(self) -> list[int]:
+        """The descriptor of the file that is locked, as long as it is open."""
+        return [self._descriptor]
 
     def close(self) -> None:
         """Let others record there."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
+from async_cache.aio.forks import keep_from_children
 from async_cache.errors import ConfigError
 from async_cache.protocol.address import MAX_PATH_BYTES, Address
 
@@ -38,6 +39,7 @@ class Listener:
         except OSError as error:
             raise ConfigError(f"cannot listen at {address}: {error.strerror or error}") from error
         self.address = address
+        keep_from_children(self)
 
     @classmethod
     def given(cls, sock: socket.socket) -> Self:
@@ -48,6 +50,7 @@ class Listener:
         name = sock.getsockname()
         is_unix = sock.family == socket.AF_UNIX
         made.address = Address(path=os.fsdecode(name)) if is_unix else Address(host=name[0], port=name[1])
+        keep_from_children(made)
         return made
 
     def renew(self) -> None:
@@ -90,6 +93,10 @@ class Listener:
         made.setblocking(False)
         return made
 
+    def descriptors(self) -> list[int]:
+        """The descriptor of the socket, as long as it is open."""
+        return [self.socket.fileno()]
+
     def close(self) -> None:
         """Stop listening, and remove the Unix socket, unless another one has taken its place."""
         path = self.address.path
@@ -123,7 +130,10 @@ def _alone_in(directory: Path) -> Iterator[None]:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _lock(descriptor, directory)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has it, too
     finally:
         os.close(descriptor)
 

@@ -12,6 +12,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar
 
+from async_cache.aio.forks import keep_from_children
 from async_cache.aio.slices import InTurns, working_for
 from async_cache.errors import AsyncCacheError, ConnectionLostError, LimitError, ProtocolError
 from async_cache.prompt.layout import HASH_AT_ONCE_TOKENS, ModelLayout, Prompt
@@ -80,6 +81,7 @@ class Session:
             admits=self._turn.admits,
             name=name,
         )
+        keep_from_children(self.connection)
         self._making = Making(self.connection, self._turn, shared.makers, self._spawn, self._fail)
         self._administration = Administration(cache, tenant, account, shared.reload)
         self._queries = Queries(cache, tenant, account, shared.deletions)

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from threading import Lock
 
+from async_cache.aio.forks import keep_from_children
 from async_cache.l2.filesystem.format import PAGE_BYTES
 
 OPEN_FILES = 128  # of segments, at a time
@@ -44,14 +45,20 @@ class NotOpened(OSError):
 class OpenFile:
     """A descriptor, closed when the last one who uses it lets go: no thread meets a number that means another file."""
 
-    __slots__ = ("fd",)
+    __slots__ = ("__weakref__", "fd")
 
     def __init__(self, fd: int):
         self.fd = fd
+        keep_from_children(self)  # the lock of an index file, above all: its writer would not be taken for dead
+
+    def descriptors(self) -> list[int]:
+        """Its descriptor, as long as it is open."""
+        return [self.fd]
 
     def __del__(self) -> None:
+        fd, self.fd = self.fd, -1
         with suppress(OSError):  # what was read is not the worse for it; what was written was told by `fsync`
-            os.close(self.fd)
+            os.close(fd)
 
 
 def open_file(directory: int, name: str, flags: int = os.O_RDWR) -> OpenFile:
