@@ -219,6 +219,10 @@ class Backend(ABC):
         """The notes that were kept beside the objects, by their names: empty where they have not outlived a restart."""
         return {}
 
+    async def note(self, name: str) -> bytes | None:
+        """The note that was kept under a name; None if there is none. Who keeps many reads but this one."""
+        return (await self.notes()).get(name)
+
     async def keep_note(self, name: str, note: bytes | None) -> None:  # noqa: B027
         """Keep a note of some kilobytes under a name of letters and digits, as long as objects are kept; None: remove.
 

@@ -73,6 +73,9 @@ class Wrapper(Backend):
     async def notes(self) -> dict[str, bytes]:
         return await self.inner.notes()
 
+    async def note(self, name: str) -> bytes | None:
+        return await self.inner.note(name)
+
     async def keep_note(self, name: str, note: bytes | None) -> None:
         await self.inner.keep_note(name, note)
 

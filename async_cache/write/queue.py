@@ -202,6 +202,7 @@ class WriteQueue:
                 backoff = _FIRST_BACKOFF_SECONDS
                 self._wake.clear()
                 await self._wake.wait()
+            await recall_budget(self.guard)
             try:
                 answered = await self._write_next()
             except Exception:  # it must end neither the queue nor the hope of those who wait for a flush

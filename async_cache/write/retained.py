@@ -39,6 +39,8 @@ _AT_ONCE = 256  # chunks in a step of the loop: a millisecond or two
 _expires_at = attrgetter("expires_at")
 _TRIES = 8  # to keep chunks while others are removed
 _HASH_BYTES = 32
+_AGAIN_SECONDS = 1.0  # after which a backend that did not tell its notes is asked again; each time twice as long
+_MOST_AGAIN_SECONDS = 60.0
 
 
 class Retentions:
@@ -304,6 +306,9 @@ class Retentions:
     async def removed(self, chunk_hashes: Sequence[bytes] | None) -> None:
         """End the retentions of chunks that somebody removed, or of all if None; no restart brings them back."""
         self._changes += 1
+        for tier in self._tiers.values():
+            if tier.unheard is not None:
+                tier.unheard.add(chunk_hashes)
         gone = set(chunk_hashes) if chunk_hashes is not None else set()
         async for some in InTurns(list(self._by_name.values()), 32):
             ended = [
@@ -351,16 +356,37 @@ class Retentions:
             await asyncio.wait(tasks, timeout=max(guard.timeouts.lookup_seconds for guard in tasks.values()))
 
     async def _recover_from(self, guard: Guard, tier: Tier) -> None:
+        """Keep what the notes of a backend say; where it does not tell them, later."""
         try:
             notes = await guard.notes()
         except BackendError as error:
-            log.warning("what is retained in %s is not known: %s", guard.name, error)
-            return
+            log.warning("what is retained in %s is not known yet: %s", guard.name, error)
+            self._carrier.begin(self._recover_later(guard, tier))
+        else:
+            await self._recover_all(notes, guard, tier)
+
+    async def _recover_later(self, guard: Guard, tier: Tier) -> None:
+        """Ask a backend again for its notes, ever less often, until it tells them or has left."""
+        seconds = _AGAIN_SECONDS
+        while True:
+            await asyncio.sleep(max(seconds, guard.breaker.retry_at - self._clock() if not guard.allows() else 0.0))
+            if self._tiers.get(guard) is not tier:
+                return None
+            try:
+                notes = await guard.notes()
+            except BackendError:
+                seconds = min(2 * seconds, _MOST_AGAIN_SECONDS)
+            else:
+                return await self._recover_all(notes, guard, tier)
+
+    async def _recover_all(self, notes: dict[str, bytes], guard: Guard, tier: Tier) -> None:
         for name, note in notes.items():
-            if len(name) != 2 * _HASH_BYTES:
-                continue  # it is of something else
-            self._recover(name, note, tier)
-            await asyncio.sleep(0)
+            if self._tiers.get(guard) is not tier:
+                return  # it has left
+            if len(name) == 2 * _HASH_BYTES:  # else it is of something else
+                self._recover(name, note, tier)
+                await asyncio.sleep(0)
+        tier.unheard = None
 
     def _recover(self, name: str, encoded: bytes, tier: Tier) -> None:
         try:
@@ -370,7 +396,10 @@ class Retentions:
             return
         left = min(note.noted_at + note.lives_seconds - self._wall(), note.lives_seconds)
         retention = self._by_name.get(name)
-        if not 0 < left <= MOST_SECONDS or not note.hashes:
+        data = note.hashes
+        hashes = [data[at : at + _HASH_BYTES] for at in range(0, len(data), _HASH_BYTES)]
+        was_removed = tier.unheard is not None and tier.unheard.has_any_of(hashes)
+        if not 0 < left <= MOST_SECONDS or not hashes or was_removed:
             self._note_soon(name, {tier})
             return
         if retention is None:
@@ -391,8 +420,6 @@ class Retentions:
             self._deadlines.set(retention, retention.expires_at)
         if tier not in retention.held:
             retention.chunk_bytes[tier] = note.chunk_bytes
-            data = note.hashes
-            hashes = [data[at : at + _HASH_BYTES] for at in range(0, len(data), _HASH_BYTES)]
             self._take(retention, tier, hashes, must=True)  # it was promised
 
     # Notes.

@@ -11,6 +11,8 @@ from async_cache.prompt.layout import ModelLayout
 from async_cache.retention.allowance import Allowance
 from async_cache.values import Clipped
 
+_MOST_REMOVED = 65_536  # chunks; of more it is not remembered which
+
 
 class Retention(Struct, eq=False):
     """A prompt that is kept. `held`: of each tier the chunks that it keeps, from the head on.
@@ -53,6 +55,25 @@ class Note(Struct, frozen=True, array_like=True):
     hashes: bytes
 
 
+class Removed:
+    """Chunks that were removed: no more than some are told from all."""
+
+    def __init__(self) -> None:
+        self._hashes: set[bytes] = set()
+        self._all = False
+
+    def add(self, hashes: Sequence[bytes] | None) -> None:
+        """These were removed, or all if None."""
+        self._hashes.update(hashes or ())
+        if hashes is None or len(self._hashes) > _MOST_REMOVED:
+            self._all = True
+            self._hashes.clear()
+
+    def has_any_of(self, hashes: Sequence[bytes]) -> bool:
+        """Whether one of these was removed."""
+        return self._all or not self._hashes.isdisjoint(hashes)
+
+
 class Tier:
     """L1, or one backend: what is kept there, and how that is done."""
 
@@ -66,6 +87,8 @@ class Tier:
         self.allowance, self.keep, self.let_go = allowance, keep, let_go
         self.guard = guard
         self.noting = asyncio.Lock()
+        self.unheard: Removed | None = Removed() if guard is not None else None
+        """What was removed while its notes are not known, which may tell of it."""
 
     def chunk_bytes(self, layout: ModelLayout) -> int:
         """What a chunk takes here."""

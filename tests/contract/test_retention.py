@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from async_cache import AsyncCache, CacheConfig, Clipped, ConfigError, Retained
+from async_cache.errors import BackendError
 from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.urls.registry import from_url
 from async_cache.retention.policies import NAMES
@@ -245,6 +246,68 @@ async def test_what_a_deletion_has_ended_no_restart_brings_back_however_soon_it_
         assert await cache.retained() == []
         await assert_nothing_held(cache)
     assert backend.pins == 0
+
+
+class AwayAtFirst(MemoryBackend):
+    """Cannot tell its notes so often."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.failures = failures
+
+    async def notes(self) -> dict[str, bytes]:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise BackendError("away")
+        return await super().notes()
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("failures", [1, 2, 8])
+async def test_what_is_retained_is_known_as_soon_as_a_backend_that_was_away_tells_it(failures: int) -> None:
+    backend, prompts = AwayAtFirst(0), [make_prompt(3, number=number) for number in range(4)]
+    async with open_cache(backend) as cache:
+        for prompt in prompts:
+            await fill(cache, prompt)
+            await cache.flush()
+            await cache.retain(prompt, ttl_seconds=1000)
+    backend.failures = failures
+    async with open_cache(backend) as cache:
+        assert await cache.retained() == []
+        await cache.delete(prompts[1])
+        await cache.retain(prompts[2], ttl_seconds=3000)
+        await advance(400)
+        assert [kept.chunks for kept in await cache.retained()] == [3, 3, 3]
+        assert 2000 < (await cache.retained())[-1].expires_in_seconds < 3000
+        await advance(1001)
+        assert len(await cache.retained()) == 1
+        cache.check_integrity()
+    assert len(backend._notes) == 1
+
+
+@pytest.mark.embedded
+async def test_what_was_cleared_while_a_backend_was_away_is_not_kept_again() -> None:
+    backend = AwayAtFirst(0)
+    async with open_cache(backend) as cache:
+        await fill_l2(cache, make_prompt(3))
+        await cache.retain(make_prompt(3), ttl_seconds=1000)
+    backend.failures = 3
+    async with open_cache(backend) as cache:
+        await cache.clear(tier="all")
+        await advance(400)
+        assert await cache.retained() == [] and not backend._notes
+        await assert_nothing_held(cache)
+
+
+@pytest.mark.embedded
+async def test_a_backend_that_leaves_is_not_asked_any_more() -> None:
+    backend = AwayAtFirst(1000)
+    async with open_cache(MemoryBackend("other"), backend) as cache:
+        await cache.remove_backend(backend.name)
+        await advance(60)
+        left = backend.failures
+        await advance(1000)
+        assert backend.failures == left
 
 
 @pytest.mark.embedded

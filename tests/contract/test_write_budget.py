@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from async_cache import AsyncCache, ConfigError
+from async_cache.errors import BackendError
 from async_cache.l2.guard.budget import DAY_SECONDS, SAVED_UP, Note, WriteBudget
 from async_cache.l2.memory import MemoryBackend
 from async_cache.l2.placement import Placement
@@ -157,6 +158,57 @@ async def test_a_directory_keeps_what_is_left_over_a_restart(tmp_path: Path) -> 
     back = 64 * PAGE / 86400 * (time.time() - began) + 1  # 3 bytes in a second
     assert 8 * PAGE - 64 <= left[0] <= 8 * PAGE - 64 + back, "64 bytes were written"
     assert 0 <= left[1] - left[0] <= back
+
+
+class Asked(MemoryBackend):
+    """Knows what it was asked of its notes; it cannot tell one so often."""
+
+    def __init__(self, failures: int = 0) -> None:
+        super().__init__()
+        self.placement = Placement(write_budget=64 * CHUNK)
+        self.asked: list[str] = []
+        self.failures = failures
+
+    async def notes(self) -> dict[str, bytes]:
+        self.asked.append("all")
+        return await super().notes()
+
+    async def note(self, name: str) -> bytes | None:
+        self.asked.append(name)
+        if len(self.asked) <= self.failures:
+            raise BackendError("away")
+        return self._notes.get(name)
+
+
+async def test_of_all_notes_the_one_of_what_is_left_is_read() -> None:
+    backend = Asked()
+    backend.retains = False  # else all are read for what is retained
+    async with open_cache(backend) as cache:
+        await store(cache, 0)
+    assert backend.asked == ["budget"]
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+async def test_what_is_left_is_asked_for_again_where_the_backend_was_away(failures: int) -> None:
+    backend = Asked()
+    backend.retains = False
+    async with open_cache(backend) as cache:
+        spend_as_it_is_promised(cache)
+        for number in range(3):
+            await store(cache, number)
+        [spent] = await cache.backends()
+    assert spent.budget_left_bytes is not None and spent.budget_left_bytes <= 5 * CHUNK
+    backend.asked, backend.failures = [], failures
+    async with open_cache(backend) as cache:
+        await settle()
+        [status] = await cache.backends()
+        assert status.budget_left_bytes == 8 * CHUNK, "it is not known yet"
+        for number in range(10, 14):
+            await store(cache, number)
+            await advance(60)
+        [status] = await cache.backends()
+        assert status.budget_left_bytes is not None and status.budget_left_bytes < 6 * CHUNK
+    assert backend.asked == ["budget"] * (failures + 1)
 
 
 async def test_what_is_left_is_noted_though_the_cache_is_closed_while_a_note_is_under_way() -> None:

@@ -3,13 +3,16 @@
 import asyncio
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from async_cache.l2.chunks import Chunk
-from async_cache.l2.filesystem import notes
 from async_cache.l2.filesystem.backend import LEARNED, FileSystemBackend
+from async_cache.l2.filesystem.files import OpenFile
+from async_cache.l2.filesystem.notes import Notes
 from async_cache.prompt.origin import Origin
 from async_cache.retention.policy import EvictionPolicy
 from async_cache.retention.prefix import PrefixPolicy
@@ -33,6 +36,13 @@ async def opened(path: Path, policy: EvictionPolicy[Chunk]) -> FileSystemBackend
     backend = FileSystemBackend(path, policy=policy)
     await backend.open()
     return backend
+
+
+@contextmanager
+def notes_of(path: Path) -> Iterator[Notes]:
+    """The notes of a store that is closed."""
+    directory = OpenFile(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
+    yield Notes(directory.fd, 0)
 
 
 def ask(backend: FileSystemBackend, clock: Clock, numbers: list[int]) -> None:
@@ -70,12 +80,13 @@ async def test_what_was_learned_and_cannot_be_read_is_learned_anew(
     await put(first, range(4), 100)
     ask(first, clock, [0, 1])
     await first.close()
-    note = notes.read_one(os.fspath(path), LEARNED)
-    assert note
-    if damage == "flipped":
-        notes.write(os.fspath(path), LEARNED, note[:100] + bytes([note[100] ^ 1]) + note[101:])
-    elif damage in ("cut", "empty"):
-        notes.write(os.fspath(path), LEARNED, note[:50] if damage == "cut" else b"")
+    with notes_of(path) as notes:
+        note = notes.read(LEARNED)
+        assert note
+        if damage == "flipped":
+            notes.write(LEARNED, note[:100] + bytes([note[100] ^ 1]) + note[101:])
+        elif damage in ("cut", "empty"):
+            notes.write(LEARNED, note[:50] if damage == "cut" else b"")
     policy: PrefixPolicy[Chunk] = PrefixPolicy(clock)
     second = await opened(path, policy)
     assert len([item async for item in second.keys()]) == 4 and "cannot be read" in caplog.text
@@ -88,7 +99,8 @@ async def test_a_directory_whose_policy_learns_nothing_has_no_note_of_it(tmp_pat
     await backend.open()
     await put(backend, range(4), 100)
     await backend.close()
-    assert notes.read_one(os.fspath(tmp_path / "kv"), LEARNED) is None
+    with notes_of(tmp_path / "kv") as notes:
+        assert notes.read(LEARNED) is None
 
 
 async def test_an_open_that_is_given_up_while_it_reads_what_was_learned_leaves_no_thread(
@@ -97,11 +109,11 @@ async def test_an_open_that_is_given_up_while_it_reads_what_was_learned_leaves_n
     read, may_go_on = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
-    def read_one(path: str, name: str) -> None:
+    def wait(notes: Notes, name: str) -> None:
         loop.call_soon_threadsafe(read.set)
         may_go_on.wait()
 
-    monkeypatch.setattr(notes, "read_one", read_one)
+    monkeypatch.setattr(Notes, "read", wait)
     backend = FileSystemBackend(tmp_path / "kv")
     opening = asyncio.create_task(backend.open())
     await read.wait()

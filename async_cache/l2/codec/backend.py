@@ -127,6 +127,10 @@ class CodecBackend(Wrapper):
         decoded = await asyncio.gather(*(self._in_thread(self._read, name, note) for name, note in encoded.items()))
         return {name: note for name, note in zip(encoded, decoded, strict=True) if note is not None}
 
+    async def note(self, name: str) -> bytes | None:
+        encoded = await self.inner.note(name)
+        return (await self._in_thread(self._read, name, encoded)) if encoded is not None else None
+
     async def keep_note(self, name: str, note: bytes | None) -> None:
         encoded = await self._in_thread(self._sealed, name, note) if note is not None else None
         await self.inner.keep_note(name, encoded)

@@ -29,7 +29,6 @@ from async_cache.l2.backend import (
     telling,
 )
 from async_cache.l2.chunks import Chunk
-from async_cache.l2.filesystem import notes
 from async_cache.l2.filesystem.directory import Directory, Moved
 from async_cache.l2.filesystem.format import MOST_PAGES, PAGE_BYTES
 from async_cache.l2.filesystem.journal import GROWTH_BYTES
@@ -57,6 +56,8 @@ MOST_SEGMENT_BYTES = MOST_PAGES * PAGE_BYTES
 CLOSE_SECONDS = 2.0
 LEARNED = "learned"
 """The name of the note on what the policy has learned."""
+NOTES_PART = 8
+"""Of the capacity beyond the least one, notes may have this part: others are refused."""
 TRIES = 3  # in a directory that has moved before one is done
 SELECTED = 4096  # chunks that are looked at in one step, a millisecond or so
 SLICE = 256  # what the loop does with many objects, it does for so many at a time: a millisecond
@@ -149,17 +150,17 @@ class FileSystemBackend(Backend):
         except OSError as error:
             raise BackendError(f"{self.name} cannot be opened: {error}") from error
         else:
-            await self._recall()
+            await self._recall(directory)
             self._log = Log(directory, self._index, self._threads, self._settings)
             self._is_open = True
         finally:
             if not self._is_open:
                 self._threads.shutdown()
 
-    async def _recall(self) -> None:
+    async def _recall(self, directory: Directory) -> None:
         """Have the policy go on from what it had learned when the directory was closed, before chunks are found."""
         try:
-            note = await self._threads.run(self._threads.changes, notes.read_one, self.path, LEARNED)
+            note = await self._threads.run(self._threads.changes, directory.notes.read, LEARNED)
             for _ in self._index.recall(unseal(note)) if note is not None else ():
                 await asyncio.sleep(0)
         except (OSError, ValueError) as error:
@@ -324,16 +325,26 @@ class FileSystemBackend(Backend):
         self._index.unpin_chunks(chunk_hashes)
 
     async def notes(self) -> dict[str, bytes]:
-        return await self._noting(notes.read, self.path)
+        return await self._in_place(lambda log: self._changed(log.directory.notes.read_all))
+
+    async def note(self, name: str) -> bytes | None:
+        return await self._in_place(lambda log: self._changed(log.directory.notes.read, name))
 
     async def keep_note(self, name: str, note: bytes | None) -> None:
-        await self._noting(notes.write, self.path, name, note)
+        await self._in_place(lambda log: self._keep_note(log, name, note))
 
-    async def _noting(self, function: Callable[..., T], *arguments: Any) -> T:
-        try:
-            return await self._threads.run(self._threads.changes, function, *arguments)
-        except OSError as error:
-            raise BackendError(f"{self.name}: {error}") from error
+    async def _keep_note(self, log: Log, name: str, note: bytes | None) -> None:
+        """Have a note, for which chunks make room as they do for objects. Raises OSError, and Moved."""
+        if note is not None and self.capacity_bytes is not None:
+            most_bytes = (self.capacity_bytes - LEAST_CAPACITY_BYTES) // NOTES_PART
+            room_bytes = log.directory.notes.room_with(name, len(note))
+            growth_bytes = room_bytes - log.directory.notes.room_bytes
+            if growth_bytes > 0 and (room_bytes > most_bytes or not log.room.make(growth_bytes)):
+                raise OSError(errno.ENOSPC, f"no room for a note of {len(note)} bytes")
+        await self._changed(log.directory.keep_note, name, note)
+
+    def _changed(self, function: Callable[..., T], *arguments: Any) -> "asyncio.Future[T]":
+        return self._threads.run(self._threads.changes, function, *arguments)
 
     # Loads, stores, and what leaves.
 

@@ -15,18 +15,21 @@ from threading import Event
 from msgspec import Struct
 
 from async_cache.l2.backend import Reader, Sealer
+from async_cache.l2.filesystem import notes, origins
 from async_cache.l2.filesystem.bodies import Bodies, Body
 from async_cache.l2.filesystem.clearing import Clearing, Hole
-from async_cache.l2.filesystem.files import FULL, Files, OpenFile
+from async_cache.l2.filesystem.files import FULL, Files, OpenFile, names_in
 from async_cache.l2.filesystem.format import (
     PAGE_BYTES,
     RECORD_BYTES,
     Record,
     pages,
+    parse_begun,
     unfinished_name,
 )
 from async_cache.l2.filesystem.journal import GROWTH_BYTES, Journal
 from async_cache.l2.filesystem.marker import check_marker
+from async_cache.l2.filesystem.notes import Notes
 from async_cache.l2.filesystem.origins import Origins
 from async_cache.l2.filesystem.runs import Runs
 from async_cache.l2.filesystem.transfers import Transfers
@@ -67,14 +70,15 @@ class Directory:
             code = errno.EROFS if os.fstatvfs(self.fd).f_flag & os.ST_RDONLY else errno.EACCES
             raise PermissionError(code, os.strerror(code), path)
         check_marker(self.fd, path, os.listdir(self.fd), fsync=fsync)
-        self.origins = Origins(self.fd, seal, read)
-        self.origins.learn_all()
         self.files = Files(self.fd)
         transfers = Transfers(self.files, direct=direct)
         self.bodies, self.runs = Bodies(self.files, transfers), Runs(self.files, transfers)
         journal = Journal.create(self.fd)
         journal.probe(self.bodies.puncher)
         self.writer = journal.writer
+        self.origins, self.notes = Origins(self.fd, self.writer, seal, read), Notes(self.fd, self.writer)
+        self.origins.learn_all()
+        self.notes.count()
         self.writers = Writers(self.fd, name, journal)
         self.clearing = Clearing(self.fd, self.files, self.bodies)
         self._checked: tuple[int, float] = -1, 0.0  # the time that the directory had, and when it was looked at
@@ -116,6 +120,9 @@ class Directory:
         """What others have recorded since it was looked for last, in steps, see `Writers`. Raises Moved."""
         if self.has_moved():
             raise Moved(self.path)
+        if adopt:
+            with suppress(OSError):
+                self.notes.count()
         yield from self.writers.look(adopt=adopt, lists=lists)
 
     @property
@@ -127,13 +134,29 @@ class Directory:
     def room_bytes(self) -> int:
         """The room on the disk of all that is no body of ours.
 
-        That is the marker, index files with a page to spare, what tells of origins, and what another version stores.
+        That is the marker, index files with a page to spare, what tells of origins, notes, and what another version
+        stores.
         """
         fresh_bytes = sum(journal.allocated_bytes for journal in self._fresh)
         sizes = [max(fresh_bytes, self.promised_bytes), *(each.allocated_bytes for each in self.writers.all())]
         small_files = len(self.origins.known)  # and the marker, since 0 has no file
-        others_bytes = self.clearing.left_bytes + self.writers.former_bytes
+        others_bytes = self.notes.room_bytes + self.clearing.left_bytes + self.writers.former_bytes
         return PAGE_BYTES * (small_files + sum(map(pages, sizes))) + others_bytes
+
+    def keep_note(self, name: str, note: bytes | None) -> None:
+        """Have a note, see `Notes`. Raises OSError, and Moved where it would not be found."""
+        if self.has_moved():
+            raise Moved(self.path)
+        self.notes.write(name, note)
+
+    def begun(self) -> list[tuple[str, int]]:
+        """The small files that were begun, and the writer of each. Raises OSError."""
+        return [
+            (f"{folder}/{name}", writer)
+            for folder in (origins.DIRECTORY, notes.DIRECTORY)
+            for name in names_in(self.fd, folder)
+            if (writer := parse_begun(name)) is not None
+        ]
 
     # What is recorded.
 

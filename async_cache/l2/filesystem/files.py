@@ -75,6 +75,18 @@ def open_file(directory: int, name: str, flags: int = os.O_RDWR) -> OpenFile:
     return file
 
 
+def names_in(directory: int, folder: str) -> list[str]:
+    """The names in a directory of a directory; none where that is not there. Raises OSError."""
+    try:
+        fd = os.open(folder, os.O_NOFOLLOW | os.O_CLOEXEC | os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory)
+    except FileNotFoundError:
+        return []
+    try:
+        return os.listdir(fd)
+    finally:
+        os.close(fd)
+
+
 class Files:
     """The files of a directory that were used last, open."""
 

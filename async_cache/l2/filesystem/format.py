@@ -34,6 +34,7 @@ _CHECKSUM = Struct("<Q")
 _UNFINISHED = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{8})\.idx\.tmp")
 _INDEX = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{8})\.idx")
 _SEGMENT = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{8})\.seg")
+_BEGUN = re.compile(r"tmp\.([0-9a-f]{16})")
 _MARKER = re.compile(rb"async_cache log of segments, version ([0-9]{1,9})\n")
 
 
@@ -81,6 +82,16 @@ def parse_index(name: str) -> tuple[int, int] | None:
 def parse_segment(name: str) -> tuple[int, int] | None:
     """The writer and the number of a segment; None if no segment has this name."""
     return (int(match[1], 16), int(match[2], 16)) if (match := _SEGMENT.fullmatch(name)) else None
+
+
+def begun_name(writer: int) -> str:
+    """What this writer has begun of a small file, in a directory of those."""
+    return f"tmp.{writer:016x}"
+
+
+def parse_begun(name: str) -> int | None:
+    """The writer of what was begun of a small file; None for what is whole."""
+    return int(match[1], 16) if (match := _BEGUN.fullmatch(name)) else None
 
 
 def is_of_version_1(name: str) -> bool:

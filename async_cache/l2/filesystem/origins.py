@@ -8,12 +8,13 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from secrets import token_hex
 
 import msgspec
 from blake3 import blake3
 
 from async_cache.l2.backend import Reader, Sealer
+from async_cache.l2.filesystem.files import names_in
+from async_cache.l2.filesystem.format import begun_name
 from async_cache.prompt.origin import Origin
 
 DIRECTORY = ".origins"
@@ -23,16 +24,18 @@ MOST = 16_384
 MOST_OF_SALT = 1024
 """And of one salt: of what comes beyond that, only the salt is known."""
 MOST_BYTES = 65_536
-_BEGUN = "tmp."
 _TRIES = 16
 _SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Origins:
-    """The numbers of origins in the store that is open at `directory`, and what they stand for. 0 is that of none."""
+    """The numbers of origins in the store that is open at `directory`, and what they stand for. 0 is that of none.
 
-    def __init__(self, directory: int, seal: Sealer, read: Reader):
-        self._directory, self._seal, self._read = directory, seal, read
+    What is begun has the name of its `writer`.
+    """
+
+    def __init__(self, directory: int, writer: int, seal: Sealer, read: Reader):
+        self._directory, self._writer, self._seal, self._read = directory, writer, seal, read
         self.known: dict[int, Origin | None] = {0: None}
         """What each number stands for that was met, None where nobody says."""
         self._numbers: dict[Origin, int] = {}
@@ -48,7 +51,7 @@ class Origins:
 
     def learn_all(self) -> None:
         """Learn what all numbers stand for. It blocks. Raises OSError."""
-        self.learn([number for name in self._names() if (number := _parse(name))])
+        self.learn([number for name in names_in(self._directory, DIRECTORY) if (number := _parse(name))])
 
     def learn(self, numbers: Collection[int]) -> None:
         """Learn what these numbers stand for. It blocks."""
@@ -64,31 +67,14 @@ class Origins:
                 self._numbers[origin] = self._give(origin)
 
     def forget(self, used: Collection[Origin | None]) -> None:
-        """Take the numbers of all other origins away, which no record has, and files that were begun.
-
-        It blocks. Raises OSError.
-        """
+        """Take the numbers of all other origins away, which no record has. It blocks. Raises OSError."""
         for number, origin in list(self.known.items()):
             if origin is not None and origin not in used:
                 os.unlink(_path(number), dir_fd=self._directory)
                 del self.known[number]
         self._numbers = {origin: n for origin, n in self._numbers.items() if n in self.known}
-        for name in self._names():
-            if name.startswith(_BEGUN):
-                os.unlink(f"{DIRECTORY}/{name}", dir_fd=self._directory)
         with suppress(OSError):  # where some are left
             os.rmdir(DIRECTORY, dir_fd=self._directory)
-
-    def _names(self) -> list[str]:
-        """The names of all files."""
-        try:
-            fd = os.open(DIRECTORY, _SAFE | os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._directory)
-        except FileNotFoundError:
-            return []
-        try:
-            return os.listdir(fd)
-        finally:
-            os.close(fd)
 
     def _give(self, origin: Origin) -> int:
         if self._of_salt[origin.salt] >= MOST_OF_SALT and origin != (coarse := Origin(origin.salt, "")):
@@ -107,20 +93,20 @@ class Origins:
         """Have a number stand for an origin; False if it stands for something else."""
         with suppress(FileExistsError):
             os.mkdir(DIRECTORY, 0o700, dir_fd=self._directory)
-        temporary = f"{DIRECTORY}/{_BEGUN}{token_hex(8)}"
-        fd = os.open(temporary, _SAFE | os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._directory)
+        begun = f"{DIRECTORY}/{begun_name(self._writer)}"
+        fd = os.open(begun, _SAFE | os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=self._directory)
         try:
             with os.fdopen(fd, "wb") as file:
                 file.write(self._seal(_name(number), encoded))
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(temporary, _path(number), src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            os.link(begun, _path(number), src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except FileExistsError:
             if self._content(number) != origin:
                 return False
         finally:
             with suppress(OSError):
-                os.unlink(temporary, dir_fd=self._directory)
+                os.unlink(begun, dir_fd=self._directory)
         self._note(number, origin)
         return True
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 from async_cache.aio.slices import InTurns
@@ -56,15 +57,16 @@ async def sweep(
 
 
 class _Listing(NamedTuple):
+    begun: list[tuple[str, int]]  # small files, and the writer of each, who has an index file
     segments: dict[str, int]  # and the writer of each
     writers: set[int]  # that have an index file
 
 
 def _list(directory: Directory) -> _Listing:
-    names = directory.writers.names
+    names, begun = directory.writers.names, directory.begun()
     segments = {name: parsed[0] for name in names() if (parsed := parse_segment(name)) is not None}
     writers = {parsed[0] for _ in range(2) for name in names() if (parsed := parse_index(name)) is not None}
-    return _Listing(segments, writers)
+    return _Listing(begun, segments, writers)
 
 
 def _clear_away(
@@ -87,6 +89,10 @@ def _clear_away(
         except OSError as error:
             logger.warning("%s: the index %s cannot be cut: %s", directory.name, journal.name, error)
     ours = {journal.writer for journal in dead}
+    for name, writer in listing.begun:
+        if writer in ours or writer not in listing.writers:
+            with suppress(OSError):
+                os.unlink(name, dir_fd=directory.fd)
     allocated = []
     for name, writer in listing.segments.items():
         if name in used:

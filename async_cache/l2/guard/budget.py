@@ -42,6 +42,8 @@ class WriteBudget:
         self._filled_at = self._decayed_at = clock()
         self._promised = 0
         self.written = self.noted = 0  # bytes, and those of them that a note counts that is kept
+        self.is_recalled = False
+        """Whether it is known what was left before: until then no note says what is left."""
         self._spent: dict[str, float] = {}  # by owner, of late
 
     @property
@@ -97,8 +99,11 @@ class WriteBudget:
         """What a backend keeps over a restart, as of a time of the wall."""
         return msgspec.msgpack.encode(Note(self.left_bytes + self._promised, wall))
 
-    def recall(self, note: bytes, wall: float) -> None:
-        """Go on from a note; what cannot be read, or be so, is none."""
+    def recall(self, note: bytes | None, wall: float) -> None:
+        """Go on from a note, if there is one; what cannot be read, or be so, is none."""
+        self.is_recalled = True
+        if note is None:
+            return
         try:
             told = msgspec.msgpack.decode(note, type=Note)
         except msgspec.DecodeError:

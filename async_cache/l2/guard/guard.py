@@ -345,6 +345,10 @@ class Guard(Told):
         """The notes that the backend has kept. Raises BackendError."""
         return await self._carried_out((), self.backend.notes)
 
+    async def note(self, name: str) -> bytes | None:
+        """The note that the backend has kept under a name. Raises BackendError."""
+        return await self._carried_out((), self.backend.note, name)
+
     async def keep_note(self, name: str, note: bytes | None) -> None:
         """Have the backend keep a note, or forget it. Raises BackendError."""
         await self._carried_out((), self.backend.keep_note, name, note)

@@ -64,6 +64,17 @@ def forge(backend: CodecBackend, key: ObjectKey, data: bytes) -> None:
 # Keys.
 
 
+async def test_a_note_is_encoded_and_read_alone() -> None:
+    inner = MemoryBackend()
+    async with opened(inner, aes(KEY)) as backend:
+        for name in ("a", "b"):
+            await backend.keep_note(name, name.encode() * 1000)
+        assert b"a" * 100 not in inner._notes["a"]
+        inner._notes["b"] = inner._notes["a"]
+        assert [await backend.note(name) for name in ("a", "b", "c")] == [b"a" * 1000, None, None]
+        assert await backend.notes() == {"a": b"a" * 1000}
+
+
 async def test_under_another_key_an_object_is_absent_and_stays_for_others() -> None:
     store = MemoryBackend()
     async with opened(store, aes(KEY)) as ours, opened(store, aes(OTHER_KEY)) as theirs:
