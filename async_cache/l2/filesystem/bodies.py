@@ -47,6 +47,7 @@ class Bodies:
             try:
                 self._write_group(group, stop)
             except OSError:
+                self._files.forget(group[0].segment)  # a handle may be stale
                 for body in group:  # one may fit where all do not
                     try:
                         self._write_group([body], stop)

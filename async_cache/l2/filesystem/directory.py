@@ -9,7 +9,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from threading import Event
 
 from msgspec import Struct
@@ -81,6 +81,7 @@ class Directory:
         self.notes.count()
         self.writers = Writers(self.fd, name, journal)
         self.clearing = Clearing(self.fd, self.files, self.bodies)
+        self._is_stale = False  # our index file is not what it was when it was opened
         self._checked: tuple[int, float] = -1, 0.0  # the time that the directory had, and when it was looked at
         self.promised_bytes = 0  # of room for an index file that is written anew
         self._fresh: list[Journal] = []  # an index file that is being written anew
@@ -96,7 +97,12 @@ class Directory:
         return self.writers.journal
 
     def has_moved(self) -> bool:
-        """Whether the path is that of another directory by now, or of none, or our index file was removed from it."""
+        """Whether the path is that of another directory by now, or of none, or our index file was removed from it.
+
+        Or can be written no more, since its handle is stale.
+        """
+        if self._is_stale:
+            return True
         try:
             status = os.fstat(self.fd)
             if not os.path.samestat(os.stat(self.path), status):
@@ -164,7 +170,8 @@ class Directory:
         """Write bodies, see `Bodies`. Raises Moved where they would not be found."""
         if self.has_moved():
             raise Moved(self.path)
-        self.journal.reserve(len(bodies))
+        with self._watched():
+            self.journal.reserve(len(bodies))
         self.bodies.write(bodies, stop)
 
     def commit(self) -> None:
@@ -183,13 +190,23 @@ class Directory:
                 faults |= self._sync(segments)
             recorded = [data for each in batch for segment, data in each.records.items() if segment not in faults]
             if recorded:
-                self.journal.append(b"".join(recorded))
-                if self._fsync:
-                    self.journal.sync()
+                with self._watched():
+                    self.journal.append(b"".join(recorded))
+                    if self._fsync:
+                        self.journal.sync()
         except Exception as error:  # it may be recorded, and is not told
             faults = dict.fromkeys(segments, error.with_traceback(None)) | faults
         for each in batch:
             each.faults = {segment: faults[segment] for segment in each.records if segment in faults}
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Have the directory be opened anew where our index file cannot be written for good."""
+        try:
+            yield
+        except OSError as error:
+            self._is_stale |= error.errno in _AWAY
+            raise
 
     def _sync(self, segments: Iterable[str]) -> dict[str, Exception]:
         """Have segments survive a power failure; why some may not. Raises OSError where none does.
@@ -222,7 +239,8 @@ class Directory:
         """Record that bodies are there no more, clear them, and remove segments that are empty. Raises OSError."""
         data = b"".join([hole.record for hole in holes])
         try:
-            self.journal.append(data)
+            with self._watched():
+                self.journal.append(data)
         except OSError as error:
             if error.errno not in FULL:
                 raise
