@@ -127,8 +127,7 @@ class Directory:
         if self.has_moved():
             raise Moved(self.path)
         if adopt:
-            with suppress(OSError):
-                self.notes.count()
+            self.notes.count()
         yield from self.writers.look(adopt=adopt, lists=lists)
 
     @property
@@ -156,13 +155,16 @@ class Directory:
         self.notes.write(name, note)
 
     def begun(self) -> list[tuple[str, int]]:
-        """The small files that were begun, and the writer of each. Raises OSError."""
-        return [
-            (f"{folder}/{name}", writer)
-            for folder in (origins.DIRECTORY, notes.DIRECTORY)
-            for name in names_in(self.fd, folder)
-            if (writer := parse_begun(name)) is not None
-        ]
+        """The small files that were begun, as far as can be said, and the writer of each."""
+        begun = []
+        for folder in (origins.DIRECTORY, notes.DIRECTORY):
+            with suppress(OSError):
+                begun += [
+                    (f"{folder}/{name}", writer)
+                    for name in names_in(self.fd, folder)
+                    if (writer := parse_begun(name)) is not None
+                ]
+        return begun
 
     # What is recorded.
 

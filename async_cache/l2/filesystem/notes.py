@@ -25,17 +25,14 @@ class Notes:
         """What they take on the disk. What others wrote counts since `count` was called."""
 
     def count(self) -> None:
-        """Find out what all of them take, if that may have changed. Raises OSError."""
-        with self._counting:
-            try:
-                changed_at = os.stat(DIRECTORY, dir_fd=self._directory).st_mtime_ns
-            except FileNotFoundError:
-                return
+        """Find out what all of them take, if that may have changed, and can be found out."""
+        with self._counting, suppress(OSError):
+            changed_at = os.stat(DIRECTORY, dir_fd=self._directory).st_mtime_ns
             if changed_at != self._counted_at:
                 counted: dict[str, int] = {}
                 for name in names_in(self._directory, DIRECTORY):
                     with suppress(FileNotFoundError):
-                        counted[name] = pages(os.stat(_path(name), dir_fd=self._directory).st_size)
+                        counted[name] = pages(os.lstat(_path(name), dir_fd=self._directory).st_size)
                 self._pages, self._counted_at = counted, changed_at
                 self._add_up()
 

@@ -121,6 +121,22 @@ async def test_a_note_is_kept_where_the_path_is(start, tmp_path):
     assert (tmp_path / "kv" / ".notes" / "b").read_bytes() == b"b"
 
 
+@pytest.mark.parametrize("what", ["a file", "a directory of directories"])
+async def test_where_there_can_be_no_notes_there_are_objects(start, tmp_path, what):
+    backend = await start()
+    assert await put(backend, [1], SIZE_BYTES) == [True]
+    await backend.close()
+    if what == "a file":
+        (tmp_path / "kv" / ".notes").write_bytes(b"")
+    else:
+        (tmp_path / "kv" / ".notes" / "a").mkdir(parents=True)
+    backend = await start()
+    with pytest.raises(BackendError):
+        await backend.keep_note("a", b"a")
+    assert await put(backend, [2], SIZE_BYTES) == [True]
+    assert await get(backend, [1, 2], SIZE_BYTES) == [content(number, SIZE_BYTES) for number in (1, 2)]
+
+
 async def test_many_notes_at_once_are_all_kept(start, tmp_path):
     first, second = await start(), await start()
     names = [hash_.hex() for hash_ in make_prompt(50).chunk_hashes]
