@@ -179,9 +179,10 @@ class Writers:
         """List once, and open what is new; False if something that was listed was not there any more."""
         began = time.monotonic()
         changed_ns = os.fstat(self._directory).st_mtime_ns
-        is_settled = time.time_ns() - changed_ns > _TICK_NS  # else the next change may have the same time
+        # By the clock that gives the times: that of a server may be behind ours.
+        now_ns = self.journal.touch() if adopt or not self._has_status_at_hand else time.time_ns()
+        is_settled = now_ns - changed_ns > _TICK_NS  # else the next change may have the same time
         self._listed_at = changed_ns if is_settled else _UNSETTLED
-        now_ns = self.journal.touch() if adopt else 0
         listed = self.names()
         self._measure_former([name for name in listed if is_of_version_1(name)])
         names = self._latest(listed, remove=adopt, now_ns=now_ns)

@@ -6,13 +6,15 @@ import os
 import shutil
 import stat
 import subprocess
+import time
 from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 
 import pytest
 
 from async_cache import BackendError, ConfigError
 from async_cache.l2.backend import LoadOutcome
-from async_cache.l2.filesystem import FileSystemBackend, following
+from async_cache.l2.filesystem import FileSystemBackend, following, writers
+from async_cache.l2.filesystem.journal import Journal
 from async_cache.testing.conformance import key
 
 from .story import SLACK_BYTES, disk_bytes, found, load, store
@@ -247,6 +249,22 @@ async def test_a_directory_whose_time_stands_still_shows_what_others_store(tmp_p
             async with asyncio.timeout(20):
                 while not await found(one, [2]):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
+
+
+async def test_a_server_whose_clock_is_behind_shows_what_others_store(tmp_path, monkeypatch):
+    """Two changes of a directory in one tick of its clock have the same time, however late it is here."""
+    ours, behind_ns = time.time_ns, 3600 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: ours() + behind_ns)
+    monkeypatch.setattr(writers, "has_status_at_hand", lambda fd: False)
+    monkeypatch.setattr(Journal, "touch", lambda self: tmp_path.stat().st_mtime_ns)  # it stands still, nearly
+    monkeypatch.setattr(following, "ADOPT_SECONDS", 1e9)
+    async with opened(tmp_path) as one, opened(tmp_path):
+        assert await found(one, [1]) == []
+        tick = tmp_path.stat().st_mtime_ns
+        async with opened(tmp_path) as other:
+            assert all(await store(other, [1]))
+            os.utime(tmp_path, ns=(tick, tick))
+            assert await found(one, [1]) == [1]
 
 
 # What does not say the truth, or says it late.
