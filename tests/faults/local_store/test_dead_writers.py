@@ -72,6 +72,7 @@ async def test_more_dead_writers_than_files_may_be_open(tmp_path, few_files):
         assert set((await load(backend, writers)).values()) == {LOADED}
         assert len(os.listdir("/proc/self/fd")) < MOST_FILES
     async with opened(tmp_path) as backend:
+        assert len([1 async for _ in backend.keys()]) == len(writers)  # recovery has ended, however long that takes
         assert await found(backend, writers) == list(writers)
         assert set((await load(backend, writers)).values()) == {LOADED}
 
