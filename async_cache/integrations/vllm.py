@@ -36,9 +36,18 @@ from async_cache.integrations.paged import (
     PagedScheduler,
     PagedWorker,
     Pages,
+    Tables,
 )
 from async_cache.integrations.paged.cuda import CudaDevice
-from async_cache.integrations.vllm_layouts import Options, geometry, identity, stage_of, wishes
+from async_cache.integrations.vllm_layouts import (
+    Options,
+    geometry,
+    identity,
+    ranks_of,
+    stage_of,
+    wishes,
+    with_exact_states,
+)
 from async_cache.integrations.vllm_reports import ReportingConnector, block_events
 
 if TYPE_CHECKING:
@@ -157,8 +166,14 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
         if self._scheduler is None:
             return Metadata(Orders())
         state = scheduler_output.kv_connector_block_state
+
+        def tables(request_id: str) -> Tables | None:
+            found = state.get_block_ids(request_id)
+            offered = state.boundary_state_offloads.get(request_id, ())
+            return None if found is None else with_exact_states(found, self._kv_cache_config, offered)
+
         scheduled = scheduler_output.num_scheduled_tokens
-        return Metadata(self._scheduler.step(scheduled, state.get_block_ids, scheduler_output.preempted_req_ids or ()))
+        return Metadata(self._scheduler.step(scheduled, tables, scheduler_output.preempted_req_ids or ()))
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         """Note the workers' loads and saves that have ended."""
@@ -208,7 +223,7 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
             lambda: connect(options.url, options.namespace, token=options.token),
             where,
             device_of(where, caches),
-            rank=rank,
+            ranks=ranks_of(where, self._vllm_config, rank),
             reader=reader,
         )
 

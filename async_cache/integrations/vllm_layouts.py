@@ -14,13 +14,15 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
 from vllm.version import __version__ as vllm_version
 
 from async_cache.errors import ConfigError
-from async_cache.integrations.paged import Geometry, Pages, Wishes, wishes_of
+from async_cache.integrations.paged import Geometry, Pages, Tables, Wishes, wishes_of
+from async_cache.integrations.paged.orders import NO_BLOCK
 from async_cache.prompt.keys import MAX_DIGEST_BYTES
 from async_cache.prompt.layout import ModelLayout
 from async_cache.prompt.objects import ObjectGroup
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 SUPPORTED = "0.32."
 _SHORT = 200  # characters, of which it can still be read what they are
 _DRAFTS = {"eagle", "eagle3", "mtp"}  # that read the KV cache, and are known to write to it before a step's saves begin
-_SPECS = {FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec}
+_SPECS = {FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec}
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,36 +57,84 @@ def geometry(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", option
     """The layout of a model's KV, and where it is in a stage of vLLM's pipeline. Raises ConfigError where that fails.
 
     vLLM gives its scheduler what the first stage has: the layers of the others follow from their number.
+    Recurrent states beside attention are of ranks of their own, behind those of the attention: vLLM keeps a state at
+    some boundaries only, and the rest of a chunk is stored without it.
     """
     _check_supported(vllm_config, kv_cache_config, options)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     replicas = kv_cache_config.kv_tp_replicas
     heads, stages = parallel.tensor_parallel_size // replicas, parallel.pipeline_parallel_size
+    recurrent = _recurrent(kv_cache_config)
+    world_size = heads * stages * (2 if 0 < len(recurrent) < len(kv_cache_config.kv_cache_groups) else 1)
     groups, pages = [], []
     for table, group in enumerate(kv_cache_config.kv_cache_groups):
         block_tokens = group.kv_cache_spec.block_size
-        if options.chunk_tokens % block_tokens:
-            raise ConfigError(
-                f"chunk_tokens {options.chunk_tokens} is not a multiple of vLLM's block size {block_tokens}"
-            )
+        _check_chunks(options.chunk_tokens, block_tokens, has_states=table in recurrent)
         blocks = options.chunk_tokens // block_tokens
         alike = _alike(group, kv_cache_config, options.chunk_tokens)
         if stages > 1 and len(alike) * len(kv_cache_config.kv_cache_groups) > 1:
             raise ConfigError("pipeline parallelism is supported for models whose layers are all alike only")
         for (block, dtype, window), layers in alike.items():
             for number, count in enumerate(_layers(vllm_config, stages, stage, len(layers))):
-                ranks = tuple(range(number * heads, (number + 1) * heads)) if stages > 1 else None
+                first = number * heads if table not in recurrent else world_size - heads * (stages - number)
+                ranks = tuple(range(first, first + heads)) if world_size > heads else None
                 groups.append(ObjectGroup((count, blocks, *block), dtype, window_chunks=window, ranks=ranks))
                 pages.append(Pages(table, block_tokens, tuple(layers) if number == stage else ()))
     layout = ModelLayout(
         options.model or str(model.model),
         tuple(groups),
         chunk_tokens=options.chunk_tokens,
-        world_size=heads * stages,
+        world_size=world_size,
         readers_per_rank=replicas,
         revision=_revision(vllm_config, kv_cache_config),
     )
     return Geometry(layout, tuple(pages))
+
+
+def ranks_of(where: Geometry, vllm_config: "VllmConfig", rank: int) -> range:
+    """Which ranks of the layout a worker is: the one of its attention, and the one of its states."""
+    parallel = vllm_config.parallel_config
+    workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size // where.layout.readers_per_rank
+    return range(rank, where.layout.world_size, workers)
+
+
+def with_exact_states(
+    tables: Tables, kv_cache_config: "KVCacheConfig", offered: Iterable[tuple[int, int, int]]
+) -> Tables:
+    """The tables of a request in a step, with the states that it has for sure once it is computed, and no others.
+
+    `offered` has (group, block, tokens): vLLM's exact states, of which a block is not told by where it stands.
+    """
+    exact = list(tables)
+    for table in _recurrent(kv_cache_config):
+        exact[table] = [NO_BLOCK] * len(tables[table])
+    for table, block, tokens in offered:
+        number, rest = divmod(tokens, kv_cache_config.kv_cache_groups[table].kv_cache_spec.block_size)
+        if not rest and 0 < number <= len(exact[table]):
+            exact[table][number - 1] = block
+    return tuple(exact)
+
+
+def _recurrent(kv_cache_config: "KVCacheConfig") -> list[int]:
+    """The groups that have states in place of tokens."""
+    groups = enumerate(kv_cache_config.kv_cache_groups)
+    return [table for table, group in groups if all(type(spec) is MambaSpec for spec in _specs(group))]
+
+
+def _specs(group: "KVCacheGroupSpec") -> "Iterable[KVCacheSpec]":
+    """The specs of a group: one, or where vLLM tells of each layer, those of all."""
+    specs: Iterable[KVCacheSpec] = getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
+    return specs
+
+
+def _check_chunks(chunk_tokens: int, block_tokens: int, *, has_states: bool) -> None:
+    if has_states and chunk_tokens != block_tokens:
+        raise ConfigError(
+            f"chunk_tokens {chunk_tokens} is not vLLM's block size {block_tokens}, at which it keeps the states of"
+            f" this model: set it to {block_tokens}"
+        )
+    if chunk_tokens % block_tokens:
+        raise ConfigError(f"chunk_tokens {chunk_tokens} is not a multiple of vLLM's block size {block_tokens}")
 
 
 def stage_of(vllm_config: "VllmConfig") -> int:
@@ -156,7 +206,16 @@ def _check_supported(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig"
 def _shape(spec: "KVCacheSpec", chunk_tokens: int) -> Block:
     """What a block is: its shape is (heads, states of each, numbers of a state)."""
     if type(spec) not in _SPECS:
-        raise ConfigError(f"layers with a {type(spec).__name__} are not supported: only attention is")
+        raise ConfigError(f"layers with a {type(spec).__name__} are not supported")
+    if type(spec) is MambaSpec:
+        if spec.mamba_cache_mode != "align":
+            raise ConfigError(
+                "recurrent states are cached where vLLM keeps them at the boundaries of blocks: --enable-prefix-caching"
+                f" --mamba-cache-mode align, and not {spec.mamba_cache_mode}"
+            )
+        if spec.num_speculative_blocks:
+            raise ConfigError("drafts beside recurrent states are not supported: leave out the speculative method")
+        return (1, spec.state_content_size_bytes), "uint8", 1  # the last one of a prefix has all that is before it
     block = (spec.num_heads, spec.num_states, spec.state_content_size_bytes // spec.dtype.itemsize)
     dtype = str(spec.dtype).removeprefix("torch.")
     # A token sees the window's other tokens before it, or those of its local chunk.
@@ -193,11 +252,14 @@ def _kinds(kv_cache_config: "KVCacheConfig") -> Iterator[str]:
         if sizes := _sizes(group, kv_cache_config):
             yield "blocks of " + "+".join(map(str, dict.fromkeys(sizes.values())))
         else:
-            yield from map(_heads, getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values())
+            yield from map(_kind, _specs(group))
 
 
-def _heads(spec: "KVCacheSpec") -> str:
-    """The heads, and how wide their keys and values are: a block may have them all in one number."""
+def _kind(spec: "KVCacheSpec") -> str:
+    """The heads, and how wide their keys and values are, or the parts of a state: a block has them in one number."""
+    if type(spec) is MambaSpec:
+        parts = zip(spec.shapes, spec.dtypes, strict=True)
+        return f"states {spec.mamba_type.name} " + "+".join(f"{tuple(shape)} {dtype}" for shape, dtype in parts)
     return f"heads {spec.num_kv_heads}x{spec.head_size}+{getattr(spec, 'head_size_v', spec.head_size)}"
 
 

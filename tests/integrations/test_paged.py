@@ -62,7 +62,7 @@ class Engine:
         self.scheduler = PagedScheduler(OptionalClient(lambda: self.client), where, saves=saves)
         self.caches = [caches(own, filled=filled) for own in of_ranks]
         self.workers: list[Any] = [
-            PagedWorker(lambda: connect(server.url), own, CheckedDevice(HostDevice(own, pages)), rank=rank)
+            PagedWorker(lambda: connect(server.url), own, CheckedDevice(HostDevice(own, pages)), ranks=[rank])
             if not absent or rank + 1 < len(of_ranks)
             else AbsentWorker([Pages(0, BLOCK, ())])
             for rank, (own, pages) in enumerate(zip(of_ranks, self.caches, strict=True))

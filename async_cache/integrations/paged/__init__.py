@@ -19,7 +19,7 @@ worker     `PagedWorker`: the same in a thread of its own, for an engine that wa
 
 from async_cache.integrations.paged.device import Copy, Device, DeviceError
 from async_cache.integrations.paged.host import HostDevice
-from async_cache.integrations.paged.orders import Geometry, LoadOrder, Orders, Pages, SaveOrder
+from async_cache.integrations.paged.orders import Geometry, LoadOrder, Orders, Pages, SaveOrder, Tables
 from async_cache.integrations.paged.records import EngineRequest
 from async_cache.integrations.paged.scheduler import PagedScheduler
 from async_cache.integrations.paged.wishes import Wishes, wishes_of
@@ -39,6 +39,7 @@ __all__ = [
     "PagedWorker",
     "Pages",
     "SaveOrder",
+    "Tables",
     "Wishes",
     "wishes_of",
 ]

@@ -69,6 +69,8 @@ class Copies:
         self._chunk_tokens = geometry.layout.chunk_tokens
         self._device = device
         self._rank, self._reader = rank, reader
+        objects = geometry.layout.objects
+        self._held = [rank in objects.ranks_of(group) for group in geometry.layout.groups]
         self._complaint = Complaint()
         self._saves_from = 0.0  # by the loop's clock
         self._landing: set[asyncio.Task[None]] = set()  # they end with their saves, or with the loop
@@ -206,10 +208,13 @@ class Copies:
             return
         if order.prompt.layout != self._geometry.layout:
             raise ConfigError("the layers of this rank, and those that its scheduler knows of, have different shapes")
+        first = self._first_whole(order)
+        if first == len(order.prompt):
+            return
         async with asyncio.timeout(_RESERVE_SECONDS):
             client = await self._opened()
             client.check_connected()  # where it is lost, the next one is not waited for
-            saving.writer = await client.store(order.prompt, rank=self._rank, start_chunk=self._first_whole(order))
+            saving.writer = await client.store(order.prompt, rank=self._rank, start_chunk=first)
             self._pin(client)
         for chunk in saving.writer:
             numbers = self._blocks(order, chunk.index)
@@ -248,12 +253,18 @@ class Copies:
         report_end(order)
 
     def _blocks(self, order: SaveOrder, index: int) -> list[list[int]] | None:
-        """The blocks of a chunk, by pages; None where it is not whole: a window has passed, or a table ends before."""
+        """The blocks of a chunk, by group, none for those that the rank lacks.
+
+        None where it is not whole: a window has passed, a state was not kept, or a table ends before.
+        """
         begin, end = index * self._chunk_tokens, (index + 1) * self._chunk_tokens
-        if not all(pages.covers(order.tables, end) for pages in self._geometry.pages):
-            return None
-        numbers = [pages.blocks(order.tables, begin, end) for pages in self._geometry.pages]
-        return None if any(NO_BLOCK in blocks for blocks in numbers) else numbers
+        numbers: list[list[int]] = []
+        for pages, held in zip(self._geometry.pages, self._held, strict=True):
+            blocks = pages.blocks(order.tables, begin, end) if held else []
+            if held and (NO_BLOCK in blocks or not pages.covers(order.tables, end)):
+                return None
+            numbers.append(blocks)
+        return numbers
 
     def _first_whole(self, order: SaveOrder) -> int:
         chunks = range(order.start_chunk, len(order.prompt))

@@ -30,22 +30,25 @@ class Pins:
         self._piece_bytes = piece_bytes
         self._pieces: dict[int, tuple[int, memoryview]] = {}  # by address: the bytes, and what keeps them mapped
         self._closing = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[int, threading.Thread] = {}  # by the address of what they pin
 
     def add(self, view: memoryview, *, writable: bool) -> threading.Thread:
-        """Begin to pin a view; the thread that does."""
-        thread = threading.Thread(target=self._pin, args=(view, writable), name="async_cache pin", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        """Begin to pin a view, once; the thread that does."""
+        begin = torch.frombuffer(view, dtype=torch.uint8).data_ptr()
+        thread = self._threads.get(begin)
+        if thread is None:
+            arguments = (begin, view, writable)
+            thread = threading.Thread(target=self._pin, args=arguments, name="async_cache pin", daemon=True)
+            thread.start()  # it raises where there can be no more threads
+            self._threads[begin] = thread
         return thread
 
-    def _pin(self, view: memoryview, writable: bool) -> None:
+    def _pin(self, begin: int, view: memoryview, writable: bool) -> None:
         with self._runtime.device(self._device):  # else the first GPU gets a context, whichever is ours
-            self._pin_pieces(view, writable)
+            self._pin_pieces(begin, view, writable)
 
-    def _pin_pieces(self, view: memoryview, writable: bool) -> None:
+    def _pin_pieces(self, begin: int, view: memoryview, writable: bool) -> None:
         """Pin a piece after the other, until one cannot be."""
-        begin = torch.frombuffer(view, dtype=torch.uint8).data_ptr()
         for at in range(0, len(view), self._piece_bytes):
             if self._closing.wait(_PAUSE_SECONDS if at else 0):
                 return
@@ -68,7 +71,7 @@ class Pins:
     def close(self) -> None:
         """Unpin everything; what cannot be unpinned stays mapped. No copy may be under way."""
         self._closing.set()
-        for thread in self._threads:
+        for thread in self._threads.values():
             thread.join()
         with self._runtime.device(self._device) if self._pieces else nullcontext():
             for begin in list(self._pieces):

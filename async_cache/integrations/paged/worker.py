@@ -1,4 +1,4 @@
-"""`PagedWorker`: the loads and saves of one rank, in a thread beside its engine's. `AbsentWorker`: none of them."""
+"""`PagedWorker`: the loads and saves of a worker, in a thread beside its engine's. `AbsentWorker`: none of them."""
 
 import asyncio
 import logging
@@ -48,7 +48,10 @@ class Save(NamedTuple):
 
 
 class PagedWorker:
-    """One rank of an engine, until it is closed. `device` has its pages, and is closed with it.
+    """One worker of an engine, until it is closed. `device` has its pages, and is closed with it.
+
+    `ranks`: those of the layout that it is, each with the groups that it holds. What one of them lacks of a chunk holds
+    up none of what another one has.
 
     A loop in a thread of its own waits for the server and for the device. The methods are for the engine's thread; none
     waits but `preempted` and `settle`.
@@ -60,15 +63,15 @@ class PagedWorker:
         geometry: Geometry,
         device: Device,
         *,
-        rank: int = 0,
+        ranks: Sequence[int] = (0,),
         reader: int = 0,
     ):
         self._connect = connect
         self._geometry = geometry
         self._device = device
         self._reader = reader
-        self._copies = Copies(self._opened, geometry, device, rank=rank, reader=reader)
-        self._loads: dict[str, tuple[LoadOrder, Future[int]]] = {}
+        self._copies = [Copies(self._opened, geometry, device, rank=rank, reader=reader) for rank in ranks]
+        self._loads: dict[str, tuple[LoadOrder, list[Future[int]]]] = {}
         self._saves: dict[str, list[Save]] = {}
         self._finished: set[str] = set()
         self._complaint = Complaint()
@@ -97,7 +100,7 @@ class PagedWorker:
     async def _serve(self) -> None:
         await self._closing.wait()
         await asyncio.to_thread(self._device.close)
-        await self._copies.close()
+        await asyncio.gather(*(copies.close() for copies in self._copies))
         async with self._opening:
             if self._client is not None:
                 await self._client.close()
@@ -121,7 +124,8 @@ class PagedWorker:
     def load(self, orders: Iterable[LoadOrder]) -> None:
         """Begin to fill blocks, after what the engine has submitted."""
         for order in orders:
-            filled = self._start(self._copies.load(order, self._device.mark()))
+            after = self._device.mark()
+            filled = [self._start(copies.load(order, after)) for copies in self._copies]
             self._loads[order.request_id] = (order, filled)
 
     def save(self, orders: Iterable[SaveOrder]) -> None:
@@ -129,9 +133,11 @@ class PagedWorker:
         if self._reader:  # another worker has the same bytes
             return
         for order in orders:
-            begun: Future[list[Copy]] = Future()
-            read = self._start(self._copies.save(order, self._device.mark(), begun))
-            self._saves.setdefault(order.request_id, []).append(Save(begun, read))
+            after = self._device.mark()
+            for copies in self._copies:
+                begun: Future[list[Copy]] = Future()
+                read = self._start(copies.save(order, after, begun))
+                self._saves.setdefault(order.request_id, []).append(Save(begun, read))
 
     def preempted(self, request_ids: Iterable[str]) -> None:
         """Let nothing change the blocks of these requests before they are read: wait for room, and for the device."""
@@ -170,17 +176,17 @@ class PagedWorker:
     def received(self) -> Received:
         """The loads that have ended since it was last asked."""
         received = Received()
-        for request_id, (order, future) in list(self._loads.items()):
-            if not future.done():
-                continue
-            del self._loads[request_id]
-            filled = order.first_token
-            if (error := future.exception()) is not None:
-                self._complaint.log(error)
-            else:
-                filled = future.result()
-            received.add(order, filled, self._geometry.pages)
+        for request_id, (order, futures) in list(self._loads.items()):
+            if all(future.done() for future in futures):
+                del self._loads[request_id]
+                received.add(order, min(self._filled(order, future) for future in futures), self._geometry.pages)
         return received
+
+    def _filled(self, order: LoadOrder, future: "Future[int]") -> int:
+        if (error := future.exception()) is not None:
+            self._complaint.log(error)
+            return order.first_token
+        return future.result()
 
 
 class AbsentWorker:
