@@ -110,12 +110,8 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
         transfer, options = self._kv_transfer_config, self._options
         client = OptionalClient(lambda: BlockingClient(options.url, options.namespace, token=options.token))
         layout = where.layout
-        log.info(
-            "chunks of %d tokens, %d bytes a rank, revision %s",
-            layout.chunk_tokens,
-            layout.block_bytes[0],
-            layout.revision,
-        )
+        size_bytes = sum(layout.block_bytes[rank] for rank in ranks_of(where, self._vllm_config, 0))
+        log.info("chunks of %d tokens, %d bytes a rank, revision %s", layout.chunk_tokens, size_bytes, layout.revision)
         if transfer.kv_load_failure_policy != "recompute":
             log.warning(
                 'set "kv_load_failure_policy": "recompute": as it is, a load that falls short fails its request'

@@ -3,13 +3,15 @@
 Makes an environment of its own in `.e2e/` (some minutes, once), and runs itself in it. It fails unless outputs are the
 same with and without the cache, a second request reuses all whole chunks, a pause and a reset leave nothing in the
 cache while a request goes on, a backend that fails in the middle of a load changes nothing, and after 200 requests with
-random aborts the server holds nothing. It measures beside LMCache, and ends with a table of all that.
+random aborts the server holds nothing; and the same outputs and hits for one engine that prefills and another one that
+decodes, and for a hybrid model of random weights. It measures beside LMCache, and ends with a table of all that.
 
 environment    vLLM, LMCache, the model
 servers        sound ones, and `faulty_server`s
 lmcache_peer   LMCache's server
 engine         engines, and what is asked of them
 checks, slow   what has to hold; what slow storage costs
+arrangements   a prefill/decode pair, and a hybrid model
 report         the tables
 """
 
@@ -24,6 +26,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
+from arrangements import check_hybrid, check_pair
 from checks import check_aborts, check_failure, check_outputs, check_resets, check_tests
 from engine import CHUNK_TOKENS, PROMPT_CHUNKS, Subject, ask, forget, make_engine, read_prompts, transfer
 from environment import SETTINGS, Place
@@ -32,7 +35,7 @@ from servers import Servers
 from slow import SLOW_REQUESTS, SLOW_SECONDS, measure_scheduler, measure_slow
 
 L1_GIB = 2
-PARTS = ["tests", "outputs", "resets", "failure", "aborts", "slow"]
+PARTS = ["tests", "outputs", "resets", "failure", "aborts", "slow", "pair", "hybrid"]
 
 
 @contextmanager
@@ -89,6 +92,19 @@ async def run(place, parts):
         expected = await expect(place, few, known=parts != PARTS)
         servers = Servers(directory)
         url, sound = servers.url, partial(servers.sound, L1_GIB)
+        if set(parts) - {"tests", "pair", "hybrid"}:
+            await run_one_engine(report, place, parts, servers, prompts, holders, expected, directory)
+        for part, check in (("pair", partial(check_pair, prompts=few, expected=expected)), ("hybrid", check_hybrid)):
+            if part in parts:
+                async with client_of(sound(), url) as client:
+                    await client.clear("all")
+                    await check(report, place, client, url)
+
+
+async def run_one_engine(report, place, parts, servers, prompts, holders, expected, directory):
+    """What needs one engine of ours, and LMCache's beside it."""
+    few, url, sound = prompts[: len(expected)], servers.url, partial(servers.sound, L1_GIB)
+    with ExitStack() as stack:
         async with client_of(sound(), url) as client:
             engine = make_engine(place.model, transfer(url))
             stack.callback(engine.shutdown)
@@ -124,7 +140,7 @@ async def run(place, parts):
 def main():
     parser = argparse.ArgumentParser(description="vLLM with the cache, end to end.")
     parser.add_argument("--work", type=Path, default=Place.work, help="where all of it is kept, and made at first")
-    parser.add_argument("--model", action="store_true", help="make the model, in the environment")
+    parser.add_argument("--model", action="store_true", help="make the models, in the environment")
     parser.add_argument("--inside", action="store_true", help="run in the environment")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"only these: {', '.join(PARTS)}")
     options = parser.parse_args()
@@ -132,7 +148,7 @@ def main():
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     place = Place(options.work.absolute())
     if options.model:
-        place.make_model()
+        place.make_models()
     elif options.inside:
         asyncio.run(run(place, options.parts or PARTS))
         sys.unraisablehook = lambda _: None  # vLLM ends its engine once more as the interpreter ends, and fails

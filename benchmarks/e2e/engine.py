@@ -13,18 +13,18 @@ HOLDERS = 3  # requests that run on and on, with 88 blocks between them
 HOLDER_TOKENS = 3610
 
 
-def transfer(url):
+def transfer(url, role="kv_both", chunk_tokens=CHUNK_TOKENS, model="SmolLM2-135M"):
     """vLLM's `kv_transfer_config`."""
     return {
         "kv_connector": "AsyncCacheConnector",
-        "kv_role": "kv_both",
+        "kv_role": role,
         "kv_connector_module_path": "async_cache.integrations.vllm",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"url": url, "chunk_tokens": CHUNK_TOKENS, "model": "SmolLM2-135M"},
+        "kv_connector_extra_config": {"url": url, "chunk_tokens": chunk_tokens, "model": model},
     }
 
 
-def make_engine(model, transfer=None):
+def make_engine(model, transfer=None, **more):
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -38,6 +38,7 @@ def make_engine(model, transfer=None):
             enforce_eager=True,
             gpu_memory_utilization=0.3,  # of the memory of this machine, which has other users
             kv_transfer_config=transfer,
+            **more,
         )
     )
 
@@ -53,11 +54,11 @@ class Answer:
 _numbers = iter(range(10**9))
 
 
-async def ask(engine, prompt, *, tokens=ANSWER_TOKENS, answer=None):
+async def ask(engine, prompt, *, tokens=ANSWER_TOKENS, answer=None, texts=True):
     from vllm import SamplingParams
 
     answer, began = answer or Answer(), time.perf_counter()
-    parameters = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    parameters = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=texts)
     async for output in engine.generate({"prompt_token_ids": prompt}, parameters, f"request-{next(_numbers)}"):
         if answer.first_token_seconds is None:
             answer.first_token_seconds = time.perf_counter() - began

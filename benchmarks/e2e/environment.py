@@ -20,6 +20,12 @@ PEER = (
     "sortedcontainers==2.4.0",
 )
 MODEL = ("gguf", "accelerate")
+HYBRID = {
+    "vocab_size": 512, "hidden_size": 128, "shared_intermediate_size": 128, "intermediate_size": 128,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 0,
+    "num_experts_per_tok": 0, "mamba_n_heads": 8, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_head": 32,
+    "mamba_d_conv": 4, "mamba_expand": 2, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+}  # fmt: skip
 TESTS = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis")
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -51,6 +57,10 @@ class Place:
     def model(self):
         return self.work / "model"
 
+    @property
+    def hybrid(self):
+        return self.work / "hybrid"
+
     def prepare(self):
         """Make what is missing."""
         stamp = self.work / "venv" / ".installed"
@@ -70,12 +80,12 @@ class Place:
                 print("LMCache can not be installed: it is left out", flush=True)
             else:
                 (self.peer / ".installed").touch()
-        if not (self.model / "config.json").exists():
+        if not all((model / "config.json").exists() for model in (self.model, self.hybrid)):
             subprocess.run([self.python, Path(__file__).parent, "--work", self.work, "--model"], check=True)
 
-    def make_model(self):
-        """The demonstration's weights, as vLLM takes them."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    def make_models(self):
+        """The demonstration's weights, as vLLM takes them, and a small hybrid model of random ones."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridConfig, set_seed
 
         tokenizer, model = (
             kind.from_pretrained(GGUF.parent, gguf_file=GGUF.name) for kind in (AutoTokenizer, AutoModelForCausalLM)
@@ -85,3 +95,12 @@ class Place:
             del model.config.quantization_config
         tokenizer.save_pretrained(self.model)
         model.save_pretrained(self.model)
+        set_seed(1)
+        config = GraniteMoeHybridConfig(
+            **HYBRID, layer_types=["mamba", "attention", "mamba", "mamba"], position_embedding_type="rope"
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        for weights in model.parameters():
+            if weights.dim() > 1:  # as they come, the prompt hardly matters
+                weights.data.normal_(0, 0.15)
+        model.save_pretrained(self.hybrid)

@@ -17,7 +17,16 @@ from prometheus_client import Counter as PromCounter  # noqa: E402
 from vllm.config import KVTransferConfig  # noqa: E402
 from vllm.distributed.kv_events import KVEventBatch  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole  # noqa: E402
-from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash  # noqa: E402
+from vllm.sampling_params import SamplingParams  # noqa: E402
+from vllm.utils.hashing import sha256  # noqa: E402
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum  # noqa: E402
+from vllm.v1.core.kv_cache_manager import KVCacheManager  # noqa: E402
+from vllm.v1.core.kv_cache_utils import (  # noqa: E402
+    get_request_block_hasher,
+    init_none_hash,
+    maybe_convert_block_hash,
+)
+from vllm.v1.core.sched.output import KVConnectorBlockState  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
@@ -28,6 +37,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     UniformTypeKVCacheSpecs,
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
+from vllm.v1.request import Request as VllmRequest  # noqa: E402
 
 from async_cache import ConfigError  # noqa: E402
 from async_cache.integrations import vllm as connector  # noqa: E402
@@ -247,10 +257,120 @@ def test_a_worker_whose_pages_cannot_be_copied_fails_what_is_ordered_and_vllm_se
     worker.shutdown()
 
 
-def test_layers_that_are_no_attention_are_not_supported() -> None:
-    state = MambaSpec(block_size=128, shapes=((2, 2),), dtypes=(torch.float32,))
-    with pytest.raises(ConfigError, match="MambaSpec"):
-        connector.geometry(config(), cached(FULL, state), connector.Options())
+def state_of(**more: Any) -> MambaSpec:
+    return MambaSpec(
+        **{"block_size": 128, "shapes": ((3, 8), (2, 4)), "dtypes": (torch.bfloat16, torch.float32),
+           "mamba_cache_mode": "align", "page_size_padded": FULL.page_size_bytes} | more
+    )  # fmt: skip
+
+
+def test_states_are_of_ranks_of_their_own_and_the_last_one_is_enough() -> None:
+    made, cache = config(tensor_parallel_size=4), cached(FULL, state_of(), replicas=2)
+    where = connector.geometry(made, cache, connector.Options(chunk_tokens=128))
+    full, state = where.layout.groups
+    assert (where.layout.world_size, where.layout.readers_per_rank) == (4, 2)
+    assert (full.ranks, full.window_chunks) == ((0, 1), None)
+    assert (state.ranks, state.window_chunks, state.dtype) == ((2, 3), 1, "uint8")
+    assert state.shape == (2, 1, 1, 3 * 8 * 2 + 2 * 4 * 4), "what a page is filled up with is not stored"
+    assert [list(vllm_layouts.ranks_of(where, made, rank)) for rank in (0, 1)] == [[0, 2], [1, 3]]
+    alone = connector.geometry(made, cached(state_of()), connector.Options(chunk_tokens=128))
+    assert (alone.layout.world_size, alone.layout.groups[0].ranks) == (4, None)
+    assert list(vllm_layouts.ranks_of(alone, made, 3)) == [3]
+    plain = connector.geometry(made, cached(FULL, replicas=2), connector.Options())
+    assert list(vllm_layouts.ranks_of(plain, made, 1)) == [1]
+
+
+def test_states_that_are_as_large_and_made_otherwise_never_meet() -> None:
+    specs = [state_of(), state_of(shapes=((8, 3), (2, 4))), state_of(mamba_type=MambaAttentionBackendEnum.SHORT_CONV)]
+    options = connector.Options(chunk_tokens=128)
+    layouts = [connector.geometry(config(), cached(FULL, spec), options).layout for spec in specs]
+    assert len({layout.groups for layout in layouts}) == 1
+    assert len({layout.prompt(range(128)).chunk_hashes[0] for layout in layouts}) == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "chunk_tokens", "says"),
+    [
+        (state_of(), 256, "chunk_tokens 256 is not vLLM's block size 128, at which .* set it to 128"),
+        (state_of(mamba_cache_mode="all"), 128, "--mamba-cache-mode align, and not all"),
+        (state_of(mamba_cache_mode="none"), 128, "--enable-prefix-caching"),
+        (state_of(num_speculative_blocks=1), 128, "drafts beside recurrent states"),
+    ],
+)
+def test_states_that_vllm_does_not_keep_exactly_are_not_supported(
+    spec: MambaSpec, chunk_tokens: int, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        connector.geometry(config(), cached(FULL, spec), connector.Options(chunk_tokens=chunk_tokens))
+
+
+def test_of_states_only_those_count_that_vllm_offers_at_the_end_of_a_block() -> None:
+    tables = ([1, 2, 3], [4, 5, 6])
+    exact = partial(vllm_layouts.with_exact_states, tables, cached(FULL, state_of()))
+    assert exact(()) == ([1, 2, 3], [0, 0, 0])
+    assert exact([(1, 9, 128), (1, 8, 300), (1, 7, 384)]) == ([1, 2, 3], [9, 0, 7])
+    assert exact([(1, 9, 512), (1, 9, 0)]) == ([1, 2, 3], [0, 0, 0])
+    assert tables == ([1, 2, 3], [4, 5, 6])
+    assert vllm_layouts.with_exact_states(tables, cached(FULL, WINDOW), ()) == tables
+
+
+class RealScheduler:
+    """vLLM's own manager of blocks, a request that it computes, and the connector's orders for each of its steps."""
+
+    def __init__(self, side: connector.AsyncCacheConnector, cache: KVCacheConfig, tokens: list[int]):
+        self.side = side
+        init_none_hash(sha256)
+        self.manager = KVCacheManager(
+            cache, max_model_len=4096, scheduler_block_size=128, hash_block_size=128, enable_caching=True
+        )
+        self.request = VllmRequest(
+            "a", tokens, SamplingParams(max_tokens=64), None, block_hasher=get_request_block_hasher(128, sha256)
+        )
+        side.bind_kv_cache_manager(self.manager)
+        side.on_new_request(self.request)
+
+    def step(self, tokens: int) -> Any:
+        """Compute so many tokens more."""
+        request, manager = self.request, self.manager
+        manager.new_step_starts()
+        assert manager.allocate_slots(request, tokens) is not None
+        state = KVConnectorBlockState({"a"}, manager.get_block_ids, manager.take_boundary_state_offloads())
+        output = SimpleNamespace(
+            kv_connector_block_state=state, num_scheduled_tokens={"a": tokens}, preempted_req_ids=None
+        )
+        orders = self.side.build_connector_meta(output).orders
+        request.num_computed_tokens += tokens
+        return orders
+
+
+def test_in_vllms_own_manager_of_blocks_states_are_saved_where_a_step_ends(
+    server: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = config()
+    whole.kv_transfer_config = KVTransferConfig(
+        kv_connector="AsyncCacheConnector",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={"url": server.url, "chunk_tokens": 128},
+    )
+    cache = replace(cached(FULL, state_of()), num_blocks=40)
+    with caplog.at_level(logging.INFO, "async_cache"):
+        side = connector.AsyncCacheConnector(whole, KVConnectorRole.SCHEDULER, cache)
+    try:
+        made = RealScheduler(side, cache, list(range(700)))
+        kept = []
+        for tokens in (256, 384, 60, *[1] * 70):
+            if made.request.num_computed_tokens == made.request.num_tokens:
+                made.request.append_output_token_ids(7)
+            for order in made.step(tokens).saves:
+                attention, states = order.tables
+                at = [n for n, block in enumerate(states) if block]
+                assert all(attention[order.start_chunk : len(order.prompt)])
+                kept.append((order.start_chunk, len(order.prompt), at))
+                assert all(states[n] == made.manager.get_block_ids("a")[1][n] for n in at)
+        assert kept == [(0, 2, [1]), (2, 5, [4]), (5, 6, [5])]
+    finally:
+        side.shutdown()
 
 
 def test_salt_lora_and_images_are_part_of_the_identity() -> None:
