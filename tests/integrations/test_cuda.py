@@ -1,6 +1,7 @@
 """All of a CUDA device but CUDA: pages as rows, parts and slots, fences, what is pinned. `tests/gpu` has the rest."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -110,10 +111,11 @@ def test_nothing_is_called_before_the_first_copy_and_little_in_the_engines_threa
     arrangement, runtime = ARRANGEMENTS["LBHNC"], FakeRuntime()
     made = device(arrangement, arrangement.caches(), runtime)
     assert runtime.calls == 0
+    assert runtime.engine.waits == 1, "what the engine's stream still uses of what it gave back is nobody's staging"
     copy = made.save(0, BLOCKS, host_of(arrangement), made.mark())
     copy.done.result(SECONDS)
     made.hold([copy])
-    assert threading.get_ident() not in runtime.threads
+    assert threading.get_ident() not in runtime.threads and runtime.engine.waits == 1
     assert not runtime.engine.waited_for, "what was read is not waited for"
 
 
@@ -135,6 +137,68 @@ def test_the_engine_waits_for_what_is_gathered_and_what_is_not_is_given_up(devic
             copy.done.result(SECONDS)
     made.save(0, BLOCKS, hosts[2], made.mark()).done.result(SECONDS)
     assert bytes_of(hosts[2]) == object_of(ours, BLOCKS)
+
+
+def test_what_is_about_to_be_launched_is_not_given_up(device: Callable[..., CudaDevice]) -> None:
+    arrangement, runtime = ARRANGEMENTS["LBHNC"], FakeRuntime()
+    made = device(arrangement, ours := arrangement.caches(), runtime, slot_bytes=1, slots=1, hold_seconds=60.0)
+    runtime.gate.clear()  # all parts but the first wait for the only slot
+    host = host_of(arrangement)
+    copy: Any = made.save(0, BLOCKS, host, made.mark())
+    holding = threading.Thread(target=made.hold, args=([copy],))
+    holding.start()
+    until(lambda: copy.launched)
+    assert holding.is_alive()
+    runtime.gate.set()
+    holding.join(SECONDS)
+    assert not copy.given_up and copy.launched == LAYERS
+    copy.done.result(SECONDS)
+    assert bytes_of(host) == object_of(ours, BLOCKS)
+    broken = device(arrangement, ours, FakeRuntime(fails=0), hold_seconds=60.0)
+    failed: Any = broken.save(0, BLOCKS, host, broken.mark())
+    broken.hold([failed])  # it is over at once: nothing more of it is launched
+    with pytest.raises(DeviceError, match="call 0"):
+        failed.done.result(SECONDS)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_the_memory_of_a_copy_that_has_ended_is_kept_by_nobody(
+    device: Callable[..., CudaDevice], pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrangement, runtime = ARRANGEMENTS["LBHNC"], FakeRuntime()
+    made = device(arrangement, arrangement.caches(), runtime)
+    monkeypatch.setattr(made._pins, "whole", lambda address, size: pinned)
+    copies = []
+    for begin in (made.save, made.load):
+        host = host_of(arrangement)
+        copies.append(begin(0, BLOCKS, host, made.mark()))
+        copies[-1].done.result(SECONDS)
+        memory = weakref.ref(host.untyped_storage())
+        kept = weakref.ref(host)
+        del host
+        until(lambda kept=kept, memory=memory: kept() is None and memory() is None)
+
+
+@pytest.mark.parametrize("what", ["launch", "land"])
+def test_without_its_threads_a_device_fails_what_it_is_told(
+    device: Callable[..., CudaDevice], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == f"async_cache out {what}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    arrangement, runtime = ARRANGEMENTS["LBHNC"], FakeRuntime()
+    made = device(arrangement, arrangement.caches(), runtime)
+    for says in ("can't start new thread", "closed"):
+        with pytest.raises(DeviceError, match=says):
+            made.save(0, BLOCKS, host_of(arrangement), made.mark())
+    made.load(0, BLOCKS, host_of(arrangement), made.mark()).done.result(SECONDS)
+    made.close()
+    assert not any(thread.is_alive() for thread in made._out._threads)
 
 
 @pytest.mark.parametrize("direction", ["save", "load"])
@@ -278,6 +342,34 @@ def test_bytes_are_bounced_by_several_threads(threads: int, size: int) -> None:
     bounce.copy(to, source)
     bounce.close()
     assert torch.equal(to, source)
+
+
+def test_who_bounces_waits_for_all_threads_also_where_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounce, going_on, ended = Bounce(2), threading.Event(), threading.Event()
+    caller = threading.get_ident()
+
+    def copy(to: torch.Tensor, source: torch.Tensor) -> None:
+        if threading.get_ident() == caller:
+            going_on.set()
+            raise RuntimeError("no")
+        assert going_on.wait(SECONDS)
+        ended.set()
+
+    monkeypatch.setattr("async_cache.integrations.paged.lanes._copy", copy)
+    with pytest.raises(RuntimeError, match="no"):
+        bounce.copy(*torch.zeros(2, 2 << 20, dtype=torch.uint8))
+    assert ended.is_set()
+    bounce.close()
+
+
+def test_what_is_pinned_already_is_not_pinned_again() -> None:
+    runtime, view = FakeRuntime(), memoryview(bytearray(4096))
+    pins = Pins(runtime, CPU)
+    first = pins.add(view, writable=True)
+    assert pins.add(view, writable=True) is first
+    first.join(SECONDS)
+    assert list(runtime.registered.values()) == [4096]
+    pins.close()
 
 
 def test_what_a_worker_with_such_a_device_saves_one_on_a_cpu_loads(server: Served) -> None:

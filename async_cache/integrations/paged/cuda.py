@@ -3,6 +3,7 @@
 Its memory beside the pages is bounded: for each direction so many slots, of device memory and as much of the host's.
 """
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ class CudaDevice:
     """A GPU as a `Device`, made in its engine's thread: from then on, nothing is called before the first copy.
 
     `caches` are the pages by layer, block numbers first. Raises ConfigError for pages that are no rows of bytes.
+    `hold_seconds`: so long the engine waits, at most, until what reads its blocks is launched.
     `runtime` is `torch.cuda`, or what a test has for it.
     """
 
@@ -31,6 +33,7 @@ class CudaDevice:
         slots: int = 3,
         bounce_threads: int = 2,
         pin_bytes: int = 256 << 20,
+        hold_seconds: float = 0.01,
         runtime: Any = torch.cuda,
         pinned: bool = True,
     ):
@@ -45,6 +48,7 @@ class CudaDevice:
         ]  # no parts: layers of another rank's
         most = max(part.end - part.begin for parts in self._groups for part in parts)
         self._device, self._runtime = next(row[0].device for row in rows if row), runtime
+        self._hold_seconds = hold_seconds
         self._pins, self._bounce = Pins(runtime, self._device), Bounce(bounce_threads)
         self._out, self._in = (
             lane(
@@ -57,6 +61,8 @@ class CudaDevice:
             )
             for name, lane in (("out", Outward), ("in", Inward))
         )
+        # What the engine has given back may be in use on its stream still, and is staging memory by now.
+        runtime.current_stream(self._device).synchronize()
 
     def mark(self) -> Mark:
         """An event behind what the engine has submitted to its current stream."""
@@ -65,11 +71,13 @@ class CudaDevice:
         return event
 
     def hold(self, copies: Iterable[Copy]) -> None:
-        """Have the engine's current stream wait for what is being gathered; what is not yet is given up."""
+        """Have the engine's current stream wait for what is being gathered; what is not in a moment is given up."""
+        end = time.monotonic() + self._hold_seconds
         for copy in copies:
             assert isinstance(copy, Job)
             with copy.lock:
-                copy.given_up = copy.launched < len(copy.parts)
+                copy.lock.wait_for(lambda job=copy: job.has_launched, max(0, end - time.monotonic()))  # type: ignore[misc]
+                copy.give_up()
                 reading = copy.reading
             if reading is not None and not copy.read.done():
                 self._runtime.current_stream(self._device).wait_event(reading)

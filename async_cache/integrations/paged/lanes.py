@@ -10,7 +10,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -24,6 +24,7 @@ from async_cache.integrations.paged.orders import NO_BLOCK
 from async_cache.integrations.paged.pins import Pins
 
 _CLOSE_SECONDS = 10.0  # for what has been launched
+_NOTHING = torch.empty(0)
 
 
 class Part(NamedTuple):
@@ -55,17 +56,27 @@ def parts_of(rows: Sequence[torch.Tensor], blocks: int, most_bytes: int) -> list
 
 @dataclass(eq=False)
 class Job(Copy):
-    """One copy, on its way through a lane. `lock` is held while a part of it is launched."""
+    """One copy, on its way through a lane. `lock` is held while a part of it is launched, and tells of each."""
 
     parts: Sequence[Part] = ()
     blocks: Sequence[int] = ()
-    host: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    host: torch.Tensor = _NOTHING
     after: Any = None  # an event: what the engine had submitted
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Condition = field(default_factory=threading.Condition)
     reading: Any = None  # an event behind the blocks that the parts which were launched read
     launched: int = 0  # parts
     given_up: bool = False
     error: Exception | None = None  # the first of its parts'
+
+    @property
+    def has_launched(self) -> bool:
+        """Whether nothing more of it will be launched."""
+        return self.given_up or self.launched == len(self.parts)
+
+    def give_up(self) -> None:
+        """Launch nothing more of it. `lock` is held."""
+        self.given_up = self.given_up or self.launched < len(self.parts)
+        self.lock.notify_all()
 
 
 class Slot:
@@ -112,7 +123,10 @@ class Bounce:
         bounds = pairwise(size * n // count for n in range(count + 1))
         pieces = [(to[begin:end], source[begin:end]) for begin, end in bounds]
         others = [self._pool.submit(_copy, *piece) for piece in pieces[1:]]
-        _copy(*pieces[0])
+        try:
+            _copy(*pieces[0])
+        finally:
+            wait(others)  # also where it fails: the memory is somebody else's from then on
         for other in others:
             other.result()
 
@@ -149,10 +163,18 @@ class Lane(ABC):
             if self._closed:
                 raise DeviceError("the device is closed")
             if self._threads[0].ident is None:  # not before: an engine captures graphs first, which calls would spoil
-                for thread in self._threads:
-                    thread.start()
+                self._start()
             self._under_way.add(job)
             self._jobs.put(job)
+
+    def _start(self) -> None:
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:  # one without the other would leave copies without an end
+            self._closed = True
+            self._jobs.put(None)
+            raise DeviceError(f"there is no thread that copies: {error}") from error
 
     def close(self) -> bool:
         """Let what was launched end, and fail the rest; whether all has ended."""
@@ -163,7 +185,8 @@ class Lane(ABC):
             self._jobs.put(None)
         end = time.monotonic() + _CLOSE_SECONDS
         for thread in self._threads:
-            thread.join(max(0, end - time.monotonic()))
+            if thread.ident is not None:
+                thread.join(max(0, end - time.monotonic()))
         for job in list(self._under_way):
             job.end(DeviceError("the device is closed"))
         return not any(thread.is_alive() for thread in self._threads)
@@ -175,12 +198,15 @@ class Lane(ABC):
     # Launching.
 
     def _launch_all(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        for job in iter(self._jobs.get, None):
             try:
                 for number, part in enumerate(job.parts):
                     self._launched.put(self._launch_next(job, part, is_last=number + 1 == len(job.parts)))
             except Exception as error:
+                with job.lock:
+                    job.give_up()
                 self._launched.put(Refused(job, error))
+            del job  # a thread that waits keeps nobody's memory
         self._launched.put(None)
 
     def _launch_next(self, job: Job, part: Part, *, is_last: bool) -> Launched:
@@ -221,21 +247,25 @@ class Lane(ABC):
     # Landing.
 
     def _land_all(self) -> None:
-        while (launched := self._launched.get()) is not None:
-            job = launched.job
+        for launched in iter(self._launched.get, None):
             if isinstance(launched, Refused):
-                self._end(job, launched.error)
-                continue
-            try:
+                self._end(launched.job, launched.error)
+            else:
                 self._land(launched)
-            except Exception as error:
-                job.error = job.error or error
-                self._drain()
-            self._slots.put(launched.slot)
-            if launched.is_last:
-                self._end(job, job.error)
+            del launched  # a thread that waits keeps nobody's memory
 
     def _land(self, launched: Launched) -> None:
+        job = launched.job
+        try:
+            self._wait_for(launched)
+        except Exception as error:
+            job.error = job.error or error
+            self._drain()
+        self._slots.put(launched.slot)
+        if launched.is_last:
+            self._end(job, job.error)
+
+    def _wait_for(self, launched: Launched) -> None:
         """Wait for both steps of a part, and pass the first fence between them."""
         launched.read.synchronize()
         if launched.is_last and launched.job.error is None:
@@ -251,6 +281,7 @@ class Lane(ABC):
             failure = DeviceError(f"blocks were not copied: {error}")
             failure.__cause__ = error.with_traceback(None)  # its frames know the host's memory
             job.end(failure)
+        job.host = _NOTHING  # who knows the copy is not to keep the memory
         self._under_way.discard(job)
 
     def _drain(self) -> None:
@@ -276,6 +307,7 @@ class Outward(Lane):
                 read = self._event(self._pages)
             job.launched += 1
             job.reading = read
+            job.lock.notify_all()
         whole, near = self._host_of(job, part, slot)
         with self._runtime.stream(self._wire):
             self._wire.wait_event(read)
