@@ -41,8 +41,10 @@ from async_cache.integrations.paged import (
 from async_cache.integrations.paged.cuda import CudaDevice
 from async_cache.integrations.vllm_layouts import (
     Options,
+    context_of,
     geometry,
     identity,
+    place_of,
     ranks_of,
     stage_of,
     wishes,
@@ -110,7 +112,9 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
         transfer, options = self._kv_transfer_config, self._options
         client = OptionalClient(lambda: BlockingClient(options.url, options.namespace, token=options.token))
         layout = where.layout
-        size_bytes = sum(layout.block_bytes[rank] for rank in ranks_of(where, self._vllm_config, 0))
+        size_bytes = sum(
+            layout.block_bytes[rank] for rank in ranks_of(where, self._vllm_config, self._kv_cache_config, 0)
+        )
         log.info("chunks of %d tokens, %d bytes a rank, revision %s", layout.chunk_tokens, size_bytes, layout.revision)
         if transfer.kv_load_failure_policy != "recompute":
             log.warning(
@@ -219,15 +223,20 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
             lambda: connect(options.url, options.namespace, token=options.token),
             where,
             device_of(where, caches),
-            ranks=ranks_of(where, self._vllm_config, rank),
+            ranks=ranks_of(where, self._vllm_config, config, rank),
             reader=reader,
         )
 
     def _rank(self) -> tuple[int, int]:
         """This worker's rank in the layout, and which of the readers of that it is."""
-        parallel, replicas = self._vllm_config.parallel_config, self._kv_cache_config.kv_tp_replicas
-        rank, reader = divmod(get_tensor_model_parallel_rank(), replicas)
-        return stage_of(self._vllm_config) * (parallel.tensor_parallel_size // replicas) + rank, reader
+        config = self._vllm_config
+        return place_of(
+            config,
+            self._kv_cache_config,
+            stage=stage_of(config),
+            context=context_of(config),
+            tensor=get_tensor_model_parallel_rank(),
+        )
 
     def _orders(self) -> Orders:
         metadata = self._get_connector_metadata()
@@ -257,8 +266,16 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
             orders = self._orders()
             self._worker.save(orders.saves)
             self._worker.finish(orders.finished)
-            if self._geometry is not None and self._geometry.layout.objects.windows:
-                self._worker.settle()  # a window's blocks change hands while the request goes on
+            if self._geometry is not None and self._changes_hands(self._geometry):
+                self._worker.settle()
+
+    def _changes_hands(self, where: Geometry) -> bool:
+        """Whether blocks may be written to that `handle_preemptions` says nothing of, or says it too late.
+
+        Those of a window or a state change hands while the request goes on. And where new blocks are zeroed, vLLM's
+        second model runner does that before it tells of the requests that have lost theirs.
+        """
+        return bool(where.layout.objects.windows) or self._kv_cache_config.needs_kv_cache_zeroing
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """What has ended. Of a load that fell short its blocks have failed, or where these are ambiguous, all of it."""

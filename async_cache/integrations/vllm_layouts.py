@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from msgspec import Meta
-from vllm.distributed.parallel_state import get_pp_group
+from vllm.distributed.parallel_state import get_pcp_group, get_pp_group
 from vllm.distributed.utils import get_pp_indices
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+from vllm.v1.core.kv_cache_utils import resolve_dcp_kv_block_size
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -62,13 +63,13 @@ def geometry(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", option
     """
     _check_supported(vllm_config, kv_cache_config, options)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    replicas = kv_cache_config.kv_tp_replicas
-    heads, stages = parallel.tensor_parallel_size // replicas, parallel.pipeline_parallel_size
+    heads, readers = _sharing(vllm_config, kv_cache_config)
+    stages = parallel.pipeline_parallel_size
     recurrent = _recurrent(kv_cache_config)
     world_size = heads * stages * (2 if 0 < len(recurrent) < len(kv_cache_config.kv_cache_groups) else 1)
     groups, pages = [], []
     for table, group in enumerate(kv_cache_config.kv_cache_groups):
-        block_tokens = group.kv_cache_spec.block_size
+        block_tokens = resolve_dcp_kv_block_size(group.kv_cache_spec, parallel.decode_context_parallel_size)
         _check_chunks(options.chunk_tokens, block_tokens, has_states=table in recurrent)
         blocks = options.chunk_tokens // block_tokens
         alike = _alike(group, kv_cache_config, options.chunk_tokens)
@@ -85,17 +86,42 @@ def geometry(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", option
         tuple(groups),
         chunk_tokens=options.chunk_tokens,
         world_size=world_size,
-        readers_per_rank=replicas,
+        readers_per_rank=readers,
         revision=_revision(vllm_config, kv_cache_config),
     )
     return Geometry(layout, tuple(pages))
 
 
-def ranks_of(where: Geometry, vllm_config: "VllmConfig", rank: int) -> range:
+def _sharing(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> tuple[int, int]:
+    """How many workers of a stage have bytes of their own, and how many have the same ones as each of them.
+
+    All ranks of prefill context parallelism have the same, unless decode context parallelism shares tokens out to them.
+    """
+    parallel, replicas = vllm_config.parallel_config, kv_cache_config.kv_tp_replicas
+    heads, contexts = parallel.tensor_parallel_size // replicas, parallel.prefill_context_parallel_size
+    if parallel.decode_context_parallel_size > 1:
+        return heads * contexts, replicas
+    return heads, replicas * contexts
+
+
+def place_of(
+    vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", *, stage: int, context: int, tensor: int
+) -> tuple[int, int]:
+    """The rank of a worker in the layout, and which of the readers of that it is, by its ranks in vLLM's groups."""
+    parallel, replicas = vllm_config.parallel_config, kv_cache_config.kv_tp_replicas
+    distinct, _ = _sharing(vllm_config, kv_cache_config)
+    rank, reader = divmod(tensor, replicas)
+    if parallel.decode_context_parallel_size > 1:
+        rank += context * (parallel.tensor_parallel_size // replicas)
+    else:
+        reader += context * replicas
+    return stage * distinct + rank, reader
+
+
+def ranks_of(where: Geometry, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", rank: int) -> range:
     """Which ranks of the layout a worker is: the one of its attention, and the one of its states."""
-    parallel = vllm_config.parallel_config
-    workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size // where.layout.readers_per_rank
-    return range(rank, where.layout.world_size, workers)
+    distinct, _ = _sharing(vllm_config, kv_cache_config)
+    return range(rank, where.layout.world_size, distinct * vllm_config.parallel_config.pipeline_parallel_size)
 
 
 def with_exact_states(
@@ -145,6 +171,14 @@ def stage_of(vllm_config: "VllmConfig") -> int:
     return stage
 
 
+def context_of(vllm_config: "VllmConfig") -> int:
+    """The rank of this worker in prefill context parallelism."""
+    if vllm_config.parallel_config.prefill_context_parallel_size == 1:
+        return 0
+    context: int = get_pcp_group().rank_in_group
+    return context
+
+
 def _layers(vllm_config: "VllmConfig", stages: int, stage: int, here: int) -> list[int]:
     """By stage, how many layers it has; those of this one are known."""
     if stages == 1:
@@ -191,8 +225,9 @@ def _check_supported(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig"
         raise ConfigError(f"{current_platform.device_name} is not supported: only vLLM's CPU and CUDA platforms are")
     if current_platform.is_cuda() and not options.gpu:
         raise ConfigError("the cache was not run on a GPU yet: gpu = true in kv_connector_extra_config tries it")
-    if parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
-        raise ConfigError("context parallelism is not supported: use tensor or pipeline parallelism")
+    contexts = parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size
+    if contexts > 1 and _recurrent(kv_cache_config):
+        raise ConfigError("context parallelism beside recurrent states is not supported: use tensor parallelism")
     if speculative is not None and speculative.use_eagle() and speculative.method not in _DRAFTS:
         raise ConfigError(f"drafts by {speculative.method} are not supported: use another speculative method")
     if getattr(cache, "calculate_kv_scales", False):
@@ -240,10 +275,19 @@ def _revision(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> st
         str(cache.cache_dtype),
         _short(", ".join(dict.fromkeys(_kinds(kv_cache_config)))),
         _short(_draft(vllm_config)),
-        f"blocks of {block_tokens} {kv_cache_config.kv_cache_layout} {isa}",
+        f"blocks of {block_tokens} {kv_cache_config.kv_cache_layout} {isa}" + _shared_out(vllm_config),
         f"vllm {SUPPORTED}",
     ]
     return " | ".join(fields)
+
+
+def _shared_out(vllm_config: "VllmConfig") -> str:
+    """Which tokens of a block each rank of decode context parallelism has; empty where it has all."""
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size == 1:
+        return ""
+    contexts = f"{parallel.decode_context_parallel_size}x{parallel.prefill_context_parallel_size}"
+    return f" {contexts} contexts by {parallel.cp_kv_cache_interleave_size}"
 
 
 def _kinds(kv_cache_config: "KVCacheConfig") -> Iterator[str]:

@@ -51,7 +51,7 @@ WINDOW = SlidingWindowSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=t
 
 def config(**parallel: int) -> Any:
     sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "decode_context_parallel_size": 1}
-    sizes |= {"prefill_context_parallel_size": 1}
+    sizes |= {"prefill_context_parallel_size": 1, "cp_kv_cache_interleave_size": 1}
     model = SimpleNamespace(
         model="m", revision=None, dtype=torch.bfloat16, quantization=None, hf_overrides={}, get_head_size=lambda: 64,
         get_total_num_hidden_layers=lambda: 5,
@@ -132,8 +132,7 @@ def test_ranks_that_hold_the_same_are_readers_of_one() -> None:
     ("made", "options", "says"),
     [
         (config(), {"chunk_tokens": 200}, "multiple of vLLM's block size 128"),
-        (config(decode_context_parallel_size=2), {}, "context parallelism is not supported"),
-        (config(prefill_context_parallel_size=2), {}, "context parallelism is not supported"),
+        (config(decode_context_parallel_size=4), {}, "multiple of vLLM's block size 512"),
         (drafted("dflash"), {}, "drafts by dflash are not supported"),
     ],
 )
@@ -272,12 +271,87 @@ def test_states_are_of_ranks_of_their_own_and_the_last_one_is_enough() -> None:
     assert (full.ranks, full.window_chunks) == ((0, 1), None)
     assert (state.ranks, state.window_chunks, state.dtype) == ((2, 3), 1, "uint8")
     assert state.shape == (2, 1, 1, 3 * 8 * 2 + 2 * 4 * 4), "what a page is filled up with is not stored"
-    assert [list(vllm_layouts.ranks_of(where, made, rank)) for rank in (0, 1)] == [[0, 2], [1, 3]]
-    alone = connector.geometry(made, cached(state_of()), connector.Options(chunk_tokens=128))
+    assert [list(vllm_layouts.ranks_of(where, made, cache, rank)) for rank in (0, 1)] == [[0, 2], [1, 3]]
+    cache = cached(state_of())
+    alone = connector.geometry(made, cache, connector.Options(chunk_tokens=128))
     assert (alone.layout.world_size, alone.layout.groups[0].ranks) == (4, None)
-    assert list(vllm_layouts.ranks_of(alone, made, 3)) == [3]
-    plain = connector.geometry(made, cached(FULL, replicas=2), connector.Options())
-    assert list(vllm_layouts.ranks_of(plain, made, 1)) == [1]
+    assert list(vllm_layouts.ranks_of(alone, made, cache, 3)) == [3]
+    cache = cached(FULL, replicas=2)
+    plain = connector.geometry(made, cache, connector.Options())
+    assert list(vllm_layouts.ranks_of(plain, made, cache, 1)) == [1]
+
+
+def test_each_rank_of_a_decode_context_has_some_tokens_of_each_block() -> None:
+    made, cache = config(tensor_parallel_size=4, decode_context_parallel_size=2), cached(FULL)
+    where = connector.geometry(made, cache, connector.Options(chunk_tokens=512))
+    (group,) = where.layout.groups
+    assert group.shape[:2] == (2, 2) and where.pages[0].block_tokens == 256
+    assert where.pages[0].blocks(([5, 6, 7, 8],), 512, 1024) == [7, 8]
+    assert (where.layout.world_size, where.layout.readers_per_rank) == (4, 1)
+    apart = replace(FULL, dcp_sharded=False)  # as a draft's, which all have
+    assert connector.geometry(made, cached(apart), connector.Options()).pages[0].block_tokens == 128
+
+
+def places(made: Any, cache: KVCacheConfig, contexts: int) -> list[tuple[int, int]]:
+    """Of the workers of two stages, where vLLM counts contexts before tensor ranks."""
+    return [
+        vllm_layouts.place_of(made, cache, stage=stage, context=context, tensor=tensor)
+        for stage in range(2)
+        for context in range(contexts)
+        for tensor in range(4)
+    ]
+
+
+def test_ranks_of_a_prefill_context_have_the_same_unless_tokens_are_shared_out() -> None:
+    sizes = {"tensor_parallel_size": 4, "prefill_context_parallel_size": 2, "pipeline_parallel_size": 2}
+    made, cache = config(**sizes), cached(FULL, replicas=2)
+    cache.kv_cache_groups[0].layer_names.append("0.2")  # five layers: three here, and two
+    layout = connector.geometry(made, cache, connector.Options()).layout
+    assert (layout.world_size, layout.readers_per_rank) == (4, 4)
+    assert places(made, cache, 2) == [
+        (0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3),
+        (2, 0), (2, 1), (3, 0), (3, 1), (2, 2), (2, 3), (3, 2), (3, 3),
+    ]  # fmt: skip
+    for size in (2, 8):
+        made, cache = config(decode_context_parallel_size=size, **sizes), cached(FULL)
+        cache.kv_cache_groups[0].layer_names.append("0.2")
+        layout = connector.geometry(made, cache, connector.Options(chunk_tokens=1024)).layout
+        assert (layout.world_size, layout.readers_per_rank) == (16, 1)
+        assert places(made, cache, 2) == [(rank, 0) for rank in range(16)]
+
+
+def test_blocks_of_which_tokens_are_shared_out_otherwise_never_meet() -> None:
+    sizes = {"tensor_parallel_size": 8, "decode_context_parallel_size": 2}
+    made = [config(tensor_parallel_size=8), config(**sizes), config(**sizes, cp_kv_cache_interleave_size=16)]
+    made.append(config(tensor_parallel_size=8, decode_context_parallel_size=4))
+    options = connector.Options(chunk_tokens=512)
+    prompts = [connector.geometry(it, cached(FULL), options).layout.prompt(range(512)) for it in made]
+    assert len({prompt.chunk_hashes[0] for prompt in prompts}) == 4
+
+
+def test_a_context_beside_recurrent_states_is_not_supported() -> None:
+    for size in ("decode", "prefill"):
+        with pytest.raises(ConfigError, match="context parallelism beside recurrent states"):
+            connector.geometry(
+                config(**{f"{size}_context_parallel_size": 2}),
+                cached(FULL, state_of()),
+                connector.Options(chunk_tokens=128),
+            )
+
+
+def test_where_blocks_are_zeroed_or_windows_pass_a_step_waits_until_its_blocks_are_read(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    exact = replace(FULL, dtype=torch.float32)
+    for specs, waits in (((FULL,), False), ((FULL, WINDOW), True), ((FULL, exact), True)):
+        worker = made(caplog, KVConnectorRole.WORKER, *specs)
+        calls: list[str] = []
+        worker._worker = SimpleNamespace(
+            save=lambda _: None, finish=lambda _: None, settle=lambda calls=calls: calls.append("settle")
+        )
+        worker.bind_connector_metadata(connector.Metadata(connector.Orders()))
+        worker.wait_for_save()
+        assert calls == ["settle"] * waits
 
 
 def test_states_that_are_as_large_and_made_otherwise_never_meet() -> None:
@@ -389,7 +463,9 @@ def test_salt_lora_and_images_are_part_of_the_identity() -> None:
     assert identities[0] == made["adapter"] != identities[1]
 
 
-def made(caplog: pytest.LogCaptureFixture, role: KVConnectorRole, **options: Any) -> connector.AsyncCacheConnector:
+def made(
+    caplog: pytest.LogCaptureFixture, role: KVConnectorRole, *specs: Any, **options: Any
+) -> connector.AsyncCacheConnector:
     whole = config()
     whole.kv_transfer_config = KVTransferConfig(
         kv_connector="AsyncCacheConnector",
@@ -398,7 +474,7 @@ def made(caplog: pytest.LogCaptureFixture, role: KVConnectorRole, **options: Any
         kv_connector_extra_config=options,
     )
     with caplog.at_level(logging.INFO, "async_cache"):
-        return connector.AsyncCacheConnector(whole, role, cached(FULL))
+        return connector.AsyncCacheConnector(whole, role, cached(*specs or [FULL]))
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
