@@ -33,6 +33,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     KVCacheGroupSpec,
     KVCacheTensor,
     MambaSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
@@ -254,6 +255,20 @@ def test_a_worker_whose_pages_cannot_be_copied_fails_what_is_ordered_and_vllm_se
     assert (ended.finished_recving, ended.finished_sending) == ({"a"}, {"b"})
     assert worker.get_block_ids_with_load_errors() == {3, 4}
     worker.shutdown()
+
+
+def test_engines_of_other_tensor_parallel_sizes_meet_where_their_ranks_hold_the_same_heads() -> None:
+    def first_chunk(size: int, spec: Any, replicas: int) -> bytes:
+        where = connector.geometry(
+            config(tensor_parallel_size=size), cached(spec, replicas=replicas), connector.Options()
+        )
+        assert where.layout.world_size * where.layout.readers_per_rank == size
+        return where.layout.prompt(range(256)).chunk_hashes[0]
+
+    latent = MLAAttentionSpec(block_size=128, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+    assert first_chunk(1, latent, 1) == first_chunk(8, latent, 8)
+    single = replace(FULL, num_kv_heads=1)  # of two that the model has
+    assert first_chunk(2, single, 1) == first_chunk(8, single, 4) != first_chunk(1, FULL, 1)
 
 
 def state_of(**more: Any) -> MambaSpec:
