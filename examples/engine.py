@@ -39,7 +39,7 @@ class Engine:
     def __init__(self, cache: Cache, blocks: int = 64, wait_for_writers_seconds: float | None = None):
         self._cache, self._wait = cache, wait_for_writers_seconds
         self._memory = memoryview(bytearray(blocks * BLOCK * KV))
-        self.free = list(range(blocks))
+        self.free, self._blocks = list(range(blocks)), blocks
         self.computed = 0  # tokens, by the model
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -49,6 +49,8 @@ class Engine:
     async def generate(self, request_id: str, tokens: Sequence[int], new_tokens: int) -> list[int]:
         """The tokens that follow. To cancel it is to abort the request."""
         request = Request(request_id, tokens, new_tokens)
+        if self._blocks_of(request) > self._blocks:  # else it would wait for ever, and all behind it
+            raise ValueError(f"it takes {self._blocks_of(request)} blocks, and there are {self._blocks}")
         # 1. Ask on arrival, long before it is its turn. Nothing here waits.
         prefetch = self._cache.prefetch(request.prompt, request_id=request.id, wait_for_writers_seconds=self._wait)
         lookup = prefetch.lookup_done

@@ -65,6 +65,14 @@ async def test_what_one_engine_has_computed_another_one_has_not_to():
         await quiet(cache)
 
 
+async def test_what_never_fits_is_refused_and_holds_nobody_up():
+    async with open_cache() as cache:
+        with pytest.raises(ValueError, match="it takes 65 blocks, and there are 64"):
+            await answer(cache, list(range(64 * engine.BLOCK + 1 - NEW)))
+        assert (await answer(cache))[0] == await right_answer()
+        await quiet(cache)
+
+
 @pytest.mark.parametrize("number", range(7))
 async def test_where_the_kth_chunk_cannot_be_loaded_the_rest_is_computed(number):
     right = await right_answer()
