@@ -41,7 +41,9 @@ from async_cache.integrations.paged import (
 from async_cache.integrations.paged.cuda import CudaDevice
 from async_cache.integrations.vllm_layouts import (
     Options,
+    block_tokens_of,
     context_of,
+    falls_short_by_blocks,
     geometry,
     identity,
     place_of,
@@ -212,7 +214,7 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
             _complain(error)
         # What its scheduler orders has an end, whatever that knows of it.
         groups = enumerate(self._kv_cache_config.kv_cache_groups)
-        pages = [Pages(table, group.kv_cache_spec.block_size, ()) for table, group in groups]
+        pages = [Pages(table, block_tokens_of(group, self._vllm_config), ()) for table, group in groups]
         self._worker = AbsentWorker(pages, reader=self._rank()[1])
 
     def _made_worker(self, where: Geometry, kv_caches: Mapping[str, torch.Tensor]) -> PagedWorker:
@@ -278,16 +280,16 @@ class AsyncCacheConnector(ReportingConnector, SupportsHMA):  # type: ignore[misc
         return bool(where.layout.objects.windows) or self._kv_cache_config.needs_kv_cache_zeroing
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """What has ended. Of a load that fell short its blocks have failed, or where these are ambiguous, all of it."""
+        """What has ended. Of a load that fell short its blocks have failed, or where that is not enough, all of it."""
         if self._worker is None:
             return KVConnectorTransferResults()
         received = self._worker.received()
-        single = len(self._kv_cache_config.kv_cache_groups) == 1
-        self._failed_blocks |= received.failed_blocks if single else set()
+        by_blocks = falls_short_by_blocks(self._kv_cache_config)
+        self._failed_blocks |= received.failed_blocks if by_blocks else set()
         return KVConnectorTransferResults(
             finished_sending=self._worker.sent(),
             finished_recving=received.request_ids,
-            failed_recving=set() if single else received.short,
+            failed_recving=set() if by_blocks else received.short,
         )
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:

@@ -69,7 +69,7 @@ def geometry(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", option
     world_size = heads * stages * (2 if 0 < len(recurrent) < len(kv_cache_config.kv_cache_groups) else 1)
     groups, pages = [], []
     for table, group in enumerate(kv_cache_config.kv_cache_groups):
-        block_tokens = resolve_dcp_kv_block_size(group.kv_cache_spec, parallel.decode_context_parallel_size)
+        block_tokens = block_tokens_of(group, vllm_config)
         _check_chunks(options.chunk_tokens, block_tokens, has_states=table in recurrent)
         blocks = options.chunk_tokens // block_tokens
         alike = _alike(group, kv_cache_config, options.chunk_tokens)
@@ -139,6 +139,21 @@ def with_exact_states(
         if not rest and 0 < number <= len(exact[table]):
             exact[table][number - 1] = block
     return tuple(exact)
+
+
+def block_tokens_of(group: "KVCacheGroupSpec", vllm_config: "VllmConfig") -> int:
+    """The tokens that a block of a group has, on all ranks that share them out."""
+    size: int = resolve_dcp_kv_block_size(group.kv_cache_spec, vllm_config.parallel_config.decode_context_parallel_size)
+    return size
+
+
+def falls_short_by_blocks(kv_cache_config: "KVCacheConfig") -> bool:
+    """Whether a load that falls short leaves a shorter prefix, up to the first block that it has not filled.
+
+    It does not where that prefix needs another window or state, and where a block's number says nothing of its group.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    return len(groups) == 1 and all(type(spec) in (FullAttentionSpec, MLAAttentionSpec) for spec in _specs(groups[0]))
 
 
 def _recurrent(kv_cache_config: "KVCacheConfig") -> list[int]:

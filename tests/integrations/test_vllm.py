@@ -278,6 +278,35 @@ def state_of(**more: Any) -> MambaSpec:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("specs", "contexts", "blocks", "all_of_it"),
+    [
+        ((FULL,), 1, {3, 4, 5}, set()),
+        ((FULL,), 2, {2, 3}, set()),  # a block has twice as many tokens
+        ((FULL, FULL), 1, set(), {"a"}),
+        ((WINDOW,), 1, set(), {"a"}),  # a shorter prefix needs blocks that were not loaded
+        ((state_of(),), 1, set(), {"a"}),  # and another state
+    ],
+)
+def test_a_load_that_falls_short_is_told_by_blocks_where_they_leave_a_shorter_prefix(
+    specs: Any, contexts: int, blocks: set[int], all_of_it: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connector, "get_tensor_model_parallel_rank", lambda: 0)
+    whole = config(decode_context_parallel_size=contexts, tensor_parallel_size=contexts)
+    whole.kv_transfer_config = KVTransferConfig(
+        kv_connector="AsyncCacheConnector", kv_role="kv_both", kv_connector_extra_config={"chunk_tokens": 100}
+    )
+    worker = connector.AsyncCacheConnector(whole, KVConnectorRole.WORKER, cached(*specs))
+    worker.register_kv_caches({})  # which cannot be: all loads fail
+    order = LoadOrder("a", "r", 256, 640, tuple([1, 2, 3, 4, 5] for _ in specs))
+    worker.bind_connector_metadata(connector.Metadata(connector.Orders(loads=[order])))
+    worker.start_load_kv(None)
+    ended = worker.get_transfer_results(set())
+    assert (ended.finished_recving, ended.failed_recving) == ({"a"}, all_of_it)
+    assert worker.get_block_ids_with_load_errors() == blocks
+    worker.shutdown()
+
+
 def test_states_are_of_ranks_of_their_own_and_the_last_one_is_enough() -> None:
     made, cache = config(tensor_parallel_size=4), cached(FULL, state_of(), replicas=2)
     where = connector.geometry(made, cache, connector.Options(chunk_tokens=128))
