@@ -22,6 +22,7 @@ from async_cache.prompt.keys import ObjectKey
 from async_cache.testing import BitFlipBackend, FailingBackend, GatedBackend, flip_bit
 from async_cache.testing.backends import WrappedBackend
 from async_cache.values import Copied
+from tests.virtual import virtual
 
 CONFIG = CacheConfig(l2=[], breaker_failures=1, load_timeout_seconds=2, store_timeout_seconds=2)
 
@@ -169,6 +170,7 @@ async def test_a_source_that_cannot_be_listed_or_opened_ends_the_copy(tmp_path: 
         await copy_all(memory, Closed(MemoryBackend("b")), CONFIG)
 
 
+@virtual
 async def test_a_call_that_is_silent_keeps_its_buffer_to_itself() -> None:
     memory = await filled(MemoryBackend("a"), range(600))
     gate = GatedBackend(memory, stubborn=True)
@@ -181,6 +183,7 @@ async def test_a_call_that_is_silent_keeps_its_buffer_to_itself() -> None:
     assert await content(target) == await content(memory)
 
 
+@virtual
 async def test_a_load_that_outlasts_its_time_spoils_nothing_that_is_copied_after_it() -> None:
     late: list[memoryview] = []
     over = asyncio.Event()
