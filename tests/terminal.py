@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyte
 
-SECONDS = 30
+SECONDS = 100
 
 
 class Terminal:

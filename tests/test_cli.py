@@ -21,7 +21,7 @@ from async_cache import CacheConfig, CacheStats, ObjectKey, ServerConfig, __vers
 from async_cache.l2.urls.registry import from_url
 
 COMMAND = [sys.executable, "-m", "async_cache"]
-SECONDS = 30
+SECONDS = 100
 TOKENS = ["token-of-operations", "token-of-acme-number-one", "token-of-acme-number-two"]
 
 FLAGS = {

@@ -101,7 +101,7 @@ async def test_a_signal_to_a_process_that_has_ended_leaves_it_to_who_waits(
     signalled, waitpid = threading.Event(), os.waitpid
 
     def late(pid: int, options: int) -> tuple[int, int]:
-        signalled.wait(20)
+        signalled.wait(100)
         return waitpid(pid, options)
 
     monkeypatch.setattr(os, "waitpid", late)

@@ -34,7 +34,7 @@ def environ(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         assert any(line.startswith("serving at") for line in server.stdout)
         yield environ
         server.terminate()
-        assert server.wait(20) == 0
+        assert server.wait(100) == 0
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[str(number) for number in range(len(BLOCKS))])

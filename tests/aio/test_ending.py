@@ -45,7 +45,7 @@ async def test_a_wait_for_the_first_of_some_ends_with_it_and_leaves_nothing_at_t
             "cancel": first.cancel,
             "caller": waiting.cancel,
         }[end]()
-    await asyncio.wait([waiting], timeout=20)
+    await asyncio.wait([waiting], timeout=60)
     assert waiting.cancelled() if end == "caller" else waiting.result() is None
     assert first.done() == (end not in ("time", "caller"))
     assert not other.done() and not other._callbacks
@@ -57,7 +57,7 @@ def test_a_thread_has_ended_when_its_caller_goes_on() -> None:
 
     def work(value: int, *, more: int) -> int:
         began.set()
-        assert end.wait(20)
+        assert end.wait(60)
         ended.append(value + more)
         return value + more
 

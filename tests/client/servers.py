@@ -17,7 +17,7 @@ from async_cache.server import Server
 
 T = TypeVar("T")
 
-SECONDS = 10
+SECONDS = 60
 """What no wait of a test takes."""
 L1_BYTES = 2**20
 

@@ -39,7 +39,7 @@ from .servers import SECONDS, ThreadedServer, serve_in_process, serve_in_thread,
 CHUNKS = 3
 PROMPT = make_prompt(CHUNKS)
 OTHER = make_prompt(CHUNKS, 2)
-SOON = 5
+SOON = 60
 """Seconds that no test should need."""
 
 

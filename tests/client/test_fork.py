@@ -11,7 +11,7 @@ import pytest
 from .servers import serve_in_process, short_directory
 
 HERE = Path(__file__).parent
-SECONDS = 30
+SECONDS = 100
 
 
 @contextmanager

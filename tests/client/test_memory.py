@@ -328,7 +328,7 @@ def test_whoever_writes_to_the_arena_dies(how: str) -> None:
             pass_fds=[readable],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=100,
         )
         assert done.stdout == "mapped\n", done.stderr
         assert done.returncode == -signal.SIGSEGV

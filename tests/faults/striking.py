@@ -61,7 +61,7 @@ async def strike(work: Coroutine[Any, Any, Any], steps: int, blow: Blow) -> "tup
         blow(task)
 
     loop.strike_after(steps, fall)
-    await asyncio.wait((task,), timeout=10)
+    await asyncio.wait((task,), timeout=60)
     loop.strike_after(0, fall)
     assert task.done()
     return task, struck

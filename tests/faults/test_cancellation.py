@@ -333,7 +333,7 @@ async def trial_of_close(backends, layout, work, steps):
     )
     if task.exception() is not None:
         assert isinstance(task.exception(), (CacheClosedError, WriterClosedError)) and struck
-    await asyncio.wait(closing or [asyncio.ensure_future(cache.close())], timeout=10)
+    await asyncio.wait(closing or [asyncio.ensure_future(cache.close())], timeout=60)
     await over(cache, backends)
     return struck
 

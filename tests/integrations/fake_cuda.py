@@ -72,7 +72,7 @@ class FakeStream:
 
     def synchronize(self) -> None:
         self.waits += 1
-        assert self._runtime.gate.wait(10)
+        assert self._runtime.gate.wait(60)
 
 
 class FakeEvent:
@@ -85,5 +85,5 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         assert self.recorded
-        assert self._runtime.gate.wait(10)
+        assert self._runtime.gate.wait(60)
         self._runtime.called()

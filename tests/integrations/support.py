@@ -50,7 +50,7 @@ class Served:
     def run(self, call: Callable[[AsyncCache], Coroutine[Any, Any, Any]]) -> Any:
         """Run something in the server's loop."""
         assert self.loop is not None and self.cache is not None
-        return asyncio.run_coroutine_threadsafe(call(self.cache), self.loop).result(10)
+        return asyncio.run_coroutine_threadsafe(call(self.cache), self.loop).result(60)
 
     def hold(self, *verbs: Any) -> None:
         async def hold(_: AsyncCache) -> None:
@@ -83,7 +83,7 @@ def served(directory: Path) -> Iterator[Served]:
     server = Served(f"unix://{directory}/s")
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
-    assert server.ready.wait(10)
+    assert server.ready.wait(60)
     try:
         yield server
     finally:
@@ -190,7 +190,7 @@ def caches(where: Geometry, blocks: int = 16, *, filled: bool) -> dict[str, torc
     return {layer: make(blocks, 2, NUMBERS // 2) for pages in where.pages for layer in pages.layers}
 
 
-def until(holds: Callable[[], Any], seconds: float = 10.0) -> Any:
+def until(holds: Callable[[], Any], seconds: float = 60.0) -> Any:
     """What it returns, once it is something: an engine asks in every step."""
     end = time.monotonic() + seconds
     while not (value := holds()):

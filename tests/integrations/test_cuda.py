@@ -22,7 +22,7 @@ from tests.integrations.layouts import ARRANGEMENTS, LAYERS, REFUSED, Arrangemen
 from tests.integrations.support import BLOCK, CHUNK, Served, caches, geometry, until
 
 BLOCKS, OTHERS = [3, 8, 1, 6], [7, 2, 4, 5]
-SECONDS = 10.0
+SECONDS = 60.0
 CPU = torch.device("cpu")
 
 

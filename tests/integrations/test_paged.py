@@ -365,7 +365,7 @@ def test_a_load_that_does_not_end_is_given_up_and_computed(
     second, request = engine(where, saves=False), Request("b", TOKENS)
     second.scheduler.add(request, {}, 0, load=True)
     prefetch = second.scheduler._records["b"].prefetch
-    assert prefetch is not None and prefetch.lookup_done.result(10).chunks == 3
+    assert prefetch is not None and prefetch.lookup_done.result(60).chunks == 3
     second.load(request, (OTHER_BLOCKS,), 3 * CHUNK)
     assert second.failed == set(OTHER_BLOCKS[:6])
     server.release()
@@ -850,7 +850,7 @@ def test_the_end_of_a_save_is_heard_of_from_another_process() -> None:
     try:
         for report, left in zip([reports[1], reports[0], reports[0], reports[1]], [2, 2, 1, 0], strict=True):
             given = [report.path, str(report.inode), str(report.number)]
-            subprocess.run([sys.executable, "-c", code, saves_file.__file__, *given], check=True, timeout=60)
+            subprocess.run([sys.executable, "-c", code, saves_file.__file__, *given], check=True, timeout=150)
             assert len(saves) == left
         assert saves.wait(0)
     finally:

@@ -119,7 +119,7 @@ def test_lookups_and_loads_are_counted_until_they_are_asked_for(client: Blocking
     for asked in (tokens, tokens[:8] + [99] * 9, [77] * 8):
         prefetch = client.prefetch(LAYOUT.prompt(asked))
         tally.follow(prefetch, len(asked))
-        prefetch.load_done.result(10)
+        prefetch.load_done.result(60)
     counts = tally.take()
     assert counts is not None and len(counts.load_seconds) == 3
     counts.load_seconds.clear()

@@ -72,7 +72,7 @@ class ServerProcess:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         if self._process is not None:
             self._process.send_signal(number)
-            self._process.wait(20)
+            self._process.wait(60)
             assert self._process.stdout is not None
             self._process.stdout.close()
             self._process = None
@@ -195,7 +195,7 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.getMessage().startswith(WARNING)]
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 15.0) -> None:
+def wait_until(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < deadline
@@ -616,13 +616,13 @@ def test_a_page_that_is_being_stored_does_not_land_after_a_clear(make: Make, cap
 
     def held(*args: Any, **kwargs: Any) -> Any:
         reading.set()
-        assert may_go.wait(10)
+        assert may_go.wait(60)
         return page_of(*args, **kwargs)
 
     pool.get_data_page = held
     storing = threading.Thread(target=backend.batch_set_v1, args=(keys, pages(0, 3)))
     storing.start()
-    assert reading.wait(10)
+    assert reading.wait(60)
     backend.clear()
     assert "the cache was not emptied: pages are still being stored" in caplog.messages[-1]
     may_go.set()

@@ -67,7 +67,7 @@ class Gate:
     def _call(self, *args, **kwargs):
         self.calls += 1
         self._entered.set()
-        assert self._opened.wait(30)
+        assert self._opened.wait(100)
         return self._real(*args, **kwargs)
 
     async def reached(self):
@@ -867,7 +867,7 @@ async def test_what_a_cancelled_store_has_written_is_counted(start, monkeypatch)
     def held(*args):
         count = write(*args)
         written.set()
-        assert proceed.wait(30)
+        assert proceed.wait(100)
         return count
 
     monkeypatch.setattr(os, "pwritev", held)

@@ -159,7 +159,7 @@ def test_more_that_expires_at_once_than_is_told_at_once_is_told_by_any_loop():
             await asyncio.sleep(0)
         expiries.close()
 
-    uvloop.run(asyncio.wait_for(main(), 20))
+    uvloop.run(asyncio.wait_for(main(), 100))
 
 
 async def test_closed_it_remembers_nothing():

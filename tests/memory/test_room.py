@@ -139,7 +139,7 @@ except ConfigError as error:
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=100,
     )
     assert (run.returncode, run.stderr) == (0, "")
     if l1_bytes == "200MiB":

@@ -195,7 +195,7 @@ def test_two_threads_that_hash_a_prompt_agree(monkeypatch: pytest.MonkeyPatch) -
     together, chain = threading.Barrier(2), keys.chain_tokens
 
     def chain_together(*arguments: Any) -> list[bytes]:
-        together.wait(timeout=30)
+        together.wait(timeout=100)
         return chain(*arguments)
 
     prompt = LAYOUT.prompt(range(40_000))

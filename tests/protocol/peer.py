@@ -17,7 +17,7 @@ from async_cache.protocol import messages as m
 from async_cache.protocol.frames import FrameReader, frame
 from async_cache.protocol.messages import VERSION, Decoder, encode
 
-TIMEOUT_SECONDS = 20
+TIMEOUT_SECONDS = 100
 F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW = 1033, 0x2, 0x4
 L1_BYTES = 16 * 2**20
 FAULTS = re.compile(r"Traceback|could not be handled|failed|exception|ERROR|CRITICAL|never retrieved|never awaited")

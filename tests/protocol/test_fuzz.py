@@ -26,7 +26,7 @@ BOMBS = rounds(100, 1_000)
 PER_CONNECTION = 40
 WARM_UP = 500
 GROWTH_BYTES = 24 * 2**20  # what an allocator may keep; a leak of one frame in ten would be more by far
-SETTLE_SECONDS = 20
+SETTLE_SECONDS = 100
 REGISTRATIONS = [frame(encode(m.RegisterLayout(n + 1, n, layout))) for n, layout in enumerate(LAYOUTS)]
 REGISTRATION, SHORT_REGISTRATION = b"".join(REGISTRATIONS), b"".join(REGISTRATIONS[:-1])
 LAYOUT = ModelLayout("healthy", (ObjectGroup((1000,), "uint8"),), chunk_tokens=4)

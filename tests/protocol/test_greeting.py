@@ -51,7 +51,7 @@ def same_file(one: int, other: int) -> bool:
 
 
 async def heard(sock: socket.socket) -> tuple[Hello, int | None]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return await receive_hello(sock)
 
 

@@ -98,7 +98,7 @@ async def ends(partials: Partials, count: int) -> AsyncIterator[list[End]]:
     made = [End(partials=partials) for _ in range(count)]
     for end in made:
         await end.connection.take(end.sock)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         yield made
         for end in made:
             end.connection.abort()

@@ -69,7 +69,7 @@ async def test_a_disk_that_hangs_holds_up_nobody_and_what_it_does_not_take_is_co
     answers, write = threading.Event(), RotatedFile.write
 
     def hang(self: RotatedFile, lines: bytes) -> None:
-        answers.wait(30)
+        answers.wait(100)
         write(self, lines)
 
     monkeypatch.setattr(RotatedFile, "write", hang)
@@ -126,7 +126,7 @@ async def test_an_opening_that_hangs_is_given_up(tmp_path: Path, monkeypatch: py
     answers, begun = threading.Event(), RotatedFile.__init__
 
     def hang(self: RotatedFile, *arguments: object) -> None:
-        answers.wait(30)
+        answers.wait(100)
         begun(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RotatedFile, "__init__", hang)

@@ -10,7 +10,7 @@ import pytest
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "async_cache", "replay", *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "async_cache", "replay", *arguments], capture_output=True, text=True, timeout=150
     )
 
 

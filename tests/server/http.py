@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 
 from .programs import ServerProcess, server
 
-SECONDS = 20
+SECONDS = 100
 TOKEN, BOUND_TOKEN = "token-of-operations", "token-of-acme-number-one"
 TENANTS = f"""
 [server.tenants.operations]
@@ -34,7 +34,7 @@ class Web:
         headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
         headers |= {"Host": host} if host is not None else {}
         try:
-            with urlopen(Request(self.url + path, headers=headers), timeout=20) as response:
+            with urlopen(Request(self.url + path, headers=headers), timeout=SECONDS) as response:
                 return response.status, {k.lower(): v for k, v in response.headers.items()}, response.read()
         except HTTPError as error:
             with error:
@@ -46,7 +46,7 @@ class Web:
         headers |= {"Authorization": f"Bearer {token}"} if token is not None else {}
         try:
             request = Request(self.url + path, json.dumps(value).encode(), headers)
-            with urlopen(request, timeout=20) as response:
+            with urlopen(request, timeout=SECONDS) as response:
                 return response.status, json.load(response)
         except HTTPError as error:
             with error:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 TESTS = Path(__file__).parents[1]
-END_SECONDS = 30
+END_SECONDS = 100
 
 
 class ServerProcess:

@@ -34,7 +34,7 @@ def held(stats: CacheStats) -> dict[str, int]:
     return {name: getattr(stats, name) for name in HELD}
 
 
-async def wait_until(ask: Callable[[], Awaitable[bool]], seconds: float = 10) -> float:
+async def wait_until(ask: Callable[[], Awaitable[bool]], seconds: float = 60) -> float:
     """Ask until the answer is yes; the seconds that it took."""
     began = time.monotonic()
     while not await ask():
@@ -43,7 +43,7 @@ async def wait_until(ask: Callable[[], Awaitable[bool]], seconds: float = 10) ->
     return time.monotonic() - began
 
 
-async def given_back(cache: CacheClient, wanted: dict[str, int] = NOTHING, seconds: float = 10) -> float:
+async def given_back(cache: CacheClient, wanted: dict[str, int] = NOTHING, seconds: float = 60) -> float:
     """Wait until this, and no more, is held; the seconds that it took. Each question is a round trip."""
     now: dict[str, int] = {}
 
@@ -67,7 +67,7 @@ async def descriptors_given_back(served: ServerProcess, cache: CacheClient, want
     await wait_until(are_they)
 
 
-async def reconnected(cache: CacheClient, seconds: float = 10) -> None:
+async def reconnected(cache: CacheClient, seconds: float = 60) -> None:
     """Wait until a client has a connection again; each failed call has waited for the next attempt to connect."""
     deadline = time.monotonic() + seconds
     while True:

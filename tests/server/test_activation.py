@@ -48,7 +48,7 @@ def test_a_server_listens_at_the_sockets_that_it_is_given() -> None:
                 # Who connects before it is there waits in the backlog: that is what a service manager's socket is for.
                 with BlockingClient(f"unix://{directory}/given", connect_timeout_seconds=20) as cache:
                     cache.ping()
-                    with urlopen(f"http://127.0.0.1:{answers.getsockname()[1]}/readyz", timeout=20) as response:
+                    with urlopen(f"http://127.0.0.1:{answers.getsockname()[1]}/readyz", timeout=100) as response:
                         assert response.status == 200
                 process.terminate()
                 assert process.wait(END_SECONDS) == 0

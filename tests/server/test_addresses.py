@@ -29,7 +29,7 @@ LISTENERS = 4
 
 
 def run(*command):
-    return subprocess.run(command, cwd=TESTS, env=environment(), capture_output=True, text=True, timeout=20)
+    return subprocess.run(command, cwd=TESTS, env=environment(), capture_output=True, text=True, timeout=100)
 
 
 def refused(directory, *listen):

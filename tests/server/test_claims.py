@@ -63,9 +63,9 @@ async def trial(
         assert task.cancelled() == struck
         if struck and chunks and steps % 2:  # it is for whoever asks next, through whichever client
             await first.ping()
-            result = await asyncio.wait_for(second.query_status(prefetch.request_id), 5)
+            result = await asyncio.wait_for(second.query_status(prefetch.request_id), 60)
         else:
-            result = await asyncio.wait_for(first.query_status(prefetch.request_id), 5) if struck else task.result()
+            result = await asyncio.wait_for(first.query_status(prefetch.request_id), 60) if struck else task.result()
         assert result.chunks == chunks
         await nothing_is_left(first, second, prefetch.request_id)
     return struck
@@ -80,7 +80,7 @@ async def trial_of_two(
         other = asyncio.create_task(claim(first, prefetch.request_id))
         task, struck = await strike(work(first, prefetch.request_id), steps, blow)
         assert task.cancelled() == struck
-        ended = await asyncio.wait_for(asyncio.gather(task, other, return_exceptions=True), 5)
+        ended = await asyncio.wait_for(asyncio.gather(task, other, return_exceptions=True), 60)
         assert [result.chunks for result in ended if isinstance(result, LoadResult)] == [chunks]
         assert {type(error) for error in ended} <= {LoadResult, asyncio.CancelledError, UnknownRequestError}
         await nothing_is_left(first, second, prefetch.request_id)
@@ -91,7 +91,7 @@ async def nothing_is_left(first: CacheClient, second: CacheClient, request_id: s
     """Nobody else gets the result, and nothing is held any more once the request has ended."""
     for client in (first, second):
         with pytest.raises(UnknownRequestError):
-            await asyncio.wait_for(client.query_status(request_id), 5)
+            await asyncio.wait_for(client.query_status(request_id), 60)
     await first.end_request(request_id)
     await given_back(first)
     assert await read_back(second, PROMPT) == 3

@@ -99,7 +99,7 @@ async def trial(url: str | None, work: Callable[[Member], Coroutine[Any, Any, An
         task, struck = await strike(work(member), steps, blow)
         assert task.cancelled() == struck
         await nothing_is_left(cache, server, member, tasks)
-        again = await asyncio.wait_for(work(member), 5)
+        again = await asyncio.wait_for(work(member), 60)
         if work is not statistics:
             assert again == wanted
     return struck
@@ -151,7 +151,7 @@ async def reader_trial(url: str | None, blow: Blow, steps: int) -> bool:
         task, struck = await strike(read_while_it_is_stored(), steps, blow)
         assert task.cancelled() == struck
         await fill(member, prompt)
-        await asyncio.wait_for(take(events, taken, 10), 5)
+        await asyncio.wait_for(take(events, taken, 10), 60)
         stored = [event for event in taken if isinstance(event, Stored)]
         for tier in ("l1", "l2"):
             hashes = [event.chunk_hash for event in stored if event.tier == tier]

@@ -228,7 +228,7 @@ async def test_who_does_not_send_a_request_to_its_end_is_let_go(
     sent: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving, "_REQUEST_SECONDS", 0.3)
-    async with inside(tmp_path, GatedBackend(MemoryBackend())) as (_, site), asyncio.timeout(20):
+    async with inside(tmp_path, GatedBackend(MemoryBackend())) as (_, site), asyncio.timeout(60):
         host, port = site.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(sent)

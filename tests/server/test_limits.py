@@ -271,7 +271,7 @@ async def test_what_is_not_read_waits_for_room_and_who_gives_up_passes_it_on():
     assert not any(task.done() for task in waiting)
     waiting[0].cancel()
     account.give_unread(60)
-    await asyncio.wait(waiting[:2], timeout=5)
+    await asyncio.wait(waiting[:2], timeout=60)
     assert waiting[1].done() and not waiting[2].done()
     account.give_unread(60)
     await waiting[2]

@@ -42,7 +42,7 @@ class Prometheus:
         self.url = url
 
     def ask(self, path: str, **parameters: str) -> Any:
-        with urlopen(f"{self.url}/api/v1/{path}?{urlencode(parameters)}", timeout=20) as response:
+        with urlopen(f"{self.url}/api/v1/{path}?{urlencode(parameters)}", timeout=100) as response:
             return json.load(response)["data"]
 
     def query(self, text: str) -> Any:

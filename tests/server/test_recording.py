@@ -69,7 +69,7 @@ async def test_what_was_noted_is_written_when_the_server_ends(tmp_path: Path) ->
 def test_a_file_that_cannot_be_recorded_to_is_one_line(tmp_path: Path) -> None:
     command = serve_command(f"unix://{tmp_path}/s", l1="8MiB", l2=(), config=None, via=("async_cache",))
     done = subprocess.run(
-        [*command, "--record", "/nowhere/trace"], env=environment(), capture_output=True, text=True, timeout=60
+        [*command, "--record", "/nowhere/trace"], env=environment(), capture_output=True, text=True, timeout=100
     )
     told = [line for line in done.stderr.splitlines() if line.startswith("async-cache:")]
     assert (done.returncode, len(told)) == (1, 1)

@@ -82,7 +82,7 @@ async def test_a_file_that_does_not_answer_holds_up_nobody(tmp_path: Path) -> No
             config.unlink()
             os.mkfifo(config)
             reloading = asyncio.create_task(cache.reload())
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 writer = await opened(config)  # somebody reads, and waits
                 await fill(cache, make_prompt(2))
                 assert (await cache.lookup(make_prompt(2))).chunks == 2

@@ -33,7 +33,7 @@ def command(served: ServerProcess, trace: Path, *more: str) -> list[str]:
 
 
 def run(served: ServerProcess, trace: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(served, trace, *more), capture_output=True, text=True, timeout=60)
+    return subprocess.run(command(served, trace, *more), capture_output=True, text=True, timeout=150)
 
 
 async def chunks_left(served: ServerProcess) -> int:
@@ -90,7 +90,7 @@ async def test_a_server_that_goes_away_is_one_line(tmp_path: Path) -> None:
     with server(tmp_path, l2=()) as served:
         child = await begun(served, trace)
         served.kill()
-        output, errors = await asyncio.wait_for(child.communicate(), 60)
+        output, errors = await asyncio.wait_for(child.communicate(), 150)
     assert (child.returncode, output) == (1, b"")
     told = errors.decode()
     assert told.count("\n") == 1 and "the server is gone, after" in told and "of 100,000 requests" in told
@@ -101,7 +101,7 @@ async def test_an_interrupt_tells_what_was_measured_and_leaves_nothing(tmp_path:
     with server(tmp_path) as served:
         child = await begun(served, trace)
         child.send_signal(signal.SIGINT)
-        output, errors = await asyncio.wait_for(child.communicate(), 60)
+        output, errors = await asyncio.wait_for(child.communicate(), 150)
         told = json.loads(output)
         assert (child.returncode, errors, told["whole"]) == (130, b"", False)
         assert 0 < told["requests"] < 100_000
@@ -116,7 +116,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path: Path, more: list[str]) -> Non
         [sys.executable, "-m", "async_cache", "replay", str(trace), *options],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)},
     )
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)

@@ -53,7 +53,7 @@ async def proxy(echo: Echo) -> AsyncIterator[Proxy]:
 
 
 async def soon(awaitable: Awaitable[T]) -> T:
-    return await asyncio.wait_for(awaitable, 20)
+    return await asyncio.wait_for(awaitable, 60)
 
 
 async def dial(proxy: Proxy) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -82,7 +82,7 @@ async def test_what_the_dead_have_left_is_taken_over_at_the_start(tmp_path):
     write_dead(tmp_path, range(1, 101))
     async with opened(tmp_path) as backend:
         assert [each async for each in backend.keys()]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while len(indexes(tmp_path)) > 40:  # noqa: ASYNC110 (there is nothing else to wait for)
                 await asyncio.sleep(0.01)
         assert await found(backend, range(1, 101)) == list(range(1, 101))
@@ -103,7 +103,7 @@ async def test_an_index_of_the_dead_that_cannot_be_cut_costs_nothing_else(tmp_pa
     monkeypatch.setattr(os, "ftruncate", refuse)
     async with opened(tmp_path) as backend:
         assert len([1 async for _ in backend.keys()]) == 2
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while (tmp_path / segment_name(2, 0)).stat().st_size > PAGE:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         assert await load(backend, [1, 2]) == {1: LOADED, 2: LOADED}
@@ -133,7 +133,7 @@ async def test_where_every_lock_is_refused_there_is_one_clear_error_and_no_heap_
     with refused(monkeypatch, code):
         backend = FileSystemBackend(tmp_path)
         opening = asyncio.create_task(backend.open())
-        await asyncio.wait([opening], timeout=5)
+        await asyncio.wait([opening], timeout=60)
         assert opening.done()
         if opening.exception() is None:  # it does without locks
             assert await store(backend, [1]) == [True]
@@ -148,7 +148,7 @@ async def test_a_path_that_always_means_another_directory_is_an_error_and_no_hea
         with monkeypatch.context() as patched:
             patched.setattr(os.path, "samestat", lambda one, other: False)
             with suppress(BackendError):
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     await store(backend, [1])
         assert len(os.listdir(tmp_path)) < 30
 
@@ -180,7 +180,7 @@ async def test_an_index_that_could_not_be_begun_leaves_no_file(tmp_path, monkeyp
         assert len(os.listdir(tmp_path)) <= 4
         failing.clear()
         assert all(await store(backend, [2]))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while before.exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
 
@@ -208,7 +208,7 @@ async def test_a_segment_that_cannot_be_removed_costs_nobody_else_a_delete(tmp_p
         monkeypatch.undo()
         assert all(await store(backend, [5]))
         assert await backend.delete([key(5)]) == 1
-    async with opened(tmp_path), asyncio.timeout(30):
+    async with opened(tmp_path), asyncio.timeout(60):
         while stuck.exists():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
@@ -284,6 +284,6 @@ async def test_a_key_that_no_record_has_room_for_is_refused_and_holds_nothing_up
     async with opened(tmp_path) as backend:
         with pytest.raises((BackendError, ValueError)):
             await backend.store([odd, key(1)], [memoryview(b"x"), memoryview(b"y")])
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert await backend.delete([odd]) == 0
             assert all(await store(backend, [1]))

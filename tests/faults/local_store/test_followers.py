@@ -51,7 +51,7 @@ def generations(directory):
 
 async def until(condition):
     """Wait for what a task does in the background."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 (there is nothing else to wait for)
             await asyncio.sleep(0.001)
 
@@ -251,7 +251,7 @@ class Gate:
 
         def call(*arguments):
             self._reached.set()
-            assert self._opened.wait(30)
+            assert self._opened.wait(100)
             return real(*arguments)
 
         monkeypatch.setattr(os, name, call)

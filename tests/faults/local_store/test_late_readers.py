@@ -127,11 +127,11 @@ async def test_what_is_given_up_during_a_sweep_is_recorded_before_it_is_cleared(
     loop = asyncio.get_running_loop()
 
     def dropped_late(*arguments):
-        assert dropping.wait(30)
+        assert dropping.wait(100)
         drop(*arguments)
 
     def away_late(*arguments):
-        assert listed.wait(30)
+        assert listed.wait(100)
         return clear_away(*arguments)
 
     def gaps(*arguments):

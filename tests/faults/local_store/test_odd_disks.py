@@ -246,7 +246,7 @@ async def test_a_directory_whose_time_stands_still_shows_what_others_store(tmp_p
         async with opened(tmp_path) as other:
             assert await found(other, [1]) == [1]
             assert all(await store(other, [2]))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not await found(one, [2]):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
 

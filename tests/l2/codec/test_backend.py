@@ -202,7 +202,7 @@ class Held(Codec):
 
     def _hold(self) -> None:
         self.entered.set()
-        assert self.go.wait(30)
+        assert self.go.wait(100)
 
     def encode(self, *arguments: Any) -> int:
         self._hold()

@@ -14,7 +14,7 @@ import pytest
 
 BARE = Path(__file__).parent / "bare.py"
 INSTALL = "pip install 'async-kv-cache[mooncake]' && apt-get install libibverbs1"
-START_SECONDS = 30
+START_SECONDS = 100
 
 
 def free_port() -> int:

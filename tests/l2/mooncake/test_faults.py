@@ -39,7 +39,7 @@ from .support import Bare, Master
 
 PROMPTS = [make_prompt(8, number) for number in range(4)]
 RETURN_SECONDS = 5
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 100
 
 
 def make(master: Master, **parameters: object) -> MooncakeBackend:

@@ -56,7 +56,7 @@ class Server:
     def request(self, method: str, path: str, data: bytes | None = None) -> bytes:
         """What the server answers to a request without credentials, which it does not ask for."""
         request = urllib.request.Request(f"{self.endpoint}{path}", data, method=method)
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=100) as answer:
             body: bytes = answer.read()
         return body
 

@@ -24,7 +24,7 @@ from .test_conformance import Suite, name
 
 INSTALL = "npm install --prefix .azurite azurite@3.37.0"
 PROGRAM = Path(__file__).parents[3] / ".azurite/node_modules/.bin/azurite-blob"
-START_SECONDS = 30
+START_SECONDS = 100
 ACCOUNT, CONTAINER = "devstoreaccount1", "container"
 KEY = base64.b64encode(bytes(range(64))).decode()
 
@@ -81,7 +81,7 @@ def make_container(endpoint: str) -> None:
         method="PUT",
     )
     request.add_header("Content-Type", "")
-    urllib.request.urlopen(request, timeout=20).close()
+    urllib.request.urlopen(request, timeout=START_SECONDS).close()
 
 
 @pytest.fixture

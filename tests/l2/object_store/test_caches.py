@@ -30,7 +30,7 @@ from .support import Server
 CHUNKS = 4
 PROMPTS = 6
 CLOSED = BreakerState.CLOSED
-WAIT_SECONDS = 20  # for what should take a moment: the machine may be busy
+WAIT_SECONDS = 100  # for what should take a moment: the machine may be busy
 
 
 @asynccontextmanager

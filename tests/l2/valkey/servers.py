@@ -20,7 +20,7 @@ from typing import cast
 from async_cache.l2.valkey.replies import Reply, command
 from async_cache.l2.valkey.wire import Wire
 
-READY_SECONDS = 20.0
+READY_SECONDS = 100.0
 
 
 def valkey_binary() -> str:

@@ -152,7 +152,7 @@ async def test_a_master_that_dies_is_replaced_by_its_replica_under_load(replicat
             except BackendError:
                 return False
 
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             while not await is_back():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         stop.set()
@@ -185,7 +185,7 @@ async def test_a_cluster_that_is_away_is_found_when_it_is_back(tmp_path: Path) -
                     return False
 
             while not await is_back():
-                assert loop.time() - begin < 20
+                assert loop.time() - begin < 100
                 await asyncio.sleep(0.02)
             assert await get(backend, range(9), SIZE) == [content(n, SIZE) for n in range(9)]
             await eventually(lambda: backend.usage().objects == 9)
