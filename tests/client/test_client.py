@@ -37,6 +37,8 @@ from async_cache import (
     WriterClosedError,
     connect,
 )
+from async_cache.client import links
+from async_cache.client.client import HEARTBEAT_SECONDS
 from async_cache.client.link import Link, Lost
 from async_cache.client.links import Links
 from async_cache.l2.memory import MemoryBackend
@@ -46,6 +48,7 @@ from async_cache.protocol.frames import frame
 from async_cache.protocol.messages import encode
 from async_cache.server import Server
 from async_cache.testing import GatedBackend
+from tests.virtual import virtual
 
 from .servers import SECONDS, make_cache, serve, serve_in_process, short_directory, stopped, until
 
@@ -84,19 +87,38 @@ async def served_twice(url: str) -> AsyncIterator[tuple[Server, GatedBackend, An
                 await server.close()
 
 
+def count_dials(client: CacheClient) -> list[float]:
+    """When the client tries to connect from now on."""
+    dial, attempts = client._links._dial, list[float]()
+
+    async def counted(lost: Lost, timeout_seconds: float) -> Link:
+        attempts.append(asyncio.get_running_loop().time())
+        return await dial(lost, timeout_seconds)
+
+    client._links._dial = counted
+    return attempts
+
+
 async def is_lost(client: CacheClient) -> None:
     """Return once the client has noticed."""
     await until(lambda: client._links.current is None)
 
 
+async def answers(client: CacheClient) -> None:
+    """Return once the server has answered: on a busy machine, a heartbeat may be late now and then."""
+    async with asyncio.timeout(SECONDS):
+        while True:
+            with suppress(ConnectionLostError):
+                await client.ping()
+                return
+
+
 # Getting there.
 
 
-async def test_an_absent_server_fails_in_time_with_one_clear_line(url: str) -> None:
-    began = time.monotonic()
+async def test_an_absent_server_fails_with_one_clear_line(url: str) -> None:
     with pytest.raises(ConnectionLostError) as caught:
         await connect(url, connect_timeout_seconds=0.3).open()
-    assert time.monotonic() - began < 1.5
     assert str(caught.value) == (
         f"there is no server at {url}: No such file or directory; `async-cache serve` starts one"
     )
@@ -116,15 +138,26 @@ async def test_a_host_that_there_is_not_is_told_as_well(host: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-async def test_a_silent_server_fails_in_time_with_one_clear_line(directory: Path, url: str) -> None:
+async def test_a_silent_server_fails_with_one_clear_line(directory: Path, url: str) -> None:
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(directory / "s"))
         silent.listen()
-        began = time.monotonic()
         with pytest.raises(ConnectionLostError) as caught:
             await connect(url, connect_timeout_seconds=0.3).open()
-        assert time.monotonic() - began < 1.5
     assert str(caught.value) == f"no answer from {url} within 0.3 s"
+
+
+@pytest.mark.parametrize("kind", ["absent", "silent"])
+@virtual
+async def test_who_finds_no_server_gives_up_in_its_time(kind: str) -> None:
+    async def dial(lost: Lost, timeout_seconds: float) -> Link:
+        if kind == "silent":
+            await asyncio.sleep(timeout_seconds)
+        raise ConnectionLostError(kind)
+
+    with pytest.raises(ConnectionLostError, match=kind):
+        await Links(dial, connect_timeout_seconds=0.3, heartbeat_seconds=None).open()
+    assert asyncio.get_running_loop().time() == pytest.approx(0.3)
 
 
 async def test_a_server_that_comes_in_time_is_found(url: str) -> None:
@@ -136,7 +169,10 @@ async def test_a_server_that_comes_in_time_is_found(url: str) -> None:
         await client.close()
 
 
-async def test_a_server_that_was_there_first_is_found_at_the_first_attempt(url: str) -> None:
+async def test_a_server_that_was_there_first_is_found_at_the_first_attempt(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "_LAST_ATTEMPT_SECONDS", SECONDS)
     async with serve(url), connect(url, connect_timeout_seconds=0.0001) as client:
         assert await client.ping() < SECONDS
 
@@ -468,11 +504,12 @@ async def test_a_call_waits_for_the_next_attempt_only(url: str) -> None:
     async with served_twice(url) as (server, _, _), connect(url) as client:
         await server.close()
         await is_lost(client)
+        attempts = count_dials(client)
         for _ in range(3):
-            began = time.monotonic()
+            before = len(attempts)
             with pytest.raises(ConnectionLostError, match="there is no server at"):
                 await client.stats()
-            assert time.monotonic() - began < 2
+            assert len(attempts) <= before + 1
 
 
 async def test_a_caller_that_does_not_wait_for_the_connection_any_more_harms_nobody(url: str) -> None:
@@ -548,19 +585,20 @@ def test_it_tries_again_at_ever_longer_intervals() -> None:
 
 async def test_a_server_that_stands_still_is_given_up(url: str) -> None:
     with serve_in_process(url) as process:
-        async with connect(url, heartbeat_seconds=0.2) as client, connect(url, heartbeat_seconds=None) as patient:
+        async with connect(url, heartbeat_seconds=1) as client, connect(url, heartbeat_seconds=None) as patient:
+            await answers(client)
             with stopped(process):
                 began = time.monotonic()
                 prefetch = client.prefetch(PROMPT, request_id="r")
                 waiting = asyncio.create_task(patient.ping())
                 outcomes_ = await outcomes(prefetch.lookup_done, prefetch.load_done, client.lookup(PROMPT))
-                assert 0.2 <= time.monotonic() - began < 2
+                assert 1 <= time.monotonic() - began < HEARTBEAT_SECONDS, "it is what was given, and not the default"
                 for outcome in outcomes_:
                     assert isinstance(outcome, ConnectionLostError)
-                    assert str(outcome) == "the server has not answered for 0.2 s"
+                    assert str(outcome) == "the server has not answered for 1.0 s"
                 assert not waiting.done()
-            assert await client.ping() < SECONDS
             assert await waiting < SECONDS
+            await answers(client)
             assert await client.prefetch(PROMPT, request_id="r").load_done
 
 
@@ -594,18 +632,18 @@ async def test_a_client_knows_whether_it_has_heard_from_its_server(url: str) -> 
         client.check_connected()
 
 
-async def test_a_killed_server_fails_those_who_wait_in_under_a_second_and_another_is_found(url: str) -> None:
+async def test_a_killed_server_fails_those_who_wait_at_once_and_another_is_found(url: str) -> None:
+    """Without heartbeats nothing but the end of the connection tells of it."""
     with serve_in_process(url) as process:
-        async with connect(url) as client:
+        async with connect(url, heartbeat_seconds=None) as client:
             with stopped(process):
                 prefetch = client.prefetch(PROMPT)
                 asking = asyncio.create_task(client.ping())
                 await asyncio.sleep(0)
                 process.kill()
-                began = time.monotonic()
-                for outcome in await outcomes(prefetch.lookup_done, prefetch.load_done, asking):
-                    assert isinstance(outcome, ConnectionLostError), outcome
-                assert time.monotonic() - began < 1
+                async with asyncio.timeout(SECONDS):
+                    for outcome in await outcomes(prefetch.lookup_done, prefetch.load_done, asking):
+                        assert isinstance(outcome, ConnectionLostError), outcome
             process.wait()
             with serve_in_process(url):
                 await until(lambda: client._links.current is not None)
@@ -670,11 +708,10 @@ async def test_a_number_that_the_embedded_cache_takes_breaks_no_connection(optio
 
 
 async def test_a_server_that_welcomes_and_closes_is_not_asked_all_the_time() -> None:
-    accepted = 0
+    accepted: list[float] = []
 
     async def turn_away(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal accepted
-        accepted += 1
+        accepted.append(asyncio.get_running_loop().time())
         await reader.readexactly(int.from_bytes(await reader.readexactly(4), "little"))
         writer.write(frame(encode(messages.Welcome(messages.VERSION, 4096, False, True, 60.0))))
         await writer.drain()
@@ -683,8 +720,8 @@ async def test_a_server_that_welcomes_and_closes_is_not_asked_all_the_time() -> 
     with short_directory() as directory:
         listening = await asyncio.start_unix_server(turn_away, str(directory / "s"))
         async with listening, connect(f"unix://{directory}/s"):
-            await asyncio.sleep(1)
-    assert 1 < accepted < 20
+            await until(lambda: len(accepted) >= 8)
+    assert accepted[7] - accepted[0] > 0.5, "each waits for twice as long as the one before, or for half of that"
 
 
 async def test_a_forked_child_keeps_no_connection_of_its_parent() -> None:
