@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from server.programs import busy_seconds, environment
+
 from async_cache.protocol import messages as m
 from async_cache.protocol.frames import FrameReader, frame
 from async_cache.protocol.messages import VERSION, Decoder, encode
@@ -39,6 +41,9 @@ class Served:
         """Where it listens."""
         return f"unix://{self.path}"
 
+    def busy_seconds(self) -> float:
+        return busy_seconds(self.process.pid)
+
     def faults(self) -> list[str]:
         """The lines of its log that tell of a defect."""
         return [line for line in self.log.read_text().splitlines() if FAULTS.search(line)]
@@ -61,7 +66,7 @@ def serving(l2: str = "memory://", config: str = "") -> Iterator[Served]:
             f"unix://{path}",
         ]
         command += ["--l2", l2, "--l1-bytes", str(L1_BYTES)]
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("ASYNC_CACHE_")}
+        environ = environment()
         with log.open("wb") as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environ)
         try:

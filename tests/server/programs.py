@@ -14,6 +14,8 @@ import psutil
 
 TESTS = Path(__file__).parents[1]
 END_SECONDS = 100
+PATIENT = {"server_shutdown_timeout_seconds": END_SECONDS, "lookup_timeout_seconds": 60}
+"""Where a test is of neither, a busy machine may take longer than their defaults: a second, for what is to be found."""
 
 
 class ServerProcess:
@@ -33,6 +35,9 @@ class ServerProcess:
 
     def resident_bytes(self) -> int:
         return self._process.memory_info().rss
+
+    def busy_seconds(self) -> float:
+        return busy_seconds(self.pid)
 
     def descriptors(self) -> int:
         return self._process.num_fds()
@@ -58,10 +63,19 @@ class ServerProcess:
         return self.child.wait(END_SECONDS)
 
 
+def busy_seconds(pid: int) -> float:
+    """How long the threads of a process have had a processor: what it does, whoever else the machine serves."""
+    busy = 0
+    for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with suppress(OSError):  # it has ended meanwhile
+            busy += int(thread.read_text().split()[0])
+    return busy / 1e9
+
+
 def environment(**settings: Any) -> dict[str, str]:
     """This process's own, with these settings of a server instead of those that it has."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ASYNC_CACHE_")}
-    settings = {"server_http": ""} | settings  # else all would want the same port
+    settings = {"server_http": ""} | PATIENT | settings  # else all would want the same port
     return inherited | {f"ASYNC_CACHE_{name.upper()}": str(value) for name, value in settings.items()}
 
 

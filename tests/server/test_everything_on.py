@@ -248,7 +248,9 @@ async def test_no_request_is_lost_and_nothing_grows(tmp_path: Path) -> None:
             everything = Everything(proxy, config, l2)
             everything.write_config()
             urls = f"unix://{tmp_path}/s", "tcp://127.0.0.1:0"
-            async with beside(web(tmp_path, *urls, l2=(), l1="8MiB", config=config)) as site:
+            async with beside(
+                web(tmp_path, *urls, l2=(), l1="8MiB", config=config, lookup_timeout_seconds=0.5)
+            ) as site:
                 everything.site = site
                 await idle(everything)
                 before = everything.looks[-1]

@@ -28,7 +28,6 @@ LARGE = make_layout(ObjectGroup((MIB,), "uint8"), readers_per_rank=4096)
 LARGE_PROMPT = make_prompt(32, 5, LARGE)
 SMALL_PROMPT = make_prompt(2, 6)
 MANY_READERS = 2000
-NOTICED_SECONDS = 0.001
 GROWTH_BYTES = 24 * MIB
 STALL_SECONDS = 0.6
 HELLO = frame(encode(Hello(VERSION)))
@@ -76,9 +75,9 @@ async def test_a_client_that_does_not_read_is_given_up_and_costs_little(tmp_path
             await cache.flush()
             await given_back(cache)
             before, descriptors = served.resident_bytes(), served.descriptors()
+            began = time.monotonic()
             with Peer(served.url, token=TOKEN) as peer:
                 assert peer.arena_fd is None
-                began = time.monotonic()
                 KINDS[kind](peer)
                 await wait_until(lambda: holds(cache, 1))
                 most = 0
@@ -88,12 +87,12 @@ async def test_a_client_that_does_not_read_is_given_up_and_costs_little(tmp_path
                     most = max(most, served.resident_bytes() - before)
                     return await holds(cache, 0)
 
-                await wait_until(is_given_up, seconds=STALL_SECONDS + 5)
+                await wait_until(is_given_up)
                 assert time.monotonic() - began > STALL_SECONDS * 0.9
                 await given_back(cache)
                 assert most < GROWTH_BYTES
                 await descriptors_given_back(served, cache, descriptors)
-                peer.socket.settimeout(5)
+                peer.socket.settimeout(60)
                 with suppress(ConnectionError):
                     while peer.socket.recv(MIB):
                         pass
@@ -148,36 +147,31 @@ class Crowd:
         self._stack.close()
 
 
-async def times(cache, crowd, count):
-    """Of pings, and of small prefetches with both answers and the end; sorted."""
-    pings, prefetches = [], []
+async def busy_seconds(served, cache, crowd, count):
+    """What a server does for a ping, and a small prefetch with both answers and the end."""
+    began = served.busy_seconds()
     for number in range(count):
         if crowd is not None and number % 8 == 0:
             crowd.nibble()
-        pings.append(await cache.ping())
-        began = time.perf_counter()
+        await cache.ping()
         prefetch = cache.prefetch(SMALL_PROMPT)
         assert (await prefetch.load_done).chunks == len(SMALL_PROMPT)
         await cache.end_request(prefetch.request_id)
-        prefetches.append(time.perf_counter() - began)
-    return sorted(pings), sorted(prefetches)
+    return (served.busy_seconds() - began) / count
 
 
 async def compare(served, cache, phases=5, count=300):
-    """The 99th percentiles of a healthy client, alone and in the crowd: medians of phases that take turns."""
+    """What a healthy client costs, alone and in the crowd: medians of phases that take turns."""
     alone, crowded = [], []
     for _ in range(phases):
-        alone.append(await times(cache, None, count))
+        alone.append(await busy_seconds(served, cache, None, count))
         crowd = Crowd(served)
-        await cache.ping()
-        crowded.append(await times(cache, crowd, count))
+        for _ in range(10):  # until nothing of the crowd is under way
+            await cache.ping()
+        crowded.append(await busy_seconds(served, cache, crowd, count))
         crowd.leave()
         await given_back(cache)
-
-    def percentile(measured, kind):
-        return statistics.median(phase[kind][count * 99 // 100] for phase in measured)
-
-    return [(percentile(alone, kind), percentile(crowded, kind)) for kind in (0, 1)]
+    return statistics.median(alone), statistics.median(crowded)
 
 
 async def test_a_healthy_client_does_not_notice_slow_readers_and_half_open_connections(tmp_path, record_property):
@@ -189,24 +183,30 @@ async def test_a_healthy_client_does_not_notice_slow_readers_and_half_open_conne
             await fill(cache, LARGE_PROMPT)
             await fill(cache, SMALL_PROMPT)
             await cache.flush()
-            await times(cache, None, 300)
-            for _ in range(3):  # the machine has others to serve
-                measured = await compare(served, cache, phases=rounds(3, 20))
-                if all(crowded <= 2 * alone for alone, crowded in measured):
+            await busy_seconds(served, cache, None, 300)
+            for _ in range(3):  # the machine has others to serve, and its processor other things to remember
+                alone, crowded = await compare(served, cache, phases=rounds(3, 20))
+                if crowded <= 2 * alone:
                     break
-            record_property("alone and crowded", measured)
-            assert all(crowded <= 2 * alone for alone, crowded in measured), measured
+            record_property("alone and crowded", (alone, crowded))
+            assert crowded <= 2 * alone
 
 
-async def ninetieth(cache, peer, count=300):
-    """The 90th percentile of pings, while a peer, if there is one, reads a little between them."""
+async def ping_seconds(served, cache, readers, count=100):
+    """What a server does for a ping, while a peer with so many reads takes a little of them between two."""
     took = []
-    for _ in range(count):
-        if peer is not None:
-            with suppress(BlockingIOError):
-                peer.socket.recv(64 * 1024, socket.MSG_DONTWAIT)
-        took.append(await cache.ping())
-    return sorted(took)[count * 9 // 10]
+    with Peer(served.url, token=TOKEN) as peer:
+        read_much(peer, readers)
+        await wait_until(lambda: holds(cache, 1))
+        for _ in range(3):  # in the first, it may be asked still
+            began = served.busy_seconds()
+            for _ in range(count):
+                with suppress(BlockingIOError):
+                    peer.socket.recv(64 * 1024, socket.MSG_DONTWAIT)
+                await cache.ping()
+            took.append((served.busy_seconds() - began) / count)
+    await given_back(cache)
+    return min(took)
 
 
 async def test_a_healthy_client_does_not_notice_one_who_reads_much_at_a_time(tmp_path, record_property):
@@ -215,18 +215,9 @@ async def test_a_healthy_client_does_not_notice_one_who_reads_much_at_a_time(tmp
         async with connect(served.url) as cache:
             await fill(cache, LARGE_PROMPT)
             await cache.flush()
-            measured = []
-            for _ in range(3):  # the machine has others to serve
-                alone = await ninetieth(cache, None)
-                with Peer(served.url, token=TOKEN) as peer:
-                    read_much(peer, MANY_READERS)
-                    await wait_until(lambda: holds(cache, 1))
-                    crowded = await ninetieth(cache, peer)
-                measured.append((alone, crowded))
-                if crowded < alone + NOTICED_SECONDS:
-                    break
-            record_property("alone and crowded", measured)
-            assert crowded < alone + NOTICED_SECONDS, measured
+            few, many = [await ping_seconds(served, cache, readers) for readers in (8, MANY_READERS)]
+            record_property("with few and many", (few, many))
+            assert many < 3 * few
 
 
 async def test_half_open_connections_are_closed_in_time(tmp_path):
@@ -243,7 +234,7 @@ async def test_half_open_connections_are_closed_in_time(tmp_path):
                 async with connect(served.url) as other:
                     await other.ping()
                 for peer in peers:
-                    peer.socket.settimeout(5)
+                    peer.socket.settimeout(60)
                     with suppress(ConnectionResetError):
                         assert peer.socket.recv(1) == b""
             await descriptors_given_back(served, cache, descriptors)
@@ -269,7 +260,7 @@ async def test_one_connection_too_many_is_told_so(tmp_path, kind):
         async with connect(url), connect(url) as cache, connect(url):
             for _ in range(rounds(30, 1_000)):
                 with pytest.raises(LimitError, match="3 connections, which is its limit"):
-                    await connect(url, connect_timeout_seconds=0.1).open()
+                    await connect(url, connect_timeout_seconds=60).open()
             await cache.ping()
         async with asyncio.timeout(60):
             while True:  # until the server has seen that the others have left
