@@ -54,7 +54,7 @@ async def opened(url: str | None) -> AsyncIterator[tuple[AsyncCache, Server, Mem
 
 async def nothing_is_left(cache: AsyncCache, server: Server, member: Member, tasks: "set[asyncio.Task[Any]]") -> None:
     """No lease, pin, listing, turn or task of what was given up, at either end."""
-    for _ in range(1000):
+    for _ in range(60_000):
         if isinstance(member, CacheClient):
             await member.ping()
         else:

@@ -1,7 +1,6 @@
 """A client that is killed: all that it held is back at once, and other clients notice nothing."""
 
 import asyncio
-import time
 
 import pytest
 from contract.support import PAGE, count_hits, fill, make_prompt, read_back, verify, write
@@ -13,7 +12,8 @@ from .holder import LEASES, PROMPT, RESERVATIONS, reserved_prompt
 from .programs import heard, program, server
 from .support import descriptors_given_back, given_back, held
 
-AT_ONCE_SECONDS = 1
+AT_ONCE_SECONDS = 60  # of a server whose leases and reservations live for an hour: only the end of it gives them back
+LIVES = dict.fromkeys(("lease_ttl_seconds", "reservation_ttl_seconds", "result_ttl_seconds"), 3600)
 OWN = make_prompt(5, 77)
 UNFINISHED = make_prompt(1, 78)
 
@@ -30,7 +30,7 @@ async def look_and_ping(cache, stop):
 
 @pytest.mark.parametrize("manner", ["idle", "busy"])
 async def test_a_killed_client_leaves_nothing_and_harms_nobody(tmp_path, manner):
-    with server(tmp_path, l2=["memory://"]) as served:
+    with server(tmp_path, l2=["memory://"], **LIVES) as served:
         async with connect(served.url) as cache, connect(served.url) as other:
             await fill(cache, PROMPT)
             await fill(cache, OWN)
@@ -48,9 +48,7 @@ async def test_a_killed_client_leaves_nothing_and_harms_nobody(tmp_path, manner)
                     assert during.leases == before.leases + LEASES
                     assert during.reserved_bytes >= before.reserved_bytes + RESERVATIONS * PAGE
                     child.kill()
-                    killed = time.monotonic()
-                    await given_back(cache, held(before))
-                    assert time.monotonic() - killed < AT_ONCE_SECONDS
+                    await given_back(cache, held(before), AT_ONCE_SECONDS)
                 for number in range(RESERVATIONS):
                     assert await count_hits(cache, reserved_prompt(number)) == 0
                 assert verify(lease, OWN) == list(range(len(OWN)))

@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 
@@ -17,7 +16,7 @@ from .support import reconnected
 
 PROMPT = make_prompt(8)
 OTHER = make_prompt(8, 2)
-AT_ONCE_SECONDS = 1
+AT_ONCE_SECONDS = 60  # of a client without heartbeats, and a server without timeouts: nothing else would end it
 
 # What is waited for when a backend waits for ever in its lookup, and in its load.
 LOOKUP_WAITS = {
@@ -68,9 +67,8 @@ async def test_a_client_hears_at_once_and_finds_what_is_in_storage(tmp_path, ver
         await asyncio.sleep(0)
         await cache.ping()  # and so the server has got all of them
         served.kill()
-        killed = time.monotonic()
         _, pending = await asyncio.wait(waits.values(), timeout=AT_ONCE_SECONDS)
-        assert time.monotonic() - killed < AT_ONCE_SECONDS and not pending
+        assert not pending
         assert {name: type(wait.exception()) for name, wait in waits.items()} == dict.fromkeys(
             waits, ConnectionLostError
         )
@@ -95,7 +93,7 @@ class connect_to:  # noqa: N801
 
     async def __aenter__(self):
         served = self._server.__enter__()
-        self._client = connect(served.url)
+        self._client = connect(served.url, heartbeat_seconds=None)
         return served, await self._client.open()
 
     async def __aexit__(self, *error):
@@ -108,7 +106,7 @@ def test_a_blocking_client_hears_at_once_and_finds_what_is_in_storage(tmp_path, 
     asyncio.run(seed(tmp_path / "l2"))
     with (
         odd_server(tmp_path, verb) as served,
-        BlockingClient(served.url) as cache,
+        BlockingClient(served.url, heartbeat_seconds=None) as cache,
         ThreadPoolExecutor(len(LOOKUP_WAITS)) as threads,
     ):
         prefetch = cache.prefetch(PROMPT)
@@ -136,9 +134,7 @@ def test_a_blocking_client_hears_at_once_and_finds_what_is_in_storage(tmp_path, 
             cache.ping()
         assert not any(wait.done() for wait in waits.values())
         served.kill()
-        killed = time.monotonic()
-        pending = wait_for(waits.values(), timeout=AT_ONCE_SECONDS).not_done
-        assert time.monotonic() - killed < AT_ONCE_SECONDS and not pending
+        assert not wait_for(waits.values(), timeout=AT_ONCE_SECONDS).not_done
         assert {name: type(wait.exception()) for name, wait in waits.items()} == dict.fromkeys(
             waits, ConnectionLostError
         )
@@ -188,13 +184,13 @@ async def test_what_was_read_stays_and_what_was_written_is_refused(tmp_path):
                 assert await read_back(cache, PROMPT) == len(PROMPT)
 
 
-async def test_a_write_that_was_under_way_does_not_hold_up_its_writer(tmp_path):
+async def test_a_write_that_was_under_way_does_not_hold_up_its_writer(tmp_path, monkeypatch):
     """A store that waits for the connection fails as the others do, and the client closes in no time."""
     with server(tmp_path) as served:
         cache = await connect(served.url).open()
         served.kill()
         with pytest.raises(ConnectionLostError):
             await fill(cache, PROMPT)
-        began = time.monotonic()
-        await cache.close()
-        assert time.monotonic() - began < AT_ONCE_SECONDS
+        monkeypatch.setattr("async_cache.client.links._CLOSE_SECONDS", 3600)
+        async with asyncio.timeout(AT_ONCE_SECONDS):
+            await cache.close()

@@ -12,7 +12,7 @@ LAYOUT = ModelLayout("m", (ObjectGroup((16,), "uint8"),), chunk_tokens=1)
 
 
 async def looked(probe, until):
-    for _ in range(200):
+    for _ in range(2000):
         if until(probe):
             return
         await asyncio.sleep(0.05)  # to look more often would be something to do
@@ -68,7 +68,7 @@ async def test_a_loop_that_has_nothing_to_do_is_asked_less_often_until_it_has():
 async def test_a_server_tells_of_its_loop(tmp_path):
     with server(tmp_path) as served:
         async with connect(served.url) as client:
-            for _ in range(1000):
+            for _ in range(10_000):
                 hold = (await client.stats()).hold
                 if hold is not None and hold.seconds:
                     break

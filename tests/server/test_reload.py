@@ -66,12 +66,12 @@ async def test_live_settings_are_used_and_others_wait(tmp_path: Path) -> None:
             write(config, top="result_ttl_seconds = 0.05", in_server="max_connections = 1\nstall_timeout_seconds = 7\n")
             assert await cache.reload() == (["server.stall_timeout_seconds"], [])
             assert await cache.reload() == ([], [])
-            write(config, in_server="shutdown_timeout_seconds = 3\nlog_level = 'debug'")
+            write(config, in_server="log_format = 'json'\nlog_level = 'debug'")
             changed, waiting = await cache.reload()
-            assert waiting == ["server.shutdown_timeout_seconds"]
+            assert waiting == ["server.log_format"]
             assert "server.log_level" in changed and "result_ttl_seconds" in changed
         assert served.stop() == 0
-        assert "settings wait for a restart: server.shutdown_timeout_seconds" in served.log
+        assert "settings wait for a restart: server.log_format" in served.log
 
 
 async def test_a_file_that_does_not_answer_holds_up_nobody(tmp_path: Path) -> None:
