@@ -674,12 +674,12 @@ def test_a_server_that_stops_in_the_middle_is_given_up_soon(directory: Path) -> 
             time.sleep(0.001)
         process.send_signal(signal.SIGSTOP)
         try:
-            began = time.monotonic()
             line = complaint(finish(ping))
-            assert time.monotonic() - began < 10, "twice a heartbeat of 10 s is long for who waits at a terminal"
         finally:
             process.send_signal(signal.SIGCONT)
     assert line.startswith(("the server has not answered for ", f"no answer from {url} within "))
+    (seconds,) = re.findall(r"([\d.]+) s\b", line)
+    assert float(seconds) <= 5, "twice a heartbeat of 10 s is long for who waits at a terminal"
 
 
 def test_a_variable_that_can_not_be_used_is_told(shared: Path) -> None:

@@ -1,9 +1,9 @@
 """Explanations against a model of the cache, for very long prompts, and for every reason, made for real."""
 
 import asyncio
-import gc
 import re
-import time
+import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -223,19 +223,17 @@ async def test_a_very_long_prompt_is_explained_in_slices():
 
 
 @pytest.mark.parametrize("there", ["nowhere", "l1", "l2"])
-async def test_4096_chunks_take_little_and_hold_the_loop_for_less(there):
-    """Bounds are those of a busy machine: the numbers are in `docs/explain.md`."""
+async def test_4096_chunks_take_little(there):
+    """Counted, as time says nothing on a busy machine; the times are in `docs/explain.md`."""
     prompt = make_layout(chunk_tokens=1).prompt(range(4096))
     async with open_cache(MemoryBackend(), pages=4200) as cache:
         if there != "nowhere":
             await (fill if there == "l1" else fill_l2)(cache, prompt)
-        gc.collect()
-        times = []
-        for _ in range(5):
-            began = time.process_time()
-            await cache.explain(prompt)
-            times.append(time.process_time() - began)
-        assert min(times) < 0.03
+        calls = Counter()
+        sys.setprofile(lambda frame, event, _: calls.update((event,)))
+        await cache.explain(prompt)
+        sys.setprofile(None)
+        assert calls["call"] + calls["c_call"] < 6 * 4096
 
 
 def test_the_document_runs_as_it_stands():
