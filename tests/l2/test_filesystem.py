@@ -1568,7 +1568,7 @@ def test_a_thread_that_is_stuck_for_ever_keeps_neither_close_nor_the_loop(direct
 
     began = time.monotonic()
     asyncio.run(main())
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     gate.open()
 
 
@@ -1583,7 +1583,7 @@ async def test_a_close_that_is_cancelled_gives_a_stuck_thread_up_too(directory, 
         async with asyncio.timeout(0.01):
             await backend.close()
     task.cancel()
-    _, pending = await asyncio.wait([task], timeout=1)
+    _, pending = await asyncio.wait([task], timeout=60)
     gate.open()
     assert not pending
 
@@ -1596,7 +1596,7 @@ async def test_an_open_that_is_cancelled_leaves_no_file_open(directory, monkeypa
     opening.cancel()
     await asyncio.wait([opening])
     gate.open()
-    for _ in range(1000):
+    for _ in range(60_000):
         if len(os.listdir("/proc/self/fd")) <= before:
             break
         await asyncio.sleep(0.001)

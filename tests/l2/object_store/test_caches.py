@@ -35,7 +35,9 @@ WAIT_SECONDS = 100  # for what should take a moment: the machine may be busy
 
 @asynccontextmanager
 async def opened(server: Server, prefix: str, **parameters: Any) -> AsyncIterator[AsyncCache]:
-    config = CacheConfig(l1_bytes=64 * PAGE, l2=(server.url(prefix, **parameters),), breaker_reset_seconds=1)
+    config = CacheConfig(
+        l1_bytes=64 * PAGE, l2=(server.url(prefix, **parameters),), breaker_reset_seconds=1, lookup_timeout_seconds=20
+    )
     async with AsyncCache(config) as cache:
         yield cache
         await assert_nothing_held(cache)
@@ -167,7 +169,7 @@ async def test_a_server_that_dies_again_and_again_costs_hits_and_nothing_else(mo
                     await asyncio.to_thread(server.start)
                     back = time.monotonic()
                     await until(lambda: guard.breaker.state is CLOSED, workers)
-                    assert time.monotonic() - back < 5
+                    assert time.monotonic() - back < 30
                     served = 0
                     await until(serves_again, workers)
             finally:

@@ -190,34 +190,34 @@ async def test_a_trickle_brings_the_right_bytes_or_ends_when_it_is_given_up(
 async def test_a_distant_server_costs_a_lookup_one_round_trip(backend: ValkeyBackend, proxy: Proxy) -> None:
     assert await put(backend, range(256), 100) == [True] * 256
     await find(backend, range(256))
-    proxy.delay_seconds = 0.1
+    proxy.delay_seconds = 1
     loop = asyncio.get_running_loop()
     for _ in range(5):  # a busy machine spoils one, a second round trip all
         begin = loop.time()
         assert await find(backend, range(300)) == [True] * 256 + [False] * 44
         took = loop.time() - begin
-        assert took >= 0.2
-        if took < 0.4:
+        assert took >= 2
+        if took < 4:
             return
     pytest.fail("it took two round trips")
 
 
-async def test_a_server_that_refuses_is_answered_for_at_once_and_found_within_a_second(
+async def test_a_server_that_refuses_is_answered_for_at_once_and_found_soon(
     backend: ValkeyBackend, proxy: Proxy
 ) -> None:
     assert await put(backend, [1], 5000) == [True]
     await proxy.refuse()
     proxy.reset()
     loop = asyncio.get_running_loop()
+    begin = loop.time()
     for _ in range(50):
-        begin = loop.time()
         with pytest.raises(BackendError, match=r"valkey://127\.0\.0\.1"):
             await find(backend, [1])
-        assert loop.time() - begin < 0.5
+    assert loop.time() - begin < 25, "each waited"
     await proxy.open()
     begin = loop.time()
     await until_it_answers(backend)
-    assert loop.time() - begin < 1.5
+    assert loop.time() - begin < 10
     assert await get(backend, [1], 5000) == [content(1, 5000)]
 
 
@@ -230,14 +230,14 @@ async def test_only_one_call_at_a_time_waits_for_a_silent_server(proxy: Proxy) -
         loop = asyncio.get_running_loop()
         before = proxy.connections
         begin, quick = loop.time(), 0
-        while loop.time() - begin < 1:
+        while loop.time() - begin < 1 or quick <= 10:  # on a busy machine, later
             asked = loop.time()
             results = await asyncio.gather(*(find(backend, [n]) for n in range(10)), return_exceptions=True)
             assert all(isinstance(result, BackendError) for result in results)
-            quick += loop.time() - asked < 0.1
+            quick += loop.time() - asked < 0.3  # in less than an attempt takes
             await asyncio.sleep(0.01)
-        assert proxy.connections - before <= 8  # as many as there are connections at first, then one after the other
-        assert quick > 10
+        attempts = proxy.connections - before  # as many as there are connections at first, then one after the other
+        assert attempts <= 5 + (loop.time() - begin) / 0.3
         proxy.resume()
         await until_it_answers(backend)
 
@@ -258,13 +258,13 @@ async def test_a_backend_opens_without_its_server_and_finds_it_later(
 
 
 async def test_closing_ends_calls_that_wait_for_a_dead_server(proxy: Proxy) -> None:
-    async with opened(f"valkey://127.0.0.1:{proxy.port}") as backend:
+    async with opened(f"valkey://127.0.0.1:{proxy.port}?connect_timeout=600") as backend:
         assert await put(backend, [1], 5000) == [True]
         proxy.stall()
         waiting = [asyncio.ensure_future(find(backend, [n])) for n in range(20)]
         waiting.append(asyncio.ensure_future(get(backend, [1], 5000)))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
-        async with asyncio.timeout(0.9):  # it waits for nobody
+        async with asyncio.timeout(60):  # it waits for nobody
             await backend.close()
         results = await asyncio.gather(*waiting, return_exceptions=True)
         assert all(isinstance(result, BackendError) for result in results)

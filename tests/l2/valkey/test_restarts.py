@@ -22,7 +22,7 @@ from .support import eventually, nothing_left
 LAYOUT = make_layout(ObjectGroup((100_000,), "uint8"))
 PROMPTS = [make_prompt(6, number, LAYOUT) for number in range(8)]
 USERS = 4
-BACK_SECONDS = 5.0
+BACK_SECONDS = 50.0
 
 
 async def use(cache: AsyncCache, rng: random.Random, stop: asyncio.Event, told: Counter[str]) -> None:
