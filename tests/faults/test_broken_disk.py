@@ -32,14 +32,14 @@ from async_cache.l2.filesystem.backend import FileSystemBackend
 from .disk import CHUNK_PAGES, LAYOUT, held_by_process, listing, place_of, process, rests, say
 
 try:
-    from .broken_disk import BrokenDisk
+    from .broken_disk import STUCK_SECONDS, BrokenDisk
 except OSError as error:
     pytest.skip(f"no FUSE here: {error}", allow_module_level=True)
 
 CHUNKS = 4
 ROOM = CHUNKS * CHUNK_PAGES * PAGE
 PROMPT, OTHER, THIRD = (make_prompt(CHUNKS, number, LAYOUT) for number in (1, 2, 3))
-SECONDS = rounds(0.5, 1.5)  # the long part shares the machine with whatever else there is
+SECONDS = 3  # for what is well, on a machine that has others to serve; what is stuck takes longer
 SHORT = {"lookup_timeout_seconds": SECONDS, "load_timeout_seconds": SECONDS, "store_timeout_seconds": SECONDS}
 SHORT |= {"breaker_reset_seconds": 0.02, "close_timeout_seconds": 1}
 
@@ -276,7 +276,7 @@ async def test_close_ends_while_a_call_is_stuck(disk, verb, close_timeout_second
             await asyncio.sleep(0.1)
             began = time.monotonic()
             await cache.close()
-            assert time.monotonic() - began < 2 * close_timeout_seconds + 0.5
+            assert time.monotonic() - began < STUCK_SECONDS / 2
             for outcome in await outcomes(*calls):
                 assert not isinstance(outcome, Exception) or isinstance(outcome, AsyncCacheError)
             assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -299,7 +299,7 @@ async def outlast(cache, prompt, prefetch, bystander, blow, struck):
 
 async def until_quiet(cache, backends, tasks):
     """Soon nothing is held, and nothing runs that did not run before."""
-    for _ in range(5000):
+    for _ in range(60_000):
         if asyncio.all_tasks() <= tasks and not any(map(pins, backends)) and not (await cache.stats()).reserved_bytes:
             break
         await asyncio.sleep(0.001)
@@ -419,7 +419,7 @@ def strike_at_every_step(request):
         for steps in count(first, STRIDE):
             with asyncio.Runner(loop_factory=loop) as runner:
                 struck = runner.run(trial(steps))
-            for _ in range(100):
+            for _ in range(60_000):
                 left = threads_and_files()
                 if left[0] <= threads and left[1] <= files:
                     break
