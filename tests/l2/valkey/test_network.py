@@ -258,13 +258,13 @@ async def test_a_backend_opens_without_its_server_and_finds_it_later(
 
 
 async def test_closing_ends_calls_that_wait_for_a_dead_server(proxy: Proxy) -> None:
-    async with opened(f"valkey://127.0.0.1:{proxy.port}?connect_timeout=600") as backend:
+    async with opened(f"valkey://127.0.0.1:{proxy.port}?connect_timeout=8") as backend:
         assert await put(backend, [1], 5000) == [True]
         proxy.stall()
         waiting = [asyncio.ensure_future(find(backend, [n])) for n in range(20)]
         waiting.append(asyncio.ensure_future(get(backend, [1], 5000)))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
-        async with asyncio.timeout(60):  # it waits for nobody
+        async with asyncio.timeout(6):  # it waits for nobody, and not as long as those who connect
             await backend.close()
         results = await asyncio.gather(*waiting, return_exceptions=True)
         assert all(isinstance(result, BackendError) for result in results)
