@@ -17,6 +17,7 @@ from contract.support import count_hits, fill, make_prompt, read_back
 from soak import rounds
 
 from async_cache import BlockingClient, ConfigError, ConnectionLostError, connect
+from async_cache.client import links
 from async_cache.client.client import HEARTBEAT_SECONDS
 from async_cache.protocol.address import Address
 from async_cache.server import listener
@@ -211,7 +212,8 @@ def test_a_second_signal_changes_nothing(tmp_path):
         assert served.child.wait(IN_TIME_SECONDS) == 0
 
 
-async def test_a_client_whose_server_is_absent_fails_with_one_line(tmp_path):
+async def test_a_client_whose_server_is_absent_fails_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(links, "_LAST_ATTEMPT_SECONDS", 60)  # no attempt ends by time
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     for url in (socket_in(tmp_path), f"tcp://127.0.0.1:{port}"):
