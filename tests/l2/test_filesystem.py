@@ -12,10 +12,12 @@ import threading
 import time
 import tracemalloc
 import weakref
+from contextlib import suppress
 from mmap import PAGESIZE, mmap
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from contract.support import fill, make_prompt
 from faults.disk import allocated, place_of, places
@@ -1115,6 +1117,43 @@ async def test_what_leaves_is_not_found_before_its_file_is_gone(start, directory
     tasks.append(asyncio.create_task(put(backend, [1], 500)))
     gate.open()
     await asyncio.gather(*tasks)
+
+
+async def test_what_was_deleted_while_that_could_not_be_recorded_is_so_in_the_end(start, directory, monkeypatch):
+    backend = await start()
+    await put(backend, range(4), 5000)
+    real = Journal.append
+
+    def fail(*_):
+        raise OSError(errno.EIO, "injected")
+
+    monkeypatch.setattr(Journal, "append", fail)
+    for some in ([0], [1, 2, 3]):  # with the last one, the segment is empty
+        with suppress(BackendError):
+            await backend.delete([key(n) for n in some])
+    assert await find(backend, range(4)) == [False] * 4
+    monkeypatch.setattr(Journal, "append", real)
+    await put(backend, [9], 5000)
+    await backend.close()
+    assert len(list(directory.glob("*.seg"))) == 1
+    backend = await start()
+    assert await find(backend, [*range(4), 9]) == [False] * 4 + [True]
+
+
+async def test_a_file_that_cannot_be_removed_is_not_kept_open_by_who_tells_of_it(start, directory, monkeypatch, caplog):
+    backend = await start()
+    await put(backend, range(2), 5000)
+
+    def truncate(*_):
+        raise OSError(errno.EIO, "injected")
+
+    monkeypatch.setattr(os, "truncate", truncate)
+    with suppress(BackendError):
+        await backend.delete([key(0), key(1)])
+    await backend.close()
+    assert "injected" in caplog.text
+    opened = [file.path for file in psutil.Process().open_files()]
+    assert not [path for path in opened if path.startswith(str(directory))], "a record of a log has the error"
 
 
 async def test_a_delete_wins_over_the_store_that_is_under_way(start, directory, monkeypatch):

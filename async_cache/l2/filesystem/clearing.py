@@ -59,6 +59,12 @@ class Clearing:
             if fault is not None:
                 raise fault
 
+    def put_off(self, holes: Sequence[Hole], emptied: Collection[str]) -> None:
+        """Clear these another time."""
+        self._unremoved.update(emptied)
+        self._uncleared += [(hole.segment, hole.page, hole.end) for hole in holes if hole.segment not in emptied]
+        self._again_at = time.monotonic() + AGAIN_SECONDS
+
     def try_again(self) -> None:
         """Clear what could not be cleared before."""
         unremoved, self._unremoved = self._unremoved, set()
@@ -75,7 +81,7 @@ class Clearing:
                 self.remove(name)
             except OSError as error:
                 self._unremoved.add(name)
-                fault = error
+                fault = error.with_traceback(None)  # whoever keeps it would keep the file open
         return fault
 
     def _clear_all(self, places: list[_Pages], empty: Collection[str] = ()) -> OSError | None:
@@ -97,7 +103,7 @@ class Clearing:
                     self._bodies.clear(segment, begin, end)
             except OSError as error:
                 self._uncleared.append((segment, begin, end))
-                fault = error
+                fault = error.with_traceback(None)
         return fault
 
     def remove(self, name: str) -> None:

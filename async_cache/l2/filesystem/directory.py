@@ -81,6 +81,7 @@ class Directory:
         self.notes.count()
         self.writers = Writers(self.fd, name, journal)
         self.clearing = Clearing(self.fd, self.files, self.bodies)
+        self._untold = bytearray()  # records of what is there no more
         self._is_stale = False  # our index file is not what it was when it was opened
         self._checked: tuple[int, float] = -1, 0.0  # the time that the directory had, and when it was looked at
         self.promised_bytes = 0  # of room for an index file that is written anew
@@ -238,18 +239,27 @@ class Directory:
         return faults
 
     def drop(self, holes: Sequence[Hole], emptied: Collection[str]) -> None:
-        """Record that bodies are there no more, clear them, and remove segments that are empty. Raises OSError."""
-        data = b"".join([hole.record for hole in holes])
+        """Record that bodies are there no more, clear them, and remove segments that are empty.
+
+        Raises OSError: what could not be done is done another time.
+        """
+        self._untold += b"".join([hole.record for hole in holes])
         try:
-            with self._watched():
-                self.journal.append(data)
+            self._tell()
         except OSError as error:
             if error.errno not in FULL:
+                self.clearing.put_off(holes, emptied)
                 raise
             self.clearing.clear(holes, emptied)  # which makes room for the record
-            self.journal.append(data)
+            self._tell()
         else:
             self.clearing.clear(holes, emptied)
+
+    def _tell(self) -> None:
+        """Record what is there no more, and could not be recorded before."""
+        with self._watched():
+            self.journal.append(bytes(self._untold))
+        self._untold.clear()
 
     @staticmethod
     def rewriting_bytes(count: int) -> int:
@@ -300,6 +310,8 @@ class Directory:
 
     def close(self, *, emptied: Collection[str], keeps: bool) -> None:
         """Remove segments that are empty, and the index files of ours if there is nothing that they tell."""
+        with suppress(OSError):
+            self._tell()
         self.clearing.try_again()
         with suppress(OSError):
             self.clearing.clear((), emptied)
