@@ -309,6 +309,8 @@ class WriteQueue:
                 guard.coming([Coming(entry.chunk_hash, entry.parent, entry.origin) for entry in entries])
             new: list[ObjectKey] = []
             for part in slices(missing, _BATCH_OBJECTS):  # a chunk may have more of them than a call
+                if new and all(keys[key].entry.detached for key in part):
+                    return True  # it was removed since the call before: whoever did waits for no further one
                 call = guard.begin_store(part, [self._buffer(keys[key].entry, key) for key in part])
                 if call is None:
                     return False

@@ -287,6 +287,35 @@ def test_a_chunk_of_more_objects_than_a_call_has_is_stored_by_several_and_goes_o
     assert memory.usage().objects == 2 * 600
 
 
+class Slow(Timed):
+    """Takes its time to store."""
+
+    async def before(self, verb: str, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:
+        await super().before(verb, keys, buffers)
+        if verb == "store":
+            await asyncio.sleep(20)
+
+
+@pytest.mark.parametrize("clears", [False, True])
+def test_a_chunk_that_is_removed_between_two_calls_that_store_it_is_stored_no_further(clears: bool) -> None:
+    many = ModelLayout("many", tuple(ObjectGroup((1,), "uint8") for _ in range(600)), chunk_tokens=4)
+    memory = MemoryBackend()
+    slow = Slow(memory)
+
+    async def scene(cache: AsyncCache) -> None:
+        await store(cache, 0, layout=many)
+        await asyncio.sleep(5)
+        assert (await (cache.clear("all") if clears else cache.delete(many.prompt(range(4))))).chunks == 1
+        assert memory.usage().objects == 0
+        await asyncio.sleep(100)
+        assert memory.usage().objects == 0 and [count for _, count in slow.stored] == [256]
+        await store(cache, 0, layout=many)
+        assert await cache.flush() == FlushResult(1, 0, 0)
+        assert memory.usage().objects == 600
+
+    play(slow, scene)
+
+
 def test_chunks_of_others_are_stored_before_all_of_one_and_a_flush_of_their_own_does_not_wait_for_it() -> None:
     owned = Owned(MemoryBackend())
     large = ModelLayout("large", (ObjectGroup((PAGE,), "uint8"),), chunk_tokens=4)
