@@ -129,6 +129,7 @@ class BlockingClient:
                 traceparent=traceparent,
                 wait_for_writers_seconds=wait_for_writers_seconds,
             ),
+            keeps=self,
         )
 
     def prefetch_segments(
@@ -153,6 +154,7 @@ class BlockingClient:
                 deadline_seconds=deadline_seconds,
                 traceparent=traceparent,
             ),
+            keeps=self,
         )
 
     def lookup(self, prompt: Prompt, *, timeout_seconds: float | None = None) -> LookupHits:

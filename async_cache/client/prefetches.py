@@ -59,10 +59,12 @@ class BlockingPrefetch:
     The futures are those of `concurrent.futures`: `result(timeout)` waits, and `done()` costs next to nothing.
     """
 
-    __slots__ = ("_cancel", "load_done", "lookup_done", "request_id")
+    __slots__ = ("_cancel", "keeps", "load_done", "lookup_done", "request_id")
 
-    def __init__(self, request_id: str, cancel: "Callable[[BlockingPrefetch], object]"):
+    def __init__(self, request_id: str, cancel: "Callable[[BlockingPrefetch], object]", keeps: object = None):
         self.request_id = request_id
+        self.keeps = keeps
+        """What is not let go as long as this is there, or under way."""
         self.lookup_done: BlockingFuture[LookupHits] = BlockingFuture()
         self.load_done: BlockingFuture[LoadResult] = BlockingFuture()
         self._cancel = cancel
@@ -101,10 +103,10 @@ class BlockingPrefetches:
         self._thread = thread
         self._begun: dict[BlockingPrefetch, Prefetch] = {}
 
-    def begin(self, client: CacheClient, kind: type[P], asked: Wanted) -> P:
-        """A prefetch of what is asked for, under an id: it begins soon, or breaks."""
+    def begin(self, client: CacheClient, kind: type[P], asked: Wanted, keeps: object) -> P:
+        """A prefetch of what is asked for, under an id: it begins soon, or breaks. It `keeps` what it is given."""
         assert asked.request_id is not None
-        prefetch = kind(asked.request_id, partial(self._thread.post, self._cancel))
+        prefetch = kind(asked.request_id, partial(self._thread.post, self._cancel), keeps)
         if not self._thread.post(self._begin, client, asked, prefetch):
             prefetch.break_with(CacheClosedError("the client was closed"))
         return prefetch

@@ -740,6 +740,27 @@ def test_what_a_client_has_given_out_keeps_it(server: ThreadedServer) -> None:
         let_go(held, thread)
 
 
+@pytest.mark.parametrize("only_future", [False, True])
+def test_a_prefetch_keeps_its_client_until_it_has_loaded(
+    server: ThreadedServer, gate: GatedBackend, only_future: bool
+) -> None:
+    client = BlockingClient(server.url).open()
+    gate.hold("lookup")
+    try:
+        prefetch = client.prefetch(PROMPT)
+        future = prefetch.load_done
+        held: list[Any] = [future] if only_future else [future, prefetch]
+        thread = dropped(client)
+        del client, prefetch
+        gc.collect()
+        assert not future.done()
+    finally:
+        with pytest.warns(ResourceWarning, match="a BlockingClient was not closed"):
+            gate.release("lookup")
+            assert future.result(SOON).chunks == 0
+            let_go(held, thread)
+
+
 def test_a_connection_that_is_lost_is_told_and_comes_back() -> None:
     with short_directory() as directory:
         url = f"unix://{directory}/s"
