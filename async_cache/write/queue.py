@@ -314,9 +314,10 @@ class WriteQueue:
                 call = guard.begin_store(part, [self._buffer(keys[key].entry, key) for key in part])
                 if call is None:
                     return False
-                new += compress(part, await call.result())
-                stored.update(new)
-            faults.over(stored)
+                done = list(compress(part, await call.result()))
+                faults.over(done)
+                stored.update(done)
+                new += done
             if new and self._observers.stored:
                 await self._tell_stored(keys, dict.fromkeys(keys[key] for key in new), stored)
             return True

@@ -11,6 +11,7 @@ from async_cache.l2 import Backend
 from async_cache.l2.backend import Limits
 from async_cache.l2.guard.meter import Meter
 from async_cache.l2.memory import MemoryBackend
+from async_cache.l2.placement import Placement, Placing
 from async_cache.prompt.keys import ObjectKey
 from async_cache.prompt.objects import ChunkObjects
 from async_cache.testing import FailingBackend, GatedBackend
@@ -255,6 +256,39 @@ def test_what_could_not_be_read_once_and_was_stored_anew_is_left_out_after_that(
                 await cache.clear(tier="l1")
 
     play(backend, scene)
+
+
+class Refusing(WrappedBackend):
+    """Stores nothing while it refuses."""
+
+    refuses = False
+
+    async def before(self, verb: str, keys: Sequence[ObjectKey], buffers: Sequence[memoryview]) -> None:
+        if verb == "store" and self.refuses:
+            raise OSError("refused")
+
+
+def test_what_could_not_be_read_and_is_not_stored_anew_as_another_backend_has_it_is_stored_when_none_has() -> None:
+    key = ObjectKey(LAYOUT.prompt(range(4)).chunk_hashes[0], 0, 0)
+    broken = FailingBackend(MemoryBackend("broken"), "load", times=None)
+    broken.placement = Placement(write=Placing.SKIP_IF_PRESENT)
+    other = Refusing(MemoryBackend("other"))
+
+    async def main() -> None:
+        assert await broken.store([key], [memoryview(bytes(16))]) == [True]
+        async with AsyncCache(CacheConfig(l1_bytes=64 * PAGE, l2=[]), [broken, other]) as cache:
+            assert (await cache.prefetch(LAYOUT.prompt(range(4))).load_done).chunks == 0
+            await store(cache, 0)
+            await cache.flush()
+            assert other.usage().objects == 1 and broken.keys_asked["store"] == 1
+            assert await other.delete([key]) == 1
+            other.refuses = True
+            await cache.clear(tier="l1")
+            await store(cache, 0)
+            await cache.flush()
+            assert other.usage().objects == 0 and broken.keys_asked["store"] == 2
+
+    run_virtual(main())
 
 
 class Owned(Timed):
