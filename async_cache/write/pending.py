@@ -50,10 +50,11 @@ class Outcome(Enum):
 class Write:
     """A batch that is being stored: RUNNING -> ENDED. It holds its chunks until then, also where it was given up."""
 
-    __slots__ = ("batch", "ended", "size_bytes")
+    __slots__ = ("batch", "calls", "ended", "size_bytes")
 
     def __init__(self, batch: list[Pending]):
         self.batch = batch
+        self.calls = 0  # that have begun
         self.size_bytes = sum(pending.entry.room_bytes for pending in batch)
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 

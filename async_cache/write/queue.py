@@ -182,16 +182,19 @@ class WriteQueue:
             self._left(pending, outcome, 0)
 
     async def writes_ended(self, chunk_hashes: Collection[bytes] | None) -> bool:
-        """Whether the writes that run now, of these chunks or of any, ended before the backend's `store_timeout`."""
+        """Whether the writes that run now, of these chunks or of any, ended, none in silence for `store_timeout`."""
         running = [
-            write.ended
+            write
             for write in self._writes
             if chunk_hashes is None or any(pending.entry.chunk_hash in chunk_hashes for pending in write.batch)
         ]
-        if not running:
-            return True
-        _, stuck = await asyncio.wait(running, timeout=self.guard.timeouts.store_seconds)
-        return not stuck
+        while running:
+            calls = [write.calls for write in running]
+            await asyncio.wait([write.ended for write in running], timeout=self.guard.timeouts.store_seconds)
+            if any(n == write.calls and not write.ended.done() for n, write in zip(calls, running, strict=True)):
+                return False
+            running = [write for write in running if not write.ended.done()]
+        return True
 
     async def run(self) -> None:
         """Write what waits, a batch at a time, until cancelled."""
@@ -314,6 +317,7 @@ class WriteQueue:
                 call = guard.begin_store(part, [self._buffer(keys[key].entry, key) for key in part])
                 if call is None:
                     return False
+                write.calls += 1
                 done = list(compress(part, await call.result()))
                 faults.over(done)
                 stored.update(done)

@@ -258,6 +258,19 @@ def test_what_could_not_be_read_once_and_was_stored_anew_is_left_out_after_that(
     play(backend, scene)
 
 
+def test_a_removal_waits_for_a_chunk_of_others_that_is_stored_by_several_calls_as_long_as_it_goes_on() -> None:
+    many = ModelLayout("many", tuple(ObjectGroup((1,), "uint8") for _ in range(600)), chunk_tokens=4)
+    memory = MemoryBackend()
+
+    async def scene(cache: AsyncCache) -> None:
+        await store(cache, 0, layout=many)
+        await asyncio.sleep(5)
+        assert (await cache.delete_model("another")).chunks == 0
+        assert memory.usage().objects == 600
+
+    play(Slow(memory), scene)
+
+
 class Refusing(WrappedBackend):
     """Stores nothing while it refuses."""
 
