@@ -754,11 +754,16 @@ def test_a_prefetch_keeps_its_client_until_it_has_loaded(
         del client, prefetch
         gc.collect()
         assert not future.done()
-    finally:
-        with pytest.warns(ResourceWarning, match="a BlockingClient was not closed"):
+
+        def load_and_let_go() -> None:
             gate.release("lookup")
             assert future.result(SOON).chunks == 0
             let_go(held, thread)
+
+        with pytest.warns(ResourceWarning, match="a BlockingClient was not closed"):
+            load_and_let_go()
+    finally:
+        gate.release("lookup")
 
 
 def test_a_connection_that_is_lost_is_told_and_comes_back() -> None:
