@@ -94,9 +94,11 @@ class BlockingEvents(Iterator[Event]):
 
     def take(self, most: int = 256) -> list[Event]:
         """Those of the next events that have come, up to `most`."""
+        self._thread.check_not_forked()
         return self._stream.take(most)
 
     def __next__(self) -> Event:
+        self._thread.check_not_forked()
         while not (events := self._stream.take(1)):
             try:
                 self._thread.wait(self._stream.arrived())

@@ -159,6 +159,11 @@ class ClientThread:
             raise self._refusal()
         return client
 
+    def check_not_forked(self) -> None:
+        """Raise CacheClosedError in a forked child, also where nothing has to be waited for."""
+        if self.is_forked:
+            raise self._refusal()
+
     def _refusal(self) -> CacheClosedError:
         if self.is_forked:
             return CacheClosedError("the client was opened before a fork: open another one in the child")

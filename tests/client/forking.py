@@ -21,7 +21,7 @@ from contract.support import assert_nothing_held, fill, fill_l2, make_prompt, re
 
 from async_cache import AsyncCache, BlockingClient, CacheConfig, connect
 
-FIRST, SECOND, OWN = (make_prompt(3, number) for number in range(3))
+FIRST, SECOND, OWN, TOLD = (make_prompt(3, number) for number in range(4))
 CHILD, LOOP, URL, DIRECTORY = sys.argv[1:]
 RUN: Callable[..., Any] = uvloop.run if LOOP == "uvloop" else asyncio.run
 
@@ -122,6 +122,9 @@ async def main() -> None:
             write(next(iter(held[-1])), SECOND)
         blocking.prefetch(FIRST).load_done.result()
         held += await asyncio.to_thread(lambda: (blocking.events(), blocking.store(OWN)))
+        await fill(client, TOLD)
+        while not held[-2]._stream._events:  # noqa: ASYNC110 (it is the client's own thread that hears of it)
+            await asyncio.sleep(0)
         PENDING.append(blocking.prefetch(OWN, wait_for_writers_seconds=1000))
         leases = (await client.stats()).leases
         await fork(held)
