@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,13 @@ class ServerProcess:
     @property
     def log(self) -> str:
         return self._log.read_text()
+
+    def says(self, text: str) -> bool:
+        """Whether the log has this, or gets it: a thread writes what the server has done by now."""
+        end = time.monotonic() + END_SECONDS
+        while text not in self.log and time.monotonic() < end:
+            time.sleep(0.01)
+        return text in self.log
 
     def resident_bytes(self) -> int:
         return self._process.memory_info().rss

@@ -260,6 +260,7 @@ async def test_a_thousand_wrong_tokens_learn_nothing_and_hold_up_nobody(tmp_path
                 return served.descriptors() <= before
 
             await wait_until(are_closed, 30)
+        assert served.says("is refused")
         lines = [line for line in served.log.splitlines() if "is refused" in line]
         assert 0 < len(lines) <= 100 and not any(guess in served.log for guess in guesses)
 

@@ -71,6 +71,7 @@ async def test_wrong_tokens_are_refused_with_the_peers_address_and_few_lines(tmp
         guesses = [connect(served.urls[1], token=f"wrong-{number:_<20}").open() for number in range(30)]
         refusals = await asyncio.gather(*guesses, return_exceptions=True)
         assert {type(refusal) for refusal in refusals} == {AccessDeniedError}
+        assert served.says("is refused")
         lines = [line for line in served.log.splitlines() if "is refused" in line]
         assert 0 < len(lines) <= 20
         assert all("127.0.0.1" in line and "wrong-" not in line for line in lines)

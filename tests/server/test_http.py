@@ -200,7 +200,7 @@ async def test_a_port_that_is_taken_is_a_line_in_the_log(tmp_path: Path) -> None
         with server(tmp_path, server_http=address) as served:
             async with connect(served.url) as cache:
                 await cache.ping()
-            assert f"WARNING async_cache.server.http.serving: no HTTP: cannot listen at tcp://{address}" in served.log
+            assert served.says(f"WARNING async_cache.server.http.serving: no HTTP: cannot listen at tcp://{address}")
             assert served.stop() == 0
 
 

@@ -122,8 +122,8 @@ def test_a_client_without_tls_and_the_reverse_hear_so(served, authority, run):
             await connect(f"{tls_at_plain}?ca={authority.ca}", token=TOKEN, connect_timeout_seconds=60).open()
 
     run(use())
-    assert "this address speaks TLS: connect to tls://host:port" in served.log
-    assert "this address speaks no TLS: connect to tcp://host:port" in served.log
+    assert served.says("this address speaks TLS: connect to tls://host:port")
+    assert served.says("this address speaks no TLS: connect to tcp://host:port")
 
 
 def test_a_server_that_asks_for_certificates_lets_in_nobody_without(tmp_path, authority, run):
